@@ -1,0 +1,39 @@
+"""What the physics checks need of a model: energies and forces of a list of structures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+class Potential(Protocol):
+    """Anything that maps structures to energies (eV) and forces (eV/Å)."""
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Energies, shape (len(structures),), and one (n_atoms, 3) force array per structure."""
+        ...
+
+
+class CalculatorPotential:
+    """A `Potential` made of an ASE calculator, one structure at a time.
+
+    Args:
+        calculator: an ASE calculator that implements ``energy`` and ``forces``.
+    """
+
+    def __init__(self, calculator: Any) -> None:
+        self.calculator = calculator
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        energies, forces = [], []
+        for structure in structures:
+            atoms = structure.copy()
+            atoms.calc = self.calculator
+            forces.append(np.array(atoms.get_forces()))
+            energies.append(atoms.get_potential_energy())
+        return np.array(energies), forces

@@ -1,0 +1,1 @@
+"""NequIP and Allegro adapter of GAQ (empty in this version)."""
