@@ -1,0 +1,141 @@
+"""Tables of directions in three dimensions, coded by the index of the nearest entry.
+
+They spread their points more evenly than the octahedral code, but every lookup compares the vector with the
+whole table: for few bits only.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Scores (vectors x table entries) held in memory at once: 16 MiB in float32.
+_SCORES_AT_ONCE = 1 << 22
+
+
+def geodesic_frequency(bits: int) -> int:
+    """Finest geodesic table whose indices fit.
+
+    Args:
+        bits: bits of the whole index (twice the direction bits per component), at least 4.
+
+    Returns:
+        The largest frequency f with ``10 f**2 + 2 <= 2**bits``.
+
+    Raises:
+        ValueError: not even the 12 vertices of the icosahedron fit.
+    """
+    if bits < 4:
+        raise ValueError(f"a geodesic table needs an index of at least 4 bits (12 directions), got {bits}")
+    return math.isqrt((2**bits - 2) // 10)
+
+
+def geodesic_table(frequency: int) -> Tensor:
+    """Vertices of the geodesic icosahedron, symmetric under its 120 rotations and inversions.
+
+    Class I: every edge of the icosahedron is cut into ``frequency`` equal parts, every face into a triangular
+    grid, and the grid is projected to the sphere. Source: M. J. Wenninger, "Spherical Models" (1979).
+
+    Args:
+        frequency: number of parts f, at least 1.
+
+    Returns:
+        Unit vectors, float64, shape (10 f**2 + 2, 3).
+
+    Raises:
+        ValueError: ``frequency`` is less than 1.
+    """
+    if frequency < 1:
+        raise ValueError(f"the frequency of a geodesic table must be at least 1, got {frequency}")
+    corners, faces = _icosahedron()
+    # A grid point is known by its integer weights on the corners, so points that faces share coincide exactly.
+    weights: dict[tuple[tuple[int, int], ...], None] = {}
+    for first, second, third in faces:
+        for i in range(frequency + 1):
+            for j in range(frequency + 1 - i):
+                triple = ((first, i), (second, j), (third, frequency - i - j))
+                weights[tuple(sorted((corner, weight) for corner, weight in triple if weight))] = None
+    points = np.array([sum(weight * corners[corner] for corner, weight in key) for key in weights])
+    return torch.from_numpy(points / np.linalg.norm(points, axis=1, keepdims=True))
+
+
+def fibonacci_table(size: int) -> Tensor:
+    """Directions along a golden-angle spiral from pole to pole, each standing for the same area.
+
+    Source: A. Gonzalez, "Measurement of areas on a sphere using Fibonacci and latitude-longitude lattices",
+    Math. Geosci. 42, 49 (2010), with the first and last points half a step
+    from the poles.
+
+    Args:
+        size: number of directions N, at least 1.
+
+    Returns:
+        Unit vectors, float64, shape (size, 3).
+
+    Raises:
+        ValueError: ``size`` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"a Fibonacci table must have at least 1 direction, got {size}")
+    step = np.arange(size, dtype=np.float64)
+    height = 1.0 - (2.0 * step + 1.0) / size
+    radius = np.sqrt(1.0 - height**2)
+    longitude = step * (math.pi * (3.0 - math.sqrt(5.0)))
+    points = np.stack((radius * np.cos(longitude), radius * np.sin(longitude), height), axis=1)
+    return torch.from_numpy(points / np.linalg.norm(points, axis=1, keepdims=True))
+
+
+def nearest_direction(table: Tensor, vector: Tensor) -> Tensor:
+    """Entry of the table at the smallest angle to each vector; of equally near ones, the first.
+
+    Memory is bounded, since vectors are compared in chunks. The result is piecewise constant and carries no
+    gradient.
+
+    Args:
+        table: unit vectors, shape (N, 3), in the dtype and on the device of ``vector``.
+        vector: shape (..., 3), any length.
+
+    Returns:
+        Rows of the table, shape (..., 3); zero vectors stay exactly zero, and components that are not finite
+        give NaN.
+
+    Raises:
+        ValueError: the shapes, dtypes or devices do not fit together.
+    """
+    if table.dim() != 2 or table.shape[-1] != 3 or vector.shape[-1:] != (3,):
+        raise ValueError(
+            f"expected a table of shape (N, 3) and vectors of shape (..., 3), got {tuple(table.shape)} "
+            f"and {tuple(vector.shape)}"
+        )
+    if table.dtype != vector.dtype or table.device != vector.device:
+        raise ValueError(
+            f"the table is {table.dtype} on {table.device} but the vectors are {vector.dtype} on "
+            f"{vector.device}; pass table.to(vector)"
+        )
+    rows = vector.detach().reshape(-1, 3)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    # Only the direction matters: scaled to the largest component, no product can overflow or underflow.
+    scaled = rows / largest.masked_fill(largest == 0, 1.0)
+    chunks = scaled.split(max(1, _SCORES_AT_ONCE // table.shape[0]))
+    nearest = torch.cat([table[(chunk @ table.t()).argmax(dim=1)] for chunk in chunks])
+    usable = (largest > 0) & (largest < math.inf)
+    return torch.where(usable, nearest, scaled).reshape(vector.shape)
+
+
+def _icosahedron() -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """Corners, shape (12, 3), and the 20 faces as triples of corners."""
+    golden = (1.0 + math.sqrt(5.0)) / 2.0
+    plane = [(0.0, one, long) for one in (1.0, -1.0) for long in (golden, -golden)]
+    corners = np.array([np.roll(corner, shift) for shift in range(3) for corner in plane])
+    distance = np.linalg.norm(corners[:, None] - corners[None], axis=2)
+    # An edge is 2 long, the next distance between corners 3.2.
+    joined = (distance > 1.0) & (distance < 2.5)
+    faces = [
+        (i, j, k)
+        for i in range(12)
+        for j in range(i + 1, 12)
+        for k in range(j + 1, 12)
+        if joined[i, j] and joined[j, k] and joined[i, k]
+    ]
+    return corners, faces

@@ -1,0 +1,430 @@
+"""The quantization configuration: presets, the mapping a user writes, and its validation.
+
+One frozen dataclass tree serves the YAML key, the command line and Python alike. Every error names
+the key path, what stands there, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = [
+    "PRESETS",
+    "CalibrationConfig",
+    "ConfigError",
+    "DistillationConfig",
+    "EquivarianceLossConfig",
+    "QuantizationConfig",
+    "ScalarConfig",
+    "VectorConfig",
+    "WeightConfig",
+    "parse_config",
+    "resolve_overrides",
+]
+
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+RANGES = ("absmax", "error")
+ROUNDINGS = ("nearest", "gptq")
+SCHEMES = ("mddq", "components")
+CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
+MAGNITUDES = ("linear", "log")
+
+
+class ConfigError(ValueError):
+    """A quantization configuration that cannot be used; the message names the key path."""
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """How weights are stored.
+
+    Attributes:
+        bits: 2 to 8, or 16 (two int8 planes); None leaves all weights in float.
+        granularity: one scale per tensor, per output channel, or per group of inputs.
+        group_size: inputs that share a scale when the granularity is ``per_group``.
+        range: ``absmax`` (the largest weight sets the scale) or ``error`` (the scale that minimises
+            the squared rounding error, by search).
+        rounding: post-training only: ``nearest``, or ``gptq`` (Frantar et al. 2023, arXiv 2210.17323).
+        sensitive_bits: bits of the few tensors that sit where every error passes (species embedding,
+            first radial layer, readouts); None gives them ``bits`` like the rest.
+    """
+
+    bits: int | None = 8
+    granularity: str = "per_channel"
+    group_size: int = 32
+    range: str = "error"
+    rounding: str = "nearest"
+    sensitive_bits: int | None = 16
+
+
+@dataclass(frozen=True)
+class ScalarConfig:
+    """How invariant (l = 0) features are rounded; ``bits: null`` leaves them in float."""
+
+    bits: int | None = 16
+    granularity: str = "per_channel"
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """How l > 0 features are rounded.
+
+    Attributes:
+        scheme: ``mddq`` splits a vector into magnitude and direction; ``components`` rounds the
+            components with one scale per channel.
+        magnitude_bits: bits of the magnitude (``mddq``) or of each component (``components``);
+            None leaves l > 0 features in float.
+        direction_bits: bits per angle of the direction code (``mddq``).
+        codebook: ``octahedral``, ``geodesic`` or ``fibonacci``; l >= 2 always uses the pyramid code,
+            which is the octahedral one in more dimensions.
+        magnitude: ``linear`` or ``log`` steps of the magnitude (``mddq``).
+        granularity: one range per channel or per tensor.
+        start_epoch: in training, the epoch from which vectors are quantized.
+        anneal_epochs: epochs over which their range shrinks from twice the observed one to its own.
+    """
+
+    scheme: str = "mddq"
+    magnitude_bits: int | None = 16
+    direction_bits: int = 16
+    codebook: str = "octahedral"
+    magnitude: str = "linear"
+    granularity: str = "per_channel"
+    start_epoch: int = 10
+    anneal_epochs: int = 5
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which structures set the activation ranges.
+
+    Attributes:
+        frames: number of structures, drawn with ``seed`` from the data given.
+        seed: of that draw.
+        headroom: the range is this many times the largest value seen, so that a simulation which
+            wanders past the calibration set does not saturate (a saturated feature has no force).
+    """
+
+    frames: int = 64
+    seed: int = 0
+    headroom: float = 2.0
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Post-training self-distillation: reproduce the float model's forces on the calibration data.
+
+    No reference labels are used. ``steps: 0`` turns it off.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: structures per step.
+        learning_rate: of Adam, on the weights, relative to their root mean square.
+        max_structures: at most this many of the structures given serve as teacher input.
+    """
+
+    steps: int = 400
+    batch_size: int = 5
+    learning_rate: float = 1e-3
+    max_structures: int = 1000
+
+
+@dataclass(frozen=True)
+class EquivarianceLossConfig:
+    """Optional training term: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
+
+    weight: float = 0.0
+    rotations: int = 1
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """A resolved configuration; `to_dict` gives what is stored in a model."""
+
+    preset: str = "gaq"
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    scalars: ScalarConfig = field(default_factory=ScalarConfig)
+    vectors: VectorConfig = field(default_factory=VectorConfig)
+    radial_activations: bool = False
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    equivariance_loss: EquivarianceLossConfig = field(default_factory=EquivarianceLossConfig)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain nested dictionary, accepted back by `parse_config`."""
+        return dataclasses.asdict(self)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether anything that depends on positions is rounded."""
+        return self.scalars.bits is not None or self.vectors.magnitude_bits is not None
+
+
+def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
+    return QuantizationConfig(
+        weights=WeightConfig(bits=bits, **weights),
+        scalars=ScalarConfig(bits=None),
+        vectors=VectorConfig(magnitude_bits=None),
+    )
+
+
+_GROUPED = {"granularity": "per_group", "group_size": 32}
+
+PRESETS: dict[str, QuantizationConfig] = {
+    "w8a16": QuantizationConfig(preset="w8a16"),
+    "w4a16": QuantizationConfig(preset="w4a16", weights=WeightConfig(bits=4, **_GROUPED)),  # type: ignore[arg-type]
+    "w8": dataclasses.replace(_weight_only(8), preset="w8"),
+    "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4"),
+    "w8a8": QuantizationConfig(
+        preset="w8a8",
+        scalars=ScalarConfig(bits=8),
+        vectors=VectorConfig(magnitude_bits=8, direction_bits=12, magnitude="log"),
+        calibration=CalibrationConfig(headroom=1.25),
+    ),
+    "w4a8": QuantizationConfig(
+        preset="w4a8",
+        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
+        scalars=ScalarConfig(bits=8),
+        vectors=VectorConfig(magnitude_bits=8, direction_bits=12, magnitude="log"),
+        calibration=CalibrationConfig(headroom=1.25),
+    ),
+    "naive_w8a8": QuantizationConfig(
+        preset="naive_w8a8",
+        weights=WeightConfig(bits=8, granularity="per_tensor", range="absmax", sensitive_bits=None),
+        scalars=ScalarConfig(bits=8, granularity="per_tensor"),
+        vectors=VectorConfig(
+            scheme="components", magnitude_bits=8, granularity="per_tensor", start_epoch=0, anneal_epochs=0
+        ),
+        radial_activations=True,
+        calibration=CalibrationConfig(headroom=1.0),
+        distillation=DistillationConfig(steps=0),
+    ),
+}
+"""Named configurations; ``gaq`` is another name of the default, ``w8a16``."""
+PRESETS["gaq"] = PRESETS["w8a16"]
+
+_CHOICES = {
+    "weights.granularity": GRANULARITIES,
+    "weights.range": RANGES,
+    "weights.rounding": ROUNDINGS,
+    "scalars.granularity": GRANULARITIES[:2],
+    "vectors.granularity": GRANULARITIES[:2],
+    "vectors.scheme": SCHEMES,
+    "vectors.codebook": CODEBOOKS,
+    "vectors.magnitude": MAGNITUDES,
+}
+_WEIGHT_BITS = (*range(2, 9), 16)
+_ACTIVATION_BITS = tuple(range(2, 17))
+_BITS: dict[str, tuple[int, ...]] = {
+    "weights.bits": _WEIGHT_BITS,
+    "weights.sensitive_bits": _WEIGHT_BITS,
+    "scalars.bits": _ACTIVATION_BITS,
+    "vectors.magnitude_bits": _ACTIVATION_BITS,
+    "vectors.direction_bits": _ACTIVATION_BITS,
+}
+_MINIMUM: dict[str, float] = {
+    "weights.group_size": 2,
+    "vectors.start_epoch": 0,
+    "vectors.anneal_epochs": 0,
+    "calibration.frames": 1,
+    "calibration.seed": 0,
+    "calibration.headroom": 1.0,
+    "distillation.steps": 0,
+    "distillation.batch_size": 1,
+    "distillation.learning_rate": 0.0,
+    "distillation.max_structures": 1,
+    "equivariance_loss.weight": 0.0,
+    "equivariance_loss.rotations": 1,
+}
+
+
+def _options(names: Iterable[Any]) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _closest(word: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(names), n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def _check_value(path: str, value: Any, annotation: str) -> Any:
+    """The value in the type of the field, or a `ConfigError` that names the path."""
+    relative = path.removeprefix("quantization.")
+    optional = "None" in annotation
+    kind = annotation.replace("| None", "").strip()
+    if value is None:
+        if optional:
+            return None
+        raise ConfigError(f"{path}: null is not allowed here; give a value of type {kind}.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    wrong = (
+        (kind == "int" and not (is_number and float(value).is_integer()))
+        or (kind == "float" and not is_number)
+        or (kind == "str" and not isinstance(value, str))
+        or (kind == "bool" and not isinstance(value, bool))
+    )
+    if wrong:
+        raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {value!r}.")
+    if kind == "int":
+        value = int(value)
+    if kind == "float":
+        value = float(value)
+    if relative in _CHOICES and value not in _CHOICES[relative]:
+        hint = _closest(str(value), _CHOICES[relative])
+        raise ConfigError(f"{path}: {value!r} is not one of {_options(_CHOICES[relative])}.{hint}")
+    if relative in _BITS and value not in _BITS[relative]:
+        raise ConfigError(
+            f"{path}: {value} bits cannot be stored; choose one of {_options(_BITS[relative])}"
+            f"{' or null to leave it in float' if optional else ''}."
+        )
+    if relative in _MINIMUM and not value >= _MINIMUM[relative]:
+        raise ConfigError(f"{path}: {value} is too small; the least allowed is {_MINIMUM[relative]:g}.")
+    return value
+
+
+def _merge(base: Any, changes: Mapping[str, Any], path: str) -> Any:
+    """`base` with the keys of a user's mapping, each checked against the field of that name."""
+    fields = {f.name: f for f in dataclasses.fields(base)}
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        here = f"{path}.{key}"
+        if key not in fields:
+            allowed = _options(fields)
+            raise ConfigError(f"{here}: unknown key.{_closest(str(key), fields)} Allowed in {path}: {allowed}.")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            if value is None and key in ("weights", "scalars", "vectors"):
+                off = "magnitude_bits" if key == "vectors" else "bits"
+                values[key] = dataclasses.replace(current, **{off: None})
+                continue
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{here}: expected a mapping, got {value!r}. "
+                    f"Allowed in {here}: {_options(f.name for f in dataclasses.fields(current))}."
+                )
+            values[key] = _merge(current, value, here)
+        elif key == "overrides":
+            values[key] = _check_overrides(value, here)
+        elif key != "preset":
+            values[key] = _check_value(here, value, str(fields[key].type))
+    return dataclasses.replace(base, **values)
+
+
+def _check_overrides(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{path}: expected a mapping from module-name patterns to a preset, a mapping or null, "
+            f"got {value!r}. Example: {{'readouts.*': null}}."
+        )
+    for pattern, override in value.items():
+        here = f"{path}['{pattern}']"
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{here}: a pattern must be a string such as 'readouts.*'.")
+        if override is not None:
+            parsed = parse_config(override, path=here)
+            if parsed.overrides:
+                raise ConfigError(f"{here}: an override cannot hold overrides of its own.")
+    return dict(value)
+
+
+def _preset(name: Any, path: str) -> QuantizationConfig:
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(
+            f"{path}: {name!r} is not a preset.{_closest(str(name), PRESETS)} Presets: {_options(sorted(PRESETS))}."
+        )
+    return PRESETS[name]
+
+
+def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
+    """Validate what a user wrote and resolve it against its preset.
+
+    Args:
+        spec: a preset name, a mapping, a `QuantizationConfig`, the text of a mapping (as a training
+            command hands it over), or the path of a YAML file that holds one of these, bare or under
+            the key ``quantization``.
+        path: key path that error messages start with.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: for unknown keys, wrong types, impossible bit widths or unknown presets, naming
+            the key path and what is allowed.
+    """
+    if isinstance(spec, QuantizationConfig):
+        return spec
+    if isinstance(spec, str):
+        text = spec.strip()
+        if text.startswith("{"):
+            try:
+                spec = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                try:
+                    spec = yaml.safe_load(text)
+                except yaml.YAMLError as error:
+                    raise ConfigError(f"{path}: cannot read the mapping {text!r}: {error}") from error
+        elif text.endswith((".yml", ".yaml")):
+            file = Path(text)
+            if not file.is_file():
+                raise ConfigError(f"{path}: there is no file {text!r}.")
+            try:
+                loaded = yaml.safe_load(file.read_text())
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path}: {text} is not valid YAML: {error}") from error
+            if isinstance(loaded, Mapping) and "quantization" in loaded:
+                loaded = loaded["quantization"]
+            return parse_config(loaded, path=path)
+        else:
+            return _preset(text, path)
+    if not isinstance(spec, Mapping):
+        raise ConfigError(
+            f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
+        )
+    base = _preset(spec.get("preset", "gaq"), f"{path}.preset")
+    config: QuantizationConfig = _merge(base, spec, path)
+    _check_consistency(config, path)
+    return config
+
+
+def _check_consistency(config: QuantizationConfig, path: str) -> None:
+    vectors = config.vectors
+    if vectors.codebook != "octahedral" and vectors.scheme == "mddq" and vectors.direction_bits > 6:
+        raise ConfigError(
+            f"{path}.vectors.codebook: a {vectors.codebook} table of 2 x {vectors.direction_bits} bits is too "
+            f"large to search; use direction_bits: 6 or fewer, or codebook: octahedral."
+        )
+    bits = config.weights
+    if bits.bits is None and not config.rounds_activations:
+        raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
+
+
+def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -> dict[str, QuantizationConfig | None]:
+    """The configuration of each module after ``overrides``; None where a module is to be left alone.
+
+    Later patterns win over earlier ones.
+
+    Raises:
+        ConfigError: if a pattern matches no module, with the names it could have matched.
+    """
+    names = list(module_names)
+    resolved: dict[str, QuantizationConfig | None] = dict.fromkeys(names, config)
+    for pattern, override in config.overrides.items():
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(
+                f"quantization.overrides['{pattern}']: matches no module.{_closest(pattern, names)} "
+                f"Quantizable modules: {_options(names)}."
+            )
+        parsed = None if override is None else parse_config(override, path=f"quantization.overrides['{pattern}']")
+        for name in matched:
+            resolved[name] = parsed
+    return resolved

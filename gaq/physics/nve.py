@@ -1,0 +1,360 @@
+"""Energy drift of a constant-energy molecular-dynamics run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+# H, B, C, N, O, F, Si, P, S, Cl, Se, Br, I: bonds between these are covalent and do not break at 300 K.
+_NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
+_DETACHED_HYDROGEN = 2.5
+_EXPLOSION_K = 10_000.0
+
+
+@dataclass(frozen=True, eq=False)
+class NVEResult:
+    """Drift of the total energy in one NVE run, or in several combined.
+
+    Attributes:
+        drift_mev_per_atom_per_ps: slope of a linear fit to the total energy. NaN if too little was sampled.
+        standard_error: of the slope, meV/atom/ps, from blocks (and from the scatter of runs when combined).
+        drift_over_std_kinetic: ``|slope x duration| / std(kinetic energy)``, dimensionless; below 1 the drift
+            is hidden in the thermal exchange of potential and kinetic energy.
+        std_kinetic_ev: standard deviation of the total kinetic energy, eV (mean over runs).
+        mean_temperature_K: mean over samples.
+        max_temperature_K: largest sampled temperature, the equilibration included.
+        stable: False if the energy was not finite, the temperature exploded, or a bond came apart.
+        reason: why the run is not stable; empty if it is.
+        duration_ps: length of the sampled part (mean over runs), ps.
+        timestep_fs: integration step, fs.
+        temperature_K: target temperature of the equilibration.
+        n_atoms: number of atoms.
+        runs: number of runs combined.
+        times_ps: sampled times, one array (samples,) per run, ps.
+        total_energy_ev: total energy at those times, one array per run, eV.
+        kinetic_energy_ev: kinetic energy at those times, one array per run, eV.
+    """
+
+    drift_mev_per_atom_per_ps: float
+    standard_error: float
+    drift_over_std_kinetic: float
+    std_kinetic_ev: float
+    mean_temperature_K: float
+    max_temperature_K: float
+    stable: bool
+    reason: str
+    duration_ps: float
+    timestep_fs: float
+    temperature_K: float
+    n_atoms: int
+    runs: int
+    times_ps: tuple[np.ndarray, ...]
+    total_energy_ev: tuple[np.ndarray, ...]
+    kinetic_energy_ev: tuple[np.ndarray, ...]
+
+
+def nve_drift(
+    calculator: Any,
+    atoms: Atoms,
+    duration_ps: float = 50.0,
+    timestep_fs: float = 1.0,
+    temperature_K: float = 300.0,
+    equilibrate_ps: float = 1.0,
+    seed: int = 0,
+    sample_fs: float = 10.0,
+    check_bonds: bool = True,
+    progress: bool | None = None,
+) -> NVEResult:
+    """Run velocity Verlet without a thermostat and fit the drift of the total energy.
+
+    Protocol (after the NVE benchmark of mlipaudit, MIT): Maxwell-Boltzmann velocities; a short Langevin
+    equilibration (friction 0.02 / fs); total momentum removed, and the rotation of molecules; then NVE with
+    the total energy sampled every ``sample_fs``. The run stops early once it is unstable: an energy that is not
+    finite, a temperature above ``temperature_K + 10000``, or a covalent bond of the initial structure that
+    comes apart (2.5 Å for a bond to hydrogen, twice the sum of covalent radii for others).
+
+    Args:
+        calculator: an ASE calculator with ``energy`` and ``forces``.
+        atoms: starting structure; not changed. Constraints are dropped: they would take work out of the run.
+        duration_ps: length of the NVE part, ps.
+        timestep_fs: integration step, fs.
+        temperature_K: temperature, K.
+        equilibrate_ps: length of the equilibration, ps; 0 for none.
+        seed: seed of velocities and thermostat.
+        sample_fs: time between samples, fs; rounded to whole steps.
+        check_bonds: False for a chemistry whose bonds do break.
+        progress: True for a progress bar.
+
+    Returns:
+        The drift with its standard error, and the sampled energies.
+
+    Raises:
+        ValueError: if a time is not positive, or the run is too short for three samples.
+    """
+    from ase import units
+    from ase.md.langevin import Langevin
+    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+    from ase.md.verlet import VelocityVerlet
+
+    for name, value in (
+        ("duration_ps", duration_ps),
+        ("timestep_fs", timestep_fs),
+        ("temperature_K", temperature_K),
+        ("sample_fs", sample_fs),
+    ):
+        if not value > 0:
+            raise ValueError(f"nve_drift: {name} is {value}; it must be positive")
+    if equilibrate_ps < 0:
+        raise ValueError(f"nve_drift: equilibrate_ps is {equilibrate_ps}; give 0 or a positive time")
+    stride = max(1, round(sample_fs / timestep_fs))
+    samples = round(duration_ps * 1e3 / timestep_fs) // stride
+    if samples < 2:
+        raise ValueError(
+            f"nve_drift: {duration_ps} ps gives {samples + 1} samples {stride * timestep_fs} fs apart; "
+            "run longer or sample more often"
+        )
+
+    atoms = atoms.copy()
+    atoms.set_constraint()
+    atoms.calc = calculator
+    rng = np.random.RandomState(seed)  # ASE draws from the legacy interface
+    monitor = _Monitor(atoms, temperature_K, check_bonds)
+    warm_up = round(equilibrate_ps * 1e3 / timestep_fs) // stride
+    bar = _progress_bar(warm_up + samples, progress)
+
+    def still() -> None:
+        Stationary(atoms)
+        if len(atoms) > 1 and not atoms.pbc.any():
+            ZeroRotation(atoms)
+
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature_K, rng=rng)
+    if len(atoms) > 1:
+        still()
+    if warm_up:
+        # fixcm=False samples the correct ensemble; the momentum it leaves is removed below.
+        thermostat = Langevin(
+            atoms,
+            timestep_fs * units.fs,
+            temperature_K=temperature_K,
+            friction=0.02 / units.fs,
+            fixcm=False,
+            rng=rng,
+        )
+        for _ in range(warm_up):
+            if not monitor.advance(thermostat, stride):
+                break
+            bar.update(1)
+        if monitor.stable and len(atoms) > 1:
+            still()
+
+    times, totals, kinetics = [], [], []
+    verlet = VelocityVerlet(atoms, timestep_fs * units.fs)
+    for sample in range(samples + 1):
+        if not monitor.stable or (sample and not monitor.advance(verlet, stride)):
+            break
+        kinetic = float(atoms.get_kinetic_energy())
+        total = kinetic + float(atoms.get_potential_energy())
+        if not np.isfinite(total):
+            monitor.fail("the total energy is not finite")
+            break
+        times.append(1e-3 * sample * stride * timestep_fs)
+        totals.append(total)
+        kinetics.append(kinetic)
+        if sample:
+            bar.update(1)
+    bar.close()
+
+    time, total_energy, kinetic_energy = np.array(times), np.array(totals), np.array(kinetics)
+    slope, error = fit_drift(time, total_energy)
+    spread = float(kinetic_energy.std()) if len(kinetic_energy) > 1 else float("nan")
+    covered = float(time[-1]) if len(time) else 0.0
+    temperatures = kinetic_energy / (1.5 * len(atoms) * units.kB)
+    return NVEResult(
+        drift_mev_per_atom_per_ps=1e3 * slope / len(atoms),
+        standard_error=1e3 * error / len(atoms),
+        drift_over_std_kinetic=_ratio(abs(slope) * covered, spread),
+        std_kinetic_ev=spread,
+        mean_temperature_K=float(temperatures.mean()) if len(time) else float("nan"),
+        max_temperature_K=max([monitor.max_temperature, *temperatures.tolist()]),
+        stable=monitor.stable,
+        reason=monitor.reason,
+        duration_ps=covered,
+        timestep_fs=timestep_fs,
+        temperature_K=temperature_K,
+        n_atoms=len(atoms),
+        runs=1,
+        times_ps=(time,),
+        total_energy_ev=(total_energy,),
+        kinetic_energy_ev=(kinetic_energy,),
+    )
+
+
+def fit_drift(times: np.ndarray, energies: np.ndarray, blocks: int = 10) -> tuple[float, float]:
+    """Slope of a linear fit, and its standard error for correlated residuals.
+
+    The slope is that of ordinary least squares on all samples. Its error is that of a second regression, on
+    the means of ``blocks`` consecutive blocks: means of blocks longer than the correlation time are nearly
+    independent, where the samples are not (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461 (1989), applied to
+    a slope). It is too small if the residuals are correlated over more than a block, as in a random walk;
+    `combine` several seeds then.
+
+    Args:
+        times: shape (n,), any unit.
+        energies: shape (n,).
+        blocks: number of blocks; fewer where a block would have less than two samples.
+
+    Returns:
+        Slope and standard error, energy per time. NaN with fewer than 2 samples for the slope, or with fewer
+        than 3 blocks for the error.
+    """
+    if len(times) < 2:
+        return float("nan"), float("nan")
+    centred = times - times.mean()
+    slope = float(centred @ energies / (centred @ centred))
+    blocks = min(blocks, len(times) // 2)
+    if blocks < 3:
+        return slope, float("nan")
+    block_times = np.array([block.mean() for block in np.array_split(centred, blocks)])
+    block_energies = np.array([block.mean() for block in np.array_split(energies, blocks)])
+    block_times = block_times - block_times.mean()
+    spread = block_times @ block_times
+    block_slope = block_times @ block_energies / spread
+    residuals = block_energies - block_energies.mean() - block_slope * block_times
+    return slope, float(np.sqrt(residuals @ residuals / (blocks - 2) / spread))
+
+
+def combine(results: Sequence[NVEResult]) -> NVEResult:
+    """Average the runs of several seeds.
+
+    The standard error is the larger of two estimates: the runs' own errors in quadrature, and the scatter of
+    their drifts. The second also sees slow energy fluctuations that a single run mistakes for drift.
+
+    Args:
+        results: runs of the same system with the same step, from `nve_drift`.
+
+    Returns:
+        Mean drift, mean spread of the kinetic energy, the highest temperature; stable if all runs were.
+
+    Raises:
+        ValueError: if there are no results, or they differ in number of atoms or timestep.
+    """
+    if len(results) == 0:
+        raise ValueError("combine: no results given; pass at least one NVEResult")
+    settings = {(result.n_atoms, result.timestep_fs) for result in results}
+    if len(settings) > 1:
+        raise ValueError(
+            f"combine: the runs differ in (n_atoms, timestep_fs): {sorted(settings)}; combine equal runs only"
+        )
+    drifts = np.array([result.drift_mev_per_atom_per_ps for result in results])
+    own = np.array([result.standard_error for result in results])
+    error = float(np.sqrt(np.sum(own**2)) / len(results))
+    if len(results) > 1:
+        scatter = float(drifts.std(ddof=1) / np.sqrt(len(results)))
+        error = float(np.fmax(error, scatter))
+    first = results[0]
+    drift = float(drifts.mean())
+    duration = float(np.mean([result.duration_ps for result in results]))
+    spread = float(np.mean([result.std_kinetic_ev for result in results]))
+    return NVEResult(
+        drift_mev_per_atom_per_ps=drift,
+        standard_error=error,
+        drift_over_std_kinetic=_ratio(1e-3 * abs(drift) * first.n_atoms * duration, spread),
+        std_kinetic_ev=spread,
+        mean_temperature_K=float(np.mean([result.mean_temperature_K for result in results])),
+        max_temperature_K=max(result.max_temperature_K for result in results),
+        stable=all(result.stable for result in results),
+        reason="; ".join(f"run {n}: {result.reason}" for n, result in enumerate(results) if result.reason),
+        duration_ps=duration,
+        timestep_fs=first.timestep_fs,
+        temperature_K=first.temperature_K,
+        n_atoms=first.n_atoms,
+        runs=sum(result.runs for result in results),
+        times_ps=tuple(array for result in results for array in result.times_ps),
+        total_energy_ev=tuple(array for result in results for array in result.total_energy_ev),
+        kinetic_energy_ev=tuple(array for result in results for array in result.kinetic_energy_ev),
+    )
+
+
+class _Monitor:
+    """Advances a run and watches for explosions and broken bonds."""
+
+    def __init__(self, atoms: Atoms, temperature_K: float, check_bonds: bool) -> None:
+        self.atoms = atoms
+        self.limit = temperature_K + _EXPLOSION_K
+        self.max_temperature = 0.0
+        self.reason = ""
+        self.first, self.second, self.longest = (
+            _covalent_bonds(atoms) if check_bonds else (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
+        )
+
+    @property
+    def stable(self) -> bool:
+        return not self.reason
+
+    def fail(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def advance(self, dynamics: Any, steps: int) -> bool:
+        """Take some steps; False if the run is unstable after them."""
+        try:
+            dynamics.run(steps)
+        except Exception as error:
+            # A neighbour list of exploded positions may raise anything; with sane positions it is no explosion.
+            if np.isfinite(self.atoms.positions).all() and self.atoms.get_temperature() <= self.limit:
+                raise
+            self.fail(f"the calculator failed on exploded positions: {type(error).__name__}")
+            return False
+        temperature = float(self.atoms.get_temperature())
+        if not np.isfinite(temperature) or not np.isfinite(self.atoms.positions).all():
+            self.fail("positions or velocities are not finite")
+            return False
+        self.max_temperature = max(self.max_temperature, temperature)
+        if temperature > self.limit:
+            self.fail(f"the temperature rose to {temperature:.0f} K")
+        elif len(self.first):
+            lengths = _lengths(self.atoms, self.first, self.second)
+            broken = np.flatnonzero(lengths > self.longest)
+            if len(broken):
+                n = broken[0]
+                self.fail(f"atoms {self.first[n]} and {self.second[n]} came apart ({lengths[n]:.2f} Å)")
+        return self.stable
+
+
+def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bonds between non-metals: first atoms, second atoms, and the length (Å) beyond which each is broken."""
+    from ase.data import covalent_radii
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+
+    first, second = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.1))
+    numbers = atoms.numbers
+    keep = (first < second) & np.isin(numbers[first], _NONMETALS) & np.isin(numbers[second], _NONMETALS)
+    first, second = first[keep], second[keep]
+    longest = 2 * (covalent_radii[numbers[first]] + covalent_radii[numbers[second]])
+    longest[(numbers[first] == 1) | (numbers[second] == 1)] = _DETACHED_HYDROGEN
+    return first, second, longest
+
+
+def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Minimum-image lengths, shape (bonds,), Å."""
+    from ase.geometry import find_mic
+
+    return find_mic(atoms.positions[second] - atoms.positions[first], atoms.cell, atoms.pbc)[1]
+
+
+def _ratio(change: float, spread: float) -> float:
+    """|energy change| over the spread of the kinetic energy; infinite when nothing moves yet energy changes."""
+    if spread == 0.0:
+        return 0.0 if change == 0.0 else float("inf")
+    return float(change / spread)
+
+
+def _progress_bar(total: int, progress: bool | None) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="NVE", unit="sample", disable=not progress)

@@ -1,0 +1,1 @@
+"""Quantizers: weights, the ruler (scalars and magnitudes) and the compass (directions)."""

@@ -1,0 +1,61 @@
+"""The compass: rounding of directions, and the magnitude/direction split of l > 0 features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gaq.codebooks.pyramid import octahedral_quantize, pyramid_quantize
+from gaq.codebooks.tables import nearest_direction
+from gaq.quantizers.ruler import round_linear, round_log_magnitude
+
+__all__ = ["round_vector"]
+
+
+def round_vector(
+    v: Tensor,
+    limit: Tensor,
+    magnitude_top: float,
+    logarithmic: bool,
+    levels: int,
+    table: Tensor,
+    dimension: int,
+) -> Tensor:
+    """Round the magnitude and the direction of vectors separately (magnitude-direction quantization).
+
+    The forward value is ``round(|v|) * round(v / |v|)``. The gradient is straight-through *on the
+    sphere*: writing ``u = v / |v|``, the Jacobian is ``u_q u^T + (m_q / m)(1 - u u^T)``, that is, radial
+    changes pass through the rounded magnitude and tangential ones through the rounded direction (the
+    geometric straight-through estimator of arXiv 2603.05343; the Jacobian is our derivation). A zero
+    vector stays exactly zero and passes gradients unchanged, as there is no direction to project on.
+
+    Args:
+        v: vectors, shape (..., channels, 2 l + 1).
+        limit: largest magnitude of each channel, shape (channels,).
+        magnitude_top: largest magnitude code.
+        logarithmic: spacing of the magnitudes.
+        levels: of the pyramid code, from `gaq.codebooks.pyramid_levels`.
+        table: directions of a tabulated codebook, shape (size, 3), used for l = 1 unless it is empty.
+        dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
+
+    Returns:
+        Rounded vectors, the shape of `v`.
+    """
+    square = (v * v).sum(-1, keepdim=True)
+    present = square > 0
+    magnitude = torch.sqrt(torch.where(present, square, torch.ones_like(square)))
+    direction = v / magnitude
+    vector = v.detach()
+    if dimension != 3:
+        nearest = pyramid_quantize(vector, levels)
+    elif table.numel() > 0:
+        nearest = nearest_direction(table, vector)
+    else:
+        nearest = octahedral_quantize(vector, levels)
+    rounded_direction = direction + (nearest - direction).detach()
+    top = limit.unsqueeze(-1)
+    if logarithmic:
+        rounded_magnitude = round_log_magnitude(magnitude, top, magnitude_top)
+    else:
+        rounded_magnitude = round_linear(magnitude, top, magnitude_top, False)
+    return torch.where(present, rounded_magnitude * rounded_direction, v)

@@ -1,0 +1,219 @@
+"""`FeatureQuantizer`: rounds a tensor of irreps features, scalars by ruler and vectors by compass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaq.codebooks import direction_table, pyramid_levels
+from gaq.config import ScalarConfig, VectorConfig
+from gaq.quantizers.compass import round_vector
+from gaq.quantizers.ruler import round_linear
+from gaq.quantizers.weights import largest_code
+
+__all__ = ["FeatureLayout", "FeatureQuantizer"]
+
+OBSERVER_DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """How irreps lie in the feature axis of a tensor.
+
+    Attributes:
+        pieces: (multiplicity, dimension) of each irrep, in order; adjacent equal dimensions may be
+            merged. A piece that no weight reads may be marked by a negative multiplicity and is passed
+            through.
+        channels_first: False for ``(batch, irreps.dim)`` with the multiplicity outermost within a piece
+            (e3nn's ``mul_ir``); True for ``(batch, channels, sum of dimensions)``.
+    """
+
+    pieces: tuple[tuple[int, int], ...]
+    channels_first: bool = False
+
+
+class FeatureQuantizer(torch.nn.Module):
+    """Rounds features with static ranges, and observes those ranges while told to.
+
+    Ranges are one number a channel (or a tensor), never a batch: a range shared by a batch would couple
+    atoms that do not interact. They are buffers, not persistent, so that a state dict keeps the host's
+    keys; `ranges` and `load_ranges` carry them.
+
+    Args:
+        layout: of the features.
+        scalars: how l = 0 is rounded.
+        vectors: how l > 0 is rounded.
+        headroom: the range is this many times the largest value observed.
+    """
+
+    def __init__(
+        self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float
+    ) -> None:
+        super().__init__()
+        self.channels_first = layout.channels_first
+        merged: list[list[int]] = []
+        for multiplicity, dimension in layout.pieces:
+            same = merged and merged[-1][1] == dimension and (merged[-1][0] > 0) == (multiplicity > 0)
+            if same and not layout.channels_first:
+                merged[-1][0] += multiplicity
+            else:
+                merged.append([multiplicity, dimension])
+        self.multiplicities = [m for m, _ in merged]
+        self.dimensions = [d for _, d in merged]
+        self.round_scalars = scalars.bits is not None
+        self.round_vectors = vectors.magnitude_bits is not None
+        self.scalar_top = float(largest_code(scalars.bits or 16))
+        self.split = vectors.scheme == "mddq"
+        bits = vectors.magnitude_bits or 16
+        # A magnitude has no sign, so its code has one bit more than a component's.
+        self.magnitude_top = float(2**bits - 1) if self.split else float(largest_code(bits))
+        self.logarithmic = vectors.magnitude == "log"
+        self.levels = pyramid_levels(vectors.direction_bits)
+        self.one_scalar_range = scalars.granularity == "per_tensor"
+        self.one_vector_range = vectors.granularity == "per_tensor"
+        self.headroom = headroom
+        self.scalars_enabled = True
+        self.vectors_enabled = True
+        self.vector_range_factor = 1.0
+        self.observing = False
+        self.decay = OBSERVER_DECAY
+        self.note = ", ".join(
+            text
+            for text, wanted in (
+                (f"l=0: {scalars.bits} bits", self.round_scalars and 1 in self.dimensions),
+                (
+                    f"l>0: {vectors.magnitude_bits} bits"
+                    + (f" + 2x{vectors.direction_bits} {vectors.codebook}" if self.split else " a component"),
+                    self.round_vectors and any(d > 1 for d in self.dimensions),
+                ),
+            )
+            if wanted
+        )
+        channels = sum(abs(m) for m in self.multiplicities)
+        self.register_buffer("observed", torch.zeros(channels), persistent=False)
+        self.register_buffer("limit", torch.ones(channels), persistent=False)
+        table = torch.zeros(0)
+        if self.split and self.round_vectors and vectors.codebook != "octahedral":
+            table = direction_table(
+                vectors.codebook, vectors.direction_bits, torch.float64, torch.device("cpu")
+            ).clone()
+        self.register_buffer("direction_table", table, persistent=False)
+
+    @torch.jit.unused
+    def describe(self) -> str:
+        """How the features are rounded, in a few words."""
+        return self.note
+
+    @torch.jit.unused
+    def start_observing(self) -> None:
+        """Forget the ranges and take the largest sizes from now on."""
+        self.observed = torch.zeros_like(self.observed)
+        self.decay = 1.0
+        self.observing = True
+
+    @torch.jit.unused
+    def ranges(self) -> Tensor:
+        """The largest size observed of each channel, shape (channels,), on CPU."""
+        return self.observed.detach().float().cpu().clone()
+
+    @torch.jit.unused
+    def load_ranges(self, observed: Tensor) -> None:
+        """Set the observed sizes and derive the ranges from them.
+
+        Raises:
+            ValueError: if the number of channels differs and is no multiple of this layer's (a
+                multiple is what remains when one head of several is cut out).
+        """
+        n = self.observed.numel()
+        if observed.numel() != n:
+            if observed.numel() % n:
+                raise ValueError(f"ranges for {observed.numel()} channels do not fit a layer of {n} channels.")
+            observed = observed.reshape(-1, n).amax(0)
+        self.observed = observed.detach().to(self.limit.device, self.limit.dtype).clone()
+        self.update_limits()
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def update_limits(self) -> None:
+        """Ranges from what was observed.
+
+        A channel that was silent in the calibration set may speak later: it gets 1/64 of the largest
+        range of its piece rather than none.
+        """
+        limits = []
+        start = 0
+        for multiplicity in self.multiplicities:
+            piece = self.observed[start : start + abs(multiplicity)]
+            start += abs(multiplicity)
+            limits.append(torch.maximum(piece, piece.max() / 64.0))
+        limit = torch.cat(limits) * self.headroom
+        limit = torch.where(limit > 0, limit, torch.ones_like(limit))
+        is_scalar = torch.cat(
+            [torch.full((abs(m),), d == 1) for m, d in zip(self.multiplicities, self.dimensions, strict=True)]
+        ).to(limit.device)
+        if self.one_scalar_range and self.one_vector_range:
+            limit = torch.full_like(limit, float(limit.max()))
+        elif self.one_scalar_range and bool(is_scalar.any()):
+            limit = torch.where(is_scalar, limit[is_scalar].max(), limit)
+        elif self.one_vector_range and bool((~is_scalar).any()):
+            limit = torch.where(is_scalar, limit, limit[~is_scalar].max())
+        self.limit = limit
+
+    def _piece(self, x: Tensor, start: int, multiplicity: int, dimension: int) -> Tensor:
+        if self.channels_first:
+            return x[:, :, start : start + dimension]
+        return x[:, start : start + multiplicity * dimension].reshape(-1, multiplicity, dimension)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take note of the largest sizes in a batch: a maximum that forgets slowly."""
+        if x.numel() == 0:
+            return
+        sizes = []
+        start = 0
+        for m, d in zip(self.multiplicities, self.dimensions, strict=True):
+            m = abs(m)
+            piece = self._piece(x.detach(), start, m, d)
+            start += d if self.channels_first else m * d
+            size = piece.norm(dim=-1) if self.split and d > 1 else piece.abs().amax(-1)
+            sizes.append(size.amax(0))
+        size = torch.cat(sizes).to(self.observed.dtype)
+        self.observed = torch.maximum(size, self.observed * self.decay)
+        self.update_limits()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounded features, shape and dtype of `x`."""
+        if self.observing:
+            self.observe(x)
+        parts: list[Tensor] = []
+        start = 0
+        channel = 0
+        for multiplicity, dimension in zip(self.multiplicities, self.dimensions):  # noqa: B905 (scripted)
+            m = abs(multiplicity)
+            piece = self._piece(x, start, m, dimension)
+            limit = self.limit[channel : channel + m].to(x.dtype)
+            start += dimension if self.channels_first else m * dimension
+            channel += m
+            if multiplicity > 0:
+                if dimension == 1:
+                    if self.round_scalars and self.scalars_enabled:
+                        piece = round_linear(piece, limit.unsqueeze(-1), self.scalar_top, True)
+                elif self.round_vectors and self.vectors_enabled:
+                    limit = limit * self.vector_range_factor
+                    if self.split:
+                        piece = round_vector(
+                            piece,
+                            limit,
+                            self.magnitude_top,
+                            self.logarithmic,
+                            self.levels,
+                            self.direction_table.to(x.dtype),
+                            dimension,
+                        )
+                    else:
+                        piece = round_linear(piece, limit.unsqueeze(-1), self.magnitude_top, True)
+            parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
+        return torch.cat(parts, -1)

@@ -1,0 +1,57 @@
+"""What software and hardware a measurement was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("gaq", "torch", "numpy", "ase", "mace-torch", "nequip", "e3nn")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of those packages that matter here and are installed, by distribution name."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: ``cpu``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
+
+    ``torch_threads`` is None without torch; ``gpu`` is None without a CUDA device.
+    """
+    threads, gpu = None, None
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        threads = torch.get_num_threads()
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_name()
+    return {"cpu": _cpu_name(), "cores": _usable_cores(), "torch_threads": threads, "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,82 @@
+"""Plain-text and Markdown tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MISSING = "–"
+
+
+def format_number(value: Any) -> str:
+    """A cell's text: three significant digits for floats, separators for large integers, a dash for None."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        if value == 0 or 1e-3 <= abs(value) < 1e5:
+            digits = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+            return f"{value:,.{digits}f}"
+        return f"{value:.2e}"
+    return str(value)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+    """Aligned plain text; numbers to the right, text to the left.
+
+    Args:
+        rows: one mapping a row; a key a row lacks, or None, prints as a dash.
+        columns: keys in order, or a mapping from key to heading.
+
+    Returns:
+        The table: a heading, a rule and the rows, without a final newline.
+    """
+    headings, cells, numeric = _cells(rows, columns)
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headings), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+    """The same table in Markdown.
+
+    Args:
+        rows: one mapping a row; a key a row lacks, or None, prints as a dash.
+        columns: keys in order, or a mapping from key to heading.
+
+    Returns:
+        A pipe table without a final newline.
+    """
+    headings, cells, numeric = _cells(rows, columns)
+    rule = ["---:" if right else "---" for right in numeric]
+    lines = [headings, rule, *([text.replace("|", "\\|") for text in row] for row in cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
+) -> tuple[list[str], list[list[str]], list[bool]]:
+    """Headings, texts, and which columns hold numbers only."""
+    keys = list(columns)
+    headings = list(columns.values()) if isinstance(columns, Mapping) else keys
+    cells = [[format_number(row.get(key)) for key in keys] for row in rows]
+    numeric = []
+    for key in keys:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        numeric.append(
+            bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        )
+    return headings, cells, numeric

@@ -1,0 +1,43 @@
+"""The table of a quantized model, a row a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SummaryRow", "format_rows"]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One module as `gaq inspect` shows it.
+
+    Attributes:
+        name: full module name.
+        irreps: input and output.
+        weights: bits of its weights, '-' if in float or absent.
+        inputs: how its input is rounded.
+        scale: smallest and largest weight scale.
+        bytes: its weights take in a file.
+        status: ``rounded``, ``in training``, ``float`` with the reason, ...
+    """
+
+    name: str
+    irreps: str
+    weights: str
+    inputs: str
+    scale: str
+    bytes: int
+    status: str
+
+
+def format_rows(rows: list[SummaryRow]) -> str:
+    """Aligned plain text, with a header and a total."""
+    header = ("module", "irreps", "weights", "inputs", "scales", "bytes", "status")
+    cells = [(r.name, r.irreps, r.weights, r.inputs, r.scale, str(r.bytes), r.status) for r in rows]
+    cells.append(("total", "", "", "", "", str(sum(r.bytes for r in rows)), ""))
+    shortened = [tuple(c if len(c) <= 48 else c[:45] + "..." for c in row[:-1]) + (row[-1],) for row in cells]
+    widths = [max(len(header[i]), *(len(row[i]) for row in shortened)) for i in range(len(header))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+             for row in (header, *shortened)]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""What torch runs when it is imported: a finder that waits for a few MACE modules.
+
+MACE has no plugin system and its command refuses unknown keys. torch imports every entry point of the
+group ``torch.backends`` on its own import, which happens before MACE's modules are loaded. This file must
+stay tiny and must never raise: an exception here would break ``import torch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+TARGETS = (
+    "mace.modules.models",
+    "mace.tools.arg_parser",
+    "mace.tools.scripts_utils",
+    "mace.tools.tables_utils",
+    "mace.tools.train",
+)
+
+
+class _PatchingLoader(Loader):
+    """Loads a module as usual, then hands it to `gaq_mace._patches`."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)  # type: ignore[no-any-return]
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.inner.exec_module(module)
+        from gaq_mace._patches import apply
+
+        apply(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in TARGETS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PatchingLoader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """Entry point of the group ``torch.backends``."""
+    try:
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+    except Exception as error:
+        print(f"gaq: the MACE hook could not be installed ({error}); use gaq_mace_train.", file=sys.stderr)

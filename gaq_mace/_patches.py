@@ -1,0 +1,183 @@
+"""What the hook changes in MACE, and nothing else.
+
+==========================  ==============================================================
+``build_default_arg_parser``  learns ``--quantization`` and refuses what cannot go with it
+``get_params_options``        the last point before the optimizer: quantizers are inserted
+``train``                     activation ranges are calibrated before the first epoch
+``train_one_epoch``           the schedule of the branches; the equivariance loss
+``create_error_table``        prints the same weights without quantization beside the table
+``MACE.__setstate__``         a packed file gets its quantizers back on load
+==========================  ==============================================================
+
+Without the key ``quantization`` each of them is the original. Imports stay inside the functions: this
+module is loaded while MACE's own are half imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from types import ModuleType
+from typing import Any
+
+_DONE = "__gaq_patched__"
+
+
+def apply(module: ModuleType) -> None:
+    """Patch one of the modules named in `gaq_mace._autoload.TARGETS`, once."""
+    if getattr(module, _DONE, False):
+        return
+    _PATCHES[module.__name__](module)
+    setattr(module, _DONE, True)
+
+
+def ensure_installed() -> None:
+    """Patch MACE now, whether or not torch's autoload ran (it can be switched off)."""
+    from importlib import import_module
+
+    from gaq_mace._autoload import TARGETS
+
+    import_module("mace")
+    for name in TARGETS:
+        module = import_module(name)
+        apply(module)
+    # `mace.tools` re-exports some names, bound before a late patch.
+    tools: Any = sys.modules["mace.tools"]
+    tools.build_default_arg_parser = sys.modules["mace.tools.arg_parser"].build_default_arg_parser  # type: ignore[attr-defined]
+    tools.train = sys.modules["mace.tools.train"].train  # type: ignore[attr-defined]
+    runner: Any = sys.modules.get("mace.cli.run_train")
+    if runner is not None:
+        runner.get_params_options = sys.modules["mace.tools.scripts_utils"].get_params_options  # type: ignore[attr-defined]
+        runner.create_error_table = sys.modules["mace.tools.tables_utils"].create_error_table  # type: ignore[attr-defined]
+
+
+def is_installed() -> bool:
+    """Whether the MACE modules loaded so far are patched."""
+    from gaq_mace._autoload import TARGETS
+
+    return all(getattr(sys.modules[name], _DONE, False) for name in TARGETS if name in sys.modules)
+
+
+def quantization_argument(text: str) -> str:
+    """Check the value of ``--quantization``; argparse turns the error into its own."""
+    from gaq.config import ConfigError, parse_config
+
+    try:
+        parse_config(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+INCOMPATIBLE = {
+    "enable_cueq": "cuEquivariance replaces the modules to be quantized, and MACE rebuilds the model at the end",
+    "only_cueq": "cuEquivariance replaces the modules to be quantized",
+    "enable_oeq": "OpenEquivariance replaces the modules to be quantized, and MACE rebuilds the model at the end",
+    "lora": "rounding the two parts of a LoRA layer is not rounding their sum",
+}
+SUPPORTED_MODELS = ("MACE", "ScaleShiftMACE")
+
+
+def _patch_arg_parser(module: Any) -> None:
+    original = module.build_default_arg_parser
+
+    @functools.wraps(original)
+    def build_default_arg_parser() -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = original()
+        parser.add_argument(
+            "--quantization",
+            type=quantization_argument,
+            default=None,
+            env_var="GAQ_QUANTIZATION",
+            help="quantization by gaq: a preset (gaq, w8, w4, ...) or a mapping",
+        )
+        parse = parser.parse_args
+
+        def parse_args(*args: Any, **kwargs: Any) -> argparse.Namespace:
+            namespace = parse(*args, **kwargs)
+            if namespace.quantization is not None:
+                for option, reason in INCOMPATIBLE.items():
+                    if getattr(namespace, option, False):
+                        parser.error(f"quantization cannot be combined with {option}: {reason}. Remove {option}.")
+                if namespace.model not in SUPPORTED_MODELS:
+                    parser.error(
+                        f"quantization does not support model: {namespace.model}; "
+                        f"supported are {' and '.join(SUPPORTED_MODELS)}."
+                    )
+            return namespace
+
+        parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+        return parser
+
+    module.build_default_arg_parser = build_default_arg_parser
+
+
+def _patch_scripts_utils(module: Any) -> None:
+    original = module.get_params_options
+
+    @functools.wraps(original)
+    def get_params_options(args: argparse.Namespace, model: Any) -> Any:
+        spec = getattr(args, "quantization", None)
+        if spec is not None:
+            from gaq_mace.training import start
+
+            start(model, spec)
+        return original(args, model)
+
+    module.get_params_options = get_params_options
+
+
+def _patch_train(module: Any) -> None:
+    original_train = module.train
+    original_epoch = module.train_one_epoch
+
+    @functools.wraps(original_train)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        from gaq_mace import training
+
+        return training.run(original_train, *args, **kwargs)
+
+    @functools.wraps(original_epoch)
+    def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
+        from gaq_mace import training
+
+        return training.run_epoch(original_epoch, *args, **kwargs)
+
+    module.train = train
+    module.train_one_epoch = train_one_epoch
+
+
+def _patch_tables(module: Any) -> None:
+    original = module.create_error_table
+
+    @functools.wraps(original)
+    def create_error_table(*args: Any, **kwargs: Any) -> Any:
+        from gaq_mace import training
+
+        return training.error_table(original, *args, **kwargs)
+
+    module.create_error_table = create_error_table
+
+
+def _patch_models(module: Any) -> None:
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        import torch
+
+        torch.nn.Module.__setstate__(self, state)
+        payload = self.__dict__.pop("gaq_packed", None)
+        if payload is not None:
+            from gaq_mace.files import restore_from_pickle
+
+            restore_from_pickle(self, payload)
+
+    module.MACE.__setstate__ = __setstate__
+
+
+_PATCHES = {
+    "mace.modules.models": _patch_models,
+    "mace.tools.arg_parser": _patch_arg_parser,
+    "mace.tools.scripts_utils": _patch_scripts_utils,
+    "mace.tools.tables_utils": _patch_tables,
+    "mace.tools.train": _patch_train,
+}

@@ -1,0 +1,450 @@
+"""Packed model files: a `.model` that stock MACE loads, and a `.safetensors` that runs no code.
+
+A stock `.model` is a pickle of the whole module: dense Clebsch-Gordan buffers, TorchScript archives and
+float weights. A packed one is a pickle of *how to build it*: the constructor of `ScaleShiftMACE` with its
+configuration, then ``load_state_dict`` with weights computed as ``codes * scale``. Every callable in it
+belongs to Python, torch, e3nn or MACE, so it loads where this package is not installed, as the plain MACE
+model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
+(see `gaq_mace._patches`) puts the activation quantizers back.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from e3nn import o3
+from mace.modules import gate_dict, interaction_classes, readout_classes
+from mace.modules import models as mace_models
+from mace.tools.scripts_utils import extract_config_mace_model
+from torch import Tensor
+
+from gaq.packing import pack, unpack
+from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
+from gaq_mace.model import (
+    FixedWeight,
+    ModelFileError,
+    _layouts,
+    check_format,
+    feature_quantizers,
+    is_quantized,
+    meta_of,
+    quantized_weights,
+    restore,
+    weight_quantizers,
+)
+
+__all__ = ["ModelFileError", "load", "reduce_packed", "reduce_stock", "restore_from_pickle", "save"]
+
+STATE_KEY = "gaq_packed"
+"""Attribute under which a packed pickle hands its state to the model it has built."""
+
+
+class Call:
+    """Pickles as ``function(*arguments)``: the result, not this object, is what a reader gets.
+
+    One object that occurs twice is called once.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function = function
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def _method(name: str, *arguments: Any) -> operator.methodcaller:
+    return operator.methodcaller(name, *arguments)
+
+
+def model_config(model: torch.nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a MACE model, with arrays as lists and irreps as text.
+
+    Raises:
+        ModelFileError: if the interactions differ in a number the constructor takes only once.
+    """
+    config = extract_config_mace_model(model)
+    if "error" in config:
+        raise ModelFileError(str(config["error"]))
+    neighbors = {float(block.avg_num_neighbors) for block in model.interactions}  # type: ignore[union-attr]
+    if len(neighbors) > 1:
+        raise ModelFileError(f"the interactions differ in avg_num_neighbors ({sorted(neighbors)}); cannot be packed.")
+    for key in ("cueq_config", "oeq_config"):
+        config.pop(key, None)
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, np.ndarray | Tensor):
+            value = value.tolist()
+        elif isinstance(value, np.generic):
+            value = value.item()
+        plain[key] = value
+    plain["avg_num_neighbors"] = float(plain["avg_num_neighbors"])
+    return plain
+
+
+def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.set_default_dtype(dtype)
+            return mace_models.ScaleShiftMACE(**config)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@dataclass
+class Packed:
+    """A quantized model taken apart.
+
+    Attributes:
+        meta: plain data: versions, configuration, digest.
+        config: constructor arguments.
+        dtype: of the model.
+        quantized: codes and scales by parameter name.
+        plain: every other tensor of the state that the constructor does not make by itself.
+        ranges: observed sizes by site name.
+        ratios: range ratios of the weights of a model in training.
+    """
+
+    meta: dict[str, Any]
+    config: dict[str, Any]
+    dtype: torch.dtype
+    quantized: dict[str, QuantizedTensor]
+    plain: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    ratios: dict[str, Tensor]
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """A checksum of all tensors that are not derived from the configuration."""
+    summary = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        data = tensor.float() if tensor.is_floating_point() else tensor
+        summary.update(name.encode())
+        summary.update(data.contiguous().numpy().tobytes())
+    return summary.hexdigest()
+
+
+def take_apart(model: torch.nn.Module) -> Packed:
+    """What a file of this model has to hold."""
+    config = model_config(model)
+    dtype = _dtype(model)
+    quantized = quantized_weights(model)
+    made = build(config, dtype).state_dict()
+    plain = {}
+    for name, tensor in model.state_dict().items():
+        if name == "_extra_state" or name in quantized:
+            continue
+        value = tensor.detach().cpu()
+        if name not in made or not torch.equal(made[name], value):
+            plain[name] = value.clone()
+    parameters = {name for name, _ in model.named_parameters()}
+    meta = meta_of(model)
+    # Packing rounds the weights: whoever reads the file gets a converted model.
+    meta["status"] = "converted"
+    weights = {name: q.dequantize() for name, q in quantized.items()}
+    meta["digest"] = digest({**weights, **{k: v for k, v in plain.items() if k in parameters}})
+    meta["checked"] = sorted([*weights, *(k for k in plain if k in parameters)])
+    ranges = {name: q.ranges() for name, q in feature_quantizers(model).items()}
+    ratios = {name: q.range_ratio.detach().cpu() for name, q in weight_quantizers(model).items()}
+    return Packed(meta, config, dtype, quantized, plain, ranges, ratios)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = []
+    size = 1
+    for n in reversed(shape):
+        strides.append(size)
+        size *= n
+    return tuple(reversed(strides))
+
+
+class _Pool:
+    """One byte buffer of codes of one width, and the expression that turns it into integers."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.parts: list[Tensor] = []
+        self.length = 0
+
+    def add(self, codes: Tensor) -> int:
+        offset = self.length
+        self.parts.append(codes.reshape(-1))
+        self.length += codes.numel()
+        return offset
+
+    def expression(self) -> Any:
+        """Integers as the reader will compute them, from bytes and stock functions only."""
+        codes = torch.cat(self.parts)
+        data = pack(codes, self.bits)
+        if self.bits == 4:
+            low = Call(operator.and_, data, 15)
+            high = Call(operator.rshift, data, 4)
+            nibbles = Call(_method("flatten"), Call(torch.stack, (low, high), 1))
+            return Call(operator.sub, Call(operator.xor, Call(_method("char"), nibbles), 8), 8)
+        planes = data.view(torch.int8)
+        if self.bits == 8:
+            return planes
+        high = Call(_method("short"), planes[: self.length].clone())
+        return Call(operator.add, Call(operator.mul, high, 256), planes[self.length :].clone())
+
+
+def _pool_bits(bits: int) -> int:
+    return 4 if bits <= 4 else 8 if bits <= 8 else 16
+
+
+def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
+    """The value of ``__reduce_ex__`` that stores a quantized model packed."""
+    packed = take_apart(model)
+    pools = {bits: _Pool(bits) for bits in (4, 8, 16)}
+    scales: dict[torch.dtype, list[Tensor]] = {torch.bfloat16: [], torch.float32: []}
+    placed: dict[str, tuple[int, int, torch.dtype, int]] = {}
+    for name, tensor in packed.quantized.items():
+        bits = _pool_bits(tensor.bits)
+        kind = torch.bfloat16 if tensor.bits <= 8 else torch.float32
+        start = sum(t.numel() for t in scales[kind])
+        scales[kind].append(tensor.scale.to(kind))
+        placed[name] = (bits, pools[bits].add(tensor.codes), kind, start)
+    codes = {bits: pool.expression() for bits, pool in pools.items() if pool.length}
+    scale = {kind: Call(_method("float"), torch.cat(parts)) for kind, parts in scales.items() if parts}
+
+    state: dict[str, Any] = {}
+    fixed: dict[str, tuple[Any, ...]] = {}
+    for name, tensor in packed.quantized.items():
+        bits, offset, kind, start = placed[name]
+        pieces = []
+        for segment in tensor.layout.segments(tensor.granularity, tensor.group_size):
+            integers = Call(
+                _method("as_strided", segment.shape, _strides(segment.shape), offset + segment.offset), codes[bits]
+            )
+            step_shape = segment.scale_shape
+            if len(step_shape) == 1 and len(segment.shape) > 1:
+                step_shape = (1,) * len(segment.shape)
+            step = Call(_method("as_strided", step_shape, _strides(step_shape), start + segment.scale_offset), scale[kind])
+            pieces.append(Call(_method("flatten"), Call(operator.mul, integers, step)))
+        flat = pieces[0] if len(pieces) == 1 else Call(torch.cat, pieces)
+        state[name] = Call(_method("view", tuple(tensor.codes.shape)), flat)
+        own = Call(_method("narrow", 0, start, tensor.scale.numel()), scale[kind])
+        fixed[name] = (tensor.bits, tensor.granularity, tensor.group_size, own)
+    state.update(packed.plain)
+
+    arguments = {
+        key: Call(o3.Irreps, str(value)) if isinstance(value, o3.Irreps) else value
+        for key, value in packed.config.items()
+    }
+    # In this order: the model is made in its own dtype, and the reader's dtype and random numbers are
+    # put back afterwards.
+    before_dtype = Call(torch.get_default_dtype)
+    before_random = Call(torch.get_rng_state)
+    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)
+    made = Call(constructor)
+    steps = (
+        before_dtype,
+        before_random,
+        Call(torch.set_default_dtype, packed.dtype),
+        made,
+        Call(torch.set_default_dtype, before_dtype),
+        Call(torch.set_rng_state, before_random),
+        Call(functools.partial(torch.nn.Module.load_state_dict, strict=False), made, state),
+    )
+    payload = {"meta": packed.meta, "ranges": packed.ranges, "weights": fixed}
+    return operator.itemgetter(3), (steps,), {STATE_KEY: payload}
+
+
+def reduce_stock(model: torch.nn.Module, stock: type) -> tuple[Any, ...]:
+    """The value of ``__reduce_ex__`` of a model that is not quantized: that of the stock class."""
+    import copyreg
+
+    return copyreg.__newobj__, (stock,), model.__dict__  # type: ignore[attr-defined]
+
+
+def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
+    """Check the tensors of a model against the checksum stored with it.
+
+    Raises:
+        ModelFileError: if they differ: the file was altered or damaged.
+    """
+    state = model.state_dict()
+    if "digest" in meta and digest({k: state[k] for k in meta["checked"] if k in state}) != meta["digest"]:
+        raise ModelFileError(
+            "the weights in this file do not match the checksum stored with them: it was altered or damaged. "
+            "Quantize the float model again."
+        )
+
+
+def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None:
+    """Called at the end of unpickling where this package is installed: put the quantizers back."""
+    meta = dict(payload["meta"])
+    check_format(meta)
+    verify(model, meta)
+    weights = {name: FixedWeight(b, g, n, scale) for name, (b, g, n, scale) in payload["weights"].items()}
+    restore(model, meta, payload["ranges"], weights)
+
+
+def save(model: torch.nn.Module, path: str | Path) -> None:
+    """Write a quantized model, packed.
+
+    Args:
+        model: a quantized model, in training or converted (the file always holds rounded weights).
+        path: ``*.safetensors`` for the form that runs no code on load, anything else for the pickle that
+            stock MACE loads. Nothing is left behind if writing fails.
+
+    Raises:
+        ValueError: if the model is not quantized.
+    """
+    if not is_quantized(model):
+        raise ValueError("this model is not quantized: save it with torch.save, or quantize it first.")
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        if path.suffix == ".safetensors":
+            _save_safetensors(take_apart(model), part)
+        else:
+            torch.save(model, part)
+            _deflate(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _deflate(path: Path) -> None:
+    """Compress the entries of a torch archive in place; torch.load reads them either way."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+
+
+_NAMES: dict[str, dict[str, Any]] = {
+    "interaction_cls": interaction_classes,
+    "interaction_cls_first": interaction_classes,
+    "readout_cls": readout_classes,
+    "gate": gate_dict,
+}
+
+
+def _config_to_json(config: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NAMES and value is not None:
+            names = [name for name, known in _NAMES[key].items() if known is value]
+            if not names:
+                raise ModelFileError(f"{key} {value!r} is not one of MACE's own, so it cannot be stored by name.")
+            value = names[0]
+        elif isinstance(value, o3.Irreps):
+            value = {"irreps": str(value)}
+        plain[key] = value
+    return plain
+
+
+def _config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key in _NAMES and value is not None:
+            if value not in _NAMES[key]:
+                raise ModelFileError(f"{key}: this MACE does not know {value!r}; install the version that wrote the file.")
+            value = _NAMES[key][value]
+        elif isinstance(value, dict) and set(value) == {"irreps"}:
+            value = o3.Irreps(value["irreps"])
+        config[key] = value
+    return config
+
+
+def _save_safetensors(packed: Packed, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {f"plain:{name}": t.contiguous() for name, t in packed.plain.items()}
+    table = {}
+    for name, q in packed.quantized.items():
+        tensors[f"codes:{name}"] = pack(q.codes, _pool_bits(q.bits))
+        tensors[f"scale:{name}"] = q.scale.to(torch.bfloat16) if q.bits <= 8 else q.scale
+        table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
+    tensors.update({f"range:{name}": t for name, t in packed.ranges.items()})
+    header = {
+        "meta": packed.meta,
+        "config": _config_to_json(packed.config),
+        "dtype": str(packed.dtype).removeprefix("torch."),
+        "weights": table,
+    }
+    save_file(tensors, path, metadata={"gaq": json.dumps(header)})
+
+
+def _load_safetensors(path: Path) -> torch.nn.Module:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path}: truncated, or not a safetensors file ({error}).") from error
+    if "gaq" not in metadata:
+        raise ModelFileError(f"{path}: a safetensors file, but not one written by gaq.")
+    header = json.loads(metadata["gaq"])
+    check_format(header["meta"], str(path))
+    model = build(_config_from_json(header["config"]), getattr(torch, header["dtype"]))
+    layouts = _layouts(model)
+    state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
+    weights = {}
+    for name, (bits, granularity, group_size, shape) in header["weights"].items():
+        codes = unpack(tensors[f"codes:{name}"], _pool_bits(bits), shape)
+        scale = tensors[f"scale:{name}"].float()
+        layout: WeightLayout = layouts[name]
+        state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))
+        weights[name] = FixedWeight(bits, granularity, group_size, scale)
+    model.load_state_dict(state, strict=False)
+    verify(model, header["meta"])
+    ranges = {key.removeprefix("range:"): t for key, t in tensors.items() if key.startswith("range:")}
+    return restore(model, header["meta"], ranges, weights)
+
+
+def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    """Load a MACE model, stock or quantized, from a ``.model`` or ``.safetensors`` file.
+
+    A ``.model`` is a pickle: loading one runs what is in it. Use safetensors for files from strangers.
+
+    Raises:
+        ModelFileError: for a file that is missing, truncated, altered, of another kind, or written by a
+            later version.
+    """
+    from gaq_mace._patches import ensure_installed
+
+    ensure_installed()
+    path = Path(path)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file.")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path).to(device)
+    try:
+        model = torch.load(path, map_location=device, weights_only=False)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({first}).") from error
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelFileError(
+            f"{path}: a compiled (TorchScript) model; give the .model file that mace_run_train writes beside it."
+        )
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "interactions"):
+        raise ModelFileError(f"{path}: holds a {type(model).__name__}, not a MACE model.")
+    return model.to(device)

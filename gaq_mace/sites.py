@@ -1,0 +1,224 @@
+"""Which modules of a MACE model can be quantized, and how their weights and inputs are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
+import torch
+from e3nn import o3
+from e3nn.nn._fc import _Layer
+from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
+
+from gaq.quantizers.features import FeatureLayout
+from gaq.quantizers.weights import Block, WeightLayout
+
+__all__ = ["Site", "WeightSite", "bystanders", "find_sites"]
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One weight tensor of a site.
+
+    Attributes:
+        owner: name, relative to the site, of the module that holds the parameter ('' for itself).
+        parameter: attribute path of the parameter within the owner, for example ``weights.0``.
+        layout: of the parameter.
+    """
+
+    owner: str
+    parameter: str
+    layout: WeightLayout
+
+    @property
+    def path(self) -> str:
+        """Name of the parameter relative to the site."""
+        return f"{self.owner}.{self.parameter}" if self.owner else self.parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that carries weights.
+
+    Attributes:
+        name: full module name.
+        module: the module.
+        kind: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``
+            or ``dense`` (`torch.nn.Linear`).
+        weights: its weight tensors.
+        features: layout of its input, None where the input is not rounded.
+        input_note: why the input is not rounded, or what it is.
+        sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
+        radial: whether it acts on edges, before the tensor product.
+        irreps: input and output, for display.
+    """
+
+    name: str
+    module: torch.nn.Module
+    kind: str
+    weights: tuple[WeightSite, ...]
+    features: FeatureLayout | None
+    input_note: str
+    sensitive: bool
+    radial: bool
+    irreps: str
+
+
+POSITION_FREE = "does not depend on positions"
+RADIAL = "radial network: a function of distance alone, kept smooth"
+
+
+def _linear_layout(module: o3.Linear) -> WeightLayout:
+    blocks = []
+    offset = 0
+    for instruction in module.instructions:
+        if instruction.i_in == -1 or 0 in instruction.path_shape:
+            continue
+        blocks.append(Block(offset, tuple(instruction.path_shape), 0))
+        offset += math.prod(instruction.path_shape)
+    return WeightLayout(tuple(module.weight.shape), tuple(blocks))
+
+
+def _tensor_product_layout(module: o3.TensorProduct) -> WeightLayout:
+    blocks = []
+    offset = 0
+    for instruction in module.instructions:
+        if not instruction.has_weight:
+            continue
+        blocks.append(Block(offset, tuple(instruction.path_shape), 0))
+        offset += math.prod(instruction.path_shape)
+    return WeightLayout(tuple(module.weight.shape), tuple(blocks))
+
+
+def _pieces(irreps: o3.Irreps, used: set[int] | None = None) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        (mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0
+    )
+
+
+def _contraction_weights(module: SymmetricContraction) -> tuple[WeightSite, ...]:
+    sites = []
+    for i, contraction in enumerate(module.contractions):
+        owner = f"contractions.{i}"
+        named = [("weights_max", contraction.weights_max)]
+        named += [(f"weights.{k}", weight) for k, weight in enumerate(contraction.weights)]
+        for name, weight in named:
+            if weight.requires_grad or bool((weight != 0).any()):
+                # (elements, paths, channels): one scale for each element and path.
+                sites.append(WeightSite(owner, name, WeightLayout.single(weight.shape, input_axis=2)))
+    return tuple(sites)
+
+
+def _is_position_free(name: str, model: torch.nn.Module) -> bool:
+    """Whether the input of a module is made of species (and global) embeddings only."""
+    if name.startswith(("node_embedding", "joint_embedding", "embedding_readout")):
+        return True
+    if not name.startswith("interactions.0."):
+        return False
+    block = type(model.interactions[0]).__name__
+    leaf = name.removeprefix("interactions.0.")
+    reads_node_feats = {"linear_up", "linear_down", "skip_linear", "linear_res", "source_embedding", "target_embedding"}
+    return leaf in reads_node_feats or (leaf == "skip_tp" and "Residual" in block)
+
+
+def find_sites(model: torch.nn.Module) -> list[Site]:
+    """Every weight-carrying module of a MACE model, in order."""
+    sites: list[Site] = []
+    inside_contraction: set[str] = set()
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside_contraction):
+            continue
+        radial = ".conv_tp_weights" in name or ".density_fn" in name
+        leaf = name.rsplit(".", 1)[-1]
+        first_radial = radial and leaf in ("layer0", "0")
+        sensitive = name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial
+        weights: tuple[WeightSite, ...]
+        features: FeatureLayout | None
+        if isinstance(module, SymmetricContraction):
+            inside_contraction.add(name + ".")
+            weights = _contraction_weights(module)
+            features = FeatureLayout(
+                tuple((_channels(module), ir.dim) for _, ir in module.irreps_in), channels_first=True
+            )
+            kind, irreps = "contraction", f"{module.irreps_in} -> {module.irreps_out}"
+        elif isinstance(module, o3.Linear) and isinstance(module.weight, torch.nn.Parameter):
+            layout = _linear_layout(module)
+            if not layout.blocks:
+                continue
+            if name.startswith("node_embedding"):
+                # The input picks one row, so a row and not a column is what shares an error.
+                layout = WeightLayout(layout.shape, tuple(Block(b.offset, b.shape, 1) for b in layout.blocks))
+            weights = (WeightSite("", "weight", layout),)
+            used = {ins.i_in for ins in module.instructions if ins.i_in != -1}
+            features = FeatureLayout(_pieces(module.irreps_in, used))
+            kind, irreps = "linear", f"{module.irreps_in} -> {module.irreps_out}"
+        elif isinstance(module, o3.TensorProduct) and isinstance(module.weight, torch.nn.Parameter):
+            layout = _tensor_product_layout(module)
+            if not layout.blocks:
+                continue
+            weights = (WeightSite("", "weight", layout),)
+            used = {ins.i_in1 for ins in module.instructions}
+            features = FeatureLayout(_pieces(module.irreps_in1, used))
+            kind, irreps = "tensor_product", f"{module.irreps_in1} x {module.irreps_in2} -> {module.irreps_out}"
+        elif isinstance(module, _Layer):
+            weights = (WeightSite("", "weight", WeightLayout.single(module.weight.shape, 0)),)
+            features = FeatureLayout(((int(module.h_in), 1),))
+            kind, irreps = "layer", f"{int(module.h_in)} -> {int(module.h_out)}"
+        elif isinstance(module, torch.nn.Linear):
+            weights = (WeightSite("", "weight", WeightLayout.single(module.weight.shape, 1)),)
+            features = FeatureLayout(((module.in_features, 1),))
+            kind, irreps = "dense", f"{module.in_features} -> {module.out_features}"
+        else:
+            continue
+        note = "rounded where the preset says so"
+        if _is_position_free(name, model):
+            features, note = None, POSITION_FREE
+        elif radial:
+            note = RADIAL
+        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps))
+    return sites
+
+
+def _channels(module: SymmetricContraction) -> int:
+    return int(module.irreps_in.count((0, 1)))
+
+
+@dataclass(frozen=True)
+class Bystander:
+    """A module that is not quantized, and why."""
+
+    name: str
+    kind: str
+    reason: str
+    parameters: int = field(default=0)
+
+
+_REASONS = {
+    "conv_tp": "no weights of its own: its weights come from the radial network",
+    "spherical_harmonics": "no weights",
+    "radial_embedding": "analytic functions of distance: rounding them would break the forces",
+    "atomic_energies_fn": "one energy per element, kept exact: they set the zero of the energy",
+    "scale_shift": "two numbers, kept exact",
+    "pair_repulsion_fn": "analytic repulsion, kept exact",
+    "reshape": "no weights",
+    "non_linearity": "no weights",
+    "equivariant_nonlin": "no weights",
+}
+
+
+def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
+    """The modules a user may look for and not find among the sites, each with the reason."""
+    covered = {site.name for site in find_sites(model)}
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        parent_listed = any(name.startswith(prefix + ".") for prefix in covered)
+        if name in covered or parent_listed:
+            continue
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        if leaf in _REASONS and not name.endswith("scale_shift.scale"):
+            yield Bystander(name, type(module).__name__, _REASONS[leaf], own)
+        elif own and not isinstance(module, Contraction | torch.nn.ParameterList):
+            reason = "LayerNorm: a few numbers, kept exact" if "Norm" in type(module).__name__ else "not a known kind"
+            yield Bystander(name, type(module).__name__, reason, own)

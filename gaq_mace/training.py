@@ -1,0 +1,171 @@
+"""Quantization-aware training inside the stock `mace_run_train`: what the patched functions do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from mace.tools import torch_geometric
+from torch import Tensor
+
+from gaq.config import parse_config
+from gaq.physics.rotations import random_rotation
+from gaq.quantizers.features import OBSERVER_DECAY
+from gaq.schedule import BranchState, branch_state
+from gaq.summary import format_rows
+from gaq_mace.inspection import rows
+from gaq_mace.model import feature_quantizers, is_quantized, prepare, state_of, unquantized
+
+__all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
+
+
+def start(model: torch.nn.Module, spec: Any) -> None:
+    """Insert quantizers before the optimizer is made, and say in the log what was done."""
+    if is_quantized(model):
+        raise ValueError(
+            "the foundation model is already quantized: fine-tune the float model it was made from, or "
+            "remove the key `quantization`."
+        )
+    config = parse_config(spec)
+    prepare(model, config)
+    logging.info("===========QUANTIZATION===========")
+    logging.info(f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
+                 f"vectors {_bits(config.vectors.magnitude_bits)}")
+    logging.info("Quantized layers:\n" + format_rows(rows(model, bystanders=False)))
+    logging.info("Weights and scalars are rounded from the first epoch")
+    if config.vectors.magnitude_bits is not None:
+        logging.info(
+            f"Vectors (l > 0) are rounded from epoch {config.vectors.start_epoch}, with a range that shrinks to its "
+            f"own over {config.vectors.anneal_epochs} epochs; validation always rounds everything"
+        )
+    if config.equivariance_loss.weight > 0:
+        loss = config.equivariance_loss
+        logging.info(f"Equivariance loss: weight {loss.weight:g}, {loss.rotations} rotations a step")
+
+
+def _bits(bits: int | None) -> str:
+    return "in float" if bits is None else f"{bits} bits"
+
+
+def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool) -> None:
+    """Switch the branches of every feature quantizer."""
+    for quantizer in feature_quantizers(model).values():
+        quantizer.vectors_enabled = branches.vectors
+        quantizer.vector_range_factor = branches.vector_range_factor
+        quantizer.observing = observing
+
+
+DEPLOYED = BranchState(True, 1.0)
+
+
+@torch.no_grad()
+def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed: int, device: torch.device) -> int:
+    """Observe activation ranges on structures of a MACE dataset; returns how many were used."""
+    quantizers = feature_quantizers(model).values()
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:frames]
+    loader = torch_geometric.dataloader.DataLoader(
+        dataset=[dataset[int(i)] for i in chosen], batch_size=8, shuffle=False, drop_last=False
+    )
+    with unquantized(model):
+        for quantizer in quantizers:
+            quantizer.start_observing()
+        for batch in loader:
+            model(batch.to(device).to_dict(), training=False, compute_force=False)
+    for quantizer in quantizers:
+        quantizer.observing = False
+        quantizer.decay = OBSERVER_DECAY
+    return len(chosen)
+
+
+def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`mace.tools.train` with calibration before the first epoch and frozen observers after the last."""
+    model = kwargs["model"]
+    state = state_of(model)
+    if state is None:
+        return original(*args, **kwargs)
+    quantizers = feature_quantizers(model).values()
+    if any(bool((q.observed == 0).all()) for q in quantizers):
+        calibration = state.config.calibration
+        loader = kwargs["train_loader"]
+        used = calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, kwargs["device"])
+        logging.info(f"Activation ranges calibrated on {used} training structures")
+    elif quantizers:
+        logging.info("Activation ranges taken from the checkpoint")
+    set_branches(model, DEPLOYED, observing=False)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        set_branches(model, DEPLOYED, observing=False)
+
+
+def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`train_one_epoch` under the branch schedule; validation afterwards sees the deployed form."""
+    model = kwargs["model"]
+    state = state_of(model)
+    if state is None:
+        return original(*args, **kwargs)
+    epoch = kwargs["epoch"]
+    branches = branch_state(state.config.vectors, epoch)
+    rounds_vectors = state.config.vectors.magnitude_bits is not None
+    if rounds_vectors and epoch == state.config.vectors.start_epoch:
+        logging.info(f"Epoch {epoch}: vectors are rounded from now on")
+    loss = state.config.equivariance_loss
+    if loss.weight > 0:
+        kwargs["loss_fn"] = EquivarianceLoss(kwargs["loss_fn"], model, loss.weight, loss.rotations)
+    set_branches(model, branches, observing=True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        set_branches(model, DEPLOYED, observing=False)
+
+
+def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """MACE's error table, and in the log the same weights without quantization beside it."""
+    table = original(*args, **kwargs)
+    model = kwargs.get("model")
+    inner = getattr(model, "module", model)
+    if inner is not None and state_of(inner) is not None:
+        with unquantized(inner):
+            reference = original(*args, **kwargs)
+        logging.info("The same weights without quantization (FP32 against the quantized table that follows):")
+        logging.info("\n" + str(reference))
+    return table
+
+
+class EquivarianceLoss(torch.nn.Module):
+    """A loss with a term for the rotation error of the forces.
+
+    Adds ``weight * mean |F(R x) - R F(x)|^2`` over atoms and components, for random proper rotations R
+    (the LEE term of arXiv 2603.05343, with the forces as the equivariant output).
+
+    Args:
+        loss_fn: the loss of the run.
+        model: the model in training.
+        weight: of the term, in the units of the force loss (eV²/Å²).
+        rotations: rotations drawn a step.
+    """
+
+    def __init__(self, loss_fn: torch.nn.Module, model: torch.nn.Module, weight: float, rotations: int) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+        # Not a submodule: the loss owns no weights.
+        object.__setattr__(self, "model", model)
+        self.weight = weight
+        self.rotations = rotations
+
+    def forward(self, pred: dict[str, Tensor], ref: Any, **kwargs: Any) -> Tensor:
+        loss = self.loss_fn(pred=pred, ref=ref, **kwargs)
+        batch = ref.to_dict()
+        for _ in range(self.rotations):
+            turn = random_rotation(pred["forces"].dtype, pred["forces"].device)
+            rotated = dict(batch)
+            for key in ("positions", "shifts", "cell"):
+                rotated[key] = batch[key].detach() @ turn.T
+            output = self.model(rotated, training=True, compute_force=True)
+            error = output["forces"] - pred["forces"] @ turn.T
+            loss = loss + self.weight / self.rotations * (error**2).mean()
+        return loss
