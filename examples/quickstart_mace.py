@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.io import read
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 from xtb_dataset import draw_velocities, make_dataset
@@ -311,12 +310,14 @@ def plot_energies(trajectories: dict[str, Trajectory], path: Path) -> None:
 
 def prepare_data(directory: Path, train_frames: int, test_frames: int, seed: int) -> list[Atoms]:
     """The test structures; both sets are made first unless files of the wanted size are there already."""
+    from gaq.physics.errors import read_structures
+
     files = {directory / "train.xyz": train_frames, directory / "test.xyz": test_frames}
-    if all(path.is_file() and len(read(path, ":")) == frames for path, frames in files.items()):
+    if all(path.is_file() and len(read_structures(path)) == frames for path, frames in files.items()):
         print(f"using the data set in {directory}")
     else:
         make_dataset(directory, train=train_frames, test=test_frames, seed=seed)
-    return read(directory / "test.xyz", ":")
+    return read_structures(directory / "test.xyz")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:

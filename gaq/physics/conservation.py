@@ -42,13 +42,13 @@ def central_difference_error(
 ) -> dict[float, CentralDifferenceError]:
     """Relative error of the forces against ``−(E(x+h) − E(x−h)) / 2h``.
 
-    Of a smooth conservative potential the error is truncation, ``h²/6 · |∂³E|``, and falls by 100 when h falls by
-    10. Of an energy with steps of height s it is of order ``s / h`` and grows as h falls; of a force that
-    is not a gradient it tends to a constant. Rounding of the energy adds ``ε|E| / h``: use a float64
+    Of a smooth conservative potential the error is truncation, ``h²/6 · |∂³E|``, and falls by 100 when h
+    falls by 10. Of an energy with steps of height s it is of order ``s / h`` and grows as h falls; of a force
+    that is not a gradient it tends to a constant. Rounding of the energy adds ``ε|E| / h``: use a float64
     potential at h = 0.01 Å.
 
-    The same randomly chosen (atom, component) pairs serve every step, and every displaced structure goes to the
-    potential in a single list of ``structures x (1 + 2 x steps x components_per_structure)``.
+    The same randomly chosen (atom, component) pairs serve every step, and every displaced structure goes to
+    the potential in a single list of ``structures x (1 + 2 x steps x components_per_structure)``.
 
     Args:
         potential: the potential under test.

@@ -48,8 +48,9 @@ def force_and_energy_mae(
 ) -> LabelErrors:
     """Mean absolute errors of energies and forces against the labels the structures carry.
 
-    Labels are looked up in ``structure.info[energy_key]`` and ``structure.arrays[forces_key]``, then among the
-    stored results of an attached ``SinglePointCalculator`` (where ASE puts ``energy`` and ``forces`` columns).
+    Labels are looked up in ``structure.info[energy_key]`` and ``structure.arrays[forces_key]``, then among
+    the stored results of an attached ``SinglePointCalculator`` (where ASE puts ``energy`` and ``forces``
+    columns).
 
     Args:
         potential: the potential under test.
@@ -141,10 +142,12 @@ def _labels(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> t
     energy_value = np.asarray(energy, dtype=float)
     force_values = np.asarray(forces, dtype=float)
     if energy_value.size != 1 or not np.isfinite(energy_value).all():
-        raise ValueError(f"frame {frame}: reference energy {energy_key!r} is {energy!r}, not one finite number")
+        raise ValueError(
+            f"frame {frame}: reference energy {energy_key!r} is {energy!r}, not one finite number"
+        )
     if force_values.shape != (len(structure), 3) or not np.isfinite(force_values).all():
         raise ValueError(
-            f"frame {frame}: reference forces {forces_key!r} have shape {force_values.shape} or values that are "
-            f"not finite; expected finite values of shape ({len(structure)}, 3)"
+            f"frame {frame}: reference forces {forces_key!r} have shape {force_values.shape} or values "
+            f"that are not finite; expected finite values of shape ({len(structure)}, 3)"
         )
     return float(energy_value.ravel()[0]), force_values

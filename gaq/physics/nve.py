@@ -75,9 +75,9 @@ def nve_drift(
 
     Protocol (after the NVE benchmark of mlipaudit, MIT): Maxwell-Boltzmann velocities; a short Langevin
     equilibration (friction 0.02 / fs); total momentum removed, and the rotation of molecules; then NVE with
-    the total energy sampled every ``sample_fs``. The run stops early once it is unstable: an energy that is not
-    finite, a temperature above ``temperature_K + 10000``, or a covalent bond of the initial structure that
-    comes apart (2.5 Å for a bond to hydrogen, twice the sum of covalent radii for others).
+    the total energy sampled every ``sample_fs``. The run stops early once it is unstable: an energy that is
+    not finite, a temperature above ``temperature_K + 10000``, or a covalent bond of the initial structure
+    that comes apart (2.5 Å for a bond to hydrogen, twice the sum of covalent radii for others).
 
     Args:
         calculator: an ASE calculator with ``energy`` and ``forces``.
@@ -289,9 +289,10 @@ class _Monitor:
         self.limit = temperature_K + _EXPLOSION_K
         self.max_temperature = 0.0
         self.reason = ""
-        self.first, self.second, self.longest = (
-            _covalent_bonds(atoms) if check_bonds else (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
-        )
+        self.first = self.second = np.zeros(0, dtype=int)
+        self.longest = np.zeros(0)
+        if check_bonds:
+            self.first, self.second, self.longest = _covalent_bonds(atoms)
 
     @property
     def stable(self) -> bool:
@@ -305,7 +306,7 @@ class _Monitor:
         try:
             dynamics.run(steps)
         except Exception as error:
-            # A neighbour list of exploded positions may raise anything; with sane positions it is no explosion.
+            # A neighbour list of exploded positions may raise anything; with sane ones it is no explosion.
             if np.isfinite(self.atoms.positions).all() and self.atoms.get_temperature() <= self.limit:
                 raise
             self.fail(f"the calculator failed on exploded positions: {type(error).__name__}")
@@ -348,7 +349,7 @@ def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _ratio(change: float, spread: float) -> float:
-    """|energy change| over the spread of the kinetic energy; infinite when nothing moves yet energy changes."""
+    """|energy change| over the spread of the kinetic energy; infinite if only the first is nonzero."""
     if spread == 0.0:
         return 0.0 if change == 0.0 else float("inf")
     return float(change / spread)

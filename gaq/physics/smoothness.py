@@ -20,7 +20,8 @@ class SmoothnessResult:
     Attributes:
         passed: ``largest_jump_mev <= allowed_mev``.
         largest_jump_mev: largest second difference of (energy − reference energy) along the scan, meV.
-        allowed_mev: largest second difference of the reference energy, plus the rounding of the energies, meV.
+        allowed_mev: largest second difference of the reference energy, plus the rounding of the energies,
+            meV.
         jump_at_angstrom: bond length of the largest jump, Å.
         bond: the two atom indices.
         lengths_angstrom: bond lengths scanned, shape (points,), Å.
@@ -48,21 +49,21 @@ def bond_stretch_scan(
 ) -> SmoothnessResult:
     """Stretch one bond and look for steps in the energy.
 
-    **Criterion** (our derivation; the scan itself is that of arXiv:2602.04861). Let ``h`` be the spacing of the
-    lengths, ``D = E − E_ref``, and ``δ²f_i = f_{i+1} − 2 f_i + f_{i−1}``.
+    **Criterion** (our derivation; the scan itself is that of arXiv:2602.04861). Let ``h`` be the spacing of
+    the lengths, ``D = E − E_ref``, and ``δ²f_i = f_{i+1} − 2 f_i + f_{i−1}``.
 
-    * An isolated step of height s between two grid points adds ``+s`` and ``−s`` to ``δ²D`` on its two sides, and
-      a dense staircase of that height (roundings independent from point to point) adds up to ``2 s``: in
+    * An isolated step of height s between two grid points adds ``+s`` and ``−s`` to ``δ²D`` on its two sides,
+      and a dense staircase of that height (roundings independent from point to point) adds up to ``2 s``: in
       either case ``max|δ²D|`` is of the order of the step, however fine the grid.
-    * A smooth difference has ``δ²D = h² D''``, which vanishes with the grid. Quantization changes a good model
-      little, so ``|D''|`` stays below the largest curvature the reference has itself, ``max|E_ref''|``, unless the
-      surface is not smooth (or so wrong that its force constants are off by a hundred percent).
+    * A smooth difference has ``δ²D = h² D''``, which vanishes with the grid. Quantization changes a good
+      model little, so ``|D''|`` stays below the largest curvature the reference has itself, ``max|E_ref''|``,
+      unless the surface is not smooth (or so wrong that its force constants are off by a hundred percent).
 
     So the scan passes when ``max|δ²D| ≤ max|δ²E_ref|``: no step is larger than what the reference's own
     curvature puts between neighbouring points. Differences against the reference, rather than ``δ²E`` itself,
     remove the true curvature from the quantity under test. With the default spacing of 5 mÅ and a bond of
-    30 eV/Å² the bound is 0.75 meV near the minimum; the compressed end of the scan is usually stiffer and sets it.
-    Smaller steps need a finer grid: the bound falls as h², a step does not.
+    30 eV/Å² the bound is 0.75 meV near the minimum; the compressed end of the scan is usually stiffer and
+    sets it. Smaller steps need a finer grid: the bound falls as h², a step does not.
 
     Energies that are single-precision numbers are known to half a unit in the last place each; the second
     difference of D can then be off by four such units, which is added to the bound.
@@ -71,8 +72,8 @@ def bond_stretch_scan(
         potential: the potential under test.
         atoms: the structure, not changed.
         reference: the smooth potential, usually the unquantized model.
-        bond: two bonded atom indices; the second one moves, with everything attached to it. By default the first
-            terminal bond, preferably to a hydrogen, else the shortest contact within covalent radii.
+        bond: two bonded atom indices; the second one moves, with everything attached to it. By default the
+            first terminal bond, preferably to a hydrogen, else the shortest contact within covalent radii.
         span: shortest and longest change of the bond length, Å.
         points: number of points, at least 5.
 
@@ -84,7 +85,9 @@ def bond_stretch_scan(
             shortens the bond to nothing.
     """
     if points < 5:
-        raise ValueError(f"bond_stretch_scan: points is {points}; at least 5 are needed for second differences")
+        raise ValueError(
+            f"bond_stretch_scan: points is {points}; at least 5 are needed for second differences"
+        )
     if not span[0] < span[1]:
         raise ValueError(f"bond_stretch_scan: span is {span}; the second length must exceed the first")
     neighbours = _neighbours(atoms)
@@ -92,7 +95,9 @@ def bond_stretch_scan(
         bond = _choose_bond(atoms, neighbours)
     fixed, moved = (int(index) for index in bond)
     if fixed == moved or not {fixed, moved} <= set(range(len(atoms))):
-        raise ValueError(f"bond_stretch_scan: bond {bond} does not name two of the atoms 0 to {len(atoms) - 1}")
+        raise ValueError(
+            f"bond_stretch_scan: bond {bond} does not name two of the atoms 0 to {len(atoms) - 1}"
+        )
 
     vector = atoms.get_distance(fixed, moved, mic=True, vector=True)
     length = float(np.linalg.norm(vector))
@@ -155,10 +160,10 @@ def _choose_bond(atoms: Atoms, neighbours: list[list[int]]) -> tuple[int, int]:
     contacts = [(i, j) for i, around in enumerate(neighbours) for j in around if i < j]
     if not contacts:
         raise ValueError(
-            f"bond_stretch_scan: no two atoms of {atoms.get_chemical_formula()} are within 1.1 times their covalent "
-            "radii; name the pair to stretch with bond=(i, j)"
+            f"bond_stretch_scan: no two atoms of {atoms.get_chemical_formula()} are within 1.1 times their "
+            "covalent radii; name the pair to stretch with bond=(i, j)"
         )
-    return min(contacts, key=lambda pair: atoms.get_distance(*pair, mic=True))
+    return min(contacts, key=lambda pair: atoms.get_distance(pair[0], pair[1], mic=True))
 
 
 def _attached(neighbours: list[list[int]], fixed: int, moved: int) -> set[int]:

@@ -258,12 +258,14 @@ class WeightQuantizer(torch.nn.Module):
     def _storable(self, step: Tensor) -> Tensor:
         """The scale as a file keeps it: bfloat16 up to 8 bits, float32 at 16, never zero.
 
-        The codes are chosen for this scale, so its own rounding costs nothing but, at most, a
-        clipped half step at the largest weight; it halves the bytes spent on scales.
+        The codes are chosen for this scale, so its own rounding costs nothing; it is rounded up, lest
+        the largest weight be clipped. This halves the bytes spent on scales.
         """
         step = step.clamp_min(1e-30)
         if self.bits <= 8:
-            step = step + (step.to(torch.bfloat16).to(torch.float32) - step).detach()
+            nearest = step.to(torch.bfloat16).to(torch.float32)
+            above = (step * 1.00390625).to(torch.bfloat16).to(torch.float32)
+            step = step + (torch.where(nearest < step, above, nearest) - step).detach()
         return step
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -227,8 +227,8 @@ def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | 
 def _drift_bar(nve_fp32: Metrics) -> float | None:
     """Largest difference of drifts that two runs of the reference itself would show, meV/atom/ps.
 
-    Two independent runs with standard error σ differ by √2 σ; twice that covers 95 %. The quantized model's own
-    error bar is left out on purpose: rounding noise widens it, and would excuse the drift it causes.
+    Two independent runs with standard error σ differ by √2 σ; twice that covers 95 %. The quantized model's
+    own error bar is left out on purpose: rounding noise widens it, and would excuse the drift it causes.
     """
     error = nve_fp32.get("standard_error")
     if error is None or nve_fp32.get("drift_mev_per_atom_per_ps") is None or not math.isfinite(error):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MISSING = "–"
+MISSING = "-"
 
 
 def format_number(value: Any) -> str:

@@ -1,0 +1,137 @@
+"""What the core asks of a framework adapter, and how an adapter is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gaq.config import QuantizationConfig
+from gaq.physics.potential import Potential
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
+from gaq.summary import SummaryRow
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["Adapter", "adapter_for", "adapter_for_file", "adapters"]
+
+GROUP = "gaq.adapters"
+
+
+class Adapter(Protocol):
+    """One framework, seen from the core. All methods change models in place."""
+
+    name: str
+
+    def owns(self, model: torch.nn.Module) -> bool:
+        """Whether a model is of this framework."""
+        ...
+
+    def owns_file(self, path: Path) -> bool:
+        """Whether a file looks like a model of this framework, by its name."""
+        ...
+
+    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
+
+    def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
+
+    def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
+
+    def convert(self, model: torch.nn.Module) -> torch.nn.Module: ...
+
+    def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
+        """The configuration of a quantized model, None for a float one."""
+        ...
+
+    def status(self, model: torch.nn.Module) -> str:
+        """``float``, ``training`` or ``converted``."""
+        ...
+
+    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Plain data stored with a quantized model; may be added to."""
+        ...
+
+    def rows(self, model: torch.nn.Module) -> list[SummaryRow]: ...
+
+    def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]: ...
+
+    def feature_quantizers(self, model: torch.nn.Module) -> dict[str, FeatureQuantizer]: ...
+
+    def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]: ...
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]: ...
+
+    def energy_and_forces(
+        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies (graphs,), forces (atoms, 3) and atoms of each graph (graphs,)."""
+        ...
+
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+        """For each quantized parameter and block the matrix ``sum x x^T`` of its inputs, where it has one."""
+        ...
+
+    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential: ...
+
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+        """The framework's own ASE calculator of a file."""
+        ...
+
+
+@cache
+def adapters() -> dict[str, Adapter]:
+    """Adapters whose framework is installed, by name."""
+    found: dict[str, Adapter] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            found[entry.name] = entry.load()()
+        except ModuleNotFoundError as error:
+            # The framework itself is not there: its extra was not installed.
+            if error.name is None or error.name.split(".")[0].startswith("gaq"):
+                raise
+    return found
+
+
+def _installed() -> str:
+    return ", ".join(adapters()) or "none (install gaq[mace] or gaq[nequip])"
+
+
+def adapter_for(model: torch.nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        TypeError: if no installed adapter knows the model.
+    """
+    for adapter in adapters().values():
+        if adapter.owns(model):
+            return adapter
+    raise TypeError(
+        f"{type(model).__module__}.{type(model).__name__} is not a model of a known framework; adapters installed: "
+        f"{_installed()}."
+    )
+
+
+def adapter_for_file(path: str | Path) -> Adapter:
+    """The adapter of a model file.
+
+    Raises:
+        ValueError: if the file is missing, or no installed adapter reads files of this name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file.")
+    for adapter in adapters().values():
+        if adapter.owns_file(path):
+            return adapter
+    raise ValueError(
+        f"{path}: no installed adapter reads '{path.suffix}' files. Adapters installed: {_installed()}. "
+        "MACE models end in .model or .safetensors."
+    )

@@ -1,0 +1,170 @@
+"""The Python interface: prepare, calibrate, convert, summary, report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gaq import ptq
+from gaq.adapter import adapter_for, adapter_for_file
+from gaq.config import parse_config
+from gaq.summary import format_rows
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "summary"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    """Load a model, float or quantized; see the adapter of its framework for what it raises."""
+    return adapter_for_file(path).load(path, device)
+
+
+def save(model: torch.nn.Module, path: str | Path) -> None:
+    """Write a quantized model, packed; ``*.safetensors`` for the form that runs no code on load."""
+    adapter_for(model).save(model, path)
+
+
+def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
+    """Insert quantizers into a float model, in place.
+
+    Args:
+        model: a model of a known framework.
+        config: preset name, mapping, or `gaq.QuantizationConfig`.
+
+    Returns:
+        The same model, ready for training or for `calibrate`.
+
+    Raises:
+        gaq.ConfigError: for a configuration that cannot be used.
+        TypeError: for a model of no known framework.
+    """
+    return adapter_for(model).prepare(model, parse_config(config))
+
+
+def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: bool = True) -> torch.nn.Module:
+    """Post-training quantization of a prepared model, in place, without reference labels.
+
+    Activation ranges from a sample of the structures; rounding calibrated layer by layer; then
+    self-distillation against the float model's own forces (see `gaq.ptq`).
+
+    Args:
+        model: prepared, not yet converted.
+        structures: what the model is to be used on; at least one.
+        progress: whether to show progress bars.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model is not prepared, or there are no structures.
+    """
+    adapter = adapter_for(model)
+    config = adapter.config(model)
+    if config is None:
+        raise ValueError("this model is not quantized: call gaq.prepare(model, 'gaq') first.")
+    if adapter.status(model) != "training":
+        raise ValueError("this model is converted: its rounding is final. Start again from the float model.")
+    if not structures:
+        raise ValueError("calibration needs at least one structure; the data given holds none.")
+    sample = ptq.choose(structures, config.calibration.frames, config.calibration.seed)
+    # The labels have to come from the float weights, before any of them is moved.
+    teacher = copy.deepcopy(model) if config.weights.rounding == "gptq" and config.distillation.steps else None
+    if config.weights.bits is not None and config.weights.rounding == "gptq":
+        blocks = ptq.gptq(adapter, model, sample)
+        logger.info("calibrated rounding of %d weight blocks", blocks)
+    if config.weights.bits is not None and config.distillation.steps > 0:
+        result = ptq.distill(
+            adapter, model, structures, config.distillation, config.calibration.seed, progress, teacher=teacher
+        )
+        adapter.notes(model)["distillation"] = {
+            "force_rms_before_mev_per_angstrom": result.before,
+            "force_rms_after_mev_per_angstrom": result.after,
+            "steps": result.steps,
+            "structures": result.structures,
+        }
+    ptq.observe_ranges(adapter, model, sample)
+    return model
+
+
+def convert(model: torch.nn.Module) -> torch.nn.Module:
+    """Round the weights for good, in place. The model is then what its file will hold.
+
+    Raises:
+        ValueError: if the model is not prepared, or rounds activations whose ranges were never observed.
+    """
+    adapter = adapter_for(model)
+    for name, quantizer in adapter.feature_quantizers(model).items():
+        if not bool(quantizer.observed.any()):
+            raise ValueError(
+                f"the input range of {name} was never observed: call gaq.calibrate(model, structures) or train first."
+            )
+    return adapter.convert(model)
+
+
+def quantize(
+    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "gaq", progress: bool = True
+) -> torch.nn.Module:
+    """`prepare`, `calibrate` and `convert` of a copy of the model; the original stays as it is."""
+    quantized = prepare(copy.deepcopy(model), config)
+    return convert(calibrate(quantized, structures, progress))
+
+
+def summary(model: torch.nn.Module) -> str:
+    """A table with a row a module: irreps, bits, scales, bytes, and why what is left in float is."""
+    return format_rows(adapter_for(model).rows(model))
+
+
+def report(
+    path: str | Path,
+    structures: Sequence[Atoms],
+    reference: str | Path | None = None,
+    nve_ps: float = 0.0,
+    progress: bool = True,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure a model file: errors, equivariance, conservation, size, speed, and the gates.
+
+    Args:
+        path: the model.
+        structures: labelled structures (energies in eV, forces in eV/Å).
+        reference: the float model to compare with.
+        nve_ps: length of a simulation without thermostat; 0 leaves it out.
+        progress: whether to show progress bars.
+        device: to run on.
+
+    Returns:
+        The report as plain data, see `gaq.report.build_report`.
+    """
+    from gaq.report import build_report
+
+    adapter = adapter_for_file(path)
+    model = adapter.load(path, device)
+    config = adapter.config(model)
+    other: Any = None
+    if reference is not None:
+        reference_adapter = adapter_for_file(reference)
+        float_model = reference_adapter.load(reference, device)
+        other = (
+            reference_adapter.potential(float_model),
+            reference_adapter.calculator(reference, device),
+            str(reference),
+        )
+    return build_report(
+        adapter.potential(model),
+        adapter.calculator(path, device),
+        structures,
+        model_path=str(path),
+        preset=config.preset if config is not None else "float",
+        reference=other,
+        nve_ps=nve_ps,
+        progress=progress,
+    )

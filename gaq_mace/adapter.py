@@ -1,0 +1,96 @@
+"""`MACEAdapter`: MACE as the core sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+from mace.modules import models as mace_models
+from torch import Tensor
+
+from gaq.config import QuantizationConfig
+from gaq.physics.potential import Potential
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
+from gaq.summary import SummaryRow
+from gaq_mace import files, inspection, model as quantized, moments
+from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["MACEAdapter"]
+
+
+class MACEAdapter:
+    """See `gaq.adapter.Adapter`."""
+
+    name = "mace"
+
+    def owns(self, model: torch.nn.Module) -> bool:
+        return isinstance(model, mace_models.MACE)
+
+    def owns_file(self, path: Path) -> bool:
+        return path.suffix in (".model", ".safetensors")
+
+    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        return files.load(path, device)
+
+    def save(self, model: torch.nn.Module, path: str | Path) -> None:
+        files.save(model, path)
+
+    def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
+        return quantized.prepare(model, config)
+
+    def convert(self, model: torch.nn.Module) -> torch.nn.Module:
+        return quantized.convert(model)
+
+    def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
+        state = quantized.state_of(model)
+        return None if state is None else state.config
+
+    def status(self, model: torch.nn.Module) -> str:
+        state = quantized.state_of(model)
+        return "float" if state is None else state.status
+
+    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+        state = quantized.state_of(model)
+        return {} if state is None else state.notes
+
+    def rows(self, model: torch.nn.Module) -> list[SummaryRow]:
+        return inspection.rows(model)
+
+    def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
+        return quantized.weight_quantizers(model)
+
+    def feature_quantizers(self, model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
+        return quantized.feature_quantizers(model)
+
+    def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return quantized.unquantized(model)
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+        return make_batches(model, structures, batch_size)
+
+    def energy_and_forces(
+        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return energy_and_forces(model, batch, create_graph)
+
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+        return moments.input_moments(model, batches)
+
+    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
+        return MACEPotential(model, batch_size)
+
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+        from mace.calculators import MACECalculator
+
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            return MACECalculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
+        return MACECalculator(model_paths=str(path), device=device, default_dtype=dtype)

@@ -1,0 +1,104 @@
+"""Batched energies and forces of a MACE model for lists of ASE structures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from mace import data
+from mace.tools import torch_geometric, utils
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["MACEPotential", "energy_and_forces", "make_batches"]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """MACE builds its inputs in torch's default dtype; set it and put it back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[dict[str, Tensor]]:
+    """Graphs of the structures, in batches, on the device and in the dtype of the model.
+
+    Raises:
+        ValueError: if there are no structures, or one has an element the model does not know.
+    """
+    if not structures:
+        raise ValueError("no structures were given.")
+    numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]
+    table = utils.AtomicNumberTable(numbers)
+    for i, atoms in enumerate(structures):
+        unknown = sorted(set(atoms.get_chemical_symbols()) - {_symbol(z) for z in numbers})
+        if unknown:
+            raise ValueError(
+                f"structure {i} ({atoms.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
+                f"know; its elements are {', '.join(_symbol(z) for z in numbers)}."
+            )
+    first = next(model.parameters())
+    heads = getattr(model, "heads", ["Default"])
+    head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
+    with default_dtype(first.dtype):
+        graphs = [
+            data.AtomicData.from_config(
+                data.config_from_atoms(atoms, head_name=head),
+                z_table=table,
+                cutoff=float(model.r_max),  # type: ignore[arg-type]
+                heads=heads,
+            )
+            for atoms in structures
+        ]
+        loader = torch_geometric.dataloader.DataLoader(graphs, batch_size=batch_size, shuffle=False, drop_last=False)
+        return [batch.to(first.device).to_dict() for batch in loader]
+
+
+def _symbol(number: int) -> str:
+    """Chemical symbol of an atomic number."""
+    from ase.data import chemical_symbols
+
+    return str(chemical_symbols[number])
+
+
+def energy_and_forces(
+    model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
+    output = model(dict(batch), training=create_graph, compute_force=True)
+    counts = batch["ptr"][1:] - batch["ptr"][:-1]
+    return output["energy"], output["forces"], counts
+
+
+class MACEPotential:
+    """A `gaq.physics.potential.Potential` of a MACE model, evaluated in batches.
+
+    Args:
+        model: any MACE model.
+        batch_size: structures a batch.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:
+        self.model = model
+        self.batch_size = batch_size
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        energies: list[np.ndarray] = []
+        forces: list[np.ndarray] = []
+        with default_dtype(next(self.model.parameters()).dtype):
+            for batch in make_batches(self.model, structures, self.batch_size):
+                energy, force, counts = energy_and_forces(self.model, batch)
+                energies.append(energy.detach().cpu().numpy())
+                forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))
+        return np.concatenate(energies), forces
+
