@@ -3,7 +3,7 @@
     pip install '.[mace,examples]'
     python examples/quickstart_mace.py
 
-About ten minutes on two CPU cores. It makes a small GFN2-xTB data set, writes two MACE training files that
+It takes 13 minutes on one CPU core. It makes a small GFN2-xTB data set, writes two MACE training files that
 differ in their name and in the line ``quantization: gaq``, runs the stock ``mace_run_train`` on both, and
 then runs 1 ps of molecular dynamics with each model in the stock ``MACECalculator``. Results:
 ``quickstart/comparison.json`` and ``quickstart/nve.png``.
@@ -81,6 +81,7 @@ class Result:
         size_ratio: size of the FP32 file over the size of this one.
         lee_mev_per_angstrom: local equivariance error of the forces under random rotations.
         drift_mev_per_atom_per_ps: slope of the total energy in NVE dynamics.
+        drift_standard_error: of that slope, in its unit.
         ms_per_step: median wall time of one molecular dynamics step.
     """
 
@@ -90,21 +91,25 @@ class Result:
     size_ratio: float
     lee_mev_per_angstrom: float
     drift_mev_per_atom_per_ps: float
+    drift_standard_error: float
     ms_per_step: float
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """An NVE run: times (fs), total energies (eV per atom) and wall seconds per step."""
+    """An NVE run.
+
+    Attributes:
+        times: fs.
+        energies: total energy, eV per atom.
+        seconds_per_step: wall time.
+        drift: slope of a straight line through the energy and its standard error, meV/atom/ps.
+    """
 
     times: np.ndarray
     energies: np.ndarray
     seconds_per_step: float
-
-    @property
-    def drift(self) -> float:
-        """Slope of a straight line through the total energy, in meV/atom/ps."""
-        return float(np.polyfit(self.times * 1e-3, self.energies * 1e3, 1)[0])
+    drift: tuple[float, float]
 
 
 def write_training_files(directory: Path, epochs: int, device: str, seed: int) -> dict[str, Path]:
@@ -210,12 +215,14 @@ def run_nve(calculator: Any, start: Atoms, length: float, label: str) -> Traject
         label: of the progress bar.
 
     Returns:
-        Total energy at every step, and the median wall time of a step.
+        Total energy at every step, its drift, and the median wall time of a step.
     """
+    from gaq.physics.nve import fit_drift
+
     atoms = start.copy()
     atoms.calc = calculator
     dynamics = VelocityVerlet(atoms, TIMESTEP * units.fs)
-    steps = max(2, round(length / TIMESTEP))
+    steps = max(10, round(length / TIMESTEP))  # fewer give no standard error
     energies, seconds = [atoms.get_total_energy() / len(atoms)], []
     for _ in tqdm(range(steps), desc=f"NVE with {label}", unit="step"):
         before = time.perf_counter()
@@ -223,7 +230,9 @@ def run_nve(calculator: Any, start: Atoms, length: float, label: str) -> Traject
         seconds.append(time.perf_counter() - before)
         energies.append(atoms.get_total_energy() / len(atoms))
     # The median: other programs on the machine lengthen some of the steps.
-    return Trajectory(TIMESTEP * np.arange(steps + 1), np.array(energies), float(np.median(seconds)))
+    times, per_atom = TIMESTEP * np.arange(steps + 1), np.array(energies)
+    drift = fit_drift(times * 1e-3, per_atom * 1e3)
+    return Trajectory(times, per_atom, float(np.median(seconds)), drift)
 
 
 def evaluate(
@@ -263,7 +272,8 @@ def evaluate(
             file_bytes=size,
             size_ratio=reference.stat().st_size / size,
             lee_mev_per_angstrom=lee.mean_mev_per_angstrom,
-            drift_mev_per_atom_per_ps=trajectory.drift,
+            drift_mev_per_atom_per_ps=trajectory.drift[0],
+            drift_standard_error=trajectory.drift[1],
             ms_per_step=1e3 * trajectory.seconds_per_step,
         ),
         trajectory,
@@ -282,12 +292,16 @@ def format_table(results: dict[str, Result]) -> str:
             f"{r.file_bytes / 1e3:.0f}",
             f"{r.size_ratio:.2f}x",
             f"{r.lee_mev_per_angstrom:.4f}",
-            f"{r.drift_mev_per_atom_per_ps:+.4f}",
+            f"{r.drift_mev_per_atom_per_ps:+.4f} ± {r.drift_standard_error:.4f}",
             f"{r.ms_per_step:.1f}",
         )
         for name, r in results.items()
     ]
-    lines = ["  ".join(f"{cell:>11}" for cell in row) for row in (head, unit, *rows)]
+    widths = [max(map(len, column)) for column in zip(head, unit, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in (head, unit, *rows)
+    ]
     lines.insert(2, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -300,7 +314,7 @@ def plot_energies(trajectories: dict[str, Trajectory], path: Path) -> None:
     axes = figure.subplots()
     for name, trajectory in trajectories.items():
         shift = 1e3 * (trajectory.energies - trajectory.energies[0])
-        axes.plot(trajectory.times, shift, lw=0.8, label=f"{name}: {trajectory.drift:+.3f} meV/atom/ps")
+        axes.plot(trajectory.times, shift, lw=0.8, label=f"{name}: {trajectory.drift[0]:+.4f} meV/atom/ps")
     axes.set_xlabel("time (fs)")
     axes.set_ylabel("change of total energy (meV/atom)")
     axes.set_title(f"trans-azobenzene, NVE from {TEMPERATURE:g} K velocities, {TIMESTEP:g} fs steps")

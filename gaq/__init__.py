@@ -31,7 +31,7 @@ _PUBLIC = {
     "save": "gaq.api",
     "summary": "gaq.api",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ class WeightConfig:
     granularity: str = "per_channel"
     group_size: int = 32
     range: str = "error"
-    rounding: str = "nearest"
+    rounding: str = "gptq"
     sensitive_bits: int | None = 16
 
 
@@ -131,7 +131,7 @@ class DistillationConfig:
         max_structures: at most this many of the structures given serve as teacher input.
     """
 
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 5
     learning_rate: float = 1e-3
     max_structures: int = 1000
@@ -178,28 +178,35 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
 
 
 _GROUPED = {"granularity": "per_group", "group_size": 32}
+# Four bits are further away from the float model, and need more and longer steps to come back to it.
+_LONG_DISTILLATION = DistillationConfig(steps=1000, learning_rate=3e-3)
 
 PRESETS: dict[str, QuantizationConfig] = {
     "w8a16": QuantizationConfig(preset="w8a16"),
-    "w4a16": QuantizationConfig(preset="w4a16", weights=WeightConfig(bits=4, **_GROUPED)),  # type: ignore[arg-type]
+    "w4a16": QuantizationConfig(
+        preset="w4a16",
+        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
+        distillation=_LONG_DISTILLATION,
+    ),
     "w8": dataclasses.replace(_weight_only(8), preset="w8"),
-    "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4"),
+    "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4", distillation=_LONG_DISTILLATION),
     "w8a8": QuantizationConfig(
         preset="w8a8",
         scalars=ScalarConfig(bits=8),
-        vectors=VectorConfig(magnitude_bits=8, direction_bits=12, magnitude="log"),
+        vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
         calibration=CalibrationConfig(headroom=1.25),
     ),
     "w4a8": QuantizationConfig(
         preset="w4a8",
         weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
         scalars=ScalarConfig(bits=8),
-        vectors=VectorConfig(magnitude_bits=8, direction_bits=12, magnitude="log"),
+        vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
         calibration=CalibrationConfig(headroom=1.25),
+        distillation=_LONG_DISTILLATION,
     ),
     "naive_w8a8": QuantizationConfig(
         preset="naive_w8a8",
-        weights=WeightConfig(bits=8, granularity="per_tensor", range="absmax", sensitive_bits=None),
+        weights=WeightConfig(bits=8, granularity="per_tensor", range="absmax", rounding="nearest", sensitive_bits=None),
         scalars=ScalarConfig(bits=8, granularity="per_tensor"),
         vectors=VectorConfig(
             scheme="components", magnitude_bits=8, granularity="per_tensor", start_epoch=0, anneal_epochs=0

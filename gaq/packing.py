@@ -8,10 +8,10 @@ bits         bytes                                                   unpacked dt
 9 to 16      all high planes, then all low planes, a byte each       int16
 ===========  ======================================================  ===============
 
-**Planes.** A code of up to 16 bits is ``256 * hi + lo`` with *both* planes signed int8, so that either can be
-an operand of an int8 matrix product. A signed low plane shifts the range by half a byte: the codes from -32896
-to 32639 can be split, those from 32640 to 32767 cannot. A symmetric 16-bit grid for matrix products must
-therefore stop at `PLANES_MAX`.
+**Planes.** A code of up to 16 bits is ``256 * hi + lo`` with *both* planes signed int8, so that either can
+be an operand of an int8 matrix product. A signed low plane shifts the range by half a byte: the codes from
+-32896 to 32639 can be split, those from 32640 to 32767 cannot. A symmetric 16-bit grid for matrix products
+must therefore stop at `PLANES_MAX`.
 """
 
 import math

@@ -17,7 +17,8 @@ from gaq.physics.potential import Potential
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.summary import SummaryRow
-from gaq_mace import files, inspection, model as quantized, moments
+from gaq_mace import files, inspection, moments
+from gaq_mace import model as quantized
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 
 if TYPE_CHECKING:

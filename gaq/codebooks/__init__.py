@@ -51,8 +51,8 @@ _tables: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
 def quantize_direction(vector: Tensor, codebook: str, bits: int) -> Tensor:
     """Nearest unit vector of a codebook.
 
-    Tables exist for three components (l = 1) only; vectors of more components always take the pyramid code, the
-    generalisation of the octahedral one. TorchScript and ``torch.fx`` take `pyramid_quantize` or
+    Tables exist for three components (l = 1) only; vectors of more components always take the pyramid code,
+    the generalisation of the octahedral one. TorchScript and ``torch.fx`` take `pyramid_quantize` or
     `octahedral_quantize` instead.
 
     Args:

@@ -1,25 +1,27 @@
 """Octahedral code for l = 1 directions, and its generalisation to any dimension.
 
-A direction in d = 2l + 1 dimensions is coded by an integer point k with ``|k_1| + ... + |k_d| = n``: the lattice
-points on the surface of a cross-polytope, an octahedron for d = 3. The decoded direction is k / ||k||. Nothing
-is stored but n; encoding and decoding take a fixed number of operations whatever n; the code is exactly symmetric
-under sign flips of the components, and under their permutations up to ties.
+A direction in d = 2l + 1 dimensions is coded by an integer point k with ``|k_1| + ... + |k_d| = n``: the
+lattice points on the surface of a cross-polytope, an octahedron for d = 3. The decoded direction is k /
+||k||. Nothing is stored but n; encoding and decoding take a fixed number of operations whatever n; the code
+is exactly symmetric under sign flips of the components, and under their permutations up to ties.
 
 Sources: T. R. Fischer, "A pyramid vector quantizer", IEEE Trans. Inf. Theory 32, 568 (1986), for the code;
-J. H. Conway and N. J. A. Sloane, "Fast quantizing and decoding algorithms for lattice quantizers and codes",
-IEEE Trans. Inf. Theory 28, 227 (1982), section on A_n, for the nearest point: round every component, then repair
-the sum at the components that rounding moved most. The point is the one that filling up the largest remainders
-of the floor finds, but the lattice points lie half a step away from every rounding decision, so rounding noise
-cannot move them.
+J. H. Conway and N. J. A. Sloane, "Fast quantizing and decoding algorithms for lattice quantizers and
+codes", IEEE Trans. Inf. Theory 28, 227 (1982), section on A_n, for the nearest point: round every
+component, then repair the sum at the components that rounding moved most. The point is the one that filling
+up the largest remainders of the floor finds, but the lattice points lie half a step away from every
+rounding decision, so rounding noise cannot move them.
 
-How far the decoded direction can lie from the vector (our derivation): one face of the cross-polytope of unit
-1-norm lies at the distance 1 / sqrt(d) from the origin and carries the lattice A_(d-1) / n, whose covering radius
-is R / n with R = sqrt(a (d - a) / d), a = floor(d / 2) (Conway and Sloane, "Sphere Packings, Lattices and
-Groups", chapter 4). A segment of length R / n in the face is seen from the origin under at most
-``2 atan(sqrt(d) R / (2 n))`` radians: for d = 3 that is ``2 atan(1 / (sqrt(2) n))``, about 1.41 / n.
+How far the decoded direction can lie from the vector (our derivation): one face of the cross-polytope of
+unit 1-norm lies at the distance 1 / sqrt(d) from the origin and carries the lattice A_(d-1) / n, whose
+covering radius is R / n with R = sqrt(a (d - a) / d), a = floor(d / 2) (Conway and Sloane, "Sphere
+Packings, Lattices and Groups", chapter 4). A segment of length R / n in the face is seen from the origin
+under at most ``2 atan(sqrt(d) R / (2 n))`` radians: for d = 3 that is ``2 atan(1 / (sqrt(2) n))``, about
+1.41 / n.
 
 Dtypes: float32 and float64; half precisions cannot hold the integers of more than 8 bits, so convert first.
-Range: the sum of the absolute components must not overflow. Vectors with components that are not finite give NaN.
+Range: the sum of the absolute components must not overflow. Vectors with components that are not finite
+give NaN.
 
 Every function is made of plain out-of-place tensor operations with no branch on tensor values, so that
 TorchScript, ``torch.fx`` and ``torch.compile`` all take them.
@@ -49,9 +51,9 @@ def pyramid_levels(bits: int) -> int:
 def octahedral_quantize(vector: Tensor, levels: int) -> Tensor:
     """Nearest unit vector of the octahedral code for each three-dimensional vector.
 
-    The same as `pyramid_quantize` on three components. Call it directly in code that ``torch.fx`` traces: there
-    the number of components cannot be read off the tensor, and `pyramid_quantize` takes a slower way to the
-    same points.
+    The same as `pyramid_quantize` on three components. Call it directly in code that ``torch.fx`` traces:
+    there the number of components cannot be read off the tensor, and `pyramid_quantize` takes a slower way
+    to the same points.
 
     Args:
         vector: shape (..., 3), any length, float32 or float64.
@@ -68,8 +70,8 @@ def octahedral_quantize(vector: Tensor, levels: int) -> Tensor:
 def pyramid_quantize(vector: Tensor, levels: int) -> Tensor:
     """Nearest unit vector of the pyramid code, "nearest" being measured on the cross-polytope.
 
-    The vector is scaled to the 1-norm ``levels``, moved to the nearest integer point of that 1-norm, and scaled
-    to unit 2-norm. The result is piecewise constant, so its gradient is zero.
+    The vector is scaled to the 1-norm ``levels``, moved to the nearest integer point of that 1-norm, and
+    scaled to unit 2-norm. The result is piecewise constant, so its gradient is zero.
 
     Args:
         vector: shape (..., d), any length, float32 or float64.
@@ -161,7 +163,7 @@ def octahedral_unpack(packed: Tensor, levels: int) -> Tensor:
 
 
 def _nearest_point(components: Tensor, levels: int) -> Tensor:
-    """Nearest point with non-negative coordinates and 1-norm ``levels`` to ``|components|``; shape (d, ...)."""
+    """Nearest point to ``|components|`` with coordinates >= 0 and 1-norm ``levels``; shape (d, ...)."""
     if not _is_symbolic(components) and components.size(0) == 3:
         return _octahedral_point(components, levels)
     return _pyramid_point(components, levels)
@@ -176,8 +178,8 @@ def _octahedral_point(components: Tensor, levels: int) -> Tensor:
     rounded = scaled.round()
     kx, ky, kz = rounded.unbind(0)
     moved_x, moved_y, moved_z = (scaled - rounded).abs().unbind(0)
-    # -1, 0 or 1. The component that moved most moved the wrong way: had it not, the other two would have had to
-    # move by more than 1/2 each. Ties go to x, then y, then z, so that exactly one is repaired.
+    # -1, 0 or 1. When not 0, the component that moved most moved the wrong way: otherwise the other two would
+    # have to make up more than 1 with 1/2 at most each. Ties go to x, then y, then z, so one is repaired.
     missing = levels - (kx + ky + kz)
     kx = kx + missing * ((moved_x >= moved_y) & (moved_x >= moved_z))
     kz = kz + missing * ((moved_z > moved_x) & (moved_z > moved_y))
@@ -210,7 +212,7 @@ def _rank(urgency: Tensor) -> Tensor:
 
 
 def _length(point: Tensor) -> Tensor:
-    # Only the zero vector's code is shorter than 1: the clamp changes that one alone, and keeps its 0 / 0 away.
+    # Only the zero vector's code is shorter than 1: the clamp turns its 0 / 0 into 0 and changes no other.
     return _sum(point * point).clamp_min(1.0).sqrt()
 
 

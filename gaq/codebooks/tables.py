@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores (vectors x table entries) held in memory at once: 16 MiB in float32.
-_SCORES_AT_ONCE = 1 << 22
-
 
 def geodesic_frequency(bits: int) -> int:
     """Finest geodesic table whose indices fit.
@@ -49,7 +46,7 @@ def geodesic_table(frequency: int) -> Tensor:
     if frequency < 1:
         raise ValueError(f"the frequency of a geodesic table must be at least 1, got {frequency}")
     corners, faces = _icosahedron()
-    # A grid point is known by its integer weights on the corners, so points that faces share coincide exactly.
+    # A grid point is known by its integer weights on the corners: points that faces share coincide exactly.
     weights: dict[tuple[tuple[int, int], ...], None] = {}
     for first, second, third in faces:
         for i in range(frequency + 1):
@@ -86,7 +83,7 @@ def fibonacci_table(size: int) -> Tensor:
     return torch.from_numpy(points / np.linalg.norm(points, axis=1, keepdims=True))
 
 
-def nearest_direction(table: Tensor, vector: Tensor) -> Tensor:
+def nearest_direction(table: Tensor, vector: Tensor, scores_at_once: int = 1 << 22) -> Tensor:
     """Entry of the table at the smallest angle to each vector; of equally near ones, the first.
 
     Memory is bounded, since vectors are compared in chunks. The result is piecewise constant and carries no
@@ -95,6 +92,7 @@ def nearest_direction(table: Tensor, vector: Tensor) -> Tensor:
     Args:
         table: unit vectors, shape (N, 3), in the dtype and on the device of ``vector``.
         vector: shape (..., 3), any length.
+        scores_at_once: dot products held in memory at a time (16 MiB in float32).
 
     Returns:
         Rows of the table, shape (..., 3); zero vectors stay exactly zero, and components that are not finite
@@ -103,10 +101,10 @@ def nearest_direction(table: Tensor, vector: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes, dtypes or devices do not fit together.
     """
-    if table.dim() != 2 or table.shape[-1] != 3 or vector.shape[-1:] != (3,):
+    # TorchScript compiles this function, hence no globals here.
+    if table.dim() != 2 or table.size(-1) != 3 or vector.dim() == 0 or vector.size(-1) != 3:
         raise ValueError(
-            f"expected a table of shape (N, 3) and vectors of shape (..., 3), got {tuple(table.shape)} "
-            f"and {tuple(vector.shape)}"
+            f"expected a table of shape (N, 3) and vectors of shape (..., 3), got {table.shape} and {vector.shape}"
         )
     if table.dtype != vector.dtype or table.device != vector.device:
         raise ValueError(
@@ -117,7 +115,7 @@ def nearest_direction(table: Tensor, vector: Tensor) -> Tensor:
     largest = rows.abs().amax(dim=1, keepdim=True)
     # Only the direction matters: scaled to the largest component, no product can overflow or underflow.
     scaled = rows / largest.masked_fill(largest == 0, 1.0)
-    chunks = scaled.split(max(1, _SCORES_AT_ONCE // table.shape[0]))
+    chunks = scaled.split(max(1, scores_at_once // table.size(0)))
     nearest = torch.cat([table[(chunk @ table.t()).argmax(dim=1)] for chunk in chunks])
     usable = (largest > 0) & (largest < math.inf)
     return torch.where(usable, nearest, scaled).reshape(vector.shape)

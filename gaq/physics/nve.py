@@ -99,7 +99,7 @@ def nve_drift(
     """
     from ase import units
     from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+    from ase.md.velocitydistribution import Stationary, ZeroRotation
     from ase.md.verlet import VelocityVerlet
 
     for name, value in (
@@ -133,7 +133,9 @@ def nve_drift(
         if len(atoms) > 1 and not atoms.pbc.any():
             ZeroRotation(atoms)
 
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature_K, rng=rng)
+    # Maxwell-Boltzmann: every momentum component is normal with variance m k T.
+    widths = np.sqrt(atoms.get_masses() * units.kB * temperature_K)
+    atoms.set_momenta(widths[:, None] * rng.standard_normal((len(atoms), 3)))
     if len(atoms) > 1:
         still()
     if warm_up:

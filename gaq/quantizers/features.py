@@ -1,6 +1,5 @@
 """`FeatureQuantizer`: rounds a tensor of irreps features, scalars by ruler and vectors by compass."""
 
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -135,7 +134,6 @@ class FeatureQuantizer(torch.nn.Module):
         self.update_limits()
 
     @torch.jit.unused
-    @torch.no_grad()
     def update_limits(self) -> None:
         """Ranges from what was observed.
 
@@ -167,16 +165,16 @@ class FeatureQuantizer(torch.nn.Module):
         return x[:, start : start + multiplicity * dimension].reshape(-1, multiplicity, dimension)
 
     @torch.jit.unused
-    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take note of the largest sizes in a batch: a maximum that forgets slowly."""
         if x.numel() == 0:
             return
+        x = x.detach()
         sizes = []
         start = 0
         for m, d in zip(self.multiplicities, self.dimensions, strict=True):
             m = abs(m)
-            piece = self._piece(x.detach(), start, m, d)
+            piece = self._piece(x, start, m, d)
             start += d if self.channels_first else m * d
             size = piece.norm(dim=-1) if self.split and d > 1 else piece.abs().amax(-1)
             sizes.append(size.amax(0))

@@ -207,6 +207,8 @@ class WeightQuantizer(torch.nn.Module):
         group_size: inputs a scale for ``per_group``.
     """
 
+    __jit_unused_properties__ = ["layout"]  # noqa: RUF012
+
     def __init__(self, layout: WeightLayout, bits: int, granularity: str, group_size: int) -> None:
         super().__init__()
         self.layout_blocks = [(b.offset, b.shape, b.input_axis) for b in layout.blocks]
@@ -278,10 +280,9 @@ class WeightQuantizer(torch.nn.Module):
         return (x * scale).view(weight.shape)
 
     @torch.jit.unused
-    @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:
         """Codes and scales of a weight, as they are stored."""
-        scale = self.current_scale(weight).float().cpu()
+        scale = self.current_scale(weight).detach().float().cpu()
         flat = weight.detach().reshape(-1).cpu()
         spread = scale[self.scale_index.cpu()].to(flat.dtype)
         codes = torch.round(flat / spread).clamp(-self.top, self.top).to(torch.int32)

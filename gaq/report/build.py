@@ -8,7 +8,6 @@ import html
 import io
 import json
 import math
-import resource
 import shlex
 import sys
 import time
@@ -236,8 +235,11 @@ def seconds_per_step(
     return float(np.median(times))
 
 
-def peak_memory() -> int:
-    """Peak memory in bytes: of torch's CUDA allocator if CUDA was used, else the process's resident set."""
+def peak_memory() -> int | None:
+    """Peak memory in bytes: of torch's CUDA allocator if CUDA was used, else the process's resident set.
+
+    None where the system does not tell (Windows).
+    """
     if _cuda_used():
         import torch
 
@@ -248,6 +250,10 @@ def peak_memory() -> int:
                 return 1024 * int(line.split()[1])
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:
+        return None
     # The unit is the kilobyte, but the byte on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -268,7 +274,7 @@ def _cuda_used() -> bool:
     return bool(torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)
 
 
-def _cost(calculator: Any, atoms: Atoms, seed: int) -> tuple[float, int]:
+def _cost(calculator: Any, atoms: Atoms, seed: int) -> tuple[float, int | None]:
     """Seconds per step, and peak bytes while taking them."""
     _reset_peak_memory()
     seconds = seconds_per_step(calculator, atoms, seed=seed)
@@ -412,7 +418,7 @@ def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
         sign = {"<=": "≤", ">=": "≥"}.get(gate["comparison"], gate["comparison"])
         bound = "-" if gate["bound"] is None else f"{sign} {format_number(gate['bound'])} {gate['unit']}"
         rows.append(
-            f"<tr><td>{_text(name)}</td><td class='n'>{_text(_value(gate['value']))}</td>"
+            f"<tr><td>{_text(name)}</td><td class='n'>{_text(_value(gate['value'], digits=4))}</td>"
             f"<td class='n'>{_text(bound)}</td><td>{verdict}</td>"
             f"<td class='muted'>{_text(gate['note'])}</td></tr>"
         )
@@ -451,10 +457,10 @@ def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None)
     return f"<table>{head}{body}</table>"
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, digits: int = 3) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "∞"
-    return format_number(value)
+    return format_number(value, digits)
 
 
 def _figures(figures: Mapping[str, Any] | None) -> str:

@@ -9,8 +9,16 @@ from typing import Any
 MISSING = "-"
 
 
-def format_number(value: Any) -> str:
-    """A cell's text: three significant digits for floats, separators for large integers, a dash for None."""
+def format_number(value: Any, digits: int = 3) -> str:
+    """A cell's text.
+
+    Args:
+        value: anything.
+        digits: significant digits of floats.
+
+    Returns:
+        Floats rounded, integers with separators, a dash for None, and the text of anything else.
+    """
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -21,9 +29,9 @@ def format_number(value: Any) -> str:
         if not math.isfinite(value):
             return str(value)
         if value == 0 or 1e-3 <= abs(value) < 1e5:
-            digits = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-            return f"{value:,.{digits}f}"
-        return f"{value:.2e}"
+            magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+            return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
+        return f"{value:.{digits - 1}e}"
     return str(value)
 
 

@@ -119,11 +119,9 @@ class TestEquivariance:
         frame = clusters(1)[0]
         frame.set_constraint(FixAtoms(range(4)))
         before = frame.positions.copy()
-        fault = 3e-3 * _ZAXIS
-        sound = CalculatorPotential(morse())
-        free = local_equivariance_error(
-            Broken(force=lambda x: np.broadcast_to(fault, x.shape), potential=sound), [frame]
-        )
+        # ASE itself would return zero forces for the fixed atoms, and so no error.
+        faulty = CalculatorPotential(Faulty(lambda atoms: 3e-3 * _ZAXIS))
+        free = local_equivariance_error(faulty, [frame])
         assert free.mean_mev_per_angstrom > 1.0
         np.testing.assert_array_equal(frame.positions, before)
         assert len(frame.constraints) == 1
@@ -149,7 +147,7 @@ class TestCentralDifferences:
     def test_staircase_error_grows_as_the_step_falls(self):
         # Two independent roundings differ by s / sqrt(6) in rms, over 2 h.
         height = 0.02
-        structures = clusters(20)
+        structures = clusters(12)
         errors = central_difference_error(Broken(energy=staircase(height)), structures, steps=(0.03, 0.01))
         sound = central_difference_error(
             Broken(force=lambda x: np.full(x.shape, 1e3)), structures, steps=(0.01,)
@@ -231,8 +229,9 @@ class TestNVE:
         assert sound_run.mean_temperature_K <= sound_run.max_temperature_K < 2000
 
     def test_same_seed_same_run(self, sound_run):
-        again = nve_drift(morse(), p4(), duration_ps=1.0, equilibrate_ps=0.2, seed=1)
-        np.testing.assert_array_equal(again.total_energy_ev[0], sound_run.total_energy_ev[0])
+        # A shorter run is the beginning of the longer one.
+        again = nve_drift(morse(), p4(), duration_ps=0.2, equilibrate_ps=0.2, seed=1)
+        np.testing.assert_array_equal(again.total_energy_ev[0], sound_run.total_energy_ev[0][:21])
 
     def test_drift_of_friction_is_known(self):
         # F = -gamma p loses energy at 2 gamma times the kinetic energy.
@@ -240,7 +239,7 @@ class TestNVE:
         run = nve_drift(
             Faulty(lambda atoms: -gamma * atoms.get_momenta()),
             p4(),
-            duration_ps=1.0,
+            duration_ps=0.6,
             equilibrate_ps=0.2,
             seed=1,
         )
@@ -249,14 +248,14 @@ class TestNVE:
         per_ps = 1e3 * units.fs * -2 * gamma * run.kinetic_energy_ev[0].mean()
         assert run.drift_mev_per_atom_per_ps == pytest.approx(1e3 * per_ps / 4, rel=0.15)
         assert run.drift_mev_per_atom_per_ps < -5 * run.standard_error
-        assert run.drift_over_std_kinetic > 0.3
+        assert run.drift_over_std_kinetic == pytest.approx(0.26, rel=0.2)
         assert run.stable
 
     def test_curl_force_is_seen(self):
         def curl(atoms):
             return 0.05 * np.cross(_ZAXIS, atoms.positions - atoms.positions.mean(axis=0))
 
-        run = nve_drift(Faulty(curl), p4(), duration_ps=1.0, equilibrate_ps=0.0, seed=1)
+        run = nve_drift(Faulty(curl), p4(), duration_ps=0.6, equilibrate_ps=0.0, seed=1)
         assert run.drift_mev_per_atom_per_ps > 5 * run.standard_error
         assert run.drift_over_std_kinetic > 1
 
@@ -281,6 +280,7 @@ class TestNVE:
         assert not run.stable
         assert "came apart" in run.reason
 
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     @pytest.mark.parametrize("equilibrate_ps", [0.0, 0.1])
     def test_nan(self, equilibrate_ps):
         def nan(atoms):
@@ -321,7 +321,7 @@ class TestNVE:
         assert np.isnan(fit_drift(times[:4], times[:4])[1])
 
     def test_combine(self, sound_run):
-        other = nve_drift(morse(), p4(), duration_ps=1.0, equilibrate_ps=0.2, seed=2)
+        other = nve_drift(morse(), p4(), duration_ps=0.4, equilibrate_ps=0.1, seed=2)
         both = combine([sound_run, other])
         drifts = [sound_run.drift_mev_per_atom_per_ps, other.drift_mev_per_atom_per_ps]
         assert both.drift_mev_per_atom_per_ps == pytest.approx(np.mean(drifts))
@@ -340,7 +340,8 @@ class TestNVE:
             combine([])
 
     @pytest.mark.parametrize(
-        "options", [{"duration_ps": 0.0}, {"timestep_fs": -1.0}, {"equilibrate_ps": -1}, {"duration_ps": 0.01}]
+        "options",
+        [{"duration_ps": 0.0}, {"timestep_fs": -1.0}, {"equilibrate_ps": -1}, {"duration_ps": 0.01}],
     )
     def test_bad_input(self, options):
         with pytest.raises(ValueError, match="nve_drift"):
@@ -349,9 +350,7 @@ class TestNVE:
 
 class TestSmoothness:
     def test_smooth_change_passes(self):
-        result = bond_stretch_scan(
-            CalculatorPotential(morse(2.2)), p4(), CalculatorPotential(morse(2.0))
-        )
+        result = bond_stretch_scan(CalculatorPotential(morse(2.2)), p4(), CalculatorPotential(morse(2.0)))
         assert result.passed
         assert result.largest_jump_mev == pytest.approx(0.1 * result.allowed_mev, rel=1e-3)
         assert result.lengths_angstrom.shape == (141,)
@@ -382,11 +381,11 @@ class TestSmoothness:
 
     def test_single_precision_totals_are_not_steps(self):
         def single(energies):
-            return (energies - 15_000.0).astype(np.float32).astype(float)
+            return (energies - 60_000.0).astype(np.float32).astype(float)
 
         sound = CalculatorPotential(morse())
         result = bond_stretch_scan(
-            Broken(energy=single), p4(), Broken(energy=lambda e: e - 15_000.0), points=701
+            Broken(energy=single), p4(), Broken(energy=lambda e: e - 60_000.0), points=281
         )
         assert result.largest_jump_mev > 1e3 * np.max(np.abs(np.diff(sound_energies(sound, result), 2)))
         assert result.passed

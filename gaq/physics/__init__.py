@@ -1,0 +1,1 @@
+"""Checks of what a potential must keep: equivariance, conservation, smoothness."""

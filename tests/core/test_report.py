@@ -1,0 +1,366 @@
+"""Gates, tables and the written report."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.morse import MorsePotential
+
+from gaq.physics.potential import CalculatorPotential
+from gaq.report import (
+    BOUNDS,
+    ReferenceModel,
+    all_passed,
+    build_report,
+    evaluate_gates,
+    format_table,
+    hardware,
+    markdown_table,
+    seconds_per_step,
+    versions,
+    write_report,
+)
+
+METRICS = {
+    "force_mae_mev_per_angstrom",
+    "energy_mae_mev_per_atom",
+    "lee_mev_per_angstrom",
+    "central_difference_relative_error",
+    "nve",
+    "file_bytes",
+    "seconds_per_step",
+    "peak_bytes",
+}
+
+FP32 = {
+    "force_mae_mev_per_angstrom": 10.0,
+    "nve": {"drift_mev_per_atom_per_ps": 0.001, "standard_error": 0.002},
+    "file_bytes": 4_000_000,
+}
+GOOD = {
+    "force_mae_mev_per_angstrom": 10.1,
+    "lee_mev_per_angstrom": 0.1,
+    "naive_lee_mev_per_angstrom": 17.4,
+    "central_difference_relative_error": {"0.1": 0.016, "0.03": 0.0014, "0.01": 0.0002},
+    "nve": {"drift_mev_per_atom_per_ps": 0.005, "drift_over_std_kinetic": 0.1, "stable": True},
+    "smoothness": {"largest_jump_mev": 0.1, "allowed_mev": 1.0},
+    "engine_error_ratio": 1.5,
+    "file_bytes": 900_000,
+}
+
+
+def cluster(seed: int = 0) -> Atoms:
+    corners = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    atoms = Atoms("P4", 2.21 / np.sqrt(8) * corners)
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def morse() -> MorsePotential:
+    return MorsePotential(epsilon=2.0, r0=2.21, rho0=4.0, rcut1=3.0, rcut2=4.0)
+
+
+class Staircase(CalculatorPotential):
+    """Energies rounded to 20 meV, and a force that ignores rotation."""
+
+    def __call__(self, structures):
+        energies, forces = super().__call__(structures)
+        return 0.02 * np.round(energies / 0.02), [f + np.array([0.0, 0.0, 0.03]) for f in forces]
+
+
+class TestGates:
+    def test_a_good_model_passes_everything(self):
+        gates = evaluate_gates(GOOD, "gaq", FP32)
+        assert {name: gate.passed for name, gate in gates.items()} == dict.fromkeys(gates, True)
+        assert len(gates) == 9
+        assert all(gate.enforced for gate in gates.values())
+        assert gates["lee_against_naive"].value == pytest.approx(174.0)
+        assert gates["central_difference"].value == 0.0002
+        assert gates["nve_drift_against_reference"].value == pytest.approx(0.004)
+        assert gates["nve_drift_against_reference"].bound == pytest.approx(0.004 * math.sqrt(2))
+        assert gates["file_size_ratio"].value == pytest.approx(4.444, abs=1e-3)
+        assert all_passed(gates)
+
+    @pytest.mark.parametrize(
+        ("change", "name"),
+        [
+            ({"force_mae_mev_per_angstrom": 10.21}, "force_mae_ratio"),
+            ({"lee_mev_per_angstrom": 0.16}, "lee"),
+            ({"naive_lee_mev_per_angstrom": 2.9}, "lee_against_naive"),
+            ({"central_difference_relative_error": {0.01: 0.011}}, "central_difference"),
+            ({"nve": {**GOOD["nve"], "drift_over_std_kinetic": 1.0}}, "nve_drift"),
+            ({"nve": {**GOOD["nve"], "drift_mev_per_atom_per_ps": 0.0067}}, "nve_drift_against_reference"),
+            ({"smoothness": {"largest_jump_mev": 1.1, "allowed_mev": 1.0}}, "bond_stretch"),
+            ({"engine_error_ratio": 2.1}, "engine"),
+            ({"file_bytes": 1_000_001}, "file_size_ratio"),
+        ],
+    )
+    def test_each_gate_fails_alone(self, change, name):
+        gates = evaluate_gates({**GOOD, **change}, "w8a16", FP32)
+        assert [key for key, gate in gates.items() if gate.passed is False] == [name]
+        assert not all_passed(gates)
+
+    def test_bounds_by_preset_and_training(self):
+        assert set(BOUNDS) == {"gaq", "w8a16", "w8", "w4a16", "w4", "w8a8", "w4a8", "naive_w8a8"}
+
+        def bound(preset, training="ptq"):
+            return evaluate_gates({**GOOD, "training": training}, preset, FP32)["force_mae_ratio"].bound
+
+        assert (bound("w8"), bound("w8", "qat"), bound("w4"), bound("w4", "qat")) == (1.02, 1.0, 1.0, 1.0)
+        assert (bound("w8a8", "qat"), bound("w4a8", "qat")) == (1.05, 1.05)
+        sizes = {preset: evaluate_gates(GOOD, preset, FP32)["file_size_ratio"].bound for preset in BOUNDS}
+        assert sizes == {name: 7.0 if name.startswith("w4") else 4.0 for name in BOUNDS}
+
+    @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "naive_w8a8"])
+    def test_physics_of_the_8_bit_activation_presets_is_printed_only(self, preset):
+        bad = {**GOOD, "lee_mev_per_angstrom": 6.5, "nve": {"stable": False}, "file_bytes": 500_000}
+        gates = evaluate_gates(bad, preset, FP32)
+        assert gates["lee"].passed is False
+        assert gates["nve_drift"].passed is False
+        assert not gates["lee"].enforced
+        assert all_passed(gates)
+        assert gates["file_size_ratio"].enforced
+        assert gates["force_mae_ratio"].enforced is (preset != "naive_w8a8")
+
+    def test_unmeasured_is_neither_pass_nor_fail(self):
+        gates = evaluate_gates({"lee_mev_per_angstrom": 0.01}, "gaq", None)
+        assert gates["lee"].passed is True
+        others = [gate for name, gate in gates.items() if name != "lee"]
+        assert all(gate.passed is None and gate.note.startswith("not measured: ") for gate in others)
+        assert all_passed(gates)
+
+    def test_broken_numbers_fail(self):
+        gates = evaluate_gates(
+            {**GOOD, "lee_mev_per_angstrom": float("nan"), "nve": {**GOOD["nve"], "stable": False}},
+            "w8",
+            FP32,
+        )
+        assert gates["lee"].passed is False
+        assert gates["nve_drift"].value == math.inf
+        assert gates["nve_drift"].passed is False
+        assert "not stable" in gates["nve_drift"].note
+        exact = evaluate_gates({**GOOD, "lee_mev_per_angstrom": 0.0}, "w8", FP32)
+        assert exact["lee_against_naive"].passed is True
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"'w2'.*naive_w8a8"):
+            evaluate_gates(GOOD, "w2", FP32)
+        with pytest.raises(ValueError, match="'ptq' or 'qat'"):
+            evaluate_gates({**GOOD, "training": "magic"}, "w8", FP32)
+
+    def test_gates_are_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            evaluate_gates(GOOD, "gaq", FP32)["lee"].passed = False  # type: ignore[misc]
+
+
+class TestTables:
+    ROWS = (
+        {"name": "FP32", "mae": 11.6, "bytes": 2_400_000, "ok": True},
+        {"name": "w8|a16", "mae": 0.000123, "bytes": None, "ok": False},
+    )
+
+    def test_plain(self):
+        text = format_table(self.ROWS, {"name": "model", "mae": "F MAE", "bytes": "bytes", "ok": "ok"})
+        assert text == (
+            "model      F MAE      bytes  ok\n"
+            "------  --------  ---------  ---\n"
+            "FP32        11.6  2,400,000  yes\n"
+            "w8|a16  1.23e-04          -  no"
+        )
+
+    def test_markdown(self):
+        assert markdown_table(self.ROWS, ["name", "mae"]) == (
+            "| name | mae |\n| --- | ---: |\n| FP32 | 11.6 |\n| w8\\|a16 | 1.23e-04 |"
+        )
+
+    def test_no_rows(self):
+        assert format_table([], ["a", "b"]) == "a  b\n-  -"
+
+
+class TestEnvironment:
+    def test_versions(self):
+        found = versions()
+        assert found["numpy"] == np.__version__
+        assert found["python"].startswith("3.")
+        assert {"torch", "ase"} <= set(found)
+
+    def test_hardware(self):
+        machine = hardware()
+        assert set(machine) == {"cpu", "cores", "torch_threads", "gpu"}
+        assert machine["cpu"]
+        assert machine["cores"] >= 1
+
+    def test_seconds_per_step_defeats_the_cache(self):
+        class Counting(MorsePotential):
+            calls = 0
+
+            def calculate(self, *arguments, **options):
+                Counting.calls += 1
+                super().calculate(*arguments, **options)
+
+        atoms = cluster()
+        before = atoms.positions.copy()
+        assert 0 < seconds_per_step(Counting(epsilon=2.0, r0=2.21, rho0=4.0), atoms, repeats=5, warmup=2) < 1
+        assert Counting.calls == 7
+        np.testing.assert_array_equal(atoms.positions, before)
+        with pytest.raises(ValueError, match="repeats"):
+            seconds_per_step(morse(), atoms, repeats=0)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Ten labelled clusters, a model file and a reference file."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "fp32.model").write_bytes(bytes(4000))
+    (folder / "quantized.model").write_bytes(bytes(900))
+    structures = [cluster(seed) for seed in range(10)]
+    energies, forces = CalculatorPotential(morse())(structures)
+    for frame, energy, force in zip(structures, energies, forces, strict=True):
+        frame.info["REF_energy"] = energy + 0.004
+        frame.arrays["REF_forces"] = force + 0.01
+    reference = ReferenceModel(CalculatorPotential(morse()), morse(), folder / "fp32.model")
+    return folder, structures, reference
+
+
+@pytest.fixture(scope="module")
+def good_report(case):
+    folder, structures, reference = case
+    return build_report(
+        CalculatorPotential(morse()),
+        morse(),
+        structures,
+        model_path=folder / "quantized.model",
+        preset="gaq",
+        reference=reference,
+        nve_ps=0.3,
+        extra={"naive_lee_mev_per_angstrom": 17.0},
+    )
+
+
+class TestReport:
+    def test_fields_and_numbers(self, good_report):
+        assert set(good_report) == {
+            "model",
+            "reference",
+            "versions",
+            "hardware",
+            "command",
+            "gates",
+            "figures",
+        }
+        assert set(good_report["model"]) == METRICS | {"path", "preset"}
+        assert set(good_report["reference"]) == METRICS | {"path"}
+        model = good_report["model"]
+        assert model["force_mae_mev_per_angstrom"] == pytest.approx(10.0)
+        assert model["energy_mae_mev_per_atom"] == pytest.approx(1.0)
+        assert model["lee_mev_per_angstrom"] < 1e-9
+        assert set(model["central_difference_relative_error"]) == {"0.1", "0.03", "0.01"}
+        assert {"drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic"} <= set(model["nve"])
+        assert (model["file_bytes"], good_report["reference"]["file_bytes"]) == (900, 4000)
+        assert 0 < model["seconds_per_step"] < 1
+        assert 1e7 < model["peak_bytes"] < 1e11
+        gates = good_report["gates"]
+        assert [name for name, gate in gates.items() if gate["passed"] is not True] == ["engine"]
+        assert gates["engine"]["passed"] is None
+        assert gates["file_size_ratio"]["value"] == pytest.approx(4000 / 900)
+        assert gates["bond_stretch"]["value"] == 0.0
+
+    def test_a_broken_model_fails_the_gates_that_see_it(self, case):
+        folder, structures, reference = case
+        report = build_report(
+            Staircase(morse()),
+            morse(),
+            structures,
+            model_path=folder / "quantized.model",
+            preset="gaq",
+            reference=reference,
+            extra={"naive_lee_mev_per_angstrom": 17.0},
+        )
+        assert report["model"]["lee_mev_per_angstrom"] == pytest.approx(40.0, rel=0.15)  # 4/3 of 30 meV/Å
+        assert report["model"]["nve"] is None
+        failed = {name for name, gate in report["gates"].items() if gate["passed"] is False}
+        assert failed == {
+            "force_mae_ratio",
+            "lee",
+            "lee_against_naive",
+            "central_difference",
+            "bond_stretch",
+        }
+        assert report["gates"]["nve_drift"]["passed"] is None
+
+    def test_written_files(self, good_report, tmp_path):
+        json_path, html_path = write_report(good_report, tmp_path / "deep" / "report")
+        data = json.loads(json_path.read_text())
+        assert set(data) == set(good_report) - {"figures"}
+        assert data["model"]["file_bytes"] == 900
+        assert data["gates"]["lee"] == good_report["gates"]["lee"]
+        page = html_path.read_text()
+        assert "http" not in page
+        assert "<script" not in page
+        assert page.count("<table>") == 2
+        images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+        assert len(images) == 3
+        assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+        assert page.count('class="pass">pass') == 8
+        # A report read back from disk makes a page too, without figures.
+        write_report(data, tmp_path / "again")
+        assert "No figure data" in (tmp_path / "again" / "report.html").read_text()
+
+    def test_json_has_no_nan_and_the_page_escapes(self, good_report, tmp_path):
+        hostile = {
+            **good_report,
+            "command": "gaq report '<b>.model' & more",
+            "model": {**good_report["model"], "lee_mev_per_angstrom": float("nan")},
+            "gates": {
+                "nve_drift": {**good_report["gates"]["nve_drift"], "value": float("inf"), "passed": False}
+            },
+        }
+        json_path, html_path = write_report(hostile, tmp_path)
+        data = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(name))
+        assert data["model"]["lee_mev_per_angstrom"] is None
+        assert data["gates"]["nve_drift"]["value"] is None
+        page = html_path.read_text()
+        assert "<b>" not in page
+        assert "∞" in page
+        assert "Failed: nve_drift" in page
+
+    def test_without_matplotlib(self, good_report, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        page = write_report(good_report, tmp_path)[1].read_text()
+        assert "pip install gaq[report]" in page
+
+    def test_unlabelled_structures_without_reference(self, case, tmp_path):
+        folder = case[0]
+        report = build_report(
+            CalculatorPotential(morse()),
+            morse(),
+            [cluster()],
+            model_path=folder / "quantized.model",
+            preset="w8",
+        )
+        assert report["reference"] is None
+        assert report["model"]["force_mae_mev_per_angstrom"] is None
+        assert report["gates"]["force_mae_ratio"]["passed"] is None
+        assert "Nothing to plot" in write_report(report, tmp_path)[1].read_text()
+
+    def test_bad_input(self, case):
+        folder, structures, _ = case
+        potential = CalculatorPotential(morse())
+        good = {"model_path": folder / "quantized.model", "preset": "gaq"}
+        for frames, change, message in (
+            ([], {}, "no structures"),
+            (structures, {"model_path": folder / "none.model"}, "none.model does not exist"),
+            (structures, {"preset": "w2"}, "'w2'"),
+            (structures, {"extra": {"lee": 1.0}}, r"unknown \['lee'\]"),
+            ([*structures, cluster()], {}, "frame 10"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                build_report(potential, morse(), frames, **{**good, **change})
