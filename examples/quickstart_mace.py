@@ -299,8 +299,7 @@ def format_table(results: dict[str, Result]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(head, unit, *rows, strict=True)]
     lines = [
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in (head, unit, *rows)
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, unit, *rows)
     ]
     lines.insert(2, "-" * len(lines[0]))
     return "\n".join(lines)
@@ -374,9 +373,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     table = {name: asdict(result) for name, result in results.items()}
     (directory / "comparison.json").write_text(json.dumps(table, indent=2) + "\n")
     plot_energies(trajectories, directory / "nve.png")
-    print(
-        f"\n{format_table(results)}\n\nwritten to {directory / 'comparison.json'} and {directory / 'nve.png'}"
-    )
+    print(f"\n{format_table(results)}\n\nwritten to {directory / 'comparison.json'} and {directory / 'nve.png'}")
     return results
 
 

@@ -122,8 +122,7 @@ def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[A
             continue
         if bonds(atoms) != bonds(start):
             raise RuntimeError(
-                f"A bond of the molecule broke or formed at {TEMPERATURE:g} K: "
-                "use another seed, or lower TEMPERATURE."
+                f"A bond of the molecule broke or formed at {TEMPERATURE:g} K: use another seed, or lower TEMPERATURE."
             )
         frame = Atoms(atoms.symbols, atoms.positions - atoms.get_center_of_mass())
         frame.info["REF_energy"] = float(atoms.get_potential_energy())
@@ -132,9 +131,7 @@ def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[A
     return kept
 
 
-def make_dataset(
-    directory: str | Path, train: int = 800, test: int = 100, seed: int = 0
-) -> tuple[Path, Path]:
+def make_dataset(directory: str | Path, train: int = 800, test: int = 100, seed: int = 0) -> tuple[Path, Path]:
     """Make the training and test files.
 
     The two sets come from separate trajectories, so no test frame neighbours a training frame in time.

@@ -101,9 +101,7 @@ def join_planes(high: Tensor, low: Tensor) -> Tensor:
         ValueError: a plane is not int8, or the shapes differ.
     """
     if high.dtype != torch.int8 or low.dtype != torch.int8:
-        raise ValueError(
-            f"planes must be int8, got {high.dtype} and {low.dtype}; use .view(torch.int8) on bytes"
-        )
+        raise ValueError(f"planes must be int8, got {high.dtype} and {low.dtype}; use .view(torch.int8) on bytes")
     if high.shape != low.shape:
         raise ValueError(f"the planes differ in shape: {tuple(high.shape)} and {tuple(low.shape)}")
     return high.to(torch.int32) * 256 + low.to(torch.int32)
@@ -195,25 +193,19 @@ def _code_range(bits: int) -> tuple[int, int]:
 def _integers(codes: IntegerArray, lowest: int, highest: int, purpose: str, check: bool = True) -> Tensor:
     tensor = torch.as_tensor(codes)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise ValueError(
-            f"{purpose} takes integer codes, got {tensor.dtype}; round and convert to int32 first"
-        )
+        raise ValueError(f"{purpose} takes integer codes, got {tensor.dtype}; round and convert to int32 first")
     if check and tensor.numel():
         smallest, largest = (int(bound) for bound in torch.aminmax(tensor.to(torch.int64)))
         if smallest < lowest or largest > highest:
             culprit = smallest if smallest < lowest else largest
-            raise ValueError(
-                f"{purpose} takes codes from {lowest} to {highest}, got {culprit}; clamp the codes"
-            )
+            raise ValueError(f"{purpose} takes codes from {lowest} to {highest}, got {culprit}; clamp the codes")
     return tensor
 
 
 def _bytes(packed: IntegerArray, expected: int, what: str) -> Tensor:
     data = torch.as_tensor(packed)
     if data.dtype != torch.uint8 or data.dim() != 1:
-        raise ValueError(
-            f"packed codes must be one-dimensional uint8, got {data.dtype} of shape {tuple(data.shape)}"
-        )
+        raise ValueError(f"packed codes must be one-dimensional uint8, got {data.dtype} of shape {tuple(data.shape)}")
     if data.numel() != expected:
         raise ValueError(f"{what} takes {expected} bytes, got {data.numel()}; check the shape and the bits")
     return data.contiguous()

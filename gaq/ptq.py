@@ -173,9 +173,7 @@ def distill(
     for name, quantizer in quantizers.items():
         if not quantizer.scale_is_fixed:
             quantizer.fix_scale(parameters[name])
-    fine = [
-        q for q in adapter.feature_quantizers(model).values() if q.scalar_top > 2**11 and q.magnitude_top > 2**11
-    ]
+    fine = [q for q in adapter.feature_quantizers(model).values() if q.scalar_top > 2**11 and q.magnitude_top > 2**11]
     flags = [(q.scalars_enabled, q.vectors_enabled) for q in fine]
     for q in fine:
         q.scalars_enabled = q.vectors_enabled = False

@@ -37,7 +37,9 @@ def format_rows(rows: list[SummaryRow]) -> str:
     cells.append(("total", "", "", "", "", str(sum(r.bytes for r in rows)), ""))
     shortened = [tuple(c if len(c) <= 48 else c[:45] + "..." for c in row[:-1]) + (row[-1],) for row in cells]
     widths = [max(len(header[i]), *(len(row[i]) for row in shortened)) for i in range(len(header))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-             for row in (header, *shortened)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *shortened)
+    ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)

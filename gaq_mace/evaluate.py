@@ -101,4 +101,3 @@ class MACEPotential:
                 energies.append(energy.detach().cpu().numpy())
                 forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))
         return np.concatenate(energies), forces
-

@@ -238,7 +238,9 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
             step_shape = segment.scale_shape
             if len(step_shape) == 1 and len(segment.shape) > 1:
                 step_shape = (1,) * len(segment.shape)
-            step = Call(_method("as_strided", step_shape, _strides(step_shape), start + segment.scale_offset), scale[kind])
+            step = Call(
+                _method("as_strided", step_shape, _strides(step_shape), start + segment.scale_offset), scale[kind]
+            )
             pieces.append(Call(_method("flatten"), Call(operator.mul, integers, step)))
         flat = pieces[0] if len(pieces) == 1 else Call(torch.cat, pieces)
         state[name] = Call(_method("view", tuple(tensor.codes.shape)), flat)
@@ -361,7 +363,9 @@ def _config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
     for key, value in plain.items():
         if key in _NAMES and value is not None:
             if value not in _NAMES[key]:
-                raise ModelFileError(f"{key}: this MACE does not know {value!r}; install the version that wrote the file.")
+                raise ModelFileError(
+                    f"{key}: this MACE does not know {value!r}; install the version that wrote the file."
+                )
             value = _NAMES[key][value]
         elif isinstance(value, dict) and set(value) == {"irreps"}:
             value = o3.Irreps(value["irreps"])

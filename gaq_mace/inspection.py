@@ -59,6 +59,8 @@ def rows(model: torch.nn.Module, bystanders: bool = True) -> list[SummaryRow]:
     if bystanders:
         for other in mace_sites.bystanders(model):
             table.append(
-                SummaryRow(other.name, other.kind, "-", "-", "-", 4 * other.parameters, f"not quantized: {other.reason}")
+                SummaryRow(
+                    other.name, other.kind, "-", "-", "-", 4 * other.parameters, f"not quantized: {other.reason}"
+                )
             )
     return table

@@ -207,9 +207,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     config = parse_config(spec)
     check_supported(model)
     if is_quantized(model):
-        raise ValueError(
-            "this model is already quantized. Start from the float model; rounding twice only adds error."
-        )
+        raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")
     sites = find_sites(model)
     resolved = resolve_overrides(config, [site.name for site in sites])
     if all(c is None for c in resolved.values()):
@@ -409,9 +407,7 @@ def _to_json(model: torch.nn.Module, state: ModelState) -> dict[str, Any]:
         "meta": meta_of(model),
         "ranges": {name: _encode(q.ranges()) for name, q in feature_quantizers(model).items()},
         "ratios": {name: _encode(q.range_ratio) for name, q in weight_quantizers(model).items()},
-        "weights": {
-            name: [w.bits, w.granularity, w.group_size, _encode(w.scale)] for name, w in state.weights.items()
-        },
+        "weights": {name: [w.bits, w.granularity, w.group_size, _encode(w.scale)] for name, w in state.weights.items()},
     }
 
 

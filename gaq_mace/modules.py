@@ -66,9 +66,7 @@ class QuantizedContraction(Contraction):
     """MACE's `Contraction` with rounded weights."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        out = self.graph_opt_main(
-            self.U_tensors(self.correlation), self.weights_max_quantizer(self.weights_max), x, y
-        )
+        out = self.graph_opt_main(self.U_tensors(self.correlation), self.weights_max_quantizer(self.weights_max), x, y)
         for i, (weight, quantizer, contract_weights, contract_features) in enumerate(
             zip(self.weights, self.weights_quantizers, self.contractions_weighting, self.contractions_features)  # noqa: B905
         ):

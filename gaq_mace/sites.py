@@ -93,9 +93,7 @@ def _tensor_product_layout(module: o3.TensorProduct) -> WeightLayout:
 
 
 def _pieces(irreps: o3.Irreps, used: set[int] | None = None) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        (mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0
-    )
+    return tuple((mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0)
 
 
 def _contraction_weights(module: SymmetricContraction) -> tuple[WeightSite, ...]:

@@ -33,8 +33,10 @@ def start(model: torch.nn.Module, spec: Any) -> None:
     config = parse_config(spec)
     prepare(model, config)
     logging.info("===========QUANTIZATION===========")
-    logging.info(f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
-                 f"vectors {_bits(config.vectors.magnitude_bits)}")
+    logging.info(
+        f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
+        f"vectors {_bits(config.vectors.magnitude_bits)}"
+    )
     logging.info("Quantized layers:\n" + format_rows(rows(model, bystanders=False)))
     logging.info("Weights and scalars are rounded from the first epoch")
     if config.vectors.magnitude_bits is not None:

@@ -142,9 +142,7 @@ def _labels(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> t
     energy_value = np.asarray(energy, dtype=float)
     force_values = np.asarray(forces, dtype=float)
     if energy_value.size != 1 or not np.isfinite(energy_value).all():
-        raise ValueError(
-            f"frame {frame}: reference energy {energy_key!r} is {energy!r}, not one finite number"
-        )
+        raise ValueError(f"frame {frame}: reference energy {energy_key!r} is {energy!r}, not one finite number")
     if force_values.shape != (len(structure), 3) or not np.isfinite(force_values).all():
         raise ValueError(
             f"frame {frame}: reference forces {forces_key!r} have shape {force_values.shape} or values "

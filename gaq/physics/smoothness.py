@@ -85,9 +85,7 @@ def bond_stretch_scan(
             shortens the bond to nothing.
     """
     if points < 5:
-        raise ValueError(
-            f"bond_stretch_scan: points is {points}; at least 5 are needed for second differences"
-        )
+        raise ValueError(f"bond_stretch_scan: points is {points}; at least 5 are needed for second differences")
     if not span[0] < span[1]:
         raise ValueError(f"bond_stretch_scan: span is {span}; the second length must exceed the first")
     neighbours = _neighbours(atoms)
@@ -95,9 +93,7 @@ def bond_stretch_scan(
         bond = _choose_bond(atoms, neighbours)
     fixed, moved = (int(index) for index in bond)
     if fixed == moved or not {fixed, moved} <= set(range(len(atoms))):
-        raise ValueError(
-            f"bond_stretch_scan: bond {bond} does not name two of the atoms 0 to {len(atoms) - 1}"
-        )
+        raise ValueError(f"bond_stretch_scan: bond {bond} does not name two of the atoms 0 to {len(atoms) - 1}")
 
     vector = atoms.get_distance(fixed, moved, mic=True, vector=True)
     length = float(np.linalg.norm(vector))

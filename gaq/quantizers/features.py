@@ -1,6 +1,5 @@
 """`FeatureQuantizer`: rounds a tensor of irreps features, scalars by ruler and vectors by compass."""
 
-
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +46,7 @@ class FeatureQuantizer(torch.nn.Module):
         headroom: the range is this many times the largest value observed.
     """
 
-    def __init__(
-        self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float
-    ) -> None:
+    def __init__(self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float) -> None:
         super().__init__()
         self.channels_first = layout.channels_first
         merged: list[list[int]] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["round_linear", "round_log_magnitude"]
 
+
 def round_linear(x: Tensor, limit: Tensor, top: float, signed: bool) -> Tensor:
     """Round to the nearest of equally spaced values.
 

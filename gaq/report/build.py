@@ -118,9 +118,7 @@ def build_report(
         if label_errors is not None:
             labels[name] = label_errors
         if nve_ps > 0:
-            runs[name] = nve_drift(
-                subject_calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress
-            )
+            runs[name] = nve_drift(subject_calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
         rotated = local_equivariance_error(subject, checked, seed=seed)
         differences = central_difference_error(subject, checked, seed=seed)
         seconds, peak = _cost(subject_calculator, structures[0], seed)
@@ -197,9 +195,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
     return json_path, html_path
 
 
-def seconds_per_step(
-    calculator: Any, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0
-) -> float:
+def seconds_per_step(calculator: Any, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
     """Median wall time of energy and forces, in seconds.
 
     The positions change by 1 mÅ before each evaluation, so that the calculator's cache is of no use, while
@@ -422,19 +418,14 @@ def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
             f"<td class='n'>{_text(bound)}</td><td>{verdict}</td>"
             f"<td class='muted'>{_text(gate['note'])}</td></tr>"
         )
-    head = (
-        "<tr><th>Gate</th><th class='n'>Value</th><th class='n'>Bound</th>"
-        "<th>Result</th><th>Meaning</th></tr>"
-    )
+    head = "<tr><th>Gate</th><th class='n'>Value</th><th class='n'>Bound</th><th>Result</th><th>Meaning</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     rows: list[tuple[str, str, Any, Any]] = []
 
-    def add(
-        entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]
-    ) -> None:
+    def add(entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
         rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
 
     other = reference or {}
@@ -442,8 +433,7 @@ def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None)
     ours = model.get("central_difference_relative_error") or {}
     theirs = other.get("central_difference_relative_error") or {}
     rows.extend(
-        (f"Force against central differences, h = {step} Å", "relative", ours[step], theirs.get(step))
-        for step in ours
+        (f"Force against central differences, h = {step} Å", "relative", ours[step], theirs.get(step)) for step in ours
     )
     if model.get("nve"):
         add(_NVE_METRICS, model["nve"], other.get("nve") or {})
@@ -512,9 +502,7 @@ def _force_figure(labels: Mapping[str, LabelErrors]) -> str:
     parity.plot(ends, ends, color="#8a94a0", linewidth=0.8)
     parity.plot(expected, predicted, ".", markersize=2, color=_COLOURS["model"])
     parity.set(xlabel="reference force (eV/Å)", ylabel="model force (eV/Å)")
-    errors = {
-        name: 1e3 * np.abs(error.force_predictions - error.force_labels) for name, error in labels.items()
-    }
+    errors = {name: 1e3 * np.abs(error.force_predictions - error.force_labels) for name, error in labels.items()}
     pooled = np.concatenate(list(errors.values()))
     positive = pooled[np.isfinite(pooled) & (pooled > 0)]
     if len(positive):
@@ -560,9 +548,7 @@ def _scan_figure(scan: SmoothnessResult) -> str:
     energy.set(xlabel=f"distance of atoms {i} and {j} (Å)", ylabel="energy (eV)")
     energy.legend(frameon=False)
     second = 1e3 * np.abs(np.diff(scan.energy_ev - scan.reference_energy_ev, 2))
-    jumps.plot(
-        scan.lengths_angstrom[1:-1], second, ".-", markersize=3, linewidth=0.6, color=_COLOURS["model"]
-    )
+    jumps.plot(scan.lengths_angstrom[1:-1], second, ".-", markersize=3, linewidth=0.6, color=_COLOURS["model"])
     jumps.axhline(scan.allowed_mev, color="#a8201a", linestyle="--", linewidth=1, label="allowed")
     jumps.set(xlabel=f"distance of atoms {i} and {j} (Å)", ylabel="second difference of E - E_ref (meV)")
     if np.any(second > 0):

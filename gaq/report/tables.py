@@ -84,7 +84,5 @@ def _cells(
     numeric = []
     for key in keys:
         values = [row[key] for row in rows if row.get(key) is not None]
-        numeric.append(
-            bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-        )
+        numeric.append(bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values))
     return headings, cells, numeric

@@ -102,9 +102,7 @@ def worst_angle_bound(dimension: int, levels: int) -> float:
     ("bits", "mean", "worst"),
     [(4, 0.0994736, 0.198876), (6, 0.0225733, 0.0451170), (8, 0.00550068, 0.0110042)],
 )
-def test_octahedral_error_is_pinned_and_within_theory(
-    directions: Tensor, bits: int, mean: float, worst: float
-) -> None:
+def test_octahedral_error_is_pinned_and_within_theory(directions: Tensor, bits: int, mean: float, worst: float) -> None:
     error = angle(directions, quantize_direction(directions, "octahedral", bits))
     assert error.mean().item() == pytest.approx(mean, rel=1e-3)
     assert error.max().item() == pytest.approx(worst, rel=1e-3)
@@ -161,9 +159,7 @@ def test_octahedral_error_varies_over_the_sphere_as_derived(directions: Tensor) 
         near = near / near.norm(dim=1, keepdim=True)
         return angle(near, quantize_direction(near, "octahedral", 14)).square().mean().sqrt().item()
 
-    assert rms_error_around((1, 1, 1)) / rms_error_around((0, 0, 1)) == pytest.approx(
-        3 / math.sqrt(2), rel=0.03
-    )
+    assert rms_error_around((1, 1, 1)) / rms_error_around((0, 0, 1)) == pytest.approx(3 / math.sqrt(2), rel=0.03)
 
     # Over caps wide enough to matter, no place is worse than another by more than that.
     error = angle(directions, quantize_direction(directions, "octahedral", 8))
@@ -257,9 +253,7 @@ def test_sign_flips_are_exact_even_on_ties(dimension: int, dtype: torch.dtype) -
     vectors = torch.randint(-3, 4, (2_000, dimension), generator=generator).to(dtype)
     signs = (torch.randint(0, 2, (2_000, dimension), generator=generator) * 2 - 1).to(dtype)
     for levels in (1, 2, 7, 127):
-        assert torch.equal(
-            pyramid_quantize(vectors * signs, levels), pyramid_quantize(vectors, levels) * signs
-        )
+        assert torch.equal(pyramid_quantize(vectors * signs, levels), pyramid_quantize(vectors, levels) * signs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -427,9 +421,7 @@ def test_torchscript_gives_the_same(dimension: int) -> None:
     assert torch.jit.script(pyramid_levels)(8) == 127
     assert torch.equal(torch.jit.script(pyramid_quantize)(vectors, 127), pyramid_quantize(vectors, 127))
     assert torch.equal(torch.jit.script(pyramid_encode)(vectors, 127), codes)
-    assert torch.equal(
-        torch.jit.script(pyramid_decode)(codes, torch.float32), pyramid_decode(codes, torch.float32)
-    )
+    assert torch.equal(torch.jit.script(pyramid_decode)(codes, torch.float32), pyramid_decode(codes, torch.float32))
     if dimension == 3:
         packed = torch.jit.script(octahedral_pack)(codes, 127)
         assert torch.equal(torch.jit.script(octahedral_unpack)(packed, 127), codes)

@@ -149,9 +149,7 @@ class TestCentralDifferences:
         height = 0.02
         structures = clusters(12)
         errors = central_difference_error(Broken(energy=staircase(height)), structures, steps=(0.03, 0.01))
-        sound = central_difference_error(
-            Broken(force=lambda x: np.full(x.shape, 1e3)), structures, steps=(0.01,)
-        )
+        sound = central_difference_error(Broken(force=lambda x: np.full(x.shape, 1e3)), structures, steps=(0.01,))
         assert sound[0.01].relative_error == pytest.approx(1.0, abs=0.01)  # constant force without energy
         forces = np.concatenate([f.ravel() for f in CalculatorPotential(morse())(structures)[1]])
         expected = height / np.sqrt(6) / 0.02 / np.sqrt(np.mean(forces**2))
@@ -384,9 +382,7 @@ class TestSmoothness:
             return (energies - 60_000.0).astype(np.float32).astype(float)
 
         sound = CalculatorPotential(morse())
-        result = bond_stretch_scan(
-            Broken(energy=single), p4(), Broken(energy=lambda e: e - 60_000.0), points=281
-        )
+        result = bond_stretch_scan(Broken(energy=single), p4(), Broken(energy=lambda e: e - 60_000.0), points=281)
         assert result.largest_jump_mev > 1e3 * np.max(np.abs(np.diff(sound_energies(sound, result), 2)))
         assert result.passed
 

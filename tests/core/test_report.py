@@ -319,9 +319,7 @@ class TestReport:
             **good_report,
             "command": "gaq report '<b>.model' & more",
             "model": {**good_report["model"], "lee_mev_per_angstrom": float("nan")},
-            "gates": {
-                "nve_drift": {**good_report["gates"]["nve_drift"], "value": float("inf"), "passed": False}
-            },
+            "gates": {"nve_drift": {**good_report["gates"]["nve_drift"], "value": float("inf"), "passed": False}},
         }
         json_path, html_path = write_report(hostile, tmp_path)
         data = json.loads(json_path.read_text(), parse_constant=lambda name: pytest.fail(name))

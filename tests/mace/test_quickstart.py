@@ -72,9 +72,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gaq.force_mae_mev_per_angstrom < 1.1 * fp32.force_mae_mev_per_angstrom
     assert gaq.size_ratio >= 4
     assert gaq.lee_mev_per_angstrom <= 0.15
-    assert json.loads((tmp_path / "comparison.json").read_text()) == {
-        k: asdict(r) for k, r in results.items()
-    }
+    assert json.loads((tmp_path / "comparison.json").read_text()) == {k: asdict(r) for k, r in results.items()}
     assert (tmp_path / "nve.png").stat().st_size > 0
 
     stock, quantized = ((tmp_path / f"{name}.yml").read_text().splitlines() for name in ("fp32", "gaq"))
