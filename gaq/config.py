@@ -10,6 +10,8 @@ import ast
 import dataclasses
 import difflib
 import fnmatch
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,28 +265,45 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def _check_value(path: str, value: Any, annotation: str) -> Any:
-    """The value in the type of the field, or a `ConfigError` that names the path."""
-    relative = path.removeprefix("quantization.")
+def _number(value: Any, kind: str) -> float | int | None:
+    """The value as an ``int`` or a finite ``float``; None if it is not one."""
+    if isinstance(value, bool):
+        return None
+    if kind == "int":
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return int(value) if whole else None
+    # YAML 1.1 reads 1e-3 as text, for want of a point or of the exponent's sign.
+    if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
+    """The value in the type of the field, or a `ConfigError` that names the path.
+
+    Args:
+        path: in the whole configuration, for messages.
+        relative: of the field in `QuantizationConfig`, also within an override.
+        value: what the user wrote.
+        annotation: of the field.
+    """
     optional = "None" in annotation
     kind = annotation.replace("| None", "").strip()
     if value is None:
         if optional:
             return None
         raise ConfigError(f"{path}: null is not allowed here; give a value of type {kind}.")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    wrong = (
-        (kind == "int" and not (is_number and float(value).is_integer()))
-        or (kind == "float" and not is_number)
-        or (kind == "str" and not isinstance(value, str))
-        or (kind == "bool" and not isinstance(value, bool))
-    )
-    if wrong:
-        raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {value!r}.")
-    if kind == "int":
-        value = int(value)
-    if kind == "float":
-        value = float(value)
+    given = value
+    if kind in ("int", "float"):
+        value = _number(given, kind)
+    elif not isinstance(given, {"str": str, "bool": bool}[kind]):
+        value = None
+    if value is None:
+        raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {given!r}.")
     if relative in _CHOICES and value not in _CHOICES[relative]:
         hint = _closest(str(value), _CHOICES[relative])
         raise ConfigError(f"{path}: {value!r} is not one of {_options(_CHOICES[relative])}.{hint}")
@@ -298,7 +317,7 @@ def _check_value(path: str, value: Any, annotation: str) -> Any:
     return value
 
 
-def _merge(base: Any, changes: Mapping[str, Any], path: str) -> Any:
+def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") -> Any:
     """`base` with the keys of a user's mapping, each checked against the field of that name."""
     fields = {f.name: f for f in dataclasses.fields(base)}
     values: dict[str, Any] = {}
@@ -318,11 +337,11 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str) -> Any:
                     f"{here}: expected a mapping, got {value!r}. "
                     f"Allowed in {here}: {_options(f.name for f in dataclasses.fields(current))}."
                 )
-            values[key] = _merge(current, value, here)
+            values[key] = _merge(current, value, here, f"{key}.")
         elif key == "overrides":
             values[key] = _check_overrides(value, here)
         elif key != "preset":
-            values[key] = _check_value(here, value, str(fields[key].type))
+            values[key] = _check_value(here, section + key, value, str(fields[key].type))
     return dataclasses.replace(base, **values)
 
 
@@ -368,13 +387,13 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
             the key path and what is allowed.
     """
     if isinstance(spec, QuantizationConfig):
-        return spec
+        spec = spec.to_dict()
     if isinstance(spec, str):
         text = spec.strip()
         if text.startswith("{"):
             try:
                 spec = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 try:
                     spec = yaml.safe_load(text)
                 except yaml.YAMLError as error:

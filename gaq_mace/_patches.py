@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
+import os
 import sys
+import zipfile
 from types import ModuleType
 from typing import Any
 
@@ -113,16 +116,41 @@ def _patch_arg_parser(module: Any) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
+def _is_packed(path: str | None) -> bool:
+    """Whether a file is a packed model, from its pickle alone (nothing in it is run)."""
+    if path is None or not os.path.isfile(path) or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return any(b"gaq_packed" in archive.read(name) for name in pickles)
+
+
 def _patch_scripts_utils(module: Any) -> None:
     original = module.get_params_options
 
     @functools.wraps(original)
     def get_params_options(args: argparse.Namespace, model: Any) -> Any:
         spec = getattr(args, "quantization", None)
+        packed = _is_packed(getattr(args, "foundation_model", None))
+        if packed and spec is None:
+            logging.warning(
+                f"The foundation model {args.foundation_model} is quantized. Its rounded weights are a starting point "
+                "only: without the key `quantization` this run trains a float model."
+            )
         if spec is not None:
             from gaq_mace.training import start
 
-            start(model, spec)
+            try:
+                start(model, spec)
+            except ValueError as error:
+                logging.error(str(error))
+                print(f"mace_run_train: error: {error}", file=sys.stderr)
+                raise SystemExit(2) from error
+            if packed:
+                logging.warning(
+                    f"The foundation model {args.foundation_model} is quantized: training starts from its rounded "
+                    "weights. The float model it was made from is the better start, if you have it."
+                )
         return original(args, model)
 
     module.get_params_options = get_params_options

@@ -15,7 +15,7 @@ __all__ = ["rows"]
 
 def _describe_input(quantizer: FeatureQuantizer | None, site: mace_sites.Site) -> str:
     if quantizer is None:
-        return f"float: {site.input_note}" if "where the preset" not in site.input_note else "float"
+        return "float" if site.input_note == mace_sites.ROUNDED else f"float: {site.input_note}"
     return quantizer.describe()
 
 

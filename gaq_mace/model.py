@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "quantized_weights",
     "restore",
+    "search_ranges",
     "state_of",
     "unquantized",
 ]
@@ -71,12 +73,14 @@ class ModelState:
             rounded for good).
         weights: of a converted model, by parameter name.
         notes: anything worth keeping with the model: versions, gate results.
+        resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
     """
 
     config: QuantizationConfig
     status: str = "training"
     weights: dict[str, FixedWeight] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
 
 
 @compile_mode("script")
@@ -225,6 +229,18 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     return model
 
 
+def search_ranges(model: torch.nn.Module) -> None:
+    """Set the range of every weight quantizer anew, for the weights the model has now."""
+    sites = find_sites(model)
+    resolved = resolve_overrides(_require_state(model).config, [site.name for site in sites])
+    parameters = dict(model.named_parameters())
+    for site in sites:
+        own = resolved[site.name]
+        for path, quantizer in modules.weight_quantizers(site).items():
+            assert own is not None
+            quantizer.search(parameters[f"{site.name}.{path}"], own.weights.range)
+
+
 def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
     """The input quantizers of a model, by site name."""
     return {
@@ -321,6 +337,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         quantizer.observing = False
         quantizer.scalars_enabled = quantizer.vectors_enabled = True
         quantizer.vector_range_factor = 1.0
+        quantizer.differentiable_twice = False
     state.status = "converted"
     return model
 
@@ -385,6 +402,8 @@ def restore(
         features = _feature_quantizer(site, own)
         if features is not None and site.name in ranges:
             features.load_ranges(ranges[site.name])
+        if features is not None:
+            features.differentiable_twice = not converted
         for path, quantizer in quantizers.items():
             ratio = (ratios or {}).get(f"{site.name}.{path}")
             if ratio is not None and ratio.numel() == quantizer.groups:
@@ -411,12 +430,33 @@ def _to_json(model: torch.nn.Module, state: ModelState) -> dict[str, Any]:
     }
 
 
+def _same_grid(a: QuantizationConfig, b: QuantizationConfig) -> bool:
+    """Whether two configurations round alike: schedules, data and losses may differ."""
+
+    def grid(config: QuantizationConfig) -> dict[str, Any]:
+        plain = config.to_dict()
+        for key in ("preset", "calibration", "distillation", "equivariance_loss"):
+            del plain[key]
+        for key in ("start_epoch", "anneal_epochs"):
+            del plain["vectors"][key]
+        return plain
+
+    return grid(a) == grid(b)
+
+
 def _from_json(model: torch.nn.Module, stored: dict[str, Any]) -> None:
     ranges = {name: _decode(text) for name, text in stored["ranges"].items()}
     ratios = {name: _decode(text) for name, text in stored["ratios"].items()}
     weights = {name: FixedWeight(b, g, n, _decode(text)) for name, (b, g, n, text) in stored["weights"].items()}
-    if state_of(model) is not None:
+    state = state_of(model)
+    if state is not None:
+        if not _same_grid(state.config, parse_config(stored["meta"]["config"])):
+            logging.warning(
+                "The checkpoint was written with other quantization settings: its weights are taken, its ranges are not."
+            )
+            return
         # A checkpoint of the same run: only the ranges move, the modules are in place.
+        state.resumed = True
         for name, quantizer in feature_quantizers(model).items():
             if name in ranges:
                 quantizer.load_ranges(ranges[name])

@@ -12,6 +12,7 @@ import torch
 from e3nn import o3
 from e3nn.nn._fc import _Layer
 from e3nn.util.jit import compile_mode
+from mace.modules.blocks import EquivariantProductBasisBlock
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from torch import Tensor
 
@@ -77,29 +78,32 @@ class QuantizedContraction(Contraction):
 
 
 @compile_mode("script")
-class QuantizedSymmetricContraction(SymmetricContraction):
-    """MACE's `SymmetricContraction` with rounded input."""
+class QuantizedProduct(EquivariantProductBasisBlock):
+    """MACE's `EquivariantProductBasisBlock` whose output, the node features of the next layer, is rounded."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.input_quantizer(x)
-        outs = [contraction(x, y) for contraction in self.contractions]
-        return torch.cat(outs, dim=-1)
+    def forward(self, node_feats: Tensor, sc: Tensor | None, node_attrs: Tensor) -> Tensor:
+        if self.use_agnostic_product:
+            node_attrs = torch.ones((node_feats.shape[0], 1), dtype=node_feats.dtype, device=node_feats.device)
+        out = self.linear(self.symmetric_contractions(node_feats, node_attrs))
+        if self.use_sc and sc is not None:
+            out = out + sc
+        return self.input_quantizer(out)
 
 
 _QUANTIZED = {
+    "product": QuantizedProduct,
     "linear": QuantizedLinear,
     "tensor_product": QuantizedTensorProduct,
     "layer": QuantizedLayer,
     "dense": QuantizedDense,
-    "contraction": QuantizedSymmetricContraction,
 }
 _ORIGINAL: dict[type, type] = {
+    QuantizedProduct: EquivariantProductBasisBlock,
     QuantizedLinear: o3.Linear,
     QuantizedTensorProduct: o3.FullyConnectedTensorProduct,
     QuantizedLayer: _Layer,
     QuantizedDense: torch.nn.Linear,
     QuantizedContraction: Contraction,
-    QuantizedSymmetricContraction: SymmetricContraction,
 }
 
 
@@ -127,6 +131,9 @@ def insert(site: Site, weights: dict[str, WeightQuantizer], features: FeatureQua
                 quantizers = [own.get(f"weights.{k}", torch.nn.Identity()) for k in range(len(contraction.weights))]
                 contraction.weights_quantizers = torch.nn.ModuleList(quantizers).to(device)
                 contraction.__class__ = QuantizedContraction
+    elif site.kind == "product":
+        if not hasattr(module, "use_agnostic_product"):  # models from before MACE had it
+            module.use_agnostic_product = False
     elif weights or features is not None:
         module.weight_quantizer = weights.get("weight", identity).to(device)
     if features is not None or (weights and site.kind != "contraction"):

@@ -10,6 +10,7 @@ import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.
 import torch
 from e3nn import o3
 from e3nn.nn._fc import _Layer
+from mace.modules.blocks import EquivariantProductBasisBlock
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 
 from gaq.quantizers.features import FeatureLayout
@@ -45,8 +46,9 @@ class Site:
     Attributes:
         name: full module name.
         module: the module.
-        kind: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``
-            or ``dense`` (`torch.nn.Linear`).
+        kind: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``,
+            ``dense`` (`torch.nn.Linear`), or ``product``, which has no weights of its own: its *output* is
+            rounded, once for all that read it.
         weights: its weight tensors.
         features: layout of its input, None where the input is not rounded.
         input_note: why the input is not rounded, or what it is.
@@ -67,6 +69,8 @@ class Site:
 
 
 POSITION_FREE = "does not depend on positions"
+ROUNDED = "rounded where the preset says so"
+POLYNOMIAL = "a polynomial of features just computed, evaluated in float; its weights are rounded"
 RADIAL = "radial network: a function of distance alone, kept smooth"
 
 
@@ -109,20 +113,32 @@ def _contraction_weights(module: SymmetricContraction) -> tuple[WeightSite, ...]
     return tuple(sites)
 
 
+# What an interaction block reads directly from the node features of the layer before.
+_READERS = {"linear_up", "linear_down", "skip_linear", "linear_res", "source_embedding", "target_embedding"}
+
+
+def _source_of_node_feats(name: str, model: torch.nn.Module) -> int | None:
+    """The layer whose node features a module reads unchanged: -1 the species embedding, None if it does not."""
+    parts = name.split(".")
+    if parts[0] == "interactions" and len(parts) == 3:
+        block = type(model.interactions[int(parts[1])]).__name__  # type: ignore[index]
+        if parts[2] in _READERS or (parts[2] == "skip_tp" and "Residual" in block):
+            return int(parts[1]) - 1
+    if parts[0] == "readouts" and parts[2:] in (["linear"], ["linear_1"]):
+        layers = len(model.products)  # type: ignore[arg-type]
+        return layers - 1 if len(model.readouts) == 1 else int(parts[1])  # type: ignore[arg-type]
+    return None
+
+
 def _is_position_free(name: str, model: torch.nn.Module) -> bool:
     """Whether the input of a module is made of species (and global) embeddings only."""
     if name.startswith(("node_embedding", "joint_embedding", "embedding_readout")):
         return True
-    if not name.startswith("interactions.0."):
-        return False
-    block = type(model.interactions[0]).__name__
-    leaf = name.removeprefix("interactions.0.")
-    reads_node_feats = {"linear_up", "linear_down", "skip_linear", "linear_res", "source_embedding", "target_embedding"}
-    return leaf in reads_node_feats or (leaf == "skip_tp" and "Residual" in block)
+    return _source_of_node_feats(name, model) == -1
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:
-    """Every weight-carrying module of a MACE model, in order."""
+    """Every module of a MACE model that holds weights or node features to round, in order."""
     sites: list[Site] = []
     inside_contraction: set[str] = set()
     for name, module in model.named_modules():
@@ -134,12 +150,16 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         sensitive = name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial
         weights: tuple[WeightSite, ...]
         features: FeatureLayout | None
+        if isinstance(module, EquivariantProductBasisBlock):
+            out = module.linear.irreps_out
+            layout = FeatureLayout(_pieces(out))
+            note = "its output, the node features all later layers read"
+            sites.append(Site(name, module, "product", (), layout, note, False, False, f"-> {out}"))
+            continue
         if isinstance(module, SymmetricContraction):
             inside_contraction.add(name + ".")
             weights = _contraction_weights(module)
-            features = FeatureLayout(
-                tuple((_channels(module), ir.dim) for _, ir in module.irreps_in), channels_first=True
-            )
+            features = None
             kind, irreps = "contraction", f"{module.irreps_in} -> {module.irreps_out}"
         elif isinstance(module, o3.Linear) and isinstance(module.weight, torch.nn.Parameter):
             layout = _linear_layout(module)
@@ -170,17 +190,17 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
             kind, irreps = "dense", f"{module.in_features} -> {module.out_features}"
         else:
             continue
-        note = "rounded where the preset says so"
+        note = ROUNDED
+        if isinstance(module, SymmetricContraction):
+            note = POLYNOMIAL
         if _is_position_free(name, model):
             features, note = None, POSITION_FREE
         elif radial:
             note = RADIAL
+        elif (source := _source_of_node_feats(name, model)) is not None:
+            features, note = None, f"rounded at the output of products.{source}"
         sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps))
     return sites
-
-
-def _channels(module: SymmetricContraction) -> int:
-    return int(module.irreps_in.count((0, 1)))
 
 
 @dataclass(frozen=True)

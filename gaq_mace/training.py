@@ -12,13 +12,13 @@ import torch
 from mace.tools import torch_geometric
 from torch import Tensor
 
-from gaq.config import parse_config
+from gaq.config import CalibrationConfig, VectorConfig, parse_config
 from gaq.physics.rotations import random_rotation
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import BranchState, branch_state
 from gaq.summary import format_rows
 from gaq_mace.inspection import rows
-from gaq_mace.model import feature_quantizers, is_quantized, prepare, state_of, unquantized
+from gaq_mace.model import feature_quantizers, is_quantized, prepare, search_ranges, state_of, unquantized
 
 __all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
 
@@ -27,22 +27,29 @@ def start(model: torch.nn.Module, spec: Any) -> None:
     """Insert quantizers before the optimizer is made, and say in the log what was done."""
     if is_quantized(model):
         raise ValueError(
-            "the foundation model is already quantized: fine-tune the float model it was made from, or "
-            "remove the key `quantization`."
+            "this model is already quantized: train the float model it was made from, or remove the key `quantization`."
         )
     config = parse_config(spec)
     prepare(model, config)
+    # Positions in a table, the same on every process: nothing for distributed training to keep in step.
+    static = [name for name, _ in model.named_buffers() if name.rsplit(".", 1)[-1] == "scale_index"]
+    model._ddp_params_and_buffers_to_ignore = static  # type: ignore[assignment]
+    vectors = config.vectors
     logging.info("===========QUANTIZATION===========")
     logging.info(
         f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
-        f"vectors {_bits(config.vectors.magnitude_bits)}"
+        f"vectors {_bits(vectors.magnitude_bits)}"
     )
     logging.info("Quantized layers:\n" + format_rows(rows(model, bystanders=False)))
-    logging.info("Weights and scalars are rounded from the first epoch")
-    if config.vectors.magnitude_bits is not None:
+    branches = [("weights", config.weights.bits), ("scalars", config.scalars.bits)]
+    at_once = " and ".join(name for name, bits in branches if bits is not None)
+    if at_once:
+        logging.info(f"{at_once.capitalize()} are rounded from the first epoch")
+    if vectors.magnitude_bits is not None:
+        annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
         logging.info(
-            f"Vectors (l > 0) are rounded from epoch {config.vectors.start_epoch}, with a range that shrinks to its "
-            f"own over {config.vectors.anneal_epochs} epochs; validation always rounds everything"
+            f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
+            f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"
         )
     if config.equivariance_loss.weight > 0:
         loss = config.equivariance_loss
@@ -83,20 +90,38 @@ def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed
     return len(chosen)
 
 
+def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, kwargs: dict[str, Any]) -> int:
+    dataset = kwargs["train_loader"].dataset
+    return calibrate_on_dataset(model, dataset, calibration.frames, calibration.seed, kwargs["device"])
+
+
+def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
+    if vectors.magnitude_bits is None:
+        return
+    if vectors.start_epoch >= end:
+        logging.warning(
+            f"vectors.start_epoch {vectors.start_epoch} is not reached in {end} epochs: the model is never trained "
+            "with rounded vectors, though its vectors are rounded in use. Set quantization.vectors.start_epoch lower."
+        )
+    elif vectors.start_epoch < first:
+        logging.info(f"Training goes on at epoch {first}: vectors are rounded already")
+
+
 def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`mace.tools.train` with calibration before the first epoch and frozen observers after the last."""
     model = kwargs["model"]
     state = state_of(model)
     if state is None:
         return original(*args, **kwargs)
-    quantizers = feature_quantizers(model).values()
-    if any(bool((q.observed == 0).all()) for q in quantizers):
-        calibration = state.config.calibration
-        loader = kwargs["train_loader"]
-        used = calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, kwargs["device"])
-        logging.info(f"Activation ranges calibrated on {used} training structures")
-    elif quantizers:
-        logging.info("Activation ranges taken from the checkpoint")
+    if state.resumed:
+        logging.info("Quantization ranges taken from the checkpoint")
+    else:
+        # The weights may have come from a float checkpoint since the quantizers were made.
+        search_ranges(model)
+        if feature_quantizers(model):
+            used = _calibrate(model, state.config.calibration, kwargs)
+            logging.info(f"Activation ranges calibrated on {used} training structures")
+    _announce_vectors(state.config.vectors, kwargs["start_epoch"], kwargs["max_num_epochs"])
     set_branches(model, DEPLOYED, observing=False)
     try:
         return original(*args, **kwargs)
@@ -118,11 +143,29 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     loss = state.config.equivariance_loss
     if loss.weight > 0:
         kwargs["loss_fn"] = EquivarianceLoss(kwargs["loss_fn"], model, loss.weight, loss.rotations)
-    set_branches(model, branches, observing=True)
+    line_search = isinstance(kwargs["optimizer"], torch.optim.LBFGS)
+    if line_search and feature_quantizers(model):
+        # A line search needs the same function at every step: ranges move between epochs only.
+        _calibrate(model, state.config.calibration, kwargs)
+    set_branches(model, branches, observing=not line_search)
     try:
         return original(*args, **kwargs)
     finally:
         set_branches(model, DEPLOYED, observing=False)
+        if kwargs.get("distributed"):
+            share_ranges(model)
+
+
+@torch.no_grad()
+def share_ranges(model: torch.nn.Module) -> None:
+    """Give every process the largest size that any of them observed."""
+    quantizers = list(feature_quantizers(model).values())
+    if not quantizers:
+        return
+    observed = torch.cat([q.observed for q in quantizers])
+    torch.distributed.all_reduce(observed, op=torch.distributed.ReduceOp.MAX)
+    for quantizer, own in zip(quantizers, observed.split([q.observed.numel() for q in quantizers]), strict=True):
+        quantizer.load_ranges(own)
 
 
 def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +175,8 @@ def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     inner = getattr(model, "module", model)
     if inner is not None and state_of(inner) is not None:
         with unquantized(inner):
-            reference = original(*args, **kwargs)
+            # One record a run goes to wandb: that of the quantized model.
+            reference = original(*args, **{**kwargs, "log_wandb": False})
         logging.info("The same weights without quantization (FP32 against the quantized table that follows):")
         logging.info("\n" + str(reference))
     return table

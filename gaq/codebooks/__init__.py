@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from gaq.codebooks.cube import cube_decode, cube_encode, cube_quantize
 from gaq.codebooks.pyramid import (
     octahedral_pack,
     octahedral_quantize,
@@ -25,6 +26,9 @@ from gaq.codebooks.tables import (
 __all__ = [
     "CODEBOOKS",
     "MAX_TABLE_BITS",
+    "cube_decode",
+    "cube_encode",
+    "cube_quantize",
     "direction_table",
     "fibonacci_table",
     "geodesic_frequency",
@@ -78,8 +82,10 @@ def quantize_direction(vector: Tensor, codebook: str, bits: int) -> Tensor:
         )
     levels = pyramid_levels(bits)
     working = vector.float() if vector.dtype in (torch.float16, torch.bfloat16) else vector
-    if dimension > 3 or codebook == "octahedral":
-        return pyramid_quantize(working, levels).to(vector.dtype)
+    if dimension > 3:
+        return cube_quantize(working, levels).to(vector.dtype)
+    if codebook == "octahedral":
+        return octahedral_quantize(working, levels).to(vector.dtype)
     table = direction_table(codebook, bits, working.dtype, working.device)
     return nearest_direction(table, working).to(vector.dtype)
 

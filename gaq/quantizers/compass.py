@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gaq.codebooks.pyramid import octahedral_quantize, pyramid_quantize
+from gaq.codebooks.cube import cube_quantize
+from gaq.codebooks.pyramid import octahedral_quantize
 from gaq.codebooks.tables import nearest_direction
 from gaq.quantizers.ruler import round_linear, round_log_magnitude
 
@@ -34,7 +35,7 @@ def round_vector(
         limit: largest magnitude of each channel, shape (channels,).
         magnitude_top: largest magnitude code.
         logarithmic: spacing of the magnitudes.
-        levels: of the pyramid code, from `gaq.codebooks.pyramid_levels`.
+        levels: of the octahedral and the cube code, from `gaq.codebooks.pyramid_levels`.
         table: directions of a tabulated codebook, shape (size, 3), used for l = 1 unless it is empty.
         dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
 
@@ -47,7 +48,7 @@ def round_vector(
     direction = v / magnitude
     vector = v.detach()
     if dimension != 3:
-        nearest = pyramid_quantize(vector, levels)
+        nearest = cube_quantize(vector, levels)
     elif table.numel() > 0:
         nearest = nearest_direction(table, vector)
     else:

@@ -162,6 +162,20 @@ def _amax(values: Tensor, scale_index: Tensor, groups: int) -> Tensor:
     return zeros.scatter_reduce(0, scale_index, values.abs(), "amax", include_self=True)
 
 
+def stored_scale(step: Tensor, bits: int) -> Tensor:
+    """The scale as a file keeps it: bfloat16 up to 8 bits, float32 at 16, never zero.
+
+    The codes are chosen for this scale, so its own rounding costs nothing; it is rounded up, lest
+    the largest weight be clipped. This halves the bytes spent on scales.
+    """
+    step = step.clamp_min(1e-30)
+    if bits <= 8:
+        nearest = step.to(torch.bfloat16).to(torch.float32)
+        above = (step * 1.00390625).to(torch.bfloat16).to(torch.float32)
+        step = step + (torch.where(nearest < step, above, nearest) - step).detach()
+    return step
+
+
 def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) -> Tensor:
     """The share of each group's largest weight that makes the squared rounding error least.
 
@@ -184,7 +198,8 @@ def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) ->
     top = largest_code(bits)
     least = torch.full_like(amax, math.inf)
     for ratio in torch.linspace(1.0, 0.3, 36).tolist():
-        scale = (ratio * amax / top).clamp_min(1e-30)[scale_index]
+        # The error is that of the scale as stored: its rounding can turn the balance of two ratios.
+        scale = stored_scale(ratio * amax / top, bits)[scale_index]
         rounded = torch.round(weight / scale).clamp(-top, top) * scale
         error = torch.zeros_like(amax).index_add(0, scale_index, (rounded - weight) ** 2)
         better = error < least
@@ -250,25 +265,12 @@ class WeightQuantizer(torch.nn.Module):
     def current_scale(self, weight: Tensor) -> Tensor:
         """Scales in use, shape (groups,), in the dtype of the weight."""
         if self.scale_is_fixed:
-            return self._storable(self.fixed_step).to(weight.dtype)
+            return stored_scale(self.fixed_step, self.bits).to(weight.dtype)
         flat = weight.detach().reshape(-1).abs()
         zeros = torch.zeros(self.groups, dtype=flat.dtype, device=flat.device)
         amax = zeros.scatter_reduce(0, self.scale_index, flat, "amax", include_self=True)
         step = self.range_ratio.to(torch.float32) * amax.to(torch.float32) / self.top
-        return self._storable(step).to(weight.dtype)
-
-    def _storable(self, step: Tensor) -> Tensor:
-        """The scale as a file keeps it: bfloat16 up to 8 bits, float32 at 16, never zero.
-
-        The codes are chosen for this scale, so its own rounding costs nothing; it is rounded up, lest
-        the largest weight be clipped. This halves the bytes spent on scales.
-        """
-        step = step.clamp_min(1e-30)
-        if self.bits <= 8:
-            nearest = step.to(torch.bfloat16).to(torch.float32)
-            above = (step * 1.00390625).to(torch.bfloat16).to(torch.float32)
-            step = step + (torch.where(nearest < step, above, nearest) - step).detach()
-        return step
+        return stored_scale(step, self.bits).to(weight.dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight, same shape and dtype."""

@@ -1,0 +1,58 @@
+"""Cube code for directions in any dimension: round on the surface of a cube, then normalise.
+
+A vector is scaled until its largest component is ``n``, and every component is rounded to an integer. The point
+lies on the surface of a cube, its largest component is exactly ``n`` again, and so encoding what was decoded gives
+the same point. Flipping signs and permuting components commute with the code exactly, without ties, because each
+component is rounded by itself.
+
+For d = 2l + 1 >= 5 components it replaces the pyramid code: at the same d integers a direction its steps are
+``1 / n`` of the largest component where the pyramid's are ``1 / n`` of the 1-norm, up to sqrt(d) times longer,
+and it takes a quarter of the operations. For d = 3 the octahedral code stores two integers where this one would
+store three. The angle to the decoded direction is at most ``atan(sqrt(d - 1) / (2 n))`` (our derivation: the
+rounding moves d - 1 components by at most 1/2, at a distance of at least n from the origin).
+"""
+
+import torch
+from torch import Tensor
+
+
+def cube_encode(vector: Tensor, levels: int) -> Tensor:
+    """Integer point of each vector.
+
+    Args:
+        vector: shape (..., d), any length.
+        levels: n, from `gaq.codebooks.pyramid_levels`.
+
+    Returns:
+        int32 codes, shape (..., d), the largest of absolute value ``levels``; all zero for a zero vector.
+    """
+    return _point(vector, levels).to(torch.int32)
+
+
+def cube_decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vector of each integer point, shape (..., d); zero for an all-zero code."""
+    return _unit(codes.to(dtype))
+
+
+def cube_quantize(vector: Tensor, levels: int) -> Tensor:
+    """Unit vector of the code nearest to each vector, measured on the cube.
+
+    Args:
+        vector: shape (..., d), any length, float32 or float64.
+        levels: n, from `gaq.codebooks.pyramid_levels`.
+
+    Returns:
+        Unit vectors, shape (..., d); zero vectors stay exactly zero. Piecewise constant, so the gradient is zero.
+    """
+    return _unit(_point(vector, levels))
+
+
+def _point(vector: Tensor, levels: int) -> Tensor:
+    largest = vector.abs().amax(-1, keepdim=True)
+    # Divide before multiplying: n times a large component would overflow.
+    return torch.round(vector / largest.masked_fill(largest == 0, 1.0) * float(levels))
+
+
+def _unit(point: Tensor) -> Tensor:
+    # Only the zero vector's code is shorter than 1.
+    return point / torch.sqrt((point * point).sum(-1, keepdim=True)).clamp_min(1.0)

@@ -1,0 +1,140 @@
+"""Console scripts: MACE's own commands, with quantization certain to be there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+
+__all__ = ["create_lammps_model", "train"]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
+
+
+def train() -> None:
+    """`mace_run_train`, whether or not torch's plugin autoload is on: the script ``gaq_mace_train``."""
+    from gaq_mace._patches import ensure_installed
+
+    ensure_installed()
+    from mace.cli import run_train
+
+    run_train.main()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gaq_mace_create_lammps_model",
+        description="Convert a MACE model, quantized or not, for LAMMPS.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model_path", help="model to convert: .model or .safetensors")
+    parser.add_argument("--head", nargs="?", default=None, help="head of the model; needed where there are several")
+    parser.add_argument("--dtype", nargs="?", default="float64", choices=sorted(DTYPES), help="data type")
+    parser.add_argument(
+        "--format",
+        default="libtorch",
+        choices=sorted(SUFFIXES),
+        help="libtorch for `pair_style mace`, mliap for `pair_style mliap unified`",
+    )
+    parser.add_argument(
+        "-o", "--output", default=None, help="file to write; default: the model's path and -lammps.pt or -mliap_lammps.pt"
+    )
+    return parser
+
+
+def _choose_head(model: torch.nn.Module, wanted: str | None) -> str | None:
+    heads: list[Any] = list(getattr(model, "heads", None) or [None])
+    if wanted is not None:
+        if wanted not in heads:
+            raise ValueError(f"--head {wanted}: no such head; the model has {', '.join(map(str, heads))}.")
+        return wanted
+    if len(heads) > 1:
+        raise ValueError(f"the model has the heads {', '.join(map(str, heads))}: choose one with --head.")
+    return heads[0]
+
+
+def _kept(model: torch.nn.Module) -> str:
+    from gaq_mace.model import feature_quantizers, state_of
+
+    state = state_of(model)
+    if state is None:
+        return "The model is not quantized."
+    features = feature_quantizers(model)
+    inputs = f"features are rounded in {len(features)} places" if features else "no features are rounded"
+    return (
+        f"Kept of the quantization (preset {state.config.preset}): {len(state.weights)} weight tensors hold their "
+        f"rounded values, as floats; {inputs}."
+    )
+
+
+def _write(what: Any, target: Path, format_: str) -> None:
+    part = target.with_name(target.name + ".part")
+    try:
+        if format_ == "mliap":
+            torch.save(what, part)
+        else:
+            from e3nn.util import jit
+
+            jit.compile(what).save(str(part))
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from mace.calculators import LAMMPS_MACE
+    from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
+
+    from gaq_mace.files import load
+    from gaq_mace.model import convert, is_quantized
+
+    model = load(arguments.model_path)
+    if is_quantized(model):
+        convert(model)
+    head = _choose_head(model, arguments.head)
+    target = Path(arguments.output or arguments.model_path + SUFFIXES[arguments.format])
+    if not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no directory {target.parent}.")
+    if target.is_dir():
+        raise ValueError(f"{target}: a directory; give a file to write.")
+    dtype = DTYPES[arguments.dtype]
+    model = model.to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        options = {} if head is None else {"head": head}
+        if arguments.format == "mliap":
+            model.lammps_mliap = True  # type: ignore[assignment]
+            _write(LAMMPS_MLIAP_MACE(model, **options), target, "mliap")
+        else:
+            _write(LAMMPS_MACE(model, **options), target, "libtorch")
+    finally:
+        torch.set_default_dtype(before)
+    print(_kept(model))
+    print(f"Wrote {target} ({arguments.format}, {arguments.dtype}, {os.path.getsize(target):,} bytes)")
+
+
+def create_lammps_model(argv: Sequence[str] | None = None) -> int:
+    """`mace_create_lammps_model` for quantized models: the script ``gaq_mace_create_lammps_model``.
+
+    The libtorch format is scripted as MACE does it. For mliap, MACE rebuilds the model for cuEquivariance,
+    which drops the rounding of features (and fails where cuEquivariance is missing); here the model is stored
+    as it is.
+
+    Returns:
+        The exit code: 0, or 2 for bad input, with nothing written.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _convert(arguments)
+    except (ValueError, OSError) as error:
+        print(f"gaq_mace_create_lammps_model: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,391 @@
+"""The configuration: every way of writing it means the same, and every mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gaq.config import (
+    PRESETS,
+    ConfigError,
+    QuantizationConfig,
+    ScalarConfig,
+    VectorConfig,
+    WeightConfig,
+    parse_config,
+    resolve_overrides,
+)
+
+MAPPING = {
+    "preset": "w4a8",
+    "weights": {"bits": 5, "granularity": "per_channel"},
+    "scalars": None,
+    "vectors": {"magnitude_bits": 10, "magnitude": "log"},
+    "distillation": {"learning_rate": 2.5e-3},
+    "overrides": {"readouts.*": None, "interactions.0.*": "w8", "products.*": {"weights": {"bits": 16}}},
+}
+
+
+# What is accepted.
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_resolves_in_every_form(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "quantization.yaml"
+    file.write_text(f"quantization: {name}\n")
+    config = parse_config(name)
+    assert config is PRESETS[name]
+    assert config.weights.bits is not None
+    for form in ({"preset": name}, f"{{'preset': '{name}'}}", f"{{preset: {name}}}", f" {name} ", config, str(file)):
+        assert parse_config(form) == config
+
+
+def test_presets_are_what_their_names_say() -> None:
+    assert PRESETS["gaq"] is PRESETS["w8a16"]
+    assert parse_config({}) == PRESETS["gaq"]
+    widths = {name: (c.weights.bits, c.scalars.bits, c.vectors.magnitude_bits) for name, c in PRESETS.items()}
+    assert widths == {
+        "gaq": (8, 16, 16),
+        "w8a16": (8, 16, 16),
+        "w4a16": (4, 16, 16),
+        "w8": (8, None, None),
+        "w4": (4, None, None),
+        "w8a8": (8, 8, 8),
+        "w4a8": (4, 8, 8),
+        "naive_w8a8": (8, 8, 8),
+    }
+    assert {name for name, c in PRESETS.items() if not c.rounds_activations} == {"w8", "w4"}
+
+
+def test_all_forms_of_a_mapping_give_the_same(tmp_path: Path) -> None:
+    expected = parse_config(MAPPING)
+    assert expected.weights == WeightConfig(bits=5, granularity="per_channel")
+    assert expected.scalars == ScalarConfig(bits=None)
+    assert expected.vectors == VectorConfig(magnitude_bits=10, direction_bits=12, magnitude="log")
+    # What is not named stays as in the preset.
+    assert expected.distillation == dataclasses.replace(PRESETS["w4a8"].distillation, learning_rate=2.5e-3)
+    assert expected.calibration == PRESETS["w4a8"].calibration
+    for suffix, content in ((".yml", MAPPING), (".yaml", {"quantization": MAPPING}), (".yml", expected.to_dict())):
+        file = tmp_path / f"config{suffix}"
+        file.write_text(yaml.safe_dump(content))
+        assert parse_config(str(file)) == expected
+    for text in (repr(MAPPING), json.dumps(MAPPING), yaml.safe_dump(MAPPING, default_flow_style=True, width=10_000)):
+        assert parse_config(text) == expected
+    assert parse_config(expected) == expected
+
+
+@pytest.mark.parametrize("spec", [*sorted(PRESETS), MAPPING], ids=str)
+def test_dictionary_round_trips(spec: Any) -> None:
+    config = parse_config(spec)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert parse_config(stored) == config
+    # The copy is the caller's own.
+    config.to_dict()["weights"]["bits"] = 2
+    assert parse_config(stored) == config
+
+
+def test_null_means_float() -> None:
+    config = parse_config({"weights": None})
+    assert config.weights == WeightConfig(bits=None)
+    assert config.scalars == ScalarConfig()
+    assert parse_config({"vectors": None}).vectors == VectorConfig(magnitude_bits=None)
+    assert parse_config({"weights": {"bits": None, "sensitive_bits": None}}).weights.sensitive_bits is None
+    assert not parse_config({"scalars": None, "vectors": None}).rounds_activations
+
+
+def test_numbers_come_out_in_the_type_of_the_field() -> None:
+    config = parse_config({"weights": {"bits": 4.0}, "calibration": {"headroom": 3}})
+    assert type(config.weights.bits) is int
+    assert type(config.calibration.headroom) is float
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", "1.0e-3", "0.001"])
+def test_exponents_that_yaml_takes_for_text_are_numbers(number: str) -> None:
+    assert parse_config(f"{{distillation: {{learning_rate: {number}}}}}").distillation.learning_rate == 1e-3
+
+
+def test_a_file_may_hold_the_bare_name_of_a_preset(tmp_path: Path) -> None:
+    file = tmp_path / "preset.yml"
+    file.write_text("w4\n")
+    assert parse_config(str(file)) == PRESETS["w4"]
+
+
+# What is not: each message names the key path, what stands there, and what is allowed.
+
+
+def message(spec: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_config(spec)
+    return str(error.value)
+
+
+SECTIONS = {f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("preset", "overrides")}
+
+
+def test_unknown_keys_at_the_top() -> None:
+    text = message({"weigths": {"bits": 8}})
+    assert text.startswith("quantization.weigths: unknown key.")
+    assert "Did you mean 'weights'?" in text
+    for name in (*SECTIONS, "preset", "overrides"):
+        assert name in text.split("Allowed in quantization:")[1]
+    assert "quantization.1: unknown key" in message({1: 2})
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "radial_activations"])
+def test_unknown_keys_in_a_section(section: str) -> None:
+    text = message({section: {"no_such_key": 1}})
+    assert text.startswith(f"quantization.{section}.no_such_key: unknown key.")
+    for field in dataclasses.fields(getattr(PRESETS["gaq"], section)):
+        assert field.name in text.split(f"Allowed in quantization.{section}:")[1]
+    for wrong in ("w8", 8, [8], True):
+        text = message({section: wrong})
+        assert text.startswith(f"quantization.{section}: expected a mapping, got {wrong!r}.")
+        assert f"Allowed in quantization.{section}:" in text
+
+
+FIELDS = [
+    (section, field)
+    for section in SECTIONS
+    if section != "radial_activations"
+    for field in dataclasses.fields(getattr(PRESETS["gaq"], section))
+]
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
+def test_wrong_types_of_every_field(section: str, field: dataclasses.Field[Any]) -> None:
+    kind = str(field.type).replace(" | None", "")
+    wrong: list[Any] = [True, False, [8], (8,), {"bits": 8}, object]
+    wrong += {
+        "int": ["8", 7.5, math.nan, math.inf, "1e1"],
+        "float": ["fast", "0.5", "nan", "1e999", math.nan, math.inf, -math.inf, 10**400],
+        "str": [8, 8.0],
+    }[kind]
+    for value in wrong:
+        text = message({section: {field.name: value}})
+        assert text.startswith(f"quantization.{section}.{field.name}: expected {kind}")
+        assert repr(value) in text
+        assert (" or null" in text) == ("None" in str(field.type))
+    if "None" not in str(field.type):
+        text = message({section: {field.name: None}})
+        assert text == f"quantization.{section}.{field.name}: null is not allowed here; give a value of type {kind}."
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
+def test_a_flag_is_true_or_false(value: Any) -> None:
+    assert message({"radial_activations": value}).startswith("quantization.radial_activations: ")
+    assert parse_config({"radial_activations": True}).radial_activations
+
+
+@pytest.mark.parametrize("key", ["bits", "sensitive_bits"])
+@pytest.mark.parametrize("bits", [-8, 0, 1, 9, 12, 15, 17, 32])
+def test_impossible_weight_widths(key: str, bits: int) -> None:
+    text = message({"weights": {key: bits}})
+    assert text.startswith(f"quantization.weights.{key}: {bits} bits cannot be stored")
+    assert "choose one of 2, 3, 4, 5, 6, 7, 8, 16 or null" in text
+
+
+@pytest.mark.parametrize("key", ["scalars.bits", "vectors.magnitude_bits", "vectors.direction_bits"])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32])
+def test_impossible_activation_widths(key: str, bits: int) -> None:
+    section, name = key.split(".")
+    text = message({section: {name: bits}})
+    assert text.startswith(f"quantization.{key}: {bits} bits cannot be stored; choose one of 2, 3, 4,")
+    assert "15, 16" in text
+    assert ("or null" in text) == (key != "vectors.direction_bits")
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "allowed", "meant"),
+    [
+        ("weights.granularity", "per_chanel", "per_tensor, per_channel, per_group", "per_channel"),
+        ("weights.range", "absmin", "absmax, error", "absmax"),
+        ("weights.rounding", "gtpq", "nearest, gptq", "gptq"),
+        ("scalars.granularity", "per_tensors", "per_tensor, per_channel", "per_tensor"),
+        ("vectors.granularity", "per_tensors", "per_tensor, per_channel", "per_tensor"),
+        ("vectors.scheme", "mdqd", "mddq, components", "mddq"),
+        ("vectors.codebook", "octohedral", "octahedral, geodesic, fibonacci", "octahedral"),
+        ("vectors.magnitude", "lineal", "linear, log", "linear"),
+    ],
+)
+def test_bad_choices(key: str, wrong: str, allowed: str, meant: str) -> None:
+    section, name = key.split(".")
+    expected = f"quantization.{key}: '{wrong}' is not one of {allowed}. Did you mean '{meant}'?"
+    assert message({section: {name: wrong}}) == expected
+
+
+def test_groups_are_for_weights_only() -> None:
+    assert parse_config({"weights": {"granularity": "per_group"}}).weights.granularity == "per_group"
+    for section in ("scalars", "vectors"):
+        assert "not one of per_tensor, per_channel." in message({section: {"granularity": "per_group"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "least"),
+    [
+        ("weights.group_size", 1, "2"),
+        ("vectors.start_epoch", -1, "0"),
+        ("vectors.anneal_epochs", -1, "0"),
+        ("calibration.frames", 0, "1"),
+        ("calibration.seed", -1, "0"),
+        ("calibration.headroom", 0.99, "1"),
+        ("distillation.steps", -1, "0"),
+        ("distillation.batch_size", 0, "1"),
+        ("distillation.learning_rate", -1e-9, "0"),
+        ("distillation.max_structures", 0, "1"),
+        ("equivariance_loss.weight", -0.1, "0"),
+        ("equivariance_loss.rotations", 0, "1"),
+    ],
+)
+def test_numbers_that_are_too_small(key: str, wrong: float, least: str) -> None:
+    section, name = key.split(".")
+    expected = f"quantization.{key}: {wrong} is too small; the least allowed is {least}."
+    assert message({section: {name: wrong}}) == expected
+    assert getattr(getattr(parse_config({section: {name: float(least)}}), section), name) == float(least)
+
+
+def test_unknown_presets() -> None:
+    presets = "Presets: gaq, naive_w8a8, w4, w4a16, w4a8, w8, w8a16, w8a8."
+    text = message("w8a61")
+    assert text.startswith("quantization: 'w8a61' is not a preset. Did you mean 'w8a16'?")
+    assert text.endswith(presets)
+    assert message({"preset": "w16"}).startswith("quantization.preset: 'w16' is not a preset.")
+    assert message({"preset": None}).startswith("quantization.preset: None is not a preset.")
+    assert message({"preset": ["w8"]}).endswith(presets)
+    for wrong in (None, 8, True, ["gaq"], 1.5):
+        text = message(wrong)
+        assert text.startswith(f"quantization: expected a preset name or a mapping, got {wrong!r}.")
+        assert text.endswith(presets)
+    assert message("").endswith(presets)
+
+
+@pytest.mark.parametrize("text", ["{preset: gaq", "{{}: 1}", "{[]: 1}", "{'a': }]", "{\x00}"])
+def test_text_that_is_no_mapping(text: str) -> None:
+    assert message(text).startswith("quantization: cannot read the mapping ")
+
+
+def test_text_of_a_set_is_no_mapping() -> None:
+    assert "expected a preset name or a mapping" in message("{'w8', 'w8'}")
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yml"
+    assert message(str(missing)) == f"quantization: there is no file '{missing}'."
+    assert message(str(tmp_path) + ".yml").startswith("quantization: there is no file ")
+    for content, expected in (
+        (b"weights: [", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"", "expected a preset name or a mapping, got None"),
+        (b"- w8\n", "expected a preset name or a mapping, got ['w8']"),
+        (b"weights: {bits: 9}", "quantization.weights.bits: 9 bits cannot be stored"),
+    ):
+        file = tmp_path / "wrong.yml"
+        file.write_bytes(content)
+        assert expected in message(str(file))
+
+
+@pytest.mark.parametrize("codebook", ["geodesic", "fibonacci"])
+def test_tables_with_too_many_bits(codebook: str) -> None:
+    text = message({"vectors": {"codebook": codebook}})
+    assert text.startswith(f"quantization.vectors.codebook: a {codebook} table of 2 x 16 bits is too large")
+    assert "direction_bits: 6 or fewer, or codebook: octahedral" in text
+    assert "2 x 7 bits" in message({"vectors": {"codebook": codebook, "direction_bits": 7}})
+    config = parse_config({"vectors": {"codebook": codebook, "direction_bits": 6}})
+    assert config.vectors.codebook == codebook
+
+
+def test_everything_null() -> None:
+    text = message({"weights": None, "scalars": None, "vectors": None})
+    assert text == "quantization: weights, scalars and vectors are all null, so nothing would be quantized."
+    assert message({"preset": "w8", "weights": {"bits": None}}) == text
+
+
+def test_configurations_made_in_python_are_checked_too() -> None:
+    made = QuantizationConfig(weights=WeightConfig(bits=9))
+    assert message(made).startswith("quantization.weights.bits: 9 bits cannot be stored")
+    made = QuantizationConfig(vectors=VectorConfig(codebook="geodesic"))
+    assert "too large to search" in message(made)
+    assert "'mine' is not a preset" in message(QuantizationConfig(preset="mine"))
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize("wrong", [None, "w8", ["w8"], 8])
+def test_overrides_are_a_mapping(wrong: Any) -> None:
+    text = message({"overrides": wrong})
+    assert text.startswith("quantization.overrides: expected a mapping from module-name patterns to a preset")
+    assert repr(wrong) in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("w88", "quantization.overrides['a.*']: 'w88' is not a preset. Did you mean 'w8'?"),
+        (8, "quantization.overrides['a.*']: expected a preset name or a mapping, got 8."),
+        ({"bits": 8}, "quantization.overrides['a.*'].bits: unknown key."),
+        ({"weights": {"bit": 8}}, "quantization.overrides['a.*'].weights.bit: unknown key. Did you mean 'bits'?"),
+        ({"weights": {"bits": "8"}}, "quantization.overrides['a.*'].weights.bits: expected int or null, got '8'."),
+        ({"weights": {"bits": 9}}, "quantization.overrides['a.*'].weights.bits: 9 bits cannot be stored"),
+        ({"scalars": {"bits": 1}}, "quantization.overrides['a.*'].scalars.bits: 1 bits cannot be stored"),
+        ({"vectors": {"scheme": "md"}}, "quantization.overrides['a.*'].vectors.scheme: 'md' is not one of mddq, "),
+        ({"calibration": {"frames": 0}}, "quantization.overrides['a.*'].calibration.frames: 0 is too small"),
+        ({"vectors": {"codebook": "geodesic"}}, "quantization.overrides['a.*'].vectors.codebook: a geodesic table"),
+        ({"overrides": {"b": None}}, "quantization.overrides['a.*']: an override cannot hold overrides of its own."),
+        ({"weights": None, "scalars": None, "vectors": None}, "quantization.overrides['a.*']: weights, scalars and"),
+    ],
+)
+def test_overrides_are_checked_like_the_rest(override: Any, expected: str) -> None:
+    assert message({"overrides": {"a.*": override}}).startswith(expected)
+
+
+def test_patterns_are_strings() -> None:
+    assert message({"overrides": {0: None}}).startswith("quantization.overrides['0']: a pattern must be a string")
+
+
+MODULES = ["embedding", "interactions.0.linear", "interactions.1.linear", "readouts.0", "readouts.1"]
+
+
+def test_overrides_apply_where_their_pattern_matches() -> None:
+    config = parse_config({"overrides": {"interactions.0.*": "w4", "readouts.*": None}})
+    resolved = resolve_overrides(config, MODULES)
+    assert list(resolved) == MODULES
+    assert resolved["embedding"] is config
+    assert resolved["interactions.0.linear"] == PRESETS["w4"]
+    assert resolved["interactions.1.linear"] is config
+    assert resolved["readouts.0"] is None
+    assert resolved["readouts.1"] is None
+    assert resolve_overrides(parse_config("w8"), MODULES) == dict.fromkeys(MODULES, PRESETS["w8"])
+
+
+def test_later_patterns_win() -> None:
+    first = resolve_overrides(parse_config({"overrides": {"*": None, "readouts.1": "w8"}}), MODULES)
+    assert first["readouts.1"] == PRESETS["w8"]
+    assert first["embedding"] is None
+    second = resolve_overrides(parse_config({"overrides": {"readouts.1": "w8", "*": None}}), MODULES)
+    assert set(second.values()) == {None}
+
+
+def test_patterns_that_match_nothing() -> None:
+    config = parse_config({"overrides": {"readout.0": None}})
+    with pytest.raises(ConfigError) as error:
+        resolve_overrides(config, MODULES)
+    text = str(error.value)
+    assert text.startswith("quantization.overrides['readout.0']: matches no module. Did you mean 'readouts.0'?")
+    assert text.endswith(f"Quantizable modules: {', '.join(MODULES)}.")
+
+
+def test_the_configuration_needs_no_framework() -> None:
+    code = (
+        "import sys, gaq.config\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'mace', 'nequip', 'e3nn', 'ase', 'torch'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,228 @@
+"""Small MACE models with random weights, the same on every machine, and structures to run them on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if find_spec("mace") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
+    import torch
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "heads": {
+        "heads": ["Default", "other"],
+        "atomic_energies": [[-1.0, -3.0, -5.0], [-1.5, -2.5, -4.5]],
+        "atomic_inter_scale": [0.8, 1.1],
+        "atomic_inter_shift": [0.1, -0.2],
+    },
+    "l2": {"hidden_irreps": "8x0e+8x1o+8x2e"},
+    "density": {
+        "interaction_cls_first": "RealAgnosticDensityInteractionBlock",
+        "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
+    },
+    "correlation3": {"correlation": 3},
+    "residual_first": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
+    "large": {"hidden_irreps": "32x0e+32x1o", "MLP_irreps": "16x0e", "radial_MLP": [64, 64, 64], "num_bessel": 8},
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # e3nn 0.4.4 and TorchScript warn on every model that is built; none of it concerns this package.
+    for line in (
+        "ignore:.*TorchScript type system.*:UserWarning",
+        "ignore:.*torch.jit.*:DeprecationWarning",
+        "ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.*:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any:
+    """A ScaleShiftMACE over H, C and O with random weights."""
+    import numpy as np
+    from e3nn import o3
+    from mace import modules
+
+    options: dict[str, Any] = {
+        "r_max": 4.0,
+        "num_bessel": 6,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 2,
+        "interaction_cls": "RealAgnosticResidualInteractionBlock",
+        "interaction_cls_first": "RealAgnosticInteractionBlock",
+        "num_interactions": 2,
+        "num_elements": 3,
+        "hidden_irreps": "8x0e+8x1o",
+        "MLP_irreps": "8x0e",
+        "gate": torch.nn.functional.silu,
+        "atomic_energies": [-1.0, -3.0, -5.0],
+        "avg_num_neighbors": 6.0,
+        "atomic_numbers": [1, 6, 8],
+        "correlation": 2,
+        "radial_type": "bessel",
+        "radial_MLP": [16, 16],
+        "atomic_inter_scale": 0.8,
+        "atomic_inter_shift": 0.1,
+        **VARIANTS[variant],
+    }
+    for key in ("hidden_irreps", "MLP_irreps"):
+        options[key] = o3.Irreps(options[key])
+    for key in ("interaction_cls", "interaction_cls_first"):
+        options[key] = modules.interaction_classes[options[key]]
+    options["atomic_energies"] = np.array(options["atomic_energies"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return modules.ScaleShiftMACE(**options)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
+    """The mapping of a preset whose calibration takes no time."""
+    return {"preset": preset, "distillation": {"steps": 0}, **keys}
+
+
+def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
+    """Four small molecules, distorted."""
+    import numpy as np
+    from ase.build import molecule
+
+    structures = [molecule(name) for name in ("CH3CH2OH", "H2O", "CH4", "CO2")]
+    generator = np.random.default_rng(seed)
+    for atoms in structures:
+        atoms.positions += generator.normal(scale=amplitude, size=atoms.positions.shape)
+    return structures
+
+
+@pytest.fixture(autouse=True)
+def unchanged_globals() -> Iterator[None]:
+    """MACE's calculator and commands set torch's default dtype; put it and the random state back."""
+    dtype, state, threads = torch.get_default_dtype(), torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def structures() -> list[Atoms]:
+    return molecules()
+
+
+@pytest.fixture(scope="session")
+def crystal() -> Atoms:
+    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
+    from ase.build import bulk
+
+    atoms = bulk("C", "diamond", a=3.6)
+    atoms.rattle(0.08, seed=3)
+    return atoms
+
+
+@pytest.fixture(scope="session")
+def float_model() -> Callable[..., Any]:
+    """``float_model(variant, dtype)``: a fresh copy of a model with random weights."""
+    made: dict[Any, Any] = {}
+
+    def get(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any:
+        key = (variant, dtype, seed)
+        if key not in made:
+            made[key] = build_model(variant, dtype, seed)
+        return copy.deepcopy(made[key])
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
+    """``quantized(preset, variant, dtype, status)``: a fresh copy of a calibrated model."""
+    import gaq
+
+    made: dict[Any, Any] = {}
+
+    def get(
+        preset: str = "gaq", variant: str = "plain", dtype: Any = None, status: str = "converted", seed: int = 0
+    ) -> Any:
+        key = (preset, variant, dtype, seed)
+        if key not in made:
+            model = gaq.prepare(float_model(variant, dtype, seed), without_distillation(preset))
+            gaq.calibrate(model, molecules(), progress=False)
+            made[key] = model
+        model = copy.deepcopy(made[key])
+        return gaq.convert(model) if status == "converted" else model
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> Callable[..., Any]:
+    """``evaluate(model, structures)``: energies (structures,) and forces, in float64 arrays."""
+    import numpy as np
+
+    from gaq_mace.evaluate import MACEPotential
+
+    def get(model: Any, structures: Sequence[Atoms]) -> tuple[Any, Any]:
+        energies, forces = MACEPotential(model)(structures)
+        return np.asarray(energies, dtype=np.float64), np.concatenate(forces).astype(np.float64)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def azobenzene() -> Path:
+    """A trained float model; the test is skipped where it is not present."""
+    path = ROOT / ".." / "shared" / "models" / "mace_azobenzene.model"
+    if not path.is_file():
+        pytest.skip("needs the trained azobenzene model")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def azobenzene_frames() -> list[Atoms]:
+    """Structures of the molecule the trained model is for."""
+    import ase.io
+
+    path = ROOT / ".." / "shared" / "data" / "rmd17" / "azobenzene_test_01.xyz"
+    if not path.is_file():
+        pytest.skip("needs the azobenzene structures")
+    return list(ase.io.read(path, index="::100"))
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python(code, *arguments, **environment)``: a fresh interpreter, output as text."""
+
+    def run(code: str, *arguments: str, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        keep = {k: v for k, v in os.environ.items() if k not in ("GAQ_QUANTIZATION", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+            env={**keep, "OMP_NUM_THREADS": "1", **environment},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return run
