@@ -144,7 +144,7 @@ def report(
     Returns:
         The report as plain data, see `gaq.report.build_report`.
     """
-    from gaq.report import build_report
+    from gaq.report import ReferenceModel, build_report
 
     adapter = adapter_for_file(path)
     model = adapter.load(path, device)
@@ -153,10 +153,8 @@ def report(
     if reference is not None:
         reference_adapter = adapter_for_file(reference)
         float_model = reference_adapter.load(reference, device)
-        other = (
-            reference_adapter.potential(float_model),
-            reference_adapter.calculator(reference, device),
-            str(reference),
+        other = ReferenceModel(
+            reference_adapter.potential(float_model), reference_adapter.calculator(reference, device), str(reference)
         )
     return build_report(
         adapter.potential(model),

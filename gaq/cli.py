@@ -133,7 +133,7 @@ def _measure(
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    import gaq
+    from gaq import api
     from gaq.adapter import adapter_for_file
     from gaq.config import parse_config
 
@@ -155,10 +155,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
     adapter.batches(model, structures, 1) if structures else None
-    quantized = gaq.prepare(copy.deepcopy(model), config)
+    quantized = api.prepare(copy.deepcopy(model), config)
     if structures:
-        gaq.calibrate(quantized, structures)
-    gaq.convert(quantized)
+        api.calibrate(quantized, structures)
+    api.convert(quantized)
 
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
@@ -211,7 +211,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import gaq
+    from gaq import api
     from gaq.adapter import adapter_for_file
 
     adapter = adapter_for_file(arguments.model)
@@ -221,7 +221,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{arguments.model}: a float model")
     else:
         print(f"{arguments.model}: preset {config.preset}, {adapter.status(model)}")
-    print(gaq.summary(model))
+    print(api.summary(model))
     notes = adapter.notes(model)
     if notes.get("failed_gates"):
         print(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")

@@ -330,7 +330,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         if dataclasses.is_dataclass(current):
             if value is None and key in ("weights", "scalars", "vectors"):
                 off = "magnitude_bits" if key == "vectors" else "bits"
-                values[key] = dataclasses.replace(current, **{off: None})
+                values[key] = dataclasses.replace(current, **{off: None})  # type: ignore[type-var]
                 continue
             if not isinstance(value, Mapping):
                 raise ConfigError(

@@ -35,7 +35,7 @@ def format_rows(rows: list[SummaryRow]) -> str:
     header = ("module", "irreps", "weights", "inputs", "scales", "bytes", "status")
     cells = [(r.name, r.irreps, r.weights, r.inputs, r.scale, str(r.bytes), r.status) for r in rows]
     cells.append(("total", "", "", "", "", str(sum(r.bytes for r in rows)), ""))
-    shortened = [tuple(c if len(c) <= 48 else c[:45] + "..." for c in row[:-1]) + (row[-1],) for row in cells]
+    shortened = [(*(c if len(c) <= 48 else c[:45] + "..." for c in row[:-1]), row[-1]) for row in cells]
     widths = [max(len(header[i]), *(len(row[i]) for row in shortened)) for i in range(len(header))]
     lines = [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

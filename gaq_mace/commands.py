@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         help="libtorch for `pair_style mace`, mliap for `pair_style mliap unified`",
     )
     parser.add_argument(
-        "-o", "--output", default=None, help="file to write; default: the model's path and -lammps.pt or -mliap_lammps.pt"
+        "-o",
+        "--output",
+        default=None,
+        help="file to write; default: the model's path and -lammps.pt or -mliap_lammps.pt",
     )
     return parser
 

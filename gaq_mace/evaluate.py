@@ -60,7 +60,12 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
             )
             for atoms in structures
         ]
-        loader = torch_geometric.dataloader.DataLoader(graphs, batch_size=batch_size, shuffle=False, drop_last=False)
+        loader = torch_geometric.dataloader.DataLoader(
+            graphs,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            shuffle=False,
+            drop_last=False,
+        )
         return [batch.to(first.device).to_dict() for batch in loader]
 
 

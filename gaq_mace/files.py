@@ -256,7 +256,7 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     # put back afterwards.
     before_dtype = Call(torch.get_default_dtype)
     before_random = Call(torch.get_rng_state)
-    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)
+    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)  # type: ignore[arg-type]
     made = Call(constructor)
     steps = (
         before_dtype,

@@ -57,10 +57,8 @@ def rows(model: torch.nn.Module, bystanders: bool = True) -> list[SummaryRow]:
             )
         )
     if bystanders:
-        for other in mace_sites.bystanders(model):
-            table.append(
-                SummaryRow(
-                    other.name, other.kind, "-", "-", "-", 4 * other.parameters, f"not quantized: {other.reason}"
-                )
-            )
+        table += [
+            SummaryRow(b.name, b.kind, "-", "-", "-", 4 * b.parameters, f"not quantized: {b.reason}")
+            for b in mace_sites.bystanders(model)
+        ]
     return table

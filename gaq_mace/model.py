@@ -452,7 +452,8 @@ def _from_json(model: torch.nn.Module, stored: dict[str, Any]) -> None:
     if state is not None:
         if not _same_grid(state.config, parse_config(stored["meta"]["config"])):
             logging.warning(
-                "The checkpoint was written with other quantization settings: its weights are taken, its ranges are not."
+                "The checkpoint was written with other quantization settings: its weights are taken, "
+                "its ranges are not."
             )
             return
         # A checkpoint of the same run: only the ranges move, the modules are in place.

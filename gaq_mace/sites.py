@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
 import torch
@@ -100,7 +101,7 @@ def _pieces(irreps: o3.Irreps, used: set[int] | None = None) -> tuple[tuple[int,
     return tuple((mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0)
 
 
-def _contraction_weights(module: SymmetricContraction) -> tuple[WeightSite, ...]:
+def _contraction_weights(module: Any) -> tuple[WeightSite, ...]:
     sites = []
     for i, contraction in enumerate(module.contractions):
         owner = f"contractions.{i}"
@@ -151,10 +152,10 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         weights: tuple[WeightSite, ...]
         features: FeatureLayout | None
         if isinstance(module, EquivariantProductBasisBlock):
-            out = module.linear.irreps_out
-            layout = FeatureLayout(_pieces(out))
+            out: Any = module.linear.irreps_out  # type: ignore[attr-defined]
             note = "its output, the node features all later layers read"
-            sites.append(Site(name, module, "product", (), layout, note, False, False, f"-> {out}"))
+            own = FeatureLayout(_pieces(out))
+            sites.append(Site(name, module, "product", (), own, note, False, False, f"-> {out}"))
             continue
         if isinstance(module, SymmetricContraction):
             inside_contraction.add(name + ".")

@@ -77,7 +77,10 @@ def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed
     quantizers = feature_quantizers(model).values()
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:frames]
     loader = torch_geometric.dataloader.DataLoader(
-        dataset=[dataset[int(i)] for i in chosen], batch_size=8, shuffle=False, drop_last=False
+        dataset=[dataset[int(i)] for i in chosen],  # type: ignore[arg-type]
+        batch_size=8,
+        shuffle=False,
+        drop_last=False,
     )
     with unquantized(model):
         for quantizer in quantizers:
@@ -199,7 +202,7 @@ class EquivarianceLoss(torch.nn.Module):
         super().__init__()
         self.loss_fn = loss_fn
         # Not a submodule: the loss owns no weights.
-        object.__setattr__(self, "model", model)
+        self.__dict__["model"] = model
         self.weight = weight
         self.rotations = rotations
 
@@ -211,7 +214,7 @@ class EquivarianceLoss(torch.nn.Module):
             rotated = dict(batch)
             for key in ("positions", "shifts", "cell"):
                 rotated[key] = batch[key].detach() @ turn.T
-            output = self.model(rotated, training=True, compute_force=True)
+            output = self.__dict__["model"](rotated, training=True, compute_force=True)
             error = output["forces"] - pred["forces"] @ turn.T
             loss = loss + self.weight / self.rotations * (error**2).mean()
         return loss

@@ -60,6 +60,10 @@ class FeatureQuantizer(torch.nn.Module):
         headroom: the range is this many times the largest value observed.
     """
 
+    observed: Tensor
+    limit: Tensor
+    direction_table: Tensor
+
     def __init__(self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float) -> None:
         super().__init__()
         self.channels_first = layout.channels_first

@@ -6,8 +6,6 @@ Weights do not depend on positions: rounding them keeps a potential exactly equi
 conservative.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +75,7 @@ class WeightLayout:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def single(cls, shape: Sequence[int], input_axis: int = 0) -> WeightLayout:
+    def single(cls, shape: Sequence[int], input_axis: int = 0) -> "WeightLayout":
         """The layout of a tensor that is one array."""
         return cls(tuple(shape), (Block(0, tuple(shape), input_axis),))
 
@@ -221,6 +219,10 @@ class WeightQuantizer(torch.nn.Module):
         granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
         group_size: inputs a scale for ``per_group``.
     """
+
+    scale_index: Tensor
+    range_ratio: Tensor
+    fixed_step: Tensor
 
     __jit_unused_properties__ = ["layout"]  # noqa: RUF012
 

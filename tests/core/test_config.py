@@ -328,7 +328,7 @@ def test_overrides_are_a_mapping(wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("w88", "quantization.overrides['a.*']: 'w88' is not a preset. Did you mean 'w8'?"),
+        ("w88", "quantization.overrides['a.*']: 'w88' is not a preset. Did you mean 'w8a8'?"),
         (8, "quantization.overrides['a.*']: expected a preset name or a mapping, got 8."),
         ({"bits": 8}, "quantization.overrides['a.*'].bits: unknown key."),
         ({"weights": {"bit": 8}}, "quantization.overrides['a.*'].weights.bit: unknown key. Did you mean 'bits'?"),

@@ -134,10 +134,12 @@ def test_deepcopy_keeps_state(
 ) -> None:
     model = quantized(preset, status=status)
     twin = copy.deepcopy(model)
-    assert state_of(twin) == state_of(model) or state_of(twin).weights.keys() == state_of(model).weights.keys()
     assert state_of(twin) is not state_of(model)
     assert state_of(twin).status == status
-    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert state_of(twin).config == state_of(model).config
+    assert state_of(twin).weights.keys() == state_of(model).weights.keys()
+    # By name: torch.fx makes a class of its own for every graph.
+    assert [type(m).__qualname__ for m in twin.modules()] == [type(m).__qualname__ for m in model.modules()]
     energy, forces = evaluate(model, structures)
     for got, expected in zip(evaluate(twin, structures), (energy, forces), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -171,8 +173,8 @@ def test_state_dict_restores_quantization(
     first, second = quantized_weights(model), quantized_weights(fresh)
     assert first.keys() == second.keys()
     for name in first:
-        assert torch.equal(first[name].codes, second[name].codes), name
-        assert torch.equal(first[name].scale, second[name].scale), name
+        assert int((first[name].codes != second[name].codes).sum()) == 0, name
+        assert int((first[name].scale != second[name].scale).sum()) == 0, name
     np.testing.assert_array_equal(evaluate(fresh, structures)[0], evaluate(model, structures)[0])
 
 
@@ -401,8 +403,8 @@ def test_trains_with_forces(quantized: Callable[..., Any], structures: list[Any]
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.numel() > 0:
-                p.sub_(gradients[name] * (0.05 * float(before) / size**2))
-    assert float(loss()) != float(before)
+                p.sub_(gradients[name] * (0.05 * float(before.detach()) / size**2))
+    assert float(loss().detach()) < float(before.detach())
 
 
 @pytest.mark.parametrize("preset", ["gaq", "naive_w8a8"])

@@ -1,0 +1,650 @@
+"""Rounding of features: error bounds, symmetry, gradients, ranges, and the tracers it must pass."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaq.config import ScalarConfig, VectorConfig
+from gaq.physics.rotations import random_rotation
+from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
+from gaq.quantizers.weights import largest_code
+
+MUL_IR = FeatureLayout(((4, 1), (3, 3), (2, 5), (2, 7), (2, 1)))
+CHANNELS_FIRST = FeatureLayout(((4, 1), (4, 3), (4, 5), (4, 7)), channels_first=True)
+LAYOUTS = pytest.mark.parametrize("layout", [MUL_IR, CHANNELS_FIRST], ids=["mul_ir", "channels_first"])
+# The plain operations of training, and the fused ones that are differentiated once.
+PATHS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
+VECTORS = [
+    *(
+        {"magnitude_bits": bits, "direction_bits": directions, "magnitude": magnitude}
+        for bits, directions in ((4, 4), (8, 8), (8, 12), (12, 6), (16, 16))
+        for magnitude in ("linear", "log")
+    ),
+    *(
+        {"magnitude_bits": 8, "direction_bits": bits, "codebook": codebook}
+        for bits in (4, 6)
+        for codebook in ("geodesic", "fibonacci")
+    ),
+    *({"scheme": "components", "magnitude_bits": bits} for bits in (4, 8, 12, 16)),
+]
+SCHEMES = pytest.mark.parametrize("vectors", VECTORS, ids=lambda v: "-".join(str(value) for value in v.values()))
+# The largest angles of the tables on 200,000 directions, and a little for the places between those.
+TABLE_ANGLES = {("geodesic", 4): 0.150, ("geodesic", 6): 0.0375, ("fibonacci", 4): 0.166, ("fibonacci", 6): 0.0388}
+
+
+def width(layout: FeatureLayout) -> tuple[int, ...]:
+    """Shape of one row of features."""
+    if layout.channels_first:
+        return abs(layout.pieces[0][0]), sum(d for _, d in layout.pieces)
+    return (sum(abs(m) * d for m, d in layout.pieces),)
+
+
+def random_features(
+    layout: FeatureLayout, rows: int = 200, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, *width(layout), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def split(layout: FeatureLayout, x: Tensor) -> Iterator[Tensor]:
+    """Each piece of a tensor of features, shape (rows, multiplicity, dimension); views where possible."""
+    start = 0
+    for multiplicity, dimension in layout.pieces:
+        if layout.channels_first:
+            yield x[:, :, start : start + dimension]
+            start += dimension
+        else:
+            size = abs(multiplicity) * dimension
+            yield x[:, start : start + size].unflatten(1, (abs(multiplicity), dimension))
+            start += size
+
+
+def join(layout: FeatureLayout, pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces if layout.channels_first else [piece.flatten(1) for piece in pieces], -1)
+
+
+def make(
+    layout: FeatureLayout,
+    vectors: dict[str, Any] | None = None,
+    scalars: dict[str, Any] | None = None,
+    limit: float | Tensor = 3.0,
+    plain: bool = True,
+) -> FeatureQuantizer:
+    """A quantizer with the same limit for all channels, or the limits given."""
+    quantizer = FeatureQuantizer(layout, ScalarConfig(**(scalars or {})), VectorConfig(**(vectors or {})), headroom=1.0)
+    quantizer.load_ranges(torch.as_tensor(limit).expand(quantizer.observed.shape))
+    quantizer.differentiable_twice = plain
+    return quantizer
+
+
+def limits(layout: FeatureLayout, quantizer: FeatureQuantizer) -> Iterator[Tensor]:
+    """The limit of each channel of each piece, shape (multiplicity, 1), float64."""
+    start = 0
+    for multiplicity, _ in layout.pieces:
+        yield quantizer.limit[start : start + abs(multiplicity)].double().unsqueeze(-1)
+        start += abs(multiplicity)
+
+
+def angle(first: Tensor, second: Tensor) -> Tensor:
+    """Radians between vectors, accurate for small angles too; shape (..., 1)."""
+    first, second = first.double(), second.double()
+    first = first / first.norm(dim=-1, keepdim=True)
+    second = second / second.norm(dim=-1, keepdim=True)
+    return 2 * torch.asin(((first - second).norm(dim=-1, keepdim=True) / 2).clamp(max=1.0))
+
+
+def angle_bound(config: VectorConfig, dimension: int) -> float:
+    """Worst angle of the codebook, as derived in `gaq.codebooks`."""
+    levels = 2 ** (config.direction_bits - 1) - 1
+    if dimension > 3:
+        return math.atan(math.sqrt(dimension - 1) / (2 * levels))
+    if config.codebook == "octahedral":
+        return 2 * math.atan(1 / (math.sqrt(2) * levels))
+    return TABLE_ANGLES[config.codebook, config.direction_bits]
+
+
+def length_bound(config: VectorConfig, length: Tensor, limit: Tensor) -> Tensor:
+    """Largest error of a magnitude inside the range, but for float32."""
+    top = 2**config.magnitude_bits - 1
+    if config.magnitude == "linear":
+        return 0.5 * limit / top
+    # Half a step of the logarithm, or half the smallest magnitude next to zero.
+    relative = math.exp(0.5 * math.log(4096) / (top - 1)) - 1
+    return torch.maximum(relative * length, limit / 8192)
+
+
+# Error bounds.
+
+
+@LAYOUTS
+@PATHS
+@SCHEMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_stay_within_the_bounds(
+    layout: FeatureLayout, plain: bool, vectors: dict[str, Any], dtype: torch.dtype
+) -> None:
+    channels = sum(m for m, _ in layout.pieces)
+    quantizer = make(layout, vectors, {"bits": 8}, torch.linspace(1.0, 6.0, channels), plain)
+    config = VectorConfig(**vectors)
+    x = random_features(layout, dtype=dtype)
+    # All sizes, down to a thousandth.
+    x[:100] *= torch.logspace(0, -3, 100, dtype=dtype).view(-1, *[1] * (x.dim() - 1))
+    rounded = quantizer(x)
+    assert rounded.shape == x.shape
+    assert rounded.dtype == dtype
+    noise = 1e-6 if dtype == torch.float32 else 1e-12
+    saturated = 0
+    for old, new, limit in zip(split(layout, x), split(layout, rounded), limits(layout, quantizer), strict=True):
+        old, new = old.double(), new.double()
+        dimension = old.shape[-1]
+        if dimension == 1 or config.scheme == "components":
+            bits = 8 if dimension == 1 else config.magnitude_bits
+            inside = old.abs() <= limit
+            error = (new - old).abs()
+            allowed = (0.5 * limit / largest_code(bits) + noise * old.abs()).expand_as(error)
+            assert (error <= allowed)[inside].all()
+            assert error[inside].max() > 0.2 * limit.min() / largest_code(bits)
+            assert torch.allclose(new.abs()[~inside], limit.expand_as(old)[~inside], rtol=1e-6)
+            saturated += int((~inside).sum())
+            continue
+        length, new_length = old.norm(dim=-1, keepdim=True), new.norm(dim=-1, keepdim=True)
+        inside = length <= limit
+        error = (new_length - length).abs()
+        assert (error <= length_bound(config, length, limit) + noise * length)[inside].all()
+        assert torch.allclose(new_length[~inside], limit.expand_as(length)[~inside], rtol=1e-6)
+        saturated += int((~inside).sum())
+        present = new_length > 0
+        assert present.any()
+        turned = angle(old, new)[present]
+        assert (turned <= angle_bound(config, dimension) + noise).all()
+        assert turned.max() > 0.4 * angle_bound(config, dimension)
+    assert saturated > 50
+
+
+@pytest.mark.parametrize("bits", range(4, 17))
+def test_scalars_lie_on_a_symmetric_grid(bits: int) -> None:
+    layout = FeatureLayout(((5, 1),))
+    quantizer = make(layout, scalars={"bits": bits}, limit=2.0)
+    x = 1.5 * random_features(layout, 500, torch.float64)
+    codes = quantizer(x) * largest_code(bits) / 2.0
+    assert torch.allclose(codes, codes.round(), atol=1e-9)
+    assert codes.round().abs().max() == largest_code(bits)
+    assert torch.equal(quantizer(-x), -quantizer(x))
+    assert torch.allclose(quantizer(quantizer(x)), quantizer(x), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(8, 1.8e-2), (12, 1.1e-3), (16, 7e-5)])
+def test_log_magnitudes_have_the_same_relative_error_at_every_size(bits: int, expected: float) -> None:
+    layout = FeatureLayout(((1, 3),))
+    quantizer = make(layout, {"magnitude_bits": bits, "magnitude": "log"}, limit=1.0)
+    x = random_features(layout, 3000, torch.float64)
+    worst = []
+    for size in (0.9, 0.1, 0.01, 0.001):
+        scaled = x / x.norm(dim=-1, keepdim=True) * size * (1 + 0.05 * torch.rand(3000, 1, dtype=torch.float64))
+        length, rounded = scaled.norm(dim=-1), quantizer(scaled).norm(dim=-1)
+        worst.append(float((rounded / length - 1).abs().max()))
+    assert max(worst) < expected
+    assert max(worst) < 1.2 * min(worst)
+
+
+@PATHS
+def test_switches_and_nulls_leave_features_alone(plain: bool) -> None:
+    x = random_features(MUL_IR)
+    scalar_pieces = {0, 4}
+    cases = {
+        "none": (make(MUL_IR, {"magnitude_bits": None}, {"bits": None}, plain=plain), set()),
+        "scalars": (make(MUL_IR, {"magnitude_bits": None}, {"bits": 4}, plain=plain), scalar_pieces),
+        "vectors": (make(MUL_IR, {"magnitude_bits": 4}, {"bits": None}, plain=plain), {1, 2, 3}),
+    }
+    for off in ("scalars", "vectors"):
+        quantizer = make(MUL_IR, {"magnitude_bits": 4}, {"bits": 4}, plain=plain)
+        quantizer(x)
+        setattr(quantizer, f"{off}_enabled", False)
+        cases[f"{off} off"] = (quantizer, {1, 2, 3} if off == "scalars" else scalar_pieces)
+    for name, (quantizer, rounds) in cases.items():
+        for i, (old, new) in enumerate(zip(split(MUL_IR, x), split(MUL_IR, quantizer(x)), strict=True)):
+            assert torch.equal(old, new) == (i not in rounds), name
+
+
+@PATHS
+@SCHEMES
+def test_vector_range_factor_widens_the_range_of_vectors_only(vectors: dict[str, Any], plain: bool) -> None:
+    x = random_features(MUL_IR)
+    narrow, wide = make(MUL_IR, vectors, limit=1.0, plain=plain), make(MUL_IR, vectors, limit=2.0, plain=plain)
+    one, two = narrow(x), wide(x)
+    narrow.vector_range_factor = 2.0
+    for i, pieces in enumerate(zip(*(split(MUL_IR, y) for y in (narrow(x), one, two)), strict=True)):
+        assert torch.equal(pieces[0], pieces[1 if MUL_IR.pieces[i][1] == 1 else 2])
+
+
+# Zeros, empty batches, unread pieces, memory layouts.
+
+
+@LAYOUTS
+@PATHS
+@SCHEMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_stay_zero(layout: FeatureLayout, plain: bool, vectors: dict[str, Any], dtype: torch.dtype) -> None:
+    quantizer = make(layout, vectors, plain=plain)
+    zero = torch.zeros(3, *width(layout), dtype=dtype, requires_grad=True)
+    rounded = quantizer(zero)
+    assert not rounded.any()
+    (gradient,) = torch.autograd.grad(rounded.sum(), zero)
+    # Without a direction to project on, the gradient passes unchanged.
+    assert torch.equal(gradient, torch.ones_like(zero))
+
+    # Single vectors among others, and single components of vectors, which a table knows nothing of.
+    x = random_features(layout, dtype=dtype)
+    for piece in split(layout, x):
+        piece[::2, 0] = 0.0
+        if piece.shape[-1] != 3 or "codebook" not in vectors:
+            piece[1::2, 1, 0] = 0.0
+    x.requires_grad_()
+    rounded = quantizer(x)
+    assert rounded.isfinite().all()
+    assert not rounded[x == 0].any()
+    (gradient,) = torch.autograd.grad(rounded.square().sum(), x)
+    assert gradient.isfinite().all()
+
+
+@LAYOUTS
+@PATHS
+@SCHEMES
+def test_empty_batches(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
+    quantizer = make(layout, vectors, plain=plain)
+    quantizer.observing = True
+    before = quantizer.ranges()
+    x = torch.zeros(0, *width(layout), requires_grad=True)
+    rounded = quantizer(x)
+    assert rounded.shape == x.shape
+    assert torch.equal(quantizer.ranges(), before)
+    (gradient,) = torch.autograd.grad(rounded.sum(), x)
+    assert gradient.shape == x.shape
+
+
+@LAYOUTS
+@PATHS
+def test_pieces_that_no_weight_reads_pass_through(layout: FeatureLayout, plain: bool) -> None:
+    marked = tuple((-m if i % 2 else m, d) for i, (m, d) in enumerate(layout.pieces))
+    marked_layout = FeatureLayout(marked, layout.channels_first)
+    settings = {"vectors": {"magnitude_bits": 4, "direction_bits": 4}, "scalars": {"bits": 4}, "plain": plain}
+    x = random_features(layout)
+    full, partial = make(layout, **settings)(x), make(marked_layout, **settings)(x)
+    for i, pieces in enumerate(zip(*(split(layout, y) for y in (x, full, partial)), strict=True)):
+        assert torch.equal(pieces[2], pieces[0 if i % 2 else 1])
+        assert not torch.equal(pieces[0], pieces[1])
+
+
+@PATHS
+def test_adjacent_pieces_may_be_written_apart_or_together(plain: bool) -> None:
+    apart, together = FeatureLayout(((2, 1), (3, 1), (2, 3), (1, 3))), FeatureLayout(((5, 1), (3, 3)))
+    x = random_features(together)
+    sizes = torch.rand(8, generator=torch.Generator().manual_seed(0)) + 1
+    first, second = make(apart, limit=sizes, plain=plain), make(together, limit=sizes, plain=plain)
+    assert torch.equal(first(x), second(x))
+
+
+@LAYOUTS
+@PATHS
+@pytest.mark.parametrize("vectors", [VECTORS[2], VECTORS[-1]], ids=["mddq", "components"])
+def test_memory_layout_does_not_matter(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
+    quantizer = make(layout, vectors, plain=plain)
+    x = random_features(layout)
+    expected = quantizer(x)
+    strided = torch.stack((x, torch.full_like(x, math.nan)), -1)[..., 0]
+    assert not strided.is_contiguous()
+    transposed = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    repeated = x[:1].expand(5, *x.shape[1:])
+    for view in (strided, transposed):
+        assert torch.allclose(quantizer(view), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(quantizer(repeated), expected[:1].expand_as(repeated), rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, random_features(layout))
+
+
+@LAYOUTS
+@SCHEMES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_paths_give_the_same(layout: FeatureLayout, vectors: dict[str, Any], dtype: torch.dtype) -> None:
+    x = random_features(layout, dtype=dtype).requires_grad_()
+    upstream = random_features(layout, dtype=dtype, seed=1)
+    values, gradients = [], []
+    for plain in (True, False):
+        rounded = make(layout, vectors, limit=2.0, plain=plain)(x)
+        values.append(rounded)
+        gradients.append(torch.autograd.grad((rounded * upstream).sum(), x)[0])
+    # Two ways to the same length may lie on either side of a rounding decision.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    agree = (values[0] - values[1]).abs() <= tolerance
+    assert agree.double().mean() > (0.99 if dtype == torch.float32 else 0.9999)
+    # Magnitudes that round to zero are apart: one path lets their whole gradient pass, the other the radial part.
+    kept = join(layout, [v.norm(dim=-1, keepdim=True).expand_as(v) for v in split(layout, values[0].detach())]) > 0
+    same = (gradients[0] - gradients[1]).abs() <= 10 * tolerance * (1 + gradients[0].abs())
+    assert same[agree & kept].all()
+
+
+# Gradients.
+
+
+@LAYOUTS
+@PATHS
+def test_saturated_scalars_and_components_have_no_gradient(layout: FeatureLayout, plain: bool) -> None:
+    quantizer = make(layout, {"scheme": "components", "magnitude_bits": 8}, {"bits": 8}, 1.0, plain)
+    x = random_features(layout, dtype=torch.float64).requires_grad_()
+    upstream = random_features(layout, dtype=torch.float64, seed=1)
+    (gradient,) = torch.autograd.grad((quantizer(x) * upstream).sum(), x)
+    inside = x.detach().abs() <= 1.0
+    assert inside.any()
+    assert not inside.all()
+    assert torch.allclose(gradient, upstream * inside, rtol=1e-12, atol=0)
+
+
+@LAYOUTS
+@PATHS
+@pytest.mark.parametrize(
+    "vectors", [v for v in VECTORS if "scheme" not in v], ids=lambda v: "-".join(map(str, v.values()))
+)
+def test_vector_gradient_is_straight_through_on_the_sphere(
+    layout: FeatureLayout, plain: bool, vectors: dict[str, Any]
+) -> None:
+    # u_q u^T + (m_q / m) (1 - u u^T); past the range the magnitude does not answer, and the first term is absent.
+    quantizer = make(layout, vectors, limit=2.0, plain=plain)
+    x = random_features(layout, dtype=torch.float64).requires_grad_()
+    upstream = random_features(layout, dtype=torch.float64, seed=1)
+    rounded = quantizer(x)
+    (gradient,) = torch.autograd.grad((rounded * upstream).sum(), x)
+    seen = {True: 0, False: 0}
+    pieces = (split(layout, tensor) for tensor in (x.detach(), rounded.detach(), upstream, gradient))
+    for v, v_q, up, got in zip(*pieces, strict=True):
+        if v.shape[-1] == 1:
+            continue
+        m, m_q = v.norm(dim=-1, keepdim=True), v_q.norm(dim=-1, keepdim=True)
+        u, u_q = v / m, v_q / m_q
+        inside = m <= 2.0
+        one = torch.eye(v.shape[-1], dtype=torch.float64)
+        along = u.unsqueeze(-1) * u.unsqueeze(-2)
+        jacobian = inside.unsqueeze(-1) * u_q.unsqueeze(-1) * u.unsqueeze(-2) + (m_q / m).unsqueeze(-1) * (one - along)
+        expected = (up.unsqueeze(-2) @ jacobian).squeeze(-2)
+        present = m_q.squeeze(-1) > 0
+        assert torch.allclose(got[present], expected[present], rtol=1e-9, atol=1e-12)
+        for side in seen:
+            seen[side] += int((present & (inside.squeeze(-1) == side)).sum())
+        # Past the range, stretching a vector changes nothing.
+        radial = (got * u).sum(-1, keepdim=True)[~inside]
+        assert torch.allclose(radial, torch.zeros_like(radial), atol=1e-12)
+    assert min(seen.values()) > 50
+
+
+@LAYOUTS
+@PATHS
+@SCHEMES
+def test_second_derivatives_are_finite(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
+    quantizer = make(layout, vectors, {"bits": 8}, 1.5, plain)
+    x = random_features(layout, 40)
+    x[::5] = 0.0
+    x.requires_grad_()
+    mixing = torch.randn(x[0].numel(), 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    energy = torch.tanh(quantizer(x).flatten(1) @ mixing).square().sum()
+    (force,) = torch.autograd.grad(energy, x, create_graph=True)
+    for gradient in torch.autograd.grad(force.square().sum(), (x, mixing)):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+@LAYOUTS
+@PATHS
+@pytest.mark.parametrize(
+    "vectors", [{}, {"magnitude": "log"}, {"scheme": "components"}], ids=["mddq", "log", "components"]
+)
+def test_second_derivatives_are_those_of_the_smooth_function(
+    layout: FeatureLayout, plain: bool, vectors: dict[str, Any]
+) -> None:
+    # Fine rounding stands for the identity, whose second derivative is zero.
+    quantizer = make(layout, vectors, limit=5.0, plain=plain)
+    x = random_features(layout, 20, torch.float64).requires_grad_()
+    mixing = 0.2 * torch.randn(x[0].numel(), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    probe = random_features(layout, 20, torch.float64, seed=3)
+
+    def hessian_product(y: Tensor) -> Tensor:
+        energy = torch.tanh(y.flatten(1) @ mixing).square().sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return torch.autograd.grad((force * probe).sum(), x)[0]
+
+    expected = hessian_product(x * 1.0)
+    assert (hessian_product(quantizer(x)) - expected).norm() / expected.norm() < 2e-3
+
+
+@LAYOUTS
+@PATHS
+@SCHEMES
+def test_gradients_of_many_directions_at_once(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
+    # As for a Hessian by rows.
+    quantizer = make(layout, vectors, plain=plain)
+    x = random_features(layout, 3).requires_grad_()
+    rounded = quantizer(x)
+    upstream = torch.stack([random_features(layout, 3, seed=seed) for seed in (1, 2)])
+    (batched,) = torch.autograd.grad(rounded, x, upstream, is_grads_batched=True, retain_graph=True)
+    for one, together in zip(upstream, batched, strict=True):
+        (single,) = torch.autograd.grad(rounded, x, one, retain_graph=True)
+        assert torch.allclose(single, together, rtol=1e-5, atol=1e-6)
+
+
+# Symmetry.
+
+
+@PATHS
+@pytest.mark.parametrize("codebook", ["octahedral", "geodesic"])
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_rotations_change_directions_by_the_code_only(plain: bool, codebook: str, magnitude: str) -> None:
+    layout = FeatureLayout(((4, 1), (4, 3)))
+    bits = {"octahedral": 8, "geodesic": 6}[codebook]
+    vectors = {"magnitude_bits": 8, "direction_bits": bits, "codebook": codebook, "magnitude": magnitude}
+    quantizer = make(layout, vectors, {"bits": 8}, plain=plain)
+    scalars, v = split(layout, random_features(layout, dtype=torch.float64))
+    rounded_scalars, rounded = split(layout, quantizer(join(layout, [scalars, v])))
+    bound = angle_bound(VectorConfig(**vectors), 3)
+    for seed in range(3):
+        rotation = random_rotation(generator=torch.Generator().manual_seed(seed))
+        turned_scalars, turned = split(layout, quantizer(join(layout, [scalars, v @ rotation.t()])))
+        assert torch.equal(turned_scalars, rounded_scalars)
+        # Lengths are invariant: no rotation changes their codes.
+        assert torch.allclose(turned.norm(dim=-1), rounded.norm(dim=-1), rtol=1e-12, atol=1e-12)
+        present = rounded.norm(dim=-1) > 0
+        error = angle(turned[present], (rounded @ rotation.t())[present])
+        assert bound < error.max() <= 2 * bound
+
+
+def test_components_are_not_rotation_invariant() -> None:
+    # What the split is for: the length of a vector rounded by components depends on how it lies.
+    layout = FeatureLayout(((4, 3),))
+    v = random_features(layout, dtype=torch.float64)
+    rotation = random_rotation(generator=torch.Generator().manual_seed(0))
+    turned = (v.unflatten(1, (4, 3)) @ rotation.t()).flatten(1)
+    changes = {}
+    for scheme in ("mddq", "components"):
+        quantizer = make(layout, {"scheme": scheme, "magnitude_bits": 8})
+        lengths = [quantizer(x).unflatten(1, (4, 3)).norm(dim=-1) for x in (v, turned)]
+        changes[scheme] = float((lengths[0] - lengths[1]).abs().max())
+    assert changes["mddq"] < 1e-12
+    assert changes["components"] > 5e-3
+
+
+@pytest.mark.parametrize("scheme", ["mddq", "components"])
+@pytest.mark.parametrize("bits", [4, 8, 12, 16])
+def test_rounding_commutes_with_the_octahedral_group(scheme: str, bits: int) -> None:
+    layout = FeatureLayout(((4, 3),))
+    quantizer = make(layout, {"scheme": scheme, "magnitude_bits": bits, "direction_bits": bits}, plain=False)
+    plain = make(layout, {"scheme": scheme, "magnitude_bits": bits, "direction_bits": bits}, plain=True)
+    v = random_features(layout, dtype=torch.float64).unflatten(1, (4, 3))
+    rounded, plainly = (q(v.flatten(1)).unflatten(1, (4, 3)) for q in (quantizer, plain))
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1.0, -1.0), repeat=3):
+            flip = torch.tensor(signs, dtype=torch.float64)
+            moved = (v[..., list(order)] * flip).flatten(1)
+            assert torch.equal(quantizer(moved).unflatten(1, (4, 3)), rounded[..., list(order)] * flip)
+            # The straight-through sum of the plain path is good to the last bits only.
+            again = plain(moved).unflatten(1, (4, 3))
+            assert torch.allclose(again, plainly[..., list(order)] * flip, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dimension", [5, 7])
+def test_higher_orders_commute_with_flips_and_permutations_of_components(dimension: int) -> None:
+    layout = FeatureLayout(((3, dimension),))
+    quantizer = make(layout, {"magnitude_bits": 8, "direction_bits": 6}, plain=False)
+    v = random_features(layout, dtype=torch.float64).unflatten(1, (3, dimension))
+    rounded = quantizer(v.flatten(1)).unflatten(1, (3, dimension))
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(dimension, generator=generator)
+        flip = torch.randint(0, 2, (dimension,), generator=generator) * 2.0 - 1.0
+        moved = quantizer((v[..., order] * flip).flatten(1)).unflatten(1, (3, dimension))
+        assert torch.allclose(moved, rounded[..., order] * flip, rtol=0, atol=1e-15)
+
+
+# Ranges.
+
+
+@LAYOUTS
+@PATHS
+@pytest.mark.parametrize("scheme", ["mddq", "components"])
+def test_ranges_are_the_largest_sizes_seen(layout: FeatureLayout, plain: bool, scheme: str) -> None:
+    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(scheme=scheme), headroom=2.0)
+    quantizer.differentiable_twice = plain
+    quantizer.load_ranges(torch.full_like(quantizer.observed, 100.0))
+    quantizer.start_observing()
+    batches = [random_features(layout, 30, seed=seed) for seed in range(3)]
+    for batch in batches:
+        quantizer(batch)
+    expected = [
+        (piece.norm(dim=-1) if scheme == "mddq" else piece.abs().amax(-1)).amax(0)
+        for piece in split(layout, torch.cat(batches))
+    ]
+    assert torch.allclose(quantizer.ranges(), torch.cat(expected), rtol=1e-6)
+    assert torch.allclose(quantizer.limit, 2.0 * torch.cat(expected), rtol=1e-6)
+    # Nothing that was seen saturates, and nothing is observed any more once it is switched off.
+    quantizer.observing = False
+    before = quantizer.ranges()
+    quantizer(100 * batches[0])
+    assert torch.equal(quantizer.ranges(), before)
+    assert (quantizer(batches[0]) - batches[0]).abs().max() < 1e-2
+
+
+def test_ranges_do_not_depend_on_the_batching() -> None:
+    x = random_features(MUL_IR, 60)
+    whole, parts = make(MUL_IR), make(MUL_IR)
+    for quantizer, size in ((whole, 60), (parts, 7)):
+        quantizer.start_observing()
+        for batch in x.split(size):
+            quantizer(batch)
+    assert torch.equal(whole.ranges(), parts.ranges())
+    # And rounding one row does not look at the others.
+    whole.observing = False
+    assert torch.equal(whole(x)[:7], whole(x[:7]))
+
+
+def test_ranges_in_training_forget_slowly() -> None:
+    quantizer = make(FeatureLayout(((1, 1),)), limit=1.0)
+    quantizer.observing = True
+    for _ in range(10):
+        quantizer(torch.full((1, 1), 0.5))
+    assert float(quantizer.ranges()) == pytest.approx(OBSERVER_DECAY**10)
+    quantizer(torch.full((1, 1), -4.0))
+    assert float(quantizer.ranges()) == 4.0
+
+
+def test_silent_channels_get_a_small_range() -> None:
+    layout = FeatureLayout(((3, 1), (2, 3), (2, 5)))
+    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(), headroom=1.5)
+    quantizer.load_ranges(torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))
+    assert torch.allclose(quantizer.limit, 1.5 * torch.tensor([0.1, 6.4, 0.1, 3.2, 0.05, 1 / 1.5, 1 / 1.5]))
+    assert torch.equal(quantizer.ranges(), torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))
+
+
+def test_one_range_for_a_tensor() -> None:
+    layout = FeatureLayout(((2, 1), (2, 3), (1, 1), (1, 5)))
+    observed = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+    def limit(scalars: str, vectors: str) -> list[float]:
+        configs = ScalarConfig(granularity=scalars), VectorConfig(granularity=vectors)
+        quantizer = FeatureQuantizer(layout, *configs, headroom=1.0)
+        quantizer.load_ranges(observed)
+        return quantizer.limit.tolist()
+
+    assert limit("per_channel", "per_channel") == [1, 2, 3, 4, 5, 6]
+    assert limit("per_tensor", "per_channel") == [5, 5, 3, 4, 5, 6]
+    assert limit("per_channel", "per_tensor") == [1, 2, 6, 6, 5, 6]
+    assert limit("per_tensor", "per_tensor") == [6] * 6
+
+
+@pytest.mark.xfail(reason="a silent piece has range 1, which counts among those of the others", strict=True)
+def test_a_silent_piece_does_not_set_the_range_of_a_tensor() -> None:
+    layout = FeatureLayout(((2, 1), (2, 3), (1, 1)))
+    for vectors in ("per_channel", "per_tensor"):
+        configs = ScalarConfig(granularity="per_tensor"), VectorConfig(granularity=vectors)
+        quantizer = FeatureQuantizer(layout, *configs, headroom=1.0)
+        quantizer.load_ranges(torch.tensor([0.1, 0.05, 0.0, 0.0, 0.0]))
+        assert torch.allclose(quantizer.limit[[0, 1, 4]], torch.tensor(0.1))
+
+
+def test_ranges_are_carried_over() -> None:
+    layout = FeatureLayout(((2, 1), (2, 3)))
+    first, second = make(layout, limit=torch.tensor([1.0, 2.0, 3.0, 4.0])), make(layout)
+    second.load_ranges(first.ranges())
+    assert torch.equal(second.limit, first.limit)
+    assert not first.state_dict()
+    # One head of two was cut out: the larger range of either serves.
+    second.load_ranges(torch.tensor([1.0, 5.0, 2.0, 6.0, 3.0, 4.0, 7.0, 0.0]))
+    assert second.ranges().tolist() == [3.0, 5.0, 7.0, 6.0]
+    for wrong in (1, 3, 6):
+        with pytest.raises(ValueError, match=f"ranges for {wrong} channels do not fit a layer of 4 channels"):
+            second.load_ranges(torch.ones(wrong))
+    assert second.ranges().tolist() == [3.0, 5.0, 7.0, 6.0]
+
+
+@PATHS
+def test_new_ranges_take_effect_at_once(plain: bool) -> None:
+    x = random_features(MUL_IR)
+    quantizer = make(MUL_IR, VECTORS[0], {"bits": 4}, limit=1.0, plain=plain)
+    first = quantizer(x)
+    quantizer.load_ranges(torch.full_like(quantizer.observed, 5.0))
+    assert torch.equal(quantizer(x), make(MUL_IR, VECTORS[0], {"bits": 4}, limit=5.0, plain=plain)(x))
+    assert not torch.equal(quantizer(x), first)
+    # Nor does a copy share them, or another precision keep those of the first.
+    other = copy.deepcopy(quantizer)
+    other.load_ranges(torch.full_like(quantizer.observed, 1.0))
+    assert torch.equal(other(x), first)
+    assert not torch.equal(quantizer(x), first)
+    assert quantizer(x.double()).dtype == torch.float64
+
+
+# TorchScript.
+
+
+@LAYOUTS
+@SCHEMES
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_gives_the_same(layout: FeatureLayout, vectors: dict[str, Any]) -> None:
+    quantizer = make(layout, vectors)
+    x = random_features(layout).requires_grad_()
+    scripted = torch.jit.script(quantizer)
+    for tensor in (x, x.detach().double().requires_grad_(), torch.zeros(0, *width(layout), requires_grad=True)):
+        expected, got = quantizer(tensor), scripted(tensor)
+        assert torch.equal(got, expected)
+        (first,) = torch.autograd.grad(expected.square().sum(), tensor)
+        (second,) = torch.autograd.grad(got.square().sum(), tensor)
+        assert torch.allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_after_use_in_inference() -> None:
+    quantizer = make(MUL_IR, plain=False)
+    x = random_features(MUL_IR)
+    fused = quantizer(x)
+    assert (torch.jit.script(quantizer)(x) - fused).abs().max() < 1e-4

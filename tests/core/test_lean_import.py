@@ -1,0 +1,44 @@
+"""Importing the package takes no framework along: training commands import it early, and users often."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import gaq
+
+HEAVY = ("mace", "nequip", "e3nn", "ase", "matplotlib")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after running the code."""
+    code += "\nimport sys\nprint(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_alone_takes_nothing() -> None:
+    loaded = modules_after("import gaq")
+    assert "gaq" in loaded
+    assert not loaded & {*HEAVY, "torch", "numpy", "yaml"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gaq; gaq.parse_config('gaq')",
+        "import torch, gaq; gaq.prepare, gaq.report",
+        "import gaq.quantizers.features, gaq.ptq, gaq.packing, gaq.codebooks, gaq.summary, gaq.schedule, gaq.adapter",
+    ],
+)
+def test_the_core_needs_no_framework(code: str) -> None:
+    assert not modules_after(code) & set(HEAVY)
+
+
+def test_everything_public_can_be_had() -> None:
+    for name in gaq.__all__:
+        assert getattr(gaq, name) is not None
+    with pytest.raises(AttributeError, match="module 'gaq' has no attribute 'quantise'"):
+        _ = gaq.quantise

@@ -1,0 +1,469 @@
+"""Packed files: what is written is what is read, with this package and without it."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import pytest
+import torch
+from e3nn.util.jit import compile as jit_compile
+
+import gaq
+import gaq_mace.model as quantized_model
+from gaq_mace import files
+from gaq_mace.files import ModelFileError
+from gaq_mace.model import feature_quantizers, quantized_weights, state_of, unquantized
+
+PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
+VARIANTS = ("heads", "l2", "density", "correlation3", "residual_first")
+SUFFIXES = (".model", ".safetensors")
+
+
+def same_quantization(first: Any, second: Any) -> None:
+    """Weights, codes, scales and ranges of two models agree to the last bit."""
+    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name], theirs[name]), name
+    state = second.state_dict()
+    for name, tensor in first.state_dict().items():
+        if name != "_extra_state":
+            assert torch.equal(tensor, state[name]), name
+    codes, other_codes = quantized_weights(first), quantized_weights(second)
+    assert codes.keys() == other_codes.keys()
+    for name in codes:
+        assert torch.equal(codes[name].codes, other_codes[name].codes), name
+        assert torch.equal(codes[name].scale, other_codes[name].scale), name
+        assert codes[name].bits == other_codes[name].bits
+    quantizers, others = feature_quantizers(first), feature_quantizers(second)
+    assert quantizers.keys() == others.keys()
+    for name in quantizers:
+        assert torch.equal(quantizers[name].ranges(), others[name].ranges()), name
+        assert torch.equal(quantizers[name].limit, others[name].limit), name
+    assert state_of(first).config == state_of(second).config
+    assert state_of(first).notes == state_of(second).notes
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_round_trip(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    tmp_path: Path,
+    preset: str,
+    suffix: str,
+) -> None:
+    model = quantized(preset)
+    state_of(model).notes["gates"] = {"lee": {"value": 0.1, "passed": True}}
+    path = tmp_path / f"model{suffix}"
+    gaq.save(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    loaded = gaq.load(path)
+    assert state_of(loaded).status == "converted"
+    same_quantization(model, loaded)
+    np.testing.assert_allclose(evaluate(loaded, structures)[0], evaluate(model, structures)[0], rtol=1e-6)
+    again = tmp_path / f"again{suffix}"
+    gaq.save(loaded, again)
+    same_quantization(model, gaq.load(again))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_of_variants(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    tmp_path: Path,
+    variant: str,
+    suffix: str,
+) -> None:
+    model = quantized("w4a16", variant)
+    path = tmp_path / f"model{suffix}"
+    gaq.save(model, path)
+    loaded = gaq.load(path)
+    same_quantization(model, loaded)
+    np.testing.assert_allclose(evaluate(loaded, structures)[0], evaluate(model, structures)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("preset", ["gaq", "w4"])
+def test_float64_models(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    tmp_path: Path,
+    preset: str,
+    suffix: str,
+) -> None:
+    model = quantized(preset, dtype=torch.float64)
+    path = tmp_path / f"model{suffix}"
+    gaq.save(model, path)
+    loaded = gaq.load(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    same_quantization(model, loaded)
+    np.testing.assert_allclose(evaluate(loaded, structures)[0], evaluate(model, structures)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_model_in_training_is_saved_converted(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    tmp_path: Path,
+    suffix: str,
+) -> None:
+    model = quantized("w4a16", status="training")
+    path = tmp_path / f"model{suffix}"
+    gaq.save(model, path)
+    assert state_of(model).status == "training", "saving leaves the model as it is"
+    loaded = gaq.load(path)
+    assert state_of(loaded).status == "converted"
+    same_quantization(gaq.convert(model), loaded)
+
+
+def test_torch_save_packs(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """`mace_run_train` saves with torch.save, and that too is packed."""
+    model = quantized("gaq")
+    torch.save(model, tmp_path / "model.model")
+    same_quantization(model, torch.load(tmp_path / "model.model", weights_only=False))
+
+
+def test_changed_weights_are_kept_in_float(
+    quantized: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], tmp_path: Path
+) -> None:
+    """A weight someone changed after conversion is stored as it is, not as its old code."""
+    model = quantized("w8")
+    with torch.no_grad():
+        model.readouts[0].linear.weight.mul_(1.001)
+    for suffix in SUFFIXES:
+        gaq.save(model, tmp_path / f"model{suffix}")
+        loaded = gaq.load(tmp_path / f"model{suffix}")
+        assert torch.equal(loaded.readouts[0].linear.weight, model.readouts[0].linear.weight)
+        assert "readouts.0.linear.weight" not in quantized_weights(loaded)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_loading_leaves_the_globals(quantized: Callable[..., Any], tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    gaq.save(quantized("gaq", dtype=torch.float64), path)
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(3)
+        np.random.seed(3)  # noqa: NPY002 (the global state is what is looked at)
+        random.seed(3)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+        gaq.load(path)
+        assert torch.get_default_dtype() == dtype
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+        assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_size(quantized: Callable[..., Any], float_model: Callable[..., Any], tmp_path: Path, preset: str) -> None:
+    torch.save(float_model("large"), tmp_path / "float.model")
+    before = (tmp_path / "float.model").stat().st_size
+    for suffix in SUFFIXES:
+        gaq.save(quantized(preset, "large"), tmp_path / f"model{suffix}")
+        ratio = before / (tmp_path / f"model{suffix}").stat().st_size
+        assert ratio >= (7.0 if preset.startswith("w4") else 4.0), (suffix, ratio)
+
+
+@pytest.mark.parametrize("preset", ["gaq", "w8", "w4", "w4a16"])
+def test_size_of_a_trained_model(azobenzene: Path, azobenzene_frames: list[Any], tmp_path: Path, preset: str) -> None:
+    model = gaq.load(azobenzene)
+    torch.save(model, tmp_path / "float.model")
+    mapping = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
+    quantized = gaq.quantize(model, azobenzene_frames[:2], mapping, progress=False)
+    for suffix in SUFFIXES:
+        gaq.save(quantized, tmp_path / f"model{suffix}")
+        size = (tmp_path / f"model{suffix}").stat().st_size
+        least = 7.0 if preset.startswith("w4") else 4.0
+        assert (tmp_path / "float.model").stat().st_size / size >= least, suffix
+        assert azobenzene.stat().st_size / size >= least, suffix
+        same_quantization(quantized, gaq.load(tmp_path / f"model{suffix}"))
+
+
+BLOCKED = """
+import importlib.abc, json, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0].startswith("gaq"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import ase.io, torch
+from mace.calculators import MACECalculator
+atoms = ase.io.read(sys.argv[1], ":")
+result = {}
+for path in sys.argv[2:]:
+    torch.manual_seed(5)
+    before = torch.get_default_dtype(), torch.get_rng_state()
+    model = torch.load(path, map_location="cpu", weights_only=False)
+    assert torch.get_default_dtype() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert type(model).__module__ == "mace.modules.models", type(model)
+    calculator = MACECalculator(model_paths=path, device="cpu")
+    result[path] = [calculator.get_potential_energy(one) for one in atoms]
+    result[path + " dtype"] = str(next(calculator.models[0].parameters()).dtype)
+assert not [name for name in sys.modules if name.split(".")[0].startswith("gaq")]
+print("RESULT" + json.dumps(result))
+"""
+
+
+def test_loads_where_this_package_is_not_installed(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    python: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    import ase.io
+
+    ase.io.write(tmp_path / "structures.xyz", structures, format="extxyz")
+    expected = {}
+    for preset in PRESETS:
+        for dtype in (torch.float32, torch.float64) if preset == "gaq" else (torch.float32,):
+            path = tmp_path / f"{preset}_{str(dtype)[-2:]}.model"
+            model = quantized(preset, dtype=dtype)
+            gaq.save(model, path)
+            with unquantized(model):
+                expected[str(path)] = evaluate(model, ase.io.read(tmp_path / "structures.xyz", ":"))[0]
+            expected[f"{path} dtype"] = str(dtype)
+    paths = [path for path in expected if not path.endswith("dtype")]
+    done = python(BLOCKED, str(tmp_path / "structures.xyz"), *paths, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.split("RESULT")[1])
+    assert result.keys() == expected.keys()
+    for path in paths:
+        np.testing.assert_allclose(result[path], expected[path], rtol=1e-6, err_msg=path)
+        assert result[f"{path} dtype"] == expected[f"{path} dtype"]
+
+
+def repack(path: Path, change: Callable[[str, bytes], bytes]) -> None:
+    """Rewrite the archive of a `.model` file with changed entries, checksums of the archive included."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(name, data))
+
+
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def refuse(path: Path, *words: str) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        gaq_mace_load(path)
+    message = str(caught.value)
+    assert str(path) in message, message
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def gaq_mace_load(path: Path) -> Any:
+    return files.load(path)
+
+
+def test_altered_codes(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.model"
+    gaq.save(quantized("w8"), path)
+    with zipfile.ZipFile(path) as archive:
+        sizes = {i.filename: i.file_size for i in archive.infolist() if "/data/" in i.filename}
+    largest = max(sizes, key=sizes.__getitem__)
+    repack(path, lambda name, data: flip(data, len(data) // 2) if name == largest else data)
+    refuse(path, "checksum", "altered or damaged")
+
+
+def test_altered_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for kind in ("codes:", "scale:"):
+        path = tmp_path / f"{kind[:-1]}.safetensors"
+        gaq.save(quantized("w8"), path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        name = next(key for key in sorted(tensors) if key.startswith(kind) and "linear_up" in key)
+        changed = tensors[name].clone()
+        changed[0] = changed[0] + 1 if kind == "codes:" else changed[0] * 2
+        tensors[name] = changed
+        save_file(tensors, path, metadata=metadata)
+        refuse(path, "checksum")
+
+
+def test_incomplete_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """A header that promises what the file does not hold."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    gaq.save(quantized("gaq"), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    header = json.loads(metadata["gaq"])
+
+    missing = tmp_path / "missing.safetensors"
+    name = next(key for key in sorted(tensors) if key.startswith("codes:"))
+    save_file({k: v for k, v in tensors.items() if k != name}, missing, metadata=metadata)
+    refuse(missing, "damaged")
+
+    short = tmp_path / "short.safetensors"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, short, metadata=metadata)
+    refuse(short)
+
+    broken = tmp_path / "broken.safetensors"
+    save_file(tensors, broken, metadata={"gaq": metadata["gaq"][:-20]})
+    refuse(broken, "damaged")
+
+    unknown = tmp_path / "unknown.safetensors"
+    config = {**header["config"], "interaction_cls": "FutureInteractionBlock"}
+    save_file(tensors, unknown, metadata={"gaq": json.dumps({**header, "config": config})})
+    refuse(unknown, "FutureInteractionBlock")
+
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(tensors, foreign)
+    refuse(foreign, "not one written by gaq")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_newer_format(
+    quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_model, "FORMAT", 99)
+        gaq.save(quantized("w8"), path)
+    refuse(path, "format 99", "pip install -U gaq")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated(quantized: Callable[..., Any], tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"model{suffix}"
+    gaq.save(quantized("w8"), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refuse(path, "truncated")
+
+
+def test_damaged_archive(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.model"
+    gaq.save(quantized("w8"), path)
+    data = path.read_bytes()
+    for position in (len(data) // 3, len(data) // 2, 2 * len(data) // 3):
+        path.write_bytes(flip(data, position))
+        refuse(path, "damaged")
+
+
+class Elsewhere:
+    """A class that a reader will not find."""
+
+
+def test_other_kinds_of_files(float_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(tmp_path / "none.model", "no such file")
+    refuse(tmp_path / "none.safetensors", "no such file")
+    (tmp_path / "folder.model").mkdir()
+    refuse(tmp_path / "folder.model")
+
+    (tmp_path / "text.model").write_text("not a model at all\n" * 50)
+    refuse(tmp_path / "text.model", "not a MACE model")
+    (tmp_path / "text.safetensors").write_text("not a model at all\n" * 50)
+    refuse(tmp_path / "text.safetensors", "not a safetensors file")
+    (tmp_path / "noise.model").write_bytes(np.random.default_rng(0).bytes(5000))
+    refuse(tmp_path / "noise.model", "not a MACE model")
+
+    torch.save({"weights": 1}, tmp_path / "dict.model")
+    refuse(tmp_path / "dict.model", "holds a dict")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "linear.model")
+    refuse(tmp_path / "linear.model", "holds a Linear")
+    (tmp_path / "plain.model").write_bytes(pickle.dumps([1, 2]))
+    refuse(tmp_path / "plain.model")
+    torch.save(float_model().state_dict(), tmp_path / "state.model")
+    refuse(tmp_path / "state.model", "holds a OrderedDict")
+
+    torch.save(Elsewhere(), tmp_path / "class.model")
+    with monkeypatch.context() as patch:
+        patch.delattr(f"{__name__}.Elsewhere")
+        refuse(tmp_path / "class.model", "not a MACE model")
+
+    torch.jit.save(jit_compile(float_model()), tmp_path / "script.model")
+    refuse(tmp_path / "script.model", "TorchScript", ".model file that mace_run_train writes")
+
+
+def test_core_errors_are_value_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        gaq.load(tmp_path / "none.model")
+    (tmp_path / "model.onnx").write_text("")
+    with pytest.raises(ValueError, match="onnx"):
+        gaq.load(tmp_path / "model.onnx")
+
+
+def test_nothing_is_left_behind_when_writing_fails(
+    quantized: Callable[..., Any],
+    float_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match="not quantized"):
+        gaq.save(float_model(), tmp_path / "float.model")
+    with pytest.raises(OSError):
+        gaq.save(quantized("w8"), tmp_path / "folder" / "model.model")
+    model = quantized("w8")
+    model.interactions[0].avg_num_neighbors = 3.0
+    for suffix in SUFFIXES:
+        with pytest.raises(ModelFileError, match="avg_num_neighbors"):
+            gaq.save(model, tmp_path / f"model{suffix}")
+
+    def fail(path: Path) -> None:
+        raise OSError("disk full")
+
+    gaq.save(quantized("w8"), tmp_path / "kept.model")
+    kept = (tmp_path / "kept.model").read_bytes()
+    monkeypatch.setattr(files, "_deflate", fail)
+    with pytest.raises(OSError, match="disk full"):
+        gaq.save(quantized("w4"), tmp_path / "kept.model")
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.model"]
+    assert (tmp_path / "kept.model").read_bytes() == kept
+
+
+def test_stock_models_load_and_save_as_stock(
+    float_model: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], tmp_path: Path
+) -> None:
+    model = float_model()
+    torch.save(model, tmp_path / "float.model")
+    loaded = gaq.load(tmp_path / "float.model")
+    assert state_of(loaded) is None
+    assert type(loaded).__module__ == "mace.modules.models"
+    np.testing.assert_array_equal(evaluate(loaded, structures)[0], evaluate(model, structures)[0])
+
+
+def test_pickle_holds_only_public_callables(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """Every global a packed pickle asks for belongs to Python, torch, e3nn or MACE."""
+    import pickletools
+
+    gaq.save(quantized("gaq"), tmp_path / "model.model")
+    with zipfile.ZipFile(tmp_path / "model.model") as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        data = archive.read(name)
+    modules = {
+        str(arg).split(" ")[0] for opcode, arg, _ in pickletools.genops(io.BytesIO(data)) if opcode.name == "GLOBAL"
+    }
+    assert modules
+    allowed = {"mace", "torch", "e3nn", "operator", "_operator", "functools", "collections", "builtins", "__builtin__"}
+    assert {module.split(".")[0] for module in modules} <= allowed
