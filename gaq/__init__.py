@@ -29,6 +29,7 @@ _PUBLIC = {
     "quantize": "gaq.api",
     "report": "gaq.api",
     "save": "gaq.api",
+    "sensitivity": "gaq.api",
     "summary": "gaq.api",
 }
 __all__ = [*_PUBLIC, "__version__"]

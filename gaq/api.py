@@ -18,7 +18,7 @@ from gaq.summary import format_rows
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "summary"]
+__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "sensitivity", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,25 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         }
     ptq.observe_ranges(adapter, model, sample)
     return model
+
+
+def sensitivity(
+    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "naive_w8a8", progress: bool = True
+) -> list[ptq.Sensitivity]:
+    """Round one weight tensor at a time and measure the forces: which tensors deserve 16 bits.
+
+    Args:
+        model: a float model; it is not changed.
+        structures: a handful; labels are not needed.
+        config: how to round; the default gives every tensor the same 8 bits.
+        progress: whether to show a bar.
+
+    Returns:
+        One entry a tensor, the costliest first; put the deserving ones under ``overrides``, as
+        ``{"products.*.symmetric_contractions": {"weights": {"bits": 16}}}``.
+    """
+    prepared = prepare(copy.deepcopy(model), config)
+    return ptq.sensitivity_scan(adapter_for(prepared), prepared, structures, progress=progress)
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:

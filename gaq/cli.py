@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="a row a module: bits, scales, bytes, and why the rest is float")
     inspect.add_argument("model")
     inspect.add_argument("--device", default="cpu")
+    inspect.add_argument(
+        "--sensitivity", metavar="DATA", help="also round one tensor at a time on these structures (float models)"
+    )
 
     commands.add_parser("doctor", help="versions, state of the hook, which kernels can run here and why not")
     return parser
@@ -227,6 +230,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")
     if notes:
         print("notes: " + json.dumps(notes, indent=2))
+    if arguments.sensitivity:
+        if config is not None:
+            raise InputError("--sensitivity needs the float model: this one is rounded already.")
+        print("one tensor at 8 bits at a time: mean force difference, meV/Å")
+        for entry in api.sensitivity(model, _spaced(_read(arguments.sensitivity), 20)):
+            mark = "  <- deserves 16 bits" if entry.deserves_16_bits else ""
+            print(f"  {entry.parameter:60s} {entry.force_difference:8.3f} {entry.numel:9d} weights{mark}")
     return 0
 
 

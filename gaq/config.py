@@ -433,10 +433,21 @@ def _check_consistency(config: QuantizationConfig, path: str) -> None:
         raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
 
 
+def _override(config: QuantizationConfig, override: Any, path: str) -> QuantizationConfig | None:
+    if override is None:
+        return None
+    if isinstance(override, Mapping) and "preset" not in override:
+        changed: QuantizationConfig = _merge(dataclasses.replace(config, overrides={}), override, path)
+        _check_consistency(changed, path)
+        return changed
+    return parse_config(override, path=path)
+
+
 def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -> dict[str, QuantizationConfig | None]:
     """The configuration of each module after ``overrides``; None where a module is to be left alone.
 
-    Later patterns win over earlier ones.
+    An override that names a preset starts from that preset; a mapping without one changes the configuration it
+    stands in. Later patterns win over earlier ones.
 
     Raises:
         ConfigError: if a pattern matches no module, with the names it could have matched.
@@ -450,7 +461,7 @@ def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -
                 f"quantization.overrides['{pattern}']: matches no module.{_closest(pattern, names)} "
                 f"Quantizable modules: {_options(names)}."
             )
-        parsed = None if override is None else parse_config(override, path=f"quantization.overrides['{pattern}']")
+        parsed = _override(config, override, f"quantization.overrides['{pattern}']")
         for name in matched:
             resolved[name] = parsed
     return resolved

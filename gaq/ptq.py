@@ -179,21 +179,28 @@ def distill(
         q.scalars_enabled = q.vectors_enabled = False
 
     weights = [parameters[name] for name in quantizers]
-    scales = [q.fixed_step for q in quantizers.values()]
+    # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
+    # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
+    starts = [q.fixed_step.detach().clone() for q in quantizers.values()]
+    typical = [float(start.mean()) for start in starts]
+    factors = [torch.full_like(start, mean).requires_grad_(True) for start, mean in zip(starts, typical, strict=True)]
     requires = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(False)
     groups = []
-    for weight, scale in zip(weights, scales, strict=True):
+    for weight, factor, mean in zip(weights, factors, typical, strict=True):
         size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
         groups.append({"params": [weight.requires_grad_(True)], "lr": config.learning_rate * size})
-        typical = float(scale.mean())
-        groups.append({"params": [scale.requires_grad_(True)], "lr": 0.1 * config.learning_rate * typical})
+        groups.append({"params": [factor], "lr": 0.1 * config.learning_rate * mean})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.steps, 1), eta_min=0.0)
 
+    def apply_scales() -> None:
+        for quantizer, start, factor, mean in zip(quantizers.values(), starts, factors, typical, strict=True):
+            quantizer.fixed_step = start * (factor / mean)
+
     def snapshot() -> list[Tensor]:
-        return [t.detach().clone() for t in (*weights, *scales)]
+        return [t.detach().clone() for t in (*weights, *factors)]
 
     before = best = _force_rms(adapter, model, validation)
     kept = snapshot()
@@ -205,23 +212,26 @@ def distill(
         if not order:
             order = generator.permutation(len(training)).tolist()
         item = training[order.pop()]
+        apply_scales()
         energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
         loss = ((forces - item.forces) ** 2).mean() + 0.01 * (((energy - item.energy) / counts) ** 2).mean() * 9.0
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*weights, *scales], 10.0)
+        torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % interval == 0 or step + 1 == config.steps:
+            apply_scales()
             error = _force_rms(adapter, model, validation)
             bar.set_postfix_str(f"force difference {error:.2f} meV/Å (from {before:.2f})")
             if error < best:
                 best, kept = error, snapshot()
     with torch.no_grad():
-        for tensor, value in zip((*weights, *scales), kept, strict=True):
+        for tensor, value in zip((*weights, *factors), kept, strict=True):
             tensor.requires_grad_(False)
             tensor.copy_(value)
             tensor.grad = None
+        apply_scales()
     for name, p in parameters.items():
         p.requires_grad_(requires[name])
     for q, (scalars, vectors) in zip(fine, flags, strict=True):

@@ -311,10 +311,13 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: if the model is not quantized.
+        FileNotFoundError: if the folder does not exist.
     """
     if not is_quantized(model):
         raise ValueError("this model is not quantized: save it with torch.save, or quantize it first.")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     part = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".safetensors":
@@ -400,11 +403,11 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: truncated, or not a safetensors file ({error}).") from error
+        raise ModelFileError(f"truncated, or not a safetensors file ({error}).") from error
     if "gaq" not in metadata:
-        raise ModelFileError(f"{path}: a safetensors file, but not one written by gaq.")
+        raise ModelFileError("a safetensors file, but not one written by gaq.")
     header = json.loads(metadata["gaq"])
-    check_format(header["meta"], str(path))
+    check_format(header["meta"])
     model = build(_config_from_json(header["config"]), getattr(torch, header["dtype"]))
     layouts = _layouts(model)
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
@@ -421,6 +424,31 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
     return restore(model, header["meta"], ranges, weights)
 
 
+def _check_device(device: str) -> None:
+    """A missing device is the user's to mend, not a damaged file."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known to torch; use cpu or cuda.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+
+
+# What a damaged file, or one of another kind, makes pickle, torch and the constructors raise.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    ValueError,
+)
+
+
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """Load a MACE model, stock or quantized, from a ``.model`` or ``.safetensors`` file.
 
@@ -429,20 +457,22 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     Raises:
         ModelFileError: for a file that is missing, truncated, altered, of another kind, or written by a
             later version.
+        ValueError: for a device that is not there.
     """
     from gaq_mace._patches import ensure_installed
 
     ensure_installed()
+    _check_device(device)
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path).to(device)
     try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path).to(device)
         model = torch.load(path, map_location=device, weights_only=False)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except _UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({first}).") from error
     if isinstance(model, torch.jit.ScriptModule):

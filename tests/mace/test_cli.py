@@ -1,0 +1,296 @@
+"""The command `gaq` on MACE models: results, exit codes, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import pytest
+import torch
+from e3nn.util.jit import compile as jit_compile
+
+import gaq
+from gaq.cli import main
+from gaq_mace.model import state_of
+
+TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_size: 2}}"
+
+
+@pytest.fixture(scope="module")
+def folder(
+    float_model: Callable[..., Any],
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A float model, a quantized one, and structures with the float model's own labels."""
+    path = tmp_path_factory.mktemp("cli")
+    model = float_model("large")
+    torch.save(model, path / "float.model")
+    gaq.save(quantized("gaq", "large"), path / "gaq.model")
+    labelled = []
+    for seed in range(3):
+        for one in structures[:2]:
+            atoms = one.copy()
+            atoms.positions += np.random.default_rng(seed).normal(scale=0.03, size=atoms.positions.shape)
+            energy, forces = evaluate(model, [atoms])
+            generator = np.random.default_rng(seed + 10)
+            atoms.info["REF_energy"] = float(energy[0]) + 0.05
+            atoms.arrays["REF_forces"] = forces + generator.normal(scale=0.1, size=forces.shape)
+            labelled.append(atoms)
+    ase.io.write(path / "data.xyz", labelled, format="extxyz")
+    gold = [ase.Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])]
+    ase.io.write(path / "gold.xyz", gold, format="extxyz")
+    (path / "empty.xyz").write_text("")
+    (path / "noise.xyz").write_text("these are\nnot structures\n")
+    return path
+
+
+def test_quantize_inspect_report(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    evaluate: Callable[..., Any],
+    structures: list[Any],
+) -> None:
+    """The whole way of a user: each command reads what the one before wrote."""
+    output = tmp_path / "quantized.model"
+    data, reference = str(folder / "data.xyz"), str(folder / "float.model")
+    arguments = ["quantize", reference, "-o", str(output), "--config", TINY, "--calibration", data, "--force"]
+    code = main(arguments)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert output.name in printed
+    assert "times smaller" in printed
+    assert [file.name for file in tmp_path.iterdir()] == [output.name]
+    model = gaq.load(output)
+    state = state_of(model)
+    assert state.status == "converted"
+    assert state.config.distillation.steps == 2
+    assert state.notes["distillation"]["steps"] == 2
+    assert state.notes["failed_gates"] == []
+    assert state.notes["gates"]["file_size"]["passed"] is True
+    ours, theirs = evaluate(model, structures), evaluate(gaq.load(reference), structures)
+    assert np.abs(ours[1] - theirs[1]).mean() < 0.05 * np.abs(theirs[1]).mean()
+
+    assert main(["inspect", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "converted" in printed
+    for text in ("interactions.0.linear_up", "readouts.1.linear_2", "int8", "int16", "spherical_harmonics", "total"):
+        assert text in printed
+    assert "MARKED" not in printed
+    assert main(["inspect", reference]) == 0
+    assert "a float model" in capsys.readouterr().out
+
+    report = tmp_path / "report"
+    code = main(
+        ["report", str(output), "--data", data, "-o", str(report), "--reference", reference, "--nve-ps", "0.02"]
+    )
+    assert code in (0, 1)
+    printed = capsys.readouterr().out
+    result = json.loads((report / "report.json").read_text())
+    assert (report / "report.html").stat().st_size > 0
+    enforced = [name for name, gate in result["gates"].items() if gate["enforced"] and gate["passed"] is False]
+    assert code == (1 if enforced else 0)
+    assert {"model", "reference", "versions", "hardware", "command", "gates"} <= result.keys()
+    measured = result["model"]
+    assert 60 < measured["force_mae_mev_per_angstrom"] < 110  # the labels carry noise of 0.1 eV/Å: 80 in the mean
+    assert measured["file_bytes"] == output.stat().st_size
+    assert measured["lee_mev_per_angstrom"] < 0.15
+    assert measured["central_difference_relative_error"]["0.01"] < 0.01
+    assert np.isfinite(measured["nve"]["drift_mev_per_atom_per_ps"])
+    assert "lee" in printed
+
+
+def test_safetensors_output(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "quantized.safetensors"
+    config = tmp_path / "config.yml"
+    config.write_text("quantization:\n  preset: w8\n  weights: {rounding: nearest}\n  distillation: {steps: 0}\n")
+    assert main(["quantize", str(folder / "float.model"), "-o", str(output), "--config", str(config)]) == 0
+    assert state_of(gaq.load(output)).config.preset == "w8"
+
+
+def test_failed_gate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two bits everywhere cannot pass: exit code 1, nothing written, unless forced, and then marked."""
+    config = "{preset: gaq, weights: {bits: 2, sensitive_bits: null, rounding: nearest}, distillation: {steps: 0}}"
+    output = tmp_path / "bad.model"
+    arguments = ["quantize", str(folder / "float.model"), "-o", str(output), "--config", config]
+    arguments += ["--calibration", str(folder / "data.xyz")]
+    assert main(arguments) == 1
+    assert "--force" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*arguments, "--force"]) == 1
+    assert state_of(gaq.load(output)).notes["failed_gates"]
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    assert "MARKED" in capsys.readouterr().out
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("torch", "mace-torch", "mace ", "ready", "kernels", "reference"):
+        assert text in printed
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The line on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("gaq: "), error
+    assert error.strip().count("\n") == 0, error
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("w8a15", ("quantization", "not a preset", "w8a8")),
+        ("{preset: gaq, weigths: {bits: 8}}", ("quantization.weigths", "Did you mean 'weights'?")),
+        ("{weights: {bitz: 8}}", ("quantization.weights.bitz", "unknown key")),
+        ("{weights: {bits: eight}}", ("quantization.weights.bits", "expected int")),
+        ("{weights: 8}", ("quantization.weights", "expected a mapping")),
+        ("{weights: {bits: 9}}", ("quantization.weights.bits", "9 bits cannot be stored")),
+        ("{scalars: {bits: 1}}", ("quantization.scalars.bits", "1 bits")),
+        ("{vectors: {codebook: cube}}", ("quantization.vectors.codebook", "octahedral")),
+        ("{calibration: {headroom: 0.5}}", ("quantization.calibration.headroom", "too small")),
+        ("{weights: null, scalars: null, vectors: null}", ("nothing would be quantized",)),
+        ("{overrides: {'readout.*': null}}", ("readout.*", "matches no module", "readouts.0.linear")),
+        ("{overrides: {'*': null}}", ("nothing would be quantized",)),
+        ("{overrides: {'readouts.*': w9}}", ("readouts.*", "w9")),
+        ("{weights: {bits: 8}", ("cannot read the mapping",)),
+        ("missing.yml", ("no file", "missing.yml")),
+    ],
+)
+def test_bad_configuration(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, words: tuple[str, ...]
+) -> None:
+    output = tmp_path / "out.model"
+    error = refused(
+        capsys,
+        *("quantize", folder / "float.model", "-o", output, "--config", config, "--calibration", folder / "data.xyz"),
+    )
+    for word in words:
+        assert word in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("missing.xyz", ("missing.xyz", "does not exist")),
+        ("empty.xyz", ("empty.xyz", "empty")),
+        ("noise.xyz", ("noise.xyz",)),
+        (".", ("directory",)),
+        ("gold.xyz", ("Au", "H, C, O")),
+        (None, ("--calibration",)),
+    ],
+)
+def test_bad_data(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str | None,
+    words: tuple[str, ...],
+) -> None:
+    arguments = ["quantize", folder / "float.model", "-o", tmp_path / "out.model", "--config", TINY]
+    if data is not None:
+        arguments += ["--calibration", folder / data]
+    error = refused(capsys, *arguments)
+    for word in words:
+        assert word in error
+    assert not list(tmp_path.iterdir())
+    if data is not None:
+        error = refused(capsys, "report", folder / "gaq.model", "--data", folder / data, "-o", tmp_path / "report")
+        for word in words:
+            assert word in error
+        assert not list(tmp_path.iterdir())
+
+
+def test_bad_models(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], float_model: Callable[..., Any]
+) -> None:
+    truncated = tmp_path / "truncated.model"
+    truncated.write_bytes((folder / "float.model").read_bytes()[:20000])
+    half = tmp_path / "half.model"
+    half.write_bytes((folder / "gaq.model").read_bytes()[:-3000])
+    script = tmp_path / "script.model"
+    torch.jit.save(jit_compile(float_model()), script)
+    other = tmp_path / "other.onnx"
+    other.write_text("x")
+    linear = tmp_path / "linear.model"
+    torch.save(torch.nn.Linear(2, 2), linear)
+    cases = {
+        tmp_path / "missing.model": "no such file",
+        truncated: "truncated",
+        half: "truncated",
+        script: "TorchScript",
+        other: "onnx",
+        linear: "holds a Linear",
+        tmp_path: "",
+    }
+    before = sorted(tmp_path.iterdir())
+    output = tmp_path / "out.model"
+    data = folder / "data.xyz"
+    for path, words in cases.items():
+        for arguments in (
+            ("quantize", path, "-o", output, "--config", TINY, "--calibration", data),
+            ("inspect", path),
+            ("report", path, "--data", data, "-o", tmp_path / "report", "--nve-ps", "0"),
+        ):
+            error = refused(capsys, *arguments)
+            assert str(path) in error
+            assert words in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_output_and_order(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--config", TINY, "--calibration", folder / "data.xyz")
+    error = refused(capsys, "quantize", folder / "float.model", "-o", tmp_path / "no" / "out.model", *data)
+    assert "does not exist" in error
+    error = refused(capsys, "quantize", folder / "gaq.model", "-o", tmp_path / "out.model", *data)
+    assert "already quantized" in error
+    before = (folder / "float.model").read_bytes()
+    error = refused(capsys, "quantize", folder / "float.model", "-o", folder / "float.model", *data)
+    assert "input model itself" in error
+    assert (folder / "float.model").read_bytes() == before
+    (tmp_path / "taken.model").mkdir()
+    refused(capsys, "quantize", folder / "float.model", "-o", tmp_path / "taken.model", *data)
+    (tmp_path / "taken.model").rmdir()
+    if not torch.cuda.is_available():
+        error = refused(capsys, "inspect", folder / "gaq.model", "--device", "cuda")
+        assert "no CUDA device" in error
+    assert "device" in refused(capsys, "inspect", folder / "gaq.model", "--device", "abacus")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_numbers_of_the_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("report", folder / "gaq.model", "--data", folder / "data.xyz", "-o", tmp_path / "report")
+    for option in (("--nve-ps", "-1"), ("--frames", "0"), ("--reference", tmp_path / "missing.model")):
+        error = refused(capsys, *arguments, *option)
+        assert option[0].lstrip("-").split("-")[0] in error or "missing.model" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_errors() -> None:
+    for arguments in ([], ["melt"], ["quantize"], ["report", "m.model", "--data", "d", "-o", "r", "--nve-ps", "long"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_command_is_installed(python: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    """The script, in a process of its own: exit code and streams as the shell sees them."""
+    done = python("import sys; from gaq.cli import main; sys.exit(main(sys.argv[1:]))", "inspect", "no.model")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "gaq: no.model: no such file."
+    assert done.stdout == ""
