@@ -95,3 +95,20 @@ class MACEAdapter:
         if path.suffix == ".safetensors":
             return MACECalculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
         return MACECalculator(model_paths=str(path), device=device, default_dtype=dtype)
+
+    def doctor(self) -> list[str]:
+        """State of the training hook, for ``gaq doctor``."""
+        import os
+        import sys
+
+        from gaq_mace import _autoload, _patches
+
+        disabled = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
+        waiting = any(isinstance(finder, _autoload._Finder) for finder in sys.meta_path)
+        if disabled:
+            first = "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0): use gaq_mace_train in place of mace_run_train"
+        elif waiting and _patches.is_installed():
+            first = "active: mace_run_train knows the key `quantization`"
+        else:
+            first = "NOT active: reinstall gaq in this environment, or use gaq_mace_train"
+        return [f"mace training    {first}"]

@@ -66,6 +66,7 @@ def test_largest_codes_fit_their_storage() -> None:
 # Layouts.
 
 
+@settings(deadline=None)
 @given(layout=layouts(), granularity=st.sampled_from(GRANULARITIES), group_size=st.integers(2, 6))
 def test_segments_cover_the_weight_and_agree_with_the_index(
     layout: WeightLayout, granularity: str, group_size: int
@@ -365,6 +366,7 @@ def test_second_derivatives_are_finite(fixed: bool) -> None:
         assert gradient.any()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
