@@ -107,6 +107,7 @@ def _measure(
     from gaq.report.gates import BOUNDS
 
     model = adapter.load(path, device)
+    adapter.batches(model, structures, 1)  # raises for what the model does not know, before the long part
     config = adapter.config(model)
     if config is None:
         preset = "gaq"
@@ -143,6 +144,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder; give the name of a file.")
     if output.exists() and output.samefile(arguments.model):
         raise InputError(f"--output {output}: is the input model itself; choose another name.")
     config = parse_config(arguments.config)
@@ -201,6 +204,12 @@ def _report(arguments: argparse.Namespace) -> int:
     from gaq.adapter import adapter_for_file
     from gaq.report import write_report
 
+    if not arguments.nve_ps >= 0:
+        raise InputError(f"--nve-ps {arguments.nve_ps:g}: give a length in ps, or 0 to leave the runs out.")
+    if arguments.frames < 1:
+        raise InputError(f"--frames {arguments.frames}: at least one structure is needed.")
+    if Path(arguments.output).exists() and not Path(arguments.output).is_dir():
+        raise InputError(f"--output {arguments.output}: is a file; give the name of a folder.")
     structures = _spaced(_read(arguments.data), arguments.frames)
     adapter = adapter_for_file(arguments.model)
     reference = None
@@ -276,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "inspect":
             return _inspect(arguments)
         return _doctor()
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"gaq: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"gaq: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["DistillationResult", "Sensitivity", "distill", "gptq", "observe_ranges", "sensitivity_scan"]
 
 
+ENERGY_WEIGHT = 0.1
+"""Of the squared energy difference per atom (eV²) beside that of the forces (eV²/Å²): forces decide."""
+
+
 def choose(structures: Sequence[Atoms], count: int, seed: int) -> list[Atoms]:
     """At most `count` of the structures, drawn without replacement."""
     order = np.random.default_rng(seed).permutation(len(structures))[:count]
@@ -208,34 +212,37 @@ def distill(
     order: list[int] = []
     interval = max(20, config.steps // 10)
     bar = tqdm(range(config.steps), desc="self-distillation", disable=not progress, unit="step")
-    for step in bar:
-        if not order:
-            order = generator.permutation(len(training)).tolist()
-        item = training[order.pop()]
-        apply_scales()
-        energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
-        loss = ((forces - item.forces) ** 2).mean() + 0.01 * (((energy - item.energy) / counts) ** 2).mean() * 9.0
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % interval == 0 or step + 1 == config.steps:
+    try:
+        for step in bar:
+            if not order:
+                order = generator.permutation(len(training)).tolist()
+            item = training[order.pop()]
             apply_scales()
-            error = _force_rms(adapter, model, validation)
-            bar.set_postfix_str(f"force difference {error:.2f} meV/Å (from {before:.2f})")
-            if error < best:
-                best, kept = error, snapshot()
-    with torch.no_grad():
-        for tensor, value in zip((*weights, *factors), kept, strict=True):
-            tensor.requires_grad_(False)
-            tensor.copy_(value)
-            tensor.grad = None
-        apply_scales()
-    for name, p in parameters.items():
-        p.requires_grad_(requires[name])
-    for q, (scalars, vectors) in zip(fine, flags, strict=True):
-        q.scalars_enabled, q.vectors_enabled = scalars, vectors
+            energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
+            force_error = ((forces - item.forces) ** 2).mean()
+            energy_error = (((energy - item.energy) / counts) ** 2).mean()
+            optimizer.zero_grad(set_to_none=True)
+            (force_error + ENERGY_WEIGHT * energy_error).backward()
+            torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % interval == 0 or step + 1 == config.steps:
+                apply_scales()
+                error = _force_rms(adapter, model, validation)
+                bar.set_postfix_str(f"force difference {error:.2f} meV/Å (from {before:.2f})")
+                if error < best:
+                    best, kept = error, snapshot()
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip((*weights, *factors), kept, strict=True):
+                tensor.requires_grad_(False)
+                tensor.copy_(value)
+                tensor.grad = None
+            apply_scales()
+        for name, p in parameters.items():
+            p.requires_grad_(requires[name])
+        for q, (scalars, vectors) in zip(fine, flags, strict=True):
+            q.scalars_enabled, q.vectors_enabled = scalars, vectors
     return DistillationResult(before, best, config.steps, len(chosen) - held)
 
 

@@ -27,8 +27,9 @@ def round_vector(
     The forward value is ``round(|v|) * round(v / |v|)``. The gradient is straight-through *on the
     sphere*: writing ``u = v / |v|``, the Jacobian is ``u_q u^T + (m_q / m)(1 - u u^T)``, that is, radial
     changes pass through the rounded magnitude and tangential ones through the rounded direction (the
-    geometric straight-through estimator of arXiv 2603.05343; the Jacobian is our derivation). A zero
-    vector stays exactly zero and passes gradients unchanged, as there is no direction to project on.
+    geometric straight-through estimator of arXiv 2603.05343; the Jacobian is our derivation). A vector
+    whose magnitude rounds to zero becomes exactly zero and passes gradients unchanged: it has no direction to
+    project on.
 
     Args:
         v: vectors, shape (..., channels, 2 l + 1).
@@ -59,4 +60,5 @@ def round_vector(
         rounded_magnitude = round_log_magnitude(magnitude, top, magnitude_top)
     else:
         rounded_magnitude = round_linear(magnitude, top, magnitude_top, False)
-    return torch.where(present, rounded_magnitude * rounded_direction, v)
+    kept = present & (rounded_magnitude > 0)
+    return torch.where(kept, rounded_magnitude * rounded_direction, v - v.detach())

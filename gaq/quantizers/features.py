@@ -145,7 +145,7 @@ class FeatureQuantizer(torch.nn.Module):
         """
         n = self.observed.numel()
         if observed.numel() != n:
-            if observed.numel() % n:
+            if observed.numel() == 0 or observed.numel() % n:
                 raise ValueError(f"ranges for {observed.numel()} channels do not fit a layer of {n} channels.")
             observed = observed.reshape(-1, n).amax(0)
         self.observed = observed.detach().to(self.limit.device, self.limit.dtype).clone()
@@ -159,23 +159,25 @@ class FeatureQuantizer(torch.nn.Module):
         range of its piece rather than none.
         """
         limits = []
+        scalars: list[Tensor] = []
+        vectors: list[Tensor] = []
         start = 0
-        for multiplicity in self.multiplicities:
+        for multiplicity, dimension in zip(self.multiplicities, self.dimensions, strict=True):
             piece = self.observed[start : start + abs(multiplicity)]
             start += abs(multiplicity)
             limits.append(torch.maximum(piece, piece.max() / 64.0))
-        limit = torch.cat(limits) * self.headroom
-        limit = torch.where(limit > 0, limit, torch.ones_like(limit))
-        is_scalar = torch.cat(
-            [torch.full((abs(m),), d == 1) for m, d in zip(self.multiplicities, self.dimensions, strict=True)]
-        ).to(limit.device)
+            if multiplicity > 0:
+                (scalars if dimension == 1 else vectors).append(piece.max())
+        # One range a tensor: the largest of the pieces that are read, scalars and vectors together if both ask for it.
         if self.one_scalar_range and self.one_vector_range:
-            limit = torch.full_like(limit, float(limit.max()))
-        elif self.one_scalar_range and bool(is_scalar.any()):
-            limit = torch.where(is_scalar, limit[is_scalar].max(), limit)
-        elif self.one_vector_range and bool((~is_scalar).any()):
-            limit = torch.where(is_scalar, limit, limit[~is_scalar].max())
-        self.limit = limit
+            scalars = vectors = scalars + vectors
+        for i, (multiplicity, dimension) in enumerate(zip(self.multiplicities, self.dimensions, strict=True)):
+            shared = scalars if dimension == 1 else vectors
+            wanted = self.one_scalar_range if dimension == 1 else self.one_vector_range
+            if wanted and multiplicity > 0:
+                limits[i] = torch.stack(shared).max().expand(multiplicity)
+        limit = torch.cat(limits) * self.headroom
+        self.limit = torch.where(limit > 0, limit, torch.ones_like(limit))
 
     def _piece(self, x: Tensor, start: int, multiplicity: int, dimension: int) -> Tensor:
         if self.channels_first:
@@ -304,7 +306,7 @@ class _RoundFeatures(torch.autograd.Function):
             if piece.top == 0.0:
                 target.copy_(values)
             elif not piece.split:
-                torch.mul((values / piece.step).round_().clamp_(-piece.top, piece.top), piece.step, out=target)
+                target.copy_((values / piece.step).round_().clamp_(-piece.top, piece.top).mul_(piece.step))
                 saved.append((values.abs() <= piece.limit).to(x.dtype))
             else:
                 length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
@@ -314,7 +316,7 @@ class _RoundFeatures(torch.autograd.Function):
                     rounded_length = (length / piece.step).round_().clamp_(max=piece.top).mul_(piece.step)
                 unit = values / length.clamp_min(torch.finfo(x.dtype).tiny)
                 rounded_unit = quantizer.nearest_direction(values, piece.dimension)
-                torch.mul(rounded_length, rounded_unit, out=target)
+                target.copy_(rounded_length * rounded_unit)
                 # A length that rounds to zero has no direction left to project on: the gradient passes unchanged.
                 gone = rounded_length == 0
                 stretch = (rounded_length / length).masked_fill_(gone, 1.0)
