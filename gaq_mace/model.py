@@ -375,6 +375,7 @@ def restore(
     ranges: dict[str, Tensor],
     weights: dict[str, FixedWeight],
     ratios: dict[str, Tensor] | None = None,
+    steps: dict[str, Tensor] | None = None,
 ) -> torch.nn.Module:
     """Make a plain model the quantized one that was stored, in place.
 
@@ -384,6 +385,7 @@ def restore(
         ranges: observed sizes by site name.
         weights: of a converted model.
         ratios: range ratios of the weights of a model in training.
+        steps: scales of those weights of a model in training that hold theirs.
 
     Raises:
         ModelFileError: if the stored form is newer than this version.
@@ -408,6 +410,9 @@ def restore(
             ratio = (ratios or {}).get(f"{site.name}.{path}")
             if ratio is not None and ratio.numel() == quantizer.groups:
                 quantizer.range_ratio.copy_(ratio)
+            step = (steps or {}).get(f"{site.name}.{path}")
+            if step is not None and step.numel() == quantizer.groups:
+                quantizer.fix_scale(step, scale=step)
         modules.insert(site, quantizers, features)
     _adopt(model, state)
     return model
@@ -426,6 +431,7 @@ def _to_json(model: torch.nn.Module, state: ModelState) -> dict[str, Any]:
         "meta": meta_of(model),
         "ranges": {name: _encode(q.ranges()) for name, q in feature_quantizers(model).items()},
         "ratios": {name: _encode(q.range_ratio) for name, q in weight_quantizers(model).items()},
+        "steps": {name: _encode(q.fixed_step) for name, q in weight_quantizers(model).items() if q.scale_is_fixed},
         "weights": {name: [w.bits, w.granularity, w.group_size, _encode(w.scale)] for name, w in state.weights.items()},
     }
 
@@ -447,6 +453,7 @@ def _same_grid(a: QuantizationConfig, b: QuantizationConfig) -> bool:
 def _from_json(model: torch.nn.Module, stored: dict[str, Any]) -> None:
     ranges = {name: _decode(text) for name, text in stored["ranges"].items()}
     ratios = {name: _decode(text) for name, text in stored["ratios"].items()}
+    steps = {name: _decode(text) for name, text in stored.get("steps", {}).items()}
     weights = {name: FixedWeight(b, g, n, _decode(text)) for name, (b, g, n, text) in stored["weights"].items()}
     state = state_of(model)
     if state is not None:
@@ -464,5 +471,7 @@ def _from_json(model: torch.nn.Module, stored: dict[str, Any]) -> None:
         for name, q in weight_quantizers(model).items():
             if name in ratios:
                 q.range_ratio.copy_(ratios[name].to(q.range_ratio.device))
+            if name in steps:
+                q.fix_scale(steps[name], scale=steps[name])
         return
-    restore(model, stored["meta"], ranges, weights, ratios)
+    restore(model, stored["meta"], ranges, weights, ratios, steps)

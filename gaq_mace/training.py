@@ -18,7 +18,15 @@ from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import BranchState, branch_state
 from gaq.summary import format_rows
 from gaq_mace.inspection import rows
-from gaq_mace.model import feature_quantizers, is_quantized, prepare, search_ranges, state_of, unquantized
+from gaq_mace.model import (
+    feature_quantizers,
+    is_quantized,
+    prepare,
+    search_ranges,
+    state_of,
+    unquantized,
+    weight_quantizers,
+)
 
 __all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
 
@@ -66,6 +74,13 @@ def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool)
         quantizer.vectors_enabled = branches.vectors
         quantizer.vector_range_factor = branches.vector_range_factor
         quantizer.observing = observing
+
+
+def refresh_scales(model: torch.nn.Module) -> None:
+    """Take the scales of all weights from the weights as they are now."""
+    parameters = dict(model.named_parameters())
+    for name, quantizer in weight_quantizers(model).items():
+        quantizer.refresh_scale(parameters[name])
 
 
 DEPLOYED = BranchState(True, 1.0)
@@ -150,6 +165,7 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if line_search and feature_quantizers(model):
         # A line search needs the same function at every step: ranges move between epochs only.
         _calibrate(model, state.config.calibration, kwargs)
+    refresh_scales(model)
     set_branches(model, branches, observing=not line_search)
     try:
         return original(*args, **kwargs)

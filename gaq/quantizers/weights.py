@@ -209,8 +209,8 @@ def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) ->
 class WeightQuantizer(torch.nn.Module):
     """Rounds a weight tensor in the forward pass, straight-through in the backward.
 
-    In training the scale follows the weights (``ratio * amax / largest_code``), so averaged or resumed
-    weights need no state of their own. After `fix_scale` it stays, and may be learned (its gradient is
+    At first the scale follows the weights (``ratio * amax / largest_code``). After `fix_scale` it stays, until
+    `refresh_scale` takes it from the weights again (training does so every epoch), and may be learned (its gradient is
     that of Esser et al. 2020, LSQ, arXiv 1902.08153, which the expression below has by itself).
 
     Args:
@@ -263,6 +263,16 @@ class WeightQuantizer(torch.nn.Module):
         value = self.current_scale(weight.detach()) if scale is None else scale
         self.fixed_step = value.detach().to(self.range_ratio.device, torch.float32).clone()
         self.scale_is_fixed = True
+
+    @torch.jit.unused
+    def refresh_scale(self, weight: Tensor) -> None:
+        """Take the scale anew from `weight` and hold it there.
+
+        A scale that followed the weights from step to step would shift all codes of its group whenever the largest
+        weight moves, and training could not settle.
+        """
+        self.scale_is_fixed = False
+        self.fix_scale(weight)
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """Scales in use, shape (groups,), in the dtype of the weight."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 ROOT = Path(__file__).parents[2]
-PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -114,6 +113,15 @@ def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
     return structures
 
 
+def diamond() -> Atoms:
+    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
+    from ase.build import bulk
+
+    atoms = bulk("C", "diamond", a=3.6)
+    atoms.rattle(0.08, seed=3)
+    return atoms
+
+
 @pytest.fixture(autouse=True)
 def unchanged_globals() -> Iterator[None]:
     """MACE's calculator and commands set torch's default dtype; put it and the random state back."""
@@ -132,12 +140,7 @@ def structures() -> list[Atoms]:
 
 @pytest.fixture(scope="session")
 def crystal() -> Atoms:
-    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
-    from ase.build import bulk
-
-    atoms = bulk("C", "diamond", a=3.6)
-    atoms.rattle(0.08, seed=3)
-    return atoms
+    return diamond()
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +170,7 @@ def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
         key = (preset, variant, dtype, seed)
         if key not in made:
             model = gaq.prepare(float_model(variant, dtype, seed), without_distillation(preset))
-            gaq.calibrate(model, molecules(), progress=False)
+            gaq.calibrate(model, [*molecules(), diamond()], progress=False)
             made[key] = model
         model = copy.deepcopy(made[key])
         return gaq.convert(model) if status == "converted" else model

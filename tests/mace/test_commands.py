@@ -93,7 +93,7 @@ def saved(quantized: Any, tmp_path: Path) -> Any:
 
 
 def expected(path: Path, atoms: Any, dtype: str, head: str | None = None) -> tuple[float, np.ndarray]:
-    """Energy and forces by MACE's calculator, the energy without that of isolated atoms' none."""
+    """Energy and forces by MACE's calculator."""
     from mace.calculators import MACECalculator
 
     options = {} if head is None else {"head": head}
@@ -176,6 +176,7 @@ def test_libtorch(preset: str, suffix: str, saved: Any, structures: Any, capsys:
     assert f"Wrote {path}-lammps.pt (libtorch, float64" in capsys.readouterr().out
     model = torch.jit.load(f"{path}-lammps.pt")
     atoms = structures[0]
+    energy, forces = expected(path, atoms, "float64")
     torch.set_default_dtype(torch.float64)
     table = utils.AtomicNumberTable([int(z) for z in model.atomic_numbers])
     item = data.AtomicData.from_config(
@@ -185,8 +186,7 @@ def test_libtorch(preset: str, suffix: str, saved: Any, structures: Any, capsys:
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     tensors["positions"].requires_grad_(True)
     out = model(tensors, torch.ones(len(atoms)), False)
-    energy, forces = expected(path, atoms, "float64")
-    assert float(out["total_energy_local"]) == pytest.approx(energy, rel=1e-10)
+    assert out["total_energy_local"].item() == pytest.approx(energy, rel=1e-10)
     np.testing.assert_allclose(out["forces"].numpy(), forces, atol=1e-8)
 
 

@@ -79,8 +79,9 @@ def test_round_trip(
         same_quantization(model, gaq.load(again))
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "suffix"), [*((v, ".model") for v in VARIANTS), ("heads", ".safetensors"), ("l2", ".safetensors")]
+)
 def test_round_trip_of_variants(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],

@@ -201,7 +201,9 @@ def check_same(run: Run, path: Path, suffix: str = "") -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(np.abs(b).max())))
 
 
-def check(run: Run, stock: Run | None = None, activations: bool = True, errors: bool = True) -> None:
+def check(
+    run: Run, stock: Run | None = None, activations: bool = True, errors: bool = True, compiled: bool = True
+) -> None:
     """What every successful quantized run owes its user."""
     assert run.code == 0, run.log[-4000:]
     table = run.log.split("Quantized layers:")[1].split("rounded from the first epoch")[0]
@@ -215,7 +217,7 @@ def check(run: Run, stock: Run | None = None, activations: bool = True, errors: 
     model = files.load(run.model)
     assert state_of(model).status == "converted"
     assert bool(feature_quantizers(model)) == activations
-    assert (run.folder / f"{run.settings['name']}_compiled.model").is_file()
+    assert (run.folder / f"{run.settings['name']}_compiled.model").is_file() == compiled
     if stock is not None:
         assert run.model.stat().st_size < stock.model.stat().st_size / 4
     if errors:
@@ -324,7 +326,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_architecture(name: str, train: Any) -> None:
-    check(train(quantization=GAQ, **ARCHITECTURES[name]))
+    # MACE cannot script its own non-linear block (its gate has an annotation TorchScript does not know).
+    check(train(quantization=GAQ, **ARCHITECTURES[name]), compiled=name != "nonlinear")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -510,7 +513,7 @@ def test_heads(train: Any, tmp_path: Path) -> None:
     run = train(quantization=GAQ, **two_heads(tmp_path))
     check(run, errors=False)
     assert files.load(run.model).heads == ["first", "second"]
-    check_errors(run, run.model, row="first_Default", head="first")
+    check_errors(run, run.model, row="Default_first", head="first")
     check_same(run, run.model)
     # One head of it, cut out by MACE, as the start of another run.
     tuned = train(
