@@ -166,7 +166,13 @@ def distill(
 
     Returns:
         The RMS force difference to the float model before and after.
+
+    Raises:
+        ValueError: if coarse activations are rounded and their ranges were never observed.
     """
+    for name, features in adapter.feature_quantizers(model).items():
+        if not bool(features.observed.any()):
+            raise ValueError(f"the input range of {name} was never observed: call observe_ranges first.")
     chosen = choose(structures, config.max_structures, seed)
     held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
     source = model if teacher is None else teacher
