@@ -76,8 +76,6 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
     sample = ptq.choose(structures, config.calibration.frames, config.calibration.seed)
-    # Once now, since distillation rounds coarse activations too, and once for the weights it arrives at.
-    ptq.observe_ranges(adapter, model, sample)
     # The labels have to come from the float weights, before any of them is moved.
     teacher = copy.deepcopy(model) if config.weights.rounding == "gptq" and config.distillation.steps else None
     if config.weights.bits is not None and config.weights.rounding == "gptq":

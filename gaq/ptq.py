@@ -149,8 +149,9 @@ def distill(
 
     The float weights stay underneath the rounding (straight-through estimator) and move; scales are
     learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
-    float model's forces plus that of the energy per atom; no reference labels enter. Activations of 12
-    bits or more are left exact meanwhile: their rounding is noise far below what is fitted.
+    float model's forces plus that of the energy per atom; no reference labels enter. Activations
+    are left exact meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones,
+    observed on weights that are still far off, would saturate.
 
     The best weights, judged on one structure in ten that is held out, are kept.
 
@@ -166,13 +167,7 @@ def distill(
 
     Returns:
         The RMS force difference to the float model before and after.
-
-    Raises:
-        ValueError: if coarse activations are rounded and their ranges were never observed.
     """
-    for name, features in adapter.feature_quantizers(model).items():
-        if not bool(features.observed.any()):
-            raise ValueError(f"the input range of {name} was never observed: call observe_ranges first.")
     chosen = choose(structures, config.max_structures, seed)
     held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
     source = model if teacher is None else teacher
@@ -183,9 +178,9 @@ def distill(
     for name, quantizer in quantizers.items():
         if not quantizer.scale_is_fixed:
             quantizer.fix_scale(parameters[name])
-    fine = [q for q in adapter.feature_quantizers(model).values() if q.scalar_top > 2**11 and q.magnitude_top > 2**11]
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in fine]
-    for q in fine:
+    features = list(adapter.feature_quantizers(model).values())
+    flags = [(q.scalars_enabled, q.vectors_enabled) for q in features]
+    for q in features:
         q.scalars_enabled = q.vectors_enabled = False
 
     weights = [parameters[name] for name in quantizers]
@@ -247,7 +242,7 @@ def distill(
             apply_scales()
         for name, p in parameters.items():
             p.requires_grad_(requires[name])
-        for q, (scalars, vectors) in zip(fine, flags, strict=True):
+        for q, (scalars, vectors) in zip(features, flags, strict=True):
             q.scalars_enabled, q.vectors_enabled = scalars, vectors
     return DistillationResult(before, best, config.steps, len(chosen) - held)
 
