@@ -108,9 +108,8 @@ def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed
     return len(chosen)
 
 
-def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, kwargs: dict[str, Any]) -> int:
-    dataset = kwargs["train_loader"].dataset
-    return calibrate_on_dataset(model, dataset, calibration.frames, calibration.seed, kwargs["device"])
+def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Any, device: torch.device) -> int:
+    return calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, device)
 
 
 def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
@@ -137,7 +136,7 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The weights may have come from a float checkpoint since the quantizers were made.
         search_ranges(model)
         if feature_quantizers(model):
-            used = _calibrate(model, state.config.calibration, kwargs)
+            used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
             logging.info(f"Activation ranges calibrated on {used} training structures")
     _announce_vectors(state.config.vectors, kwargs["start_epoch"], kwargs["max_num_epochs"])
     set_branches(model, DEPLOYED, observing=False)
@@ -164,7 +163,7 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     line_search = isinstance(kwargs["optimizer"], torch.optim.LBFGS)
     if line_search and feature_quantizers(model):
         # A line search needs the same function at every step: ranges move between epochs only.
-        _calibrate(model, state.config.calibration, kwargs)
+        _calibrate(model, state.config.calibration, kwargs["data_loader"], kwargs["device"])
     refresh_scales(model)
     set_branches(model, branches, observing=not line_search)
     try:

@@ -64,8 +64,9 @@ def test_reads_the_quantized_model(calculator: Callable[..., MACECalculator], pr
     assert state_of(model).config.preset == {"gaq": "w8a16"}.get(preset, preset)
 
 
-@pytest.mark.parametrize("variant", ["plain", "heads"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "variant"), [("gaq", "plain"), pytest.param("gaq", "heads", marks=pytest.mark.slow), ("w8", "plain")]
+)
 def test_energies(
     calculator: Callable[..., MACECalculator],
     quantized: Callable[..., Any],
@@ -117,7 +118,7 @@ def test_forces_are_the_slope(
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stress_is_the_slope(calculator: Callable[..., MACECalculator], crystal: Any, preset: str) -> None:
-    step = STEP[preset] / 4  # strain times the cutoff is the displacement
+    step = STEP[preset] / 1.5  # times the distance of nearest neighbours, the displacement
     atoms = crystal.copy()
     atoms.calc = calculator(preset)
     stress = atoms.get_stress()
@@ -165,7 +166,7 @@ def test_descriptors(calculator: Callable[..., MACECalculator], structures: list
     assert np.abs(own.get_descriptors(moved) - invariant).max() > 1e-3
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["gaq", pytest.param("w8", marks=pytest.mark.slow)])
 def test_committee(model_file: Callable[..., str], structures: list[Any], preset: str) -> None:
     paths = [model_file(preset, seed=seed) for seed in (0, 1)]
     atoms = structures[1].copy()
@@ -219,7 +220,7 @@ def test_isolated_atoms(calculator: Callable[..., MACECalculator], preset: str) 
     assert pair.get_potential_energy() == pytest.approx(separate, rel=1e-12)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["gaq", pytest.param("w8", marks=pytest.mark.slow)])
 def test_single_precision(
     calculator: Callable[..., MACECalculator],
     model_file: Callable[..., str],
@@ -254,6 +255,7 @@ def test_central_differences_of_a_trained_model(
     assert errors[0.01].relative_error <= bound
 
 
+@pytest.mark.slow
 def test_safetensors_through_the_adapter(quantized: Callable[..., Any], structures: list[Any], tmp_path: Path) -> None:
     from gaq_mace import MACEAdapter
 

@@ -45,7 +45,6 @@ def folder(
             atoms.arrays["REF_forces"] = forces + generator.normal(scale=0.1, size=forces.shape)
             labelled.append(atoms)
     ase.io.write(path / "data.xyz", labelled, format="extxyz")
-    ase.io.write(path / "water.xyz", labelled[1], format="extxyz")
     gold = [ase.Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])]
     ase.io.write(path / "gold.xyz", gold, format="extxyz")
     (path / "empty.xyz").write_text("")
@@ -134,20 +133,32 @@ def test_safetensors_output(folder: Path, tmp_path: Path) -> None:
     assert state_of(gaq.load(output)).config.preset == "w8"
 
 
-def test_failed_gate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two bits everywhere cannot pass: exit code 1, nothing written, unless forced, and then marked."""
-    config = "{preset: gaq, weights: {bits: 2, sensitive_bits: null, rounding: nearest}, distillation: {steps: 0}}"
+def test_failed_gate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1 and nothing written, unless forced, and then the file is marked."""
+
+    def measure(*_: Any, **__: Any) -> dict[str, Any]:
+        gate = {"value": 3.0, "bound": 0.15, "unit": "meV/Å", "note": "", "comparison": "<="}
+        printed = {**gate, "passed": False, "enforced": False}
+        return {"gates": {"lee": {**gate, "passed": False, "enforced": True}, "engine": printed}}
+
+    monkeypatch.setattr("gaq.cli._measure", measure)
     output = tmp_path / "bad.model"
-    arguments = ["quantize", str(folder / "float.model"), "-o", str(output), "--config", config]
-    arguments += ["--calibration", str(folder / "water.xyz")]
+    arguments = ["quantize", str(folder / "float.model"), "-o", str(output), "--config", TINY]
+    arguments += ["--calibration", str(folder / "data.xyz")]
     assert main(arguments) == 1
-    assert "--force" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("gaq: not written, because lee failed")
+    assert "--force" in error
     assert not list(tmp_path.iterdir())
     assert main([*arguments, "--force"]) == 1
-    assert state_of(gaq.load(output)).notes["failed_gates"]
+    notes = state_of(gaq.load(output)).notes
+    assert notes["failed_gates"] == ["lee"]
+    assert notes["gates"]["lee"] == {"value": 3.0, "bound": 0.15, "passed": False, "enforced": True}
     capsys.readouterr()
     assert main(["inspect", str(output)]) == 0
-    assert "MARKED" in capsys.readouterr().out
+    assert "MARKED: written with --force although these gates failed: lee" in capsys.readouterr().out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

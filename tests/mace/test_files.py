@@ -26,6 +26,7 @@ from gaq_mace.model import feature_quantizers, quantized_weights, state_of, unqu
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 VARIANTS = ("heads", "l2", "density", "correlation3", "residual_first")
 SUFFIXES = (".model", ".safetensors")
+QUICK_VARIANTS = (("heads", ".model"), ("l2", ".safetensors"), ("density", ".model"))
 
 
 def same_quantization(first: Any, second: Any) -> None:
@@ -54,8 +55,23 @@ def same_quantization(first: Any, second: Any) -> None:
     assert state_of(first).notes == state_of(second).notes
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("preset", PRESETS)
+def cases(*quick: tuple[str, str]) -> list[Any]:
+    """Every preset in both forms of file, of which those not named are slow."""
+    return [
+        pytest.param(preset, suffix, marks=() if (preset, suffix) in quick else pytest.mark.slow)
+        for preset in PRESETS
+        for suffix in SUFFIXES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "suffix"),
+    cases(
+        *(("gaq", suffix) for suffix in SUFFIXES),
+        *((preset, ".model") for preset in PRESETS),
+        ("w4", ".safetensors"),
+    ),
+)
 def test_round_trip(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -80,7 +96,12 @@ def test_round_trip(
 
 
 @pytest.mark.parametrize(
-    ("variant", "suffix"), [*((v, ".model") for v in VARIANTS), ("heads", ".safetensors"), ("l2", ".safetensors")]
+    ("variant", "suffix"),
+    [
+        pytest.param(variant, suffix, marks=() if (variant, suffix) in QUICK_VARIANTS else pytest.mark.slow)
+        for variant in VARIANTS
+        for suffix in SUFFIXES
+    ],
 )
 def test_round_trip_of_variants(
     quantized: Callable[..., Any],
@@ -98,8 +119,7 @@ def test_round_trip_of_variants(
     np.testing.assert_allclose(evaluate(loaded, structures)[0], evaluate(model, structures)[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("preset", ["gaq", "w4"])
+@pytest.mark.parametrize(("preset", "suffix"), [("gaq", ".model"), ("w4", ".safetensors")])
 def test_float64_models(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -172,17 +192,21 @@ def test_loading_leaves_the_globals(quantized: Callable[..., Any], tmp_path: Pat
         assert random.getstate() == before[2]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_size(quantized: Callable[..., Any], float_model: Callable[..., Any], tmp_path: Path, preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "suffix"), cases(("gaq", ".model"), ("gaq", ".safetensors"), ("w4a16", ".model"), ("w4", ".safetensors"))
+)
+def test_size(
+    quantized: Callable[..., Any], float_model: Callable[..., Any], tmp_path: Path, preset: str, suffix: str
+) -> None:
     torch.save(float_model("large"), tmp_path / "float.model")
-    before = (tmp_path / "float.model").stat().st_size
-    for suffix in SUFFIXES:
-        gaq.save(quantized(preset, "large"), tmp_path / f"model{suffix}")
-        ratio = before / (tmp_path / f"model{suffix}").stat().st_size
-        assert ratio >= (7.0 if preset.startswith("w4") else 4.0), (suffix, ratio)
+    gaq.save(quantized(preset, "large"), tmp_path / f"model{suffix}")
+    ratio = (tmp_path / "float.model").stat().st_size / (tmp_path / f"model{suffix}").stat().st_size
+    assert ratio >= (7.0 if preset.startswith("w4") else 4.0)
 
 
-@pytest.mark.parametrize("preset", ["gaq", "w8", "w4", "w4a16"])
+@pytest.mark.parametrize(
+    "preset", ["gaq", "w4a16", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("w8", "w4"))]
+)
 def test_size_of_a_trained_model(azobenzene: Path, azobenzene_frames: list[Any], tmp_path: Path, preset: str) -> None:
     model = gaq.load(azobenzene)
     torch.save(model, tmp_path / "float.model")
@@ -224,18 +248,20 @@ print("RESULT" + json.dumps(result))
 """
 
 
+@pytest.mark.parametrize("presets", [("gaq", "w4a16"), pytest.param(PRESETS, marks=pytest.mark.slow)])
 def test_loads_where_this_package_is_not_installed(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
     structures: list[Any],
     python: Callable[..., Any],
     tmp_path: Path,
+    presets: tuple[str, ...],
 ) -> None:
     import ase.io
 
     ase.io.write(tmp_path / "structures.xyz", structures, format="extxyz")
     expected = {}
-    for preset in PRESETS:
+    for preset in presets:
         for dtype in (torch.float32, torch.float64) if preset == "gaq" else (torch.float32,):
             path = tmp_path / f"{preset}_{str(dtype)[-2:]}.model"
             model = quantized(preset, dtype=dtype)
@@ -352,12 +378,14 @@ def test_newer_format(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_truncated(quantized: Callable[..., Any], tmp_path: Path, suffix: str, share: float) -> None:
+def test_truncated(quantized: Callable[..., Any], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     gaq.save(quantized("w8"), path)
     data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
+    for share in (0.0, 0.3, 0.9, 0.99):
+        path.write_bytes(data[: int(share * len(data))])
+        refuse(path, "truncated")
+    path.write_bytes(data[:-1])
     refuse(path, "truncated")
 
 

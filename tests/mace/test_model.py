@@ -26,6 +26,7 @@ from gaq_mace.sites import find_sites
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 VARIANTS = ("plain", "heads", "l2", "density", "correlation3", "residual_first")
 WEIGHTS_ONLY = ("w8", "w4")
+QUICK_SCRIPTS = (("w4", "training"), ("w8a8", "converted"), ("naive_w8a8", "training"))
 
 
 def jolted(structures: list[Any]) -> list[Any]:
@@ -56,8 +57,18 @@ def test_prepare_is_in_place_and_keeps_names(float_model: Callable[..., Any], pr
     assert not added
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("preset", ["gaq", "w4"])
+def slow_unless(quick: bool) -> Any:
+    return () if quick else pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("preset", "variant"),
+    [
+        pytest.param(preset, variant, marks=slow_unless(preset == "gaq" or variant == "plain"))
+        for preset in ("gaq", "w4")
+        for variant in VARIANTS
+    ],
+)
 def test_variants_compute_close_to_float(
     float_model: Callable[..., Any],
     quantized: Callable[..., Any],
@@ -152,7 +163,7 @@ def test_deepcopy_keeps_state(
 
 
 @pytest.mark.parametrize("status", ["training", "converted"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=slow_unless(p in ("gaq", "w4"))) for p in PRESETS])
 def test_state_dict_restores_quantization(
     quantized: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], preset: str, status: str
 ) -> None:
@@ -341,8 +352,14 @@ def test_functions_and_modules_of_one_name(quantized: Callable[..., Any]) -> Non
     assert callable(gaq.report)
 
 
-@pytest.mark.parametrize("status", ["training", "converted"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "status"),
+    [
+        pytest.param(preset, status, marks=slow_unless(preset == "gaq" or (preset, status) in QUICK_SCRIPTS))
+        for preset in PRESETS
+        for status in ("training", "converted")
+    ],
+)
 def test_torchscript(
     quantized: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], preset: str, status: str
 ) -> None:

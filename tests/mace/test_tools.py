@@ -22,6 +22,7 @@ from gaq_mace.evaluate import make_batches
 from gaq_mace.model import quantized_weights, state_of
 
 PRESETS = ("gaq", "w4")
+GAQ_FIRST = ("gaq", pytest.param("w4", marks=pytest.mark.slow))
 
 
 def run(command: Any, *arguments: Any, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -84,7 +85,7 @@ def test_every_head_is_calibrated(
     assert np.abs(result[1] - result[0]).mean() < 0.05 * np.abs(result[0]).mean()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GAQ_FIRST)
 def test_eval_configs(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -109,7 +110,7 @@ def test_eval_configs(
     assert all(atoms.arrays["MACE_descriptors"].shape == (len(atoms), 16) for atoms in written)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GAQ_FIRST)
 def test_convert_device(
     quantized: Callable[..., Any],
     structures: list[Any],
@@ -144,8 +145,9 @@ def test_commands_in_a_fresh_process(
     np.testing.assert_array_equal(energies(other, structures), energies(path, structures))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("gaq", "float64"), ("gaq", "float32"), pytest.param("w4", "float64", marks=pytest.mark.slow)]
+)
 def test_lammps_export(
     quantized: Callable[..., Any],
     structures: list[Any],
@@ -175,6 +177,7 @@ def test_lammps_export(
         )
 
 
+@pytest.mark.slow
 def test_lammps_export_of_one_head(
     quantized: Callable[..., Any], structures: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,6 +349,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_option(name: str, train: Any) -> None:
+    if name == "schedulefree":
+        pytest.importorskip("schedulefree", reason="an optional dependency of MACE")
     check(train(**{"quantization": GAQ, **OPTIONS[name]}))
 
 
