@@ -13,6 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gaq.codebooks import (
     CODEBOOKS,
+    cube_decode,
+    cube_encode,
+    cube_quantize,
     direction_table,
     fibonacci_table,
     geodesic_frequency,
@@ -398,12 +401,30 @@ def test_fibonacci_directions_are_spread_evenly() -> None:
     assert fibonacci_table(1).shape == (1, 3)
 
 
-def test_table_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_search_is_the_same_in_chunks() -> None:
     table, vectors = geodesic_table(3), random_vectors(1_000, 3)
     whole = nearest_direction(table, vectors)
     assert torch.equal(whole, table[(vectors @ table.t()).argmax(1)])
-    monkeypatch.setattr("gaq.codebooks.tables._SCORES_AT_ONCE", 7 * len(table))
-    assert torch.equal(nearest_direction(table, vectors), whole)
+    assert torch.equal(nearest_direction(table, vectors, scores_at_once=7 * len(table)), whole)
+
+
+@pytest.mark.parametrize("dimension", [3, 5, 7])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_cube_code(dimension: int, bits: int) -> None:
+    levels = pyramid_levels(bits)
+    vectors = random_vectors(20_000, dimension)
+    rounded = cube_quantize(vectors, levels)
+    assert torch.equal(cube_decode(cube_encode(vectors, levels), vectors.dtype), rounded)
+    assert torch.equal(cube_quantize(rounded, levels), rounded)
+    cosine = (rounded * vectors / vectors.norm(dim=-1, keepdim=True)).sum(-1).clamp(-1, 1)
+    # Sine and not arccosine, which loses half the digits near 1.
+    angle = (rounded - vectors / vectors.norm(dim=-1, keepdim=True)).norm(dim=-1)
+    assert angle.max() <= math.atan(math.sqrt(dimension - 1) / (2 * levels)) * (1 + 1e-9)
+    assert cosine.min() > 0
+    flipped = vectors.flip(-1) * torch.tensor([(-1.0) ** i for i in range(dimension)], dtype=vectors.dtype)
+    expected = rounded.flip(-1) * torch.tensor([(-1.0) ** i for i in range(dimension)], dtype=vectors.dtype)
+    assert (cube_quantize(flipped, levels) - expected).abs().max() < 1e-15
+    assert torch.equal(cube_quantize(torch.zeros(2, dimension), levels), torch.zeros(2, dimension))
 
 
 def test_tables_are_built_once() -> None:
