@@ -16,7 +16,7 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 
 from gaq.physics.nve import fit_drift
 from gaq.physics.potential import Potential
-from gaq.report.environment import hardware, versions
+from gaq.reporting.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -29,11 +29,13 @@ def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
     return [structures[i] for i in chosen]
 
 
-def write_result(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Write ``results/<name>.json`` with the rows and what they were measured on."""
+def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None, **extra: Any) -> Path:
+    """Write ``results/<name>.json`` with the rows and what they were measured on; `work` is shown as DIR."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     command = shlex.join([Path(sys.executable).name, *sys.argv]).replace(str(ROOT) + "/", "")
+    if work is not None:
+        command = command.replace(str(work), "DIR")
     content = {
         "rows": rows,
         "hardware": hardware(),

@@ -22,7 +22,7 @@ from gaq import ptq
 from gaq.adapter import adapter_for
 from gaq.physics.conservation import central_difference_error
 from gaq.physics.lee import local_equivariance_error
-from gaq.report.tables import markdown_table
+from gaq.reporting.tables import markdown_table
 from gaq_mace.evaluate import MACEPotential
 
 

@@ -31,8 +31,8 @@ from gaq.config import parse_config
 from gaq.physics.conservation import central_difference_error
 from gaq.physics.errors import force_and_energy_mae
 from gaq.physics.lee import local_equivariance_error
-from gaq.report.gates import BOUNDS
-from gaq.report.tables import markdown_table
+from gaq.reporting.gates import BOUNDS
+from gaq.reporting.tables import markdown_table
 from gaq_mace.evaluate import MACEPotential
 
 PRESETS = ("naive_w8a8", "w8a8", "w4a8", "w8", "w4", "w8a16", "w4a16")
@@ -200,7 +200,7 @@ def table(args: argparse.Namespace) -> None:
                 row["gates"] = gate_summary(row, base, naive, preset, training == "qat")
             rows.append(row)
     configs = {p: dataclasses.asdict(parse_config(p)) for p in PRESETS}
-    path = write_result(args.name, rows, model=args.model.name, test=args.test.name, presets=configs)
+    path = write_result(args.name, rows, work=args.work, model=args.model.name, test=args.test.name, presets=configs)
     shown = []
     for row in rows:
         central = row["central_difference_relative_error"]

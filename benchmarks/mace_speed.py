@@ -24,7 +24,7 @@ from mace import modules
 from mace.calculators import MACECalculator
 
 import gaq
-from gaq.report.tables import markdown_table
+from gaq.reporting.tables import markdown_table
 
 PRESETS = ("w8", "gaq", "w8a8")
 
@@ -121,7 +121,9 @@ def main() -> None:
         ]
         for label, path, structure, repeats in cases:
             for row in compare(path, structure, folder, repeats):
-                rows.append({"model": label, "structure": f"{structure.symbols} ({len(structure)} atoms)", **row})
+                rows.append(
+                    {"model": label, "structure": f"{structure.get_chemical_formula()} ({len(structure)} atoms)", **row}
+                )
                 print(rows[-1], flush=True)
     write_result("mace_speed", rows, mace=mace.__version__)
     shown = [

@@ -16,7 +16,7 @@ from gaq.config import QuantizationConfig
 from gaq.physics.potential import Potential
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.summary import SummaryRow
+from gaq.summary_table import SummaryRow
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -13,7 +13,7 @@ import torch
 from gaq import ptq
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.config import parse_config
-from gaq.summary import format_rows
+from gaq.summary_table import format_rows
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -161,9 +161,9 @@ def report(
         device: to run on.
 
     Returns:
-        The report as plain data, see `gaq.report.build_report`.
+        The report as plain data, see `gaq.reporting.build_report`.
     """
-    from gaq.report import ReferenceModel, build_report
+    from gaq.reporting import ReferenceModel, build_report
 
     adapter = adapter_for_file(path)
     model = adapter.load(path, device)

@@ -71,7 +71,7 @@ def _spaced(structures: Sequence[Any], count: int) -> list[Any]:
 
 
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
-    from gaq.report.tables import format_table
+    from gaq.reporting.tables import format_table
 
     rows = []
     for name, gate in gates.items():
@@ -103,8 +103,8 @@ def _measure(
     device: str,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    from gaq.report import ReferenceModel, build_report
-    from gaq.report.gates import BOUNDS
+    from gaq.reporting import ReferenceModel, build_report
+    from gaq.reporting.gates import BOUNDS
 
     model = adapter.load(path, device)
     adapter.batches(model, structures, 1)  # raises for what the model does not know, before the long part
@@ -202,7 +202,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from gaq.adapter import adapter_for_file
-    from gaq.report import write_report
+    from gaq.reporting import write_report
 
     if not arguments.nve_ps >= 0:
         raise InputError(f"--nve-ps {arguments.nve_ps:g}: give a length in ps, or 0 to leave the runs out.")
@@ -251,7 +251,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _doctor() -> int:
     from gaq.adapter import adapters
-    from gaq.report.environment import hardware, versions
+    from gaq.reporting.environment import hardware, versions
 
     print("versions")
     for name, version in versions().items():

@@ -16,7 +16,7 @@ from gaq.config import QuantizationConfig
 from gaq.physics.potential import Potential
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.summary import SummaryRow
+from gaq.summary_table import SummaryRow
 from gaq_mace import files, inspection, moments
 from gaq_mace import model as quantized
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
@@ -75,7 +75,9 @@ class MACEAdapter:
         return quantized.unquantized(model)
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
-        return make_batches(model, structures, batch_size)
+        # Readouts mask the channels of the other heads: what is calibrated has to see every head.
+        heads = getattr(model, "heads", None) or [None]
+        return [batch for head in heads for batch in make_batches(model, structures, batch_size, head)]
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False

@@ -30,8 +30,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[dict[str, Tensor]]:
+def make_batches(
+    model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int, head: str | None = None
+) -> list[dict[str, Tensor]]:
     """Graphs of the structures, in batches, on the device and in the dtype of the model.
+
+    Args:
+        model: any MACE model.
+        structures: at least one.
+        batch_size: structures a batch.
+        head: of a model with several; by default the one called ``default``, or the last.
 
     Raises:
         ValueError: if there are no structures, or one has an element the model does not know.
@@ -49,7 +57,8 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
             )
     first = next(model.parameters())
     heads = getattr(model, "heads", ["Default"])
-    head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
+    if head is None:
+        head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
     with default_dtype(first.dtype):
         graphs = [
             data.AtomicData.from_config(

@@ -6,7 +6,7 @@ import torch
 
 from gaq.packing import packed_bytes
 from gaq.quantizers.features import FeatureQuantizer
-from gaq.summary import SummaryRow
+from gaq.summary_table import SummaryRow
 from gaq_mace import sites as mace_sites
 from gaq_mace.model import feature_quantizers, quantized_weights, state_of
 

@@ -16,7 +16,7 @@ from gaq.config import CalibrationConfig, VectorConfig, parse_config
 from gaq.physics.rotations import random_rotation
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import BranchState, branch_state
-from gaq.summary import format_rows
+from gaq.summary_table import format_rows
 from gaq_mace.inspection import rows
 from gaq_mace.model import (
     feature_quantizers,

@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.calculators.morse import MorsePotential
 
 from gaq.physics.potential import CalculatorPotential
-from gaq.report import (
+from gaq.reporting import (
     BOUNDS,
     ReferenceModel,
     all_passed,

@@ -345,8 +345,8 @@ def test_quantize_leaves_the_original(
 
 def test_functions_and_modules_of_one_name(quantized: Callable[..., Any]) -> None:
     """`gaq.summary` and `gaq.report` are the functions, whatever was imported before."""
-    import gaq.report
-    import gaq.summary
+    import gaq.reporting
+    import gaq.summary_table
 
     assert "interactions.0.linear_up" in gaq.summary(quantized("gaq"))
     assert callable(gaq.report)

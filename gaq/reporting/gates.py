@@ -79,7 +79,7 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
     """Judge the measured metrics of one model.
 
     Args:
-        results: metrics under the names of ``report.json`` (`gaq.report.build_report`), and optionally
+        results: metrics under the names of ``report.json`` (`gaq.reporting.build_report`), and optionally
             ``training`` (``"ptq"``, the default, or ``"qat"``), ``naive_lee_mev_per_angstrom`` (of
             ``naive_w8a8`` on the same checkpoint), ``smoothness`` (``largest_jump_mev``, ``allowed_mev``)
             and ``engine_error_ratio`` (error of the fused kernels over the error of the unquantized model,

@@ -74,7 +74,7 @@ def build_report(
         calculator: the model as an ASE calculator, as it will be deployed.
         structures: structures, labelled or not.
         model_path: the model's file, for its size.
-        preset: preset whose gates apply, a key of `gaq.report.gates.BOUNDS`.
+        preset: preset whose gates apply, a key of `gaq.reporting.gates.BOUNDS`.
         reference: the unquantized model.
         nve_ps: length of the NVE runs, ps; 0 leaves them out.
         seed: seed of rotations, components, velocities.
@@ -83,7 +83,7 @@ def build_report(
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
         extra: measurements taken elsewhere that gates need: ``training``, ``naive_lee_mev_per_angstrom``,
-            ``engine_error_ratio`` (see `gaq.report.gates.evaluate_gates`).
+            ``engine_error_ratio`` (see `gaq.reporting.gates.evaluate_gates`).
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
