@@ -30,7 +30,17 @@ def test_the_configuration_needs_not_even_torch() -> None:
 
 
 def test_the_core_needs_no_framework() -> None:
-    core = ["quantizers.features", "ptq", "packing", "codebooks", "summary_table", "schedule", "adapter", "api", "config"]
+    core = [
+        "quantizers.features",
+        "ptq",
+        "packing",
+        "codebooks",
+        "summary_table",
+        "schedule",
+        "adapter",
+        "api",
+        "config",
+    ]
     code = f"import torch, gaq; gaq.prepare, gaq.report\nimport {', '.join('gaq.' + name for name in core)}"
     loaded = modules_after(code)
     assert "torch" in loaded

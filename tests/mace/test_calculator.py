@@ -273,6 +273,8 @@ def test_safetensors_through_the_adapter(quantized: Callable[..., Any], structur
 def test_compiled(model_file: Callable[..., str], structures: list[Any], preset: str) -> None:
     eager, compiled = (structures[0].copy() for _ in range(2))
     eager.calc = MACECalculator(model_paths=model_file(preset), device="cpu")
+    # To compile, MACE rebuilds a model in torch's default dtype, whatever its own.
+    torch.set_default_dtype(torch.float64)
     compiled.calc = MACECalculator(model_paths=model_file(preset), device="cpu", compile_mode="default")
     tolerance = 1e-9 if preset == "w8" else 1e-6
     assert compiled.get_potential_energy() == pytest.approx(eager.get_potential_energy(), rel=tolerance)

@@ -561,7 +561,7 @@ def test_two_processes(quantization: Any, tmp_path: Path) -> None:
     # MACE sets up no process group on CPU and gives DistributedDataParallel a device: the script makes up for both.
     write_data(tmp_path)
     (tmp_path / "distributed.py").write_text(textwrap.dedent(DISTRIBUTED))
-    command = ("torchrun", "--nproc_per_node=2", "--master_port=29517", "distributed.py")
+    command = ("torchrun", "--nproc_per_node=2", "--standalone", "distributed.py")
     settings = {**BASE, "quantization": quantization, "distributed": True, "launcher": "torchrun", "batch_size": 2}
     run = execute(tmp_path, settings, command)
     check(run, activations=quantization != "w4", errors=False)
@@ -574,7 +574,7 @@ def test_two_processes(quantization: Any, tmp_path: Path) -> None:
 def test_mace_needs_a_gpu_to_distribute(key: dict[str, Any], tmp_path: Path) -> None:
     write_data(tmp_path)
     settings = {**BASE, **key, "distributed": True, "launcher": "torchrun"}
-    script = ("torchrun", "--nproc_per_node=2", "--master_port=29518", "-m", "mace.cli.run_train")
+    script = ("torchrun", "--nproc_per_node=2", "--standalone", "-m", "mace.cli.run_train")
     run = execute(tmp_path, settings, script)
     assert run.code != 0
     assert "Default process group has not been initialized" in run.log
