@@ -15,8 +15,10 @@ import hashlib
 import json
 import operator
 import pickle
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +96,19 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
     return plain
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """e3nn compiles the modules it makes, and torch warns about each: dozens of lines for one model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        yield
+
+
 def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
     before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         try:
             torch.set_default_dtype(dtype)
             return mace_models.ScaleShiftMACE(**config)
@@ -469,7 +480,8 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path).to(device)
-        model = torch.load(path, map_location=device, weights_only=False)
+        with _quiet():
+            model = torch.load(path, map_location=device, weights_only=False)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except _UNREADABLE as error:

@@ -242,7 +242,7 @@ def test_single_precision(
         assert relative(results["float32"][1], results["float64"][1]) < 1e-2
 
 
-@pytest.mark.parametrize(("preset", "bound"), [("gaq", 1e-2), ("w8", 1e-2)])
+@pytest.mark.parametrize(("preset", "bound"), [("gaq", 1e-2), pytest.param("w8", 1e-2, marks=pytest.mark.slow)])
 def test_central_differences_of_a_trained_model(
     azobenzene: Path, azobenzene_frames: list[Any], preset: str, bound: float
 ) -> None:

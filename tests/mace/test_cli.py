@@ -35,7 +35,7 @@ def folder(
     torch.save(model, path / "float.model")
     gaq.save(quantized("gaq"), path / "gaq.model")
     labelled = []
-    for seed in range(2):
+    for seed in range(1):
         for one in structures[:2]:
             atoms = one.copy()
             atoms.positions += np.random.default_rng(seed).normal(scale=0.03, size=atoms.positions.shape)
@@ -320,9 +320,19 @@ def test_usage_errors() -> None:
         assert stop.value.code == 2
 
 
-def test_command_is_installed(python: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
-    """The script, in a process of its own: exit code and streams as the shell sees them."""
-    done = python("import sys; from gaq.cli import main; sys.exit(main(sys.argv[1:]))", "inspect", "no.model")
+def test_streams_of_the_command(python: Callable[..., Any], folder: Path) -> None:
+    """In a process of its own, with warnings on: results on stdout, and on stderr nothing but the error."""
+    code = "import sys; from gaq.cli import main; sys.exit(main(sys.argv[1:]))"
+    path = str(folder / "gaq.model")
+    done = python(
+        f"import warnings; warnings.resetwarnings()\nwarnings.simplefilter('default', UserWarning)\n{code}",
+        "inspect",
+        path,
+    )
+    assert done.returncode == 0
+    assert f"{path}: preset w8a16, converted" in done.stdout
+    assert done.stderr == ""
+    done = python(code, "inspect", "no.model")
     assert done.returncode == 2
-    assert done.stderr.strip() == "gaq: no.model: no such file."
-    assert done.stdout == ""
+    assert done.stderr == "gaq: no.model: no such file.\n"
+    assert "no.model" not in done.stdout

@@ -21,7 +21,6 @@ import gaq
 from gaq_mace.evaluate import make_batches
 from gaq_mace.model import quantized_weights, state_of
 
-PRESETS = ("gaq", "w4")
 GAQ_FIRST = ("gaq", pytest.param("w4", marks=pytest.mark.slow))
 
 
@@ -43,7 +42,7 @@ def energies(path: Any, structures: list[Any], dtype: str = "", **options: Any) 
     return np.array(result)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GAQ_FIRST)
 def test_select_head(
     quantized: Callable[..., Any],
     structures: list[Any],
@@ -127,6 +126,7 @@ def test_convert_device(
     assert all(torch.equal(first[name].codes, second[name].codes) for name in first)
 
 
+@pytest.mark.slow
 def test_commands_in_a_fresh_process(
     quantized: Callable[..., Any], structures: list[Any], python: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -146,7 +146,12 @@ def test_commands_in_a_fresh_process(
 
 
 @pytest.mark.parametrize(
-    ("preset", "dtype"), [("gaq", "float64"), ("gaq", "float32"), pytest.param("w4", "float64", marks=pytest.mark.slow)]
+    ("preset", "dtype"),
+    [
+        ("gaq", "float64"),
+        pytest.param("gaq", "float32", marks=pytest.mark.slow),
+        pytest.param("w4", "float64", marks=pytest.mark.slow),
+    ],
 )
 def test_lammps_export(
     quantized: Callable[..., Any],
