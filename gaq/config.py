@@ -13,11 +13,21 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from gaq.schema import (
+    PRESETS,
+    CalibrationConfig,
+    DistillationConfig,
+    EquivarianceLossConfig,
+    QuantizationConfig,
+    ScalarConfig,
+    VectorConfig,
+    WeightConfig,
+)
 
 __all__ = [
     "PRESETS",
@@ -44,182 +54,6 @@ MAGNITUDES = ("linear", "log")
 class ConfigError(ValueError):
     """A quantization configuration that cannot be used; the message names the key path."""
 
-
-@dataclass(frozen=True)
-class WeightConfig:
-    """How weights are stored.
-
-    Attributes:
-        bits: 2 to 8, or 16 (two int8 planes); None leaves all weights in float.
-        granularity: one scale per tensor, per output channel, or per group of inputs.
-        group_size: inputs that share a scale when the granularity is ``per_group``.
-        range: ``absmax`` (the largest weight sets the scale) or ``error`` (the scale that minimises
-            the squared rounding error, by search).
-        rounding: post-training only: ``nearest``, or ``gptq`` (Frantar et al. 2023, arXiv 2210.17323).
-        sensitive_bits: bits of the few tensors that sit where every error passes (species embedding,
-            first radial layer, readouts); None gives them ``bits`` like the rest.
-    """
-
-    bits: int | None = 8
-    granularity: str = "per_channel"
-    group_size: int = 32
-    range: str = "error"
-    rounding: str = "gptq"
-    sensitive_bits: int | None = 16
-
-
-@dataclass(frozen=True)
-class ScalarConfig:
-    """How invariant (l = 0) features are rounded; ``bits: null`` leaves them in float."""
-
-    bits: int | None = 16
-    granularity: str = "per_channel"
-
-
-@dataclass(frozen=True)
-class VectorConfig:
-    """How l > 0 features are rounded.
-
-    Attributes:
-        scheme: ``mddq`` splits a vector into magnitude and direction; ``components`` rounds the
-            components with one scale per channel.
-        magnitude_bits: bits of the magnitude (``mddq``) or of each component (``components``);
-            None leaves l > 0 features in float.
-        direction_bits: bits per angle of the direction code (``mddq``).
-        codebook: ``octahedral``, ``geodesic`` or ``fibonacci``; l >= 2 always uses the pyramid code,
-            which is the octahedral one in more dimensions.
-        magnitude: ``linear`` or ``log`` steps of the magnitude (``mddq``).
-        granularity: one range per channel or per tensor.
-        start_epoch: in training, the epoch from which vectors are quantized.
-        anneal_epochs: epochs over which their range shrinks from twice the observed one to its own.
-    """
-
-    scheme: str = "mddq"
-    magnitude_bits: int | None = 16
-    direction_bits: int = 16
-    codebook: str = "octahedral"
-    magnitude: str = "linear"
-    granularity: str = "per_channel"
-    start_epoch: int = 10
-    anneal_epochs: int = 5
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """Which structures set the activation ranges.
-
-    Attributes:
-        frames: number of structures, drawn with ``seed`` from the data given.
-        seed: of that draw.
-        headroom: the range is this many times the largest value seen, so that a simulation which
-            wanders past the calibration set does not saturate (a saturated feature has no force).
-    """
-
-    frames: int = 64
-    seed: int = 0
-    headroom: float = 2.0
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Post-training self-distillation: reproduce the float model's forces on the calibration data.
-
-    No reference labels are used. ``steps: 0`` turns it off.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: structures per step.
-        learning_rate: of Adam, on the weights, relative to their root mean square.
-        max_structures: at most this many of the structures given serve as teacher input.
-    """
-
-    steps: int = 300
-    batch_size: int = 5
-    learning_rate: float = 1e-3
-    max_structures: int = 1000
-
-
-@dataclass(frozen=True)
-class EquivarianceLossConfig:
-    """Optional training term: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
-
-    weight: float = 0.0
-    rotations: int = 1
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """A resolved configuration; `to_dict` gives what is stored in a model."""
-
-    preset: str = "gaq"
-    weights: WeightConfig = field(default_factory=WeightConfig)
-    scalars: ScalarConfig = field(default_factory=ScalarConfig)
-    vectors: VectorConfig = field(default_factory=VectorConfig)
-    radial_activations: bool = False
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    equivariance_loss: EquivarianceLossConfig = field(default_factory=EquivarianceLossConfig)
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain nested dictionary, accepted back by `parse_config`."""
-        return dataclasses.asdict(self)
-
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether anything that depends on positions is rounded."""
-        return self.scalars.bits is not None or self.vectors.magnitude_bits is not None
-
-
-def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
-    return QuantizationConfig(
-        weights=WeightConfig(bits=bits, **weights),
-        scalars=ScalarConfig(bits=None),
-        vectors=VectorConfig(magnitude_bits=None),
-    )
-
-
-_GROUPED = {"granularity": "per_group", "group_size": 32}
-# Four bits are further away from the float model, and need more and longer steps to come back to it.
-_LONG_DISTILLATION = DistillationConfig(steps=1000, learning_rate=3e-3)
-
-PRESETS: dict[str, QuantizationConfig] = {
-    "w8a16": QuantizationConfig(preset="w8a16"),
-    "w4a16": QuantizationConfig(
-        preset="w4a16",
-        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
-        distillation=_LONG_DISTILLATION,
-    ),
-    "w8": dataclasses.replace(_weight_only(8), preset="w8"),
-    "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4", distillation=_LONG_DISTILLATION),
-    "w8a8": QuantizationConfig(
-        preset="w8a8",
-        scalars=ScalarConfig(bits=8),
-        vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
-        calibration=CalibrationConfig(headroom=1.25),
-    ),
-    "w4a8": QuantizationConfig(
-        preset="w4a8",
-        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
-        scalars=ScalarConfig(bits=8),
-        vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
-        calibration=CalibrationConfig(headroom=1.25),
-        distillation=_LONG_DISTILLATION,
-    ),
-    "naive_w8a8": QuantizationConfig(
-        preset="naive_w8a8",
-        weights=WeightConfig(bits=8, granularity="per_tensor", range="absmax", rounding="nearest", sensitive_bits=None),
-        scalars=ScalarConfig(bits=8, granularity="per_tensor"),
-        vectors=VectorConfig(
-            scheme="components", magnitude_bits=8, granularity="per_tensor", start_epoch=0, anneal_epochs=0
-        ),
-        radial_activations=True,
-        calibration=CalibrationConfig(headroom=1.0),
-        distillation=DistillationConfig(steps=0),
-    ),
-}
-"""Named configurations; ``gaq`` is another name of the default, ``w8a16``."""
-PRESETS["gaq"] = PRESETS["w8a16"]
 
 _CHOICES = {
     "weights.granularity": GRANULARITIES,

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
-from gaq.config import DistillationConfig
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import gptq_round
+from gaq.schema import DistillationConfig
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -72,7 +72,7 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
     for name, quantizer in adapter.weight_quantizers(model).items():
         weight = parameters[name]
         quantizer.fix_scale(weight)
-        step = quantizer.current_scale(weight)[quantizer.scale_index].detach().reshape(-1)
+        step = quantizer.spread(quantizer.current_scale(weight)).detach()
         flat = weight.data.reshape(-1)
         for block, moment in zip(quantizer.layout.blocks, moments.get(name, []), strict=False):
             if moment is None or block.input_axis != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gaq.config import VectorConfig
+from gaq.schema import VectorConfig
 
 __all__ = ["BranchState", "branch_state"]
 

@@ -37,6 +37,7 @@ from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
 from gaq_mace.model import (
     FixedWeight,
     ModelFileError,
+    StoredState,
     _layouts,
     check_format,
     feature_quantizers,
@@ -309,7 +310,7 @@ def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None
     check_format(meta)
     verify(model, meta)
     weights = {name: FixedWeight(b, g, n, scale) for name, (b, g, n, scale) in payload["weights"].items()}
-    restore(model, meta, payload["ranges"], weights)
+    restore(model, StoredState(meta, payload["ranges"], weights))
 
 
 def save(model: torch.nn.Module, path: str | Path) -> None:
@@ -432,7 +433,7 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
     model.load_state_dict(state, strict=False)
     verify(model, header["meta"])
     ranges = {key.removeprefix("range:"): t for key, t in tensors.items() if key.startswith("range:")}
-    return restore(model, header["meta"], ranges, weights)
+    return restore(model, StoredState(header["meta"], ranges, weights))
 
 
 def _check_device(device: str) -> None:

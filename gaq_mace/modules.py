@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq_mace.sites import Site
+from gaq.sites import Site
 
 __all__ = ["insert", "original_class", "remove", "weight_quantizers"]
 

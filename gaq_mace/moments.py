@@ -9,8 +9,9 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
+from gaq.sites import Site
 from gaq_mace.model import unquantized
-from gaq_mace.sites import Site, find_sites
+from gaq_mace.sites import find_sites
 
 __all__ = ["input_moments"]
 

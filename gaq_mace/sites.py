@@ -1,10 +1,14 @@
-"""Which modules of a MACE model can be quantized, and how their weights and inputs are laid out."""
+"""Which modules of a MACE model can be quantized, and how their weights and inputs are laid out.
+
+Kinds: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``, ``dense``
+(`torch.nn.Linear`), and ``product``, which has no weights of its own: its *output* is rounded, once for all that
+read it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
@@ -16,63 +20,12 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
+from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, Bystander, Site, WeightSite
 
-__all__ = ["Site", "WeightSite", "bystanders", "find_sites"]
-
-
-@dataclass(frozen=True)
-class WeightSite:
-    """One weight tensor of a site.
-
-    Attributes:
-        owner: name, relative to the site, of the module that holds the parameter ('' for itself).
-        parameter: attribute path of the parameter within the owner, for example ``weights.0``.
-        layout: of the parameter.
-    """
-
-    owner: str
-    parameter: str
-    layout: WeightLayout
-
-    @property
-    def path(self) -> str:
-        """Name of the parameter relative to the site."""
-        return f"{self.owner}.{self.parameter}" if self.owner else self.parameter
+__all__ = ["bystanders", "find_sites"]
 
 
-@dataclass(frozen=True)
-class Site:
-    """A module that carries weights.
-
-    Attributes:
-        name: full module name.
-        module: the module.
-        kind: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``,
-            ``dense`` (`torch.nn.Linear`), or ``product``, which has no weights of its own: its *output* is
-            rounded, once for all that read it.
-        weights: its weight tensors.
-        features: layout of its input, None where the input is not rounded.
-        input_note: why the input is not rounded, or what it is.
-        sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
-        radial: whether it acts on edges, before the tensor product.
-        irreps: input and output, for display.
-    """
-
-    name: str
-    module: torch.nn.Module
-    kind: str
-    weights: tuple[WeightSite, ...]
-    features: FeatureLayout | None
-    input_note: str
-    sensitive: bool
-    radial: bool
-    irreps: str
-
-
-POSITION_FREE = "does not depend on positions"
-ROUNDED = "rounded where the preset says so"
 POLYNOMIAL = "a polynomial of features just computed, evaluated in float; its weights are rounded"
-RADIAL = "radial network: a function of distance alone, kept smooth"
 
 
 def _linear_layout(module: o3.Linear) -> WeightLayout:
@@ -202,16 +155,6 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
             features, note = None, f"rounded at the output of products.{source}"
         sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps))
     return sites
-
-
-@dataclass(frozen=True)
-class Bystander:
-    """A module that is not quantized, and why."""
-
-    name: str
-    kind: str
-    reason: str
-    parameters: int = field(default=0)
 
 
 _REASONS = {

@@ -39,9 +39,6 @@ def start(model: torch.nn.Module, spec: Any) -> None:
         )
     config = parse_config(spec)
     prepare(model, config)
-    # Positions in a table, the same on every process: nothing for distributed training to keep in step.
-    static = [name for name, _ in model.named_buffers() if name.rsplit(".", 1)[-1] == "scale_index"]
-    model._ddp_params_and_buffers_to_ignore = static  # type: ignore[assignment]
     vectors = config.vectors
     logging.info("===========QUANTIZATION===========")
     logging.info(

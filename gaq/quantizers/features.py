@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gaq.codebooks import cube_quantize, direction_table, nearest_direction, octahedral_quantize, pyramid_levels
-from gaq.config import ScalarConfig, VectorConfig
 from gaq.quantizers.compass import round_vector
 from gaq.quantizers.ruler import round_linear, round_log_magnitude
 from gaq.quantizers.weights import largest_code
+from gaq.schema import ScalarConfig, VectorConfig
 
 __all__ = ["FeatureLayout", "FeatureQuantizer"]
 
@@ -240,8 +241,9 @@ class FeatureQuantizer(torch.nn.Module):
 
     @torch.jit.unused
     def _can_fuse(self, x: Tensor) -> bool:
-        # A tracer has to see plain operations.
-        return not isinstance(x, torch.fx.Proxy) and not torch.compiler.is_compiling()
+        # A tracer has to see plain operations, and must not leave its tensors in the cache of pieces.
+        tracing = isinstance(x, torch.fx.Proxy) or get_proxy_mode() is not None
+        return not tracing and not torch.compiler.is_compiling()
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:

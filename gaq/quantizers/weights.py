@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaq.config import WeightConfig
+from gaq.schema import WeightConfig
 
 __all__ = [
     "Block",
@@ -160,18 +160,17 @@ def _amax(values: Tensor, scale_index: Tensor, groups: int) -> Tensor:
     return zeros.scatter_reduce(0, scale_index, values.abs(), "amax", include_self=True)
 
 
-def stored_scale(step: Tensor, bits: int) -> Tensor:
-    """The scale as a file keeps it: bfloat16 up to 8 bits, float32 at 16, never zero.
+def stored_scale(step: Tensor) -> Tensor:
+    """The scale as a file keeps it: bfloat16, never zero.
 
     The codes are chosen for this scale, so its own rounding costs nothing; it is rounded up, lest
-    the largest weight be clipped. This halves the bytes spent on scales.
+    the largest weight be clipped. This halves the bytes spent on scales, and makes ``codes * scale`` exact in
+    float32 (15 and 8 significant bits), so that every dtype dequantizes to the same weights.
     """
     step = step.clamp_min(1e-30)
-    if bits <= 8:
-        nearest = step.to(torch.bfloat16).to(torch.float32)
-        above = (step * 1.00390625).to(torch.bfloat16).to(torch.float32)
-        step = step + (torch.where(nearest < step, above, nearest) - step).detach()
-    return step
+    nearest = step.to(torch.bfloat16).to(torch.float32)
+    above = (step * 1.00390625).to(torch.bfloat16).to(torch.float32)
+    return step + (torch.where(nearest < step, above, nearest) - step).detach()
 
 
 def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) -> Tensor:
@@ -197,7 +196,7 @@ def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) ->
     least = torch.full_like(amax, math.inf)
     for ratio in torch.linspace(1.0, 0.3, 36).tolist():
         # The error is that of the scale as stored: its rounding can turn the balance of two ratios.
-        scale = stored_scale(ratio * amax / top, bits)[scale_index]
+        scale = stored_scale(ratio * amax / top)[scale_index]
         rounded = torch.round(weight / scale).clamp(-top, top) * scale
         error = torch.zeros_like(amax).index_add(0, scale_index, (rounded - weight) ** 2)
         better = error < least
@@ -220,11 +219,10 @@ class WeightQuantizer(torch.nn.Module):
         group_size: inputs a scale for ``per_group``.
     """
 
-    scale_index: Tensor
     range_ratio: Tensor
     fixed_step: Tensor
 
-    __jit_unused_properties__ = ["layout"]  # noqa: RUF012
+    __jit_unused_properties__ = ["layout", "scale_index"]  # noqa: RUF012
 
     def __init__(self, layout: WeightLayout, bits: int, granularity: str, group_size: int) -> None:
         super().__init__()
@@ -236,16 +234,21 @@ class WeightQuantizer(torch.nn.Module):
         self.top = float(largest_code(bits))
         self.enabled = True
         self.scale_is_fixed = False
-        index = layout.scale_index(granularity, group_size)
-        self.groups = int(index.max()) + 1
+        segments = layout.segments(granularity, group_size)
+        self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
+        self.groups = segments[-1].scale_offset + math.prod(segments[-1].scale_shape)
         # None of these is persistent: the state dict of a model keeps the host's own keys.
-        self.register_buffer("scale_index", index, persistent=False)
         self.register_buffer("range_ratio", torch.ones(self.groups), persistent=False)
         self.register_buffer("fixed_step", torch.ones(self.groups), persistent=False)
 
     @property
     def layout(self) -> WeightLayout:
         return WeightLayout(tuple(self.weight_shape), tuple(Block(*b) for b in self.layout_blocks))
+
+    @property
+    def scale_index(self) -> Tensor:
+        """For each weight the number of its scale, shape (numel,), int64."""
+        return self.layout.scale_index(self.granularity, self.group_size).to(self.range_ratio.device)
 
     @torch.jit.unused
     def search(self, weight: Tensor, method: str) -> None:
@@ -277,18 +280,40 @@ class WeightQuantizer(torch.nn.Module):
     def current_scale(self, weight: Tensor) -> Tensor:
         """Scales in use, shape (groups,), in the dtype of the weight."""
         if self.scale_is_fixed:
-            return stored_scale(self.fixed_step, self.bits).to(weight.dtype)
-        flat = weight.detach().reshape(-1).abs()
-        zeros = torch.zeros(self.groups, dtype=flat.dtype, device=flat.device)
-        amax = zeros.scatter_reduce(0, self.scale_index, flat, "amax", include_self=True)
-        step = self.range_ratio.to(torch.float32) * amax.to(torch.float32) / self.top
-        return stored_scale(step, self.bits).to(weight.dtype)
+            return stored_scale(self.fixed_step).to(weight.dtype)
+        step = self.range_ratio.to(torch.float32) * self.largest(weight.detach()).to(torch.float32) / self.top
+        return stored_scale(step).to(weight.dtype)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """The largest absolute weight of each group, shape (groups,)."""
+        flat = weight.reshape(-1).abs()
+        parts: list[Tensor] = []
+        for offset, shape, _, scale_shape in self.segments:
+            size = 1
+            shared: list[int] = []
+            for axis in range(len(shape)):
+                size *= shape[axis]
+                if scale_shape[axis] != shape[axis]:
+                    shared.append(axis)
+            piece = flat[offset : offset + size].view(shape)
+            parts.append((piece.amax(shared) if len(shared) > 0 else piece).reshape(-1))
+        return torch.cat(parts)
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """For each weight its scale, shape (numel,), from scales of shape (groups,)."""
+        parts: list[Tensor] = []
+        for _, shape, scale_offset, scale_shape in self.segments:
+            size = 1
+            for n in scale_shape:
+                size *= n
+            parts.append(scale[scale_offset : scale_offset + size].view(scale_shape).expand(shape).reshape(-1))
+        return torch.cat(parts)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight, same shape and dtype."""
         if not self.enabled:
             return weight
-        scale = self.current_scale(weight)[self.scale_index]
+        scale = self.spread(self.current_scale(weight))
         x = (weight.reshape(-1) / scale).clamp(-self.top, self.top)
         x = x + (torch.round(x) - x).detach()
         return (x * scale).view(weight.shape)
@@ -298,7 +323,7 @@ class WeightQuantizer(torch.nn.Module):
         """Codes and scales of a weight, as they are stored."""
         scale = self.current_scale(weight).detach().float().cpu()
         flat = weight.detach().reshape(-1).cpu()
-        spread = scale[self.scale_index.cpu()].to(flat.dtype)
+        spread = self.spread(scale).to(flat.dtype)
         codes = torch.round(flat / spread).clamp(-self.top, self.top).to(torch.int32)
         return QuantizedTensor(
             codes.view(weight.shape), scale, self.bits, self.layout, self.granularity, self.group_size

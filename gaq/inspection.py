@@ -1,0 +1,80 @@
+"""What is quantized in a model, module by module, and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from gaq.packing import packed_bytes
+from gaq.quantized import ModelState
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import QuantizedTensor
+from gaq.sites import ROUNDED, Bystander, Site
+from gaq.summary_table import SummaryRow
+
+__all__ = ["rows"]
+
+
+def _describe_input(quantizer: FeatureQuantizer | None, site: Site) -> str:
+    if quantizer is None:
+        return "float" if site.input_note == ROUNDED else f"float: {site.input_note}"
+    return quantizer.describe()
+
+
+def rows(
+    sites: Iterable[Site],
+    state: ModelState | None,
+    weights: Mapping[str, Tensor],
+    quantized: Mapping[str, QuantizedTensor],
+    features: Mapping[str, FeatureQuantizer],
+    bystanders: Iterable[Bystander] = (),
+) -> list[SummaryRow]:
+    """A row a module.
+
+    Args:
+        sites: of the model.
+        state: of the model, None for a float one.
+        weights: its parameters, by name.
+        quantized: codes and scales, by parameter name.
+        features: feature quantizers, by site name.
+        bystanders: modules that are never quantized, listed with the reason.
+    """
+    table = []
+    for site in sites:
+        own = {w.path: quantized.get(f"{site.name}.{w.path}") for w in site.weights}
+        present = [q for q in own.values() if q is not None]
+        total = 0
+        for path, tensor in own.items():
+            if tensor is None:
+                weight = weights[f"{site.name}.{path}"]
+                total += weight.numel() * weight.element_size()
+            else:
+                total += packed_bytes(tensor.codes.numel(), tensor.bits)
+                total += tensor.scale.numel() * (2 if tensor.bits <= 8 else 4)
+        scales = torch.cat([q.scale for q in present]) if present else torch.zeros(0)
+        shares = sorted({f"int{q.bits} {q.granularity}" for q in present})
+        if present:
+            status = "in training" if state is not None and state.status == "training" else "rounded"
+        elif state is None:
+            status = "float: this model is not quantized"
+        elif not site.weights and site.name in features:
+            status = "rounded"
+        else:
+            status = "float: left alone by overrides or preset"
+        table.append(
+            SummaryRow(
+                site.name,
+                site.irreps,
+                ", ".join(shares) or ("float" if site.weights else "-"),
+                _describe_input(features.get(site.name), site),
+                f"{float(scales.min()):.1e} .. {float(scales.max()):.1e}" if present else "-",
+                total,
+                status,
+            )
+        )
+    table += [
+        SummaryRow(b.name, b.kind, "-", "-", "-", 4 * b.parameters, f"not quantized: {b.reason}") for b in bystanders
+    ]
+    return table

@@ -1,0 +1,266 @@
+"""What quantized models of every framework share: their state, their quantizers, the codes of their weights."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import gaq
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
+from gaq.schema import QuantizationConfig
+from gaq.sites import Site
+
+__all__ = [
+    "FORMAT",
+    "FixedWeight",
+    "ModelFileError",
+    "ModelState",
+    "StoredState",
+    "check_format",
+    "feature_quantizer",
+    "feature_quantizers",
+    "finish_features",
+    "fixed_codes",
+    "require_state",
+    "same_grid",
+    "state_of",
+    "unquantized",
+    "weight_quantizers",
+]
+
+FORMAT = 1
+"""Version of the stored form; a file of a later one is refused."""
+
+
+class ModelFileError(ValueError):
+    """A model file that cannot be used; the message says which and why."""
+
+
+@dataclass
+class FixedWeight:
+    """How the codes of one converted weight can be had back: ``codes = weight / scale``."""
+
+    bits: int
+    granularity: str
+    group_size: int
+    scale: Tensor
+
+
+@dataclass
+class ModelState:
+    """What a quantized model knows about itself.
+
+    Attributes:
+        config: the resolved configuration.
+        status: ``training`` (weights are rounded in every forward pass), ``converted`` (they are rounded for
+            good) or ``frozen`` (only their codes are left).
+        weights: of a converted model, by parameter name.
+        notes: anything worth keeping with the model: versions, gate results.
+        resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
+    """
+
+    config: QuantizationConfig
+    status: str = "training"
+    weights: dict[str, FixedWeight] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+
+
+def state_of(model: torch.nn.Module) -> ModelState | None:
+    """The quantization state of a model, None if it has none."""
+    return model.__dict__.get("gaq_state")
+
+
+def require_state(model: torch.nn.Module) -> ModelState:
+    """The quantization state of a model.
+
+    Raises:
+        ValueError: if it is not quantized.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ValueError("this model is not quantized: call gaq.prepare(model, 'gaq') first.")
+    return state
+
+
+def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
+    """Refuse a stored form that is newer than this version reads.
+
+    Raises:
+        ModelFileError: naming both versions.
+    """
+    if int(meta.get("format", 0)) > FORMAT:
+        raise ModelFileError(
+            f"{where} was written by gaq {meta.get('gaq', '?')} (format {meta['format']}); this is gaq "
+            f"{gaq.__version__}, which reads formats up to {FORMAT}. Upgrade with: pip install -U gaq"
+        )
+
+
+def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, WeightQuantizer]:
+    """New quantizers for the weights of a site, by `WeightSite.path`."""
+    weights = config.weights
+    bits = weights.bits
+    if bits is None:
+        return {}
+    granularity = weights.granularity
+    if site.sensitive and weights.sensitive_bits is not None and weights.sensitive_bits > bits:
+        bits = weights.sensitive_bits
+        granularity = "per_channel" if granularity == "per_group" else granularity
+    return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
+
+
+def feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantizer | None:
+    """A new quantizer for the features of a site, None where the configuration leaves them in float."""
+    if site.features is None or (site.radial and not config.radial_activations):
+        return None
+    scalars, vectors = config.scalars, config.vectors
+    has_scalars = any(d == 1 and m > 0 for m, d in site.features.pieces)
+    has_vectors = any(d > 1 and m > 0 for m, d in site.features.pieces)
+    if not ((has_scalars and scalars.bits is not None) or (has_vectors and vectors.magnitude_bits is not None)):
+        return None
+    return FeatureQuantizer(site.features, scalars, vectors, config.calibration.headroom)
+
+
+def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
+    """The feature quantizers of a model, by site name."""
+    return {
+        name.removesuffix(".input_quantizer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, FeatureQuantizer)
+    }
+
+
+def finish_features(model: torch.nn.Module) -> None:
+    """Set every feature quantizer to what is deployed: ranges fixed, all branches on, no second derivative."""
+    for quantizer in feature_quantizers(model).values():
+        quantizer.observing = False
+        quantizer.scalars_enabled = quantizer.vectors_enabled = True
+        quantizer.vector_range_factor = 1.0
+        quantizer.differentiable_twice = False
+
+
+@contextmanager
+def unquantized(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context the model computes in float, with its unrounded weights.
+
+    In a converted model the weights are rounded already; only its activations become exact.
+    """
+    weights = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    features = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+    before_w = [m.enabled for m in weights]
+    before_f = [(m.scalars_enabled, m.vectors_enabled, m.observing) for m in features]
+    try:
+        for w in weights:
+            w.enabled = False
+        for f in features:
+            f.scalars_enabled = f.vectors_enabled = f.observing = False
+        yield
+    finally:
+        for w, enabled in zip(weights, before_w, strict=True):
+            w.enabled = enabled
+        for f, flags in zip(features, before_f, strict=True):
+            f.scalars_enabled, f.vectors_enabled, f.observing = flags
+
+
+def fixed_codes(weight: Tensor, fixed: FixedWeight, layout: WeightLayout) -> QuantizedTensor | None:
+    """The codes of a converted weight, read back exactly; None if the weight has been changed since."""
+    if weight.numel() != layout.numel:
+        return None
+    index = layout.scale_index(fixed.granularity, fixed.group_size)
+    if int(index.max()) + 1 != fixed.scale.numel():
+        return None
+    value = weight.detach().cpu().float()
+    scale = fixed.scale.float().cpu()
+    codes = torch.round(value.reshape(-1).double() / scale.double()[index]).to(torch.int32).view(value.shape)
+    unchanged = torch.equal(dequantize(codes, scale, index), value)
+    if not unchanged or int(codes.abs().max()) > largest_code(fixed.bits):
+        return None
+    return QuantizedTensor(codes, scale, fixed.bits, layout, fixed.granularity, fixed.group_size)
+
+
+def _to_text(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.detach().float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())
+
+
+@dataclass
+class StoredState:
+    """A quantization as checkpoints and rebuilt models carry it: everything but the weights themselves.
+
+    Attributes:
+        meta: plain data: versions, status, configuration, notes.
+        ranges: observed sizes, by site name.
+        weights: how converted weights were rounded, by parameter name.
+        ratios: range ratios of weights in training, by parameter name.
+        steps: scales of those weights in training that hold theirs.
+    """
+
+    meta: dict[str, Any]
+    ranges: dict[str, Tensor]
+    weights: dict[str, FixedWeight] = field(default_factory=dict)
+    ratios: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]) -> StoredState:
+        """The state of a quantized model, whose weight quantizers are given by parameter name."""
+        return cls(
+            meta=meta,
+            ranges={name: q.ranges() for name, q in feature_quantizers(model).items()},
+            weights=dict(require_state(model).weights),
+            ratios={name: q.range_ratio for name, q in quantizers.items()},
+            steps={name: q.fixed_step for name, q in quantizers.items() if q.scale_is_fixed},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, tensors as text."""
+        weights = {n: [w.bits, w.granularity, w.group_size, _to_text(w.scale)] for n, w in self.weights.items()}
+        tensors = {"ranges": self.ranges, "ratios": self.ratios, "steps": self.steps}
+        texts = {key: {name: _to_text(t) for name, t in group.items()} for key, group in tensors.items()}
+        return {"meta": self.meta, "weights": weights, **texts}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> StoredState:
+        """Inverse of `to_json`."""
+        weights = {n: FixedWeight(b, g, size, _from_text(text)) for n, (b, g, size, text) in plain["weights"].items()}
+        groups = {
+            key: {name: _from_text(text) for name, text in plain.get(key, {}).items()}
+            for key in ("ranges", "ratios", "steps")
+        }
+        return cls(meta=dict(plain["meta"]), weights=weights, **groups)
+
+    def load_ranges(self, model: torch.nn.Module, quantizers: Mapping[str, WeightQuantizer]) -> None:
+        """Give a model with the same quantizers the ranges and scales stored here."""
+        for name, quantizer in feature_quantizers(model).items():
+            if name in self.ranges:
+                quantizer.load_ranges(self.ranges[name])
+        for name, q in quantizers.items():
+            if name in self.ratios and self.ratios[name].numel() == q.groups:
+                q.range_ratio.copy_(self.ratios[name].to(q.range_ratio.device))
+            if name in self.steps and self.steps[name].numel() == q.groups:
+                q.fix_scale(self.steps[name], scale=self.steps[name])
+
+
+def same_grid(a: QuantizationConfig, b: QuantizationConfig) -> bool:
+    """Whether two configurations round alike: schedules, data and losses may differ."""
+
+    def grid(config: QuantizationConfig) -> dict[str, Any]:
+        plain = config.to_dict()
+        for key in ("preset", "calibration", "distillation", "equivariance_loss"):
+            del plain[key]
+        for key in ("start_epoch", "anneal_epochs"):
+            del plain["vectors"][key]
+        return plain
+
+    return grid(a) == grid(b)

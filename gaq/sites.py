@@ -1,0 +1,77 @@
+"""A site: one module that carries weights or features to round, as the core sees it.
+
+An adapter finds the sites of a model and says how their weights and inputs lie; everything else about them is the
+same in every framework.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gaq.quantizers.features import FeatureLayout
+from gaq.quantizers.weights import WeightLayout
+
+__all__ = ["POSITION_FREE", "RADIAL", "ROUNDED", "Bystander", "Site", "WeightSite"]
+
+POSITION_FREE = "does not depend on positions"
+ROUNDED = "rounded where the preset says so"
+RADIAL = "radial network: a function of distance alone, kept smooth"
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One weight tensor of a site.
+
+    Attributes:
+        owner: name, relative to the site, of the module that holds the parameter ('' for itself).
+        parameter: attribute path of the parameter within the owner, for example ``weights.0``.
+        layout: of the parameter.
+    """
+
+    owner: str
+    parameter: str
+    layout: WeightLayout
+
+    @property
+    def path(self) -> str:
+        """Name of the parameter relative to the site."""
+        return f"{self.owner}.{self.parameter}" if self.owner else self.parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that carries weights, or features to round.
+
+    Attributes:
+        name: full module name.
+        module: the module.
+        kind: what the adapter does with it; see there.
+        weights: its weight tensors.
+        features: layout of its input, None where the input is not rounded.
+        input_note: why the input is not rounded, or what it is.
+        sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
+        radial: whether it acts on edges, before the tensor product.
+        irreps: input and output, for display.
+    """
+
+    name: str
+    module: torch.nn.Module
+    kind: str
+    weights: tuple[WeightSite, ...]
+    features: FeatureLayout | None
+    input_note: str
+    sensitive: bool
+    radial: bool
+    irreps: str
+
+
+@dataclass(frozen=True)
+class Bystander:
+    """A module that is not quantized, and why."""
+
+    name: str
+    kind: str
+    reason: str
+    parameters: int = field(default=0)
