@@ -280,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What torch and e3nn say about themselves would bury the one line a user has to read.
     warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.command == "quantize":

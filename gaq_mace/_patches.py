@@ -116,7 +116,7 @@ def _patch_arg_parser(module: Any) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
-def _is_packed(path: str | None) -> bool:
+def is_packed(path: str | None) -> bool:
     """Whether a file is a packed model, from its pickle alone (nothing in it is run)."""
     if path is None or not os.path.isfile(path) or not zipfile.is_zipfile(path):
         return False
@@ -131,7 +131,7 @@ def _patch_scripts_utils(module: Any) -> None:
     @functools.wraps(original)
     def get_params_options(args: argparse.Namespace, model: Any) -> Any:
         spec = getattr(args, "quantization", None)
-        packed = _is_packed(getattr(args, "foundation_model", None))
+        packed = is_packed(getattr(args, "foundation_model", None))
         if packed and spec is None:
             logging.warning(
                 f"The foundation model {args.foundation_model} is quantized. Its rounded weights are a starting point "

@@ -17,6 +17,7 @@ import operator
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -446,8 +447,17 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
 
 
+def _check_archive(path: Path) -> None:
+    """torch.load does not look at the checksums of an archive's entries, and the digest covers weights only."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise ModelFileError(f"damaged: the entry {bad} does not match its checksum. Quantize the float model again.")
+
+
 # What a damaged file, or one of another kind, makes pickle, torch and the constructors raise.
 _UNREADABLE = (
+    zlib.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     RuntimeError,
@@ -471,7 +481,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             later version.
         ValueError: for a device that is not there.
     """
-    from gaq_mace._patches import ensure_installed
+    from gaq_mace._patches import ensure_installed, is_packed
 
     ensure_installed()
     _check_device(device)
@@ -481,6 +491,8 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path).to(device)
+        if is_packed(str(path)):
+            _check_archive(path)
         with _quiet():
             model = torch.load(path, map_location=device, weights_only=False)
     except ModelFileError as error:
