@@ -47,6 +47,10 @@ class Adapter(Protocol):
 
     def convert(self, model: torch.nn.Module) -> torch.nn.Module: ...
 
+    def in_float64(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A copy that computes in float64."""
+        ...
+
     def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
         """The configuration of a quantized model, None for a float one."""
         ...
@@ -133,5 +137,5 @@ def adapter_for_file(path: str | Path) -> Adapter:
             return adapter
     raise ValueError(
         f"{path}: no installed adapter reads '{path.suffix}' files. Adapters installed: {_installed()}. "
-        "MACE models end in .model or .safetensors."
+        "MACE models end in .model or .safetensors, NequIP models in .ckpt, .nequip.zip or .nequip.pt2."
     )

@@ -119,13 +119,13 @@ def _measure(
         reference_adapter, reference_path = reference
         float_model = reference_adapter.load(reference_path, device)
         other = ReferenceModel(
-            potential=reference_adapter.potential(float_model.double()),
+            potential=reference_adapter.potential(reference_adapter.in_float64(float_model)),
             calculator=reference_adapter.calculator(reference_path, device),
             path=reference_path,
         )
     # Float64: differences of energies at 0.01 Å are the rounding of float32.
     return build_report(
-        adapter.potential(copy.deepcopy(model).double()),
+        adapter.potential(adapter.in_float64(model)),
         adapter.calculator(path, device),
         structures,
         model_path=path,

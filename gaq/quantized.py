@@ -252,15 +252,18 @@ class StoredState:
                 q.fix_scale(self.steps[name], scale=self.steps[name])
 
 
-def same_grid(a: QuantizationConfig, b: QuantizationConfig) -> bool:
-    """Whether two configurations round alike: schedules, data and losses may differ."""
+def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two configurations (as `QuantizationConfig.to_dict` gives them) round alike.
 
-    def grid(config: QuantizationConfig) -> dict[str, Any]:
-        plain = config.to_dict()
-        for key in ("preset", "calibration", "distillation", "equivariance_loss"):
-            del plain[key]
-        for key in ("start_epoch", "anneal_epochs"):
-            del plain["vectors"][key]
+    Schedules, data and losses may differ.
+    """
+
+    def grid(config: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {key: value for key, value in config.items() if key not in _NOT_GRID}
+        plain["vectors"] = {k: v for k, v in config["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
         return plain
 
     return grid(a) == grid(b)
+
+
+_NOT_GRID = ("preset", "calibration", "distillation", "equivariance_loss")

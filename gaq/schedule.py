@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gaq.schema import VectorConfig
+import torch
 
-__all__ = ["BranchState", "branch_state"]
+from gaq.quantized import feature_quantizers
+from gaq.schema import QuantizationConfig, VectorConfig
+
+__all__ = ["DEPLOYED", "BranchState", "branch_state", "describe_schedule", "set_branches"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,42 @@ def branch_state(vectors: VectorConfig, epoch: int) -> BranchState:
         return BranchState(True, 1.0)
     progress = min(1.0, (epoch - vectors.start_epoch) / vectors.anneal_epochs)
     return BranchState(True, 2.0 - progress)
+
+
+DEPLOYED = BranchState(True, 1.0)
+"""Everything rounded, as in validation and in what is saved."""
+
+
+def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool) -> None:
+    """Switch the branches of every feature quantizer of a model."""
+    for quantizer in feature_quantizers(model).values():
+        quantizer.vectors_enabled = branches.vectors
+        quantizer.vector_range_factor = branches.vector_range_factor
+        quantizer.observing = observing
+
+
+def _bits(bits: int | None) -> str:
+    return "in float" if bits is None else f"{bits} bits"
+
+
+def describe_schedule(config: QuantizationConfig) -> list[str]:
+    """What a training log says of a configuration: which bits, and when each branch starts."""
+    vectors = config.vectors
+    lines = [
+        f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
+        f"vectors {_bits(vectors.magnitude_bits)}"
+    ]
+    branches = [("weights", config.weights.bits), ("scalars", config.scalars.bits)]
+    at_once = " and ".join(name for name, bits in branches if bits is not None)
+    if at_once:
+        lines.append(f"{at_once.capitalize()} are rounded from the first epoch")
+    if vectors.magnitude_bits is not None:
+        annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
+        lines.append(
+            f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
+            f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"
+        )
+    loss = config.equivariance_loss
+    if loss.weight > 0:
+        lines.append(f"Equivariance loss: weight {loss.weight:g}, {loss.rotations} rotations a step")
+    return lines

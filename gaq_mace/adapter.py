@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -49,6 +50,9 @@ class MACEAdapter:
 
     def convert(self, model: torch.nn.Module) -> torch.nn.Module:
         return quantized.convert(model)
+
+    def in_float64(self, model: torch.nn.Module) -> torch.nn.Module:
+        return copy.deepcopy(model).double()
 
     def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
         state = quantized.state_of(model)

@@ -285,7 +285,7 @@ def _from_json(model: torch.nn.Module, plain: dict[str, Any]) -> None:
     state = state_of(model)
     if state is None:
         restore(model, stored)
-    elif same_grid(state.config, parse_config(stored.meta["config"])):
+    elif same_grid(state.config.to_dict(), stored.meta["config"]):
         # A checkpoint of the same run: only the ranges move, the modules are in place.
         state.resumed = True
         stored.load_ranges(model, weight_quantizers(model))

@@ -15,7 +15,7 @@ from torch import Tensor
 from gaq.config import CalibrationConfig, VectorConfig, parse_config
 from gaq.physics.rotations import random_rotation
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.schedule import BranchState, branch_state
+from gaq.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_mace.inspection import rows
 from gaq_mace.model import (
@@ -39,38 +39,12 @@ def start(model: torch.nn.Module, spec: Any) -> None:
         )
     config = parse_config(spec)
     prepare(model, config)
-    vectors = config.vectors
     logging.info("===========QUANTIZATION===========")
-    logging.info(
-        f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
-        f"vectors {_bits(vectors.magnitude_bits)}"
-    )
+    first, *schedule = describe_schedule(config)
+    logging.info(first)
     logging.info("Quantized layers:\n" + format_rows(rows(model, bystanders=False)))
-    branches = [("weights", config.weights.bits), ("scalars", config.scalars.bits)]
-    at_once = " and ".join(name for name, bits in branches if bits is not None)
-    if at_once:
-        logging.info(f"{at_once.capitalize()} are rounded from the first epoch")
-    if vectors.magnitude_bits is not None:
-        annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
-        logging.info(
-            f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
-            f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"
-        )
-    if config.equivariance_loss.weight > 0:
-        loss = config.equivariance_loss
-        logging.info(f"Equivariance loss: weight {loss.weight:g}, {loss.rotations} rotations a step")
-
-
-def _bits(bits: int | None) -> str:
-    return "in float" if bits is None else f"{bits} bits"
-
-
-def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool) -> None:
-    """Switch the branches of every feature quantizer."""
-    for quantizer in feature_quantizers(model).values():
-        quantizer.vectors_enabled = branches.vectors
-        quantizer.vector_range_factor = branches.vector_range_factor
-        quantizer.observing = observing
+    for line in schedule:
+        logging.info(line)
 
 
 def refresh_scales(model: torch.nn.Module) -> None:
@@ -78,9 +52,6 @@ def refresh_scales(model: torch.nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for name, quantizer in weight_quantizers(model).items():
         quantizer.refresh_scale(parameters[name])
-
-
-DEPLOYED = BranchState(True, 1.0)
 
 
 @torch.no_grad()

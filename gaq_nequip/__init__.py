@@ -1,1 +1,32 @@
-"""NequIP and Allegro adapter of GAQ (empty in this version)."""
+"""NequIP adapter of GAQ: an extension that NequIP loads by itself.
+
+Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip._hook`). It is not embedded in packages:
+a packaged model takes only the modules it is made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "NequIPAdapter": "gaq_nequip.adapter",
+    "load": "gaq_nequip.files",
+    "quantized": "gaq_nequip.builder",
+    "save": "gaq_nequip.files",
+}
+__all__ = ["NequIPAdapter", "load", "quantized", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        from importlib import import_module
+
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'gaq_nequip' has no attribute {name!r}")
+
+
+from gaq_nequip import _hook  # noqa: E402
+
+_hook.install()

@@ -1,0 +1,191 @@
+"""What the extension changes in NequIP, and nothing else.
+
+===========================================  ==================================================================
+``NequIPLightningModule.__init__``           a top-level key ``quantization`` that reached no model is an error
+``NequIPLightningModule._build_model``       quantizers are inserted, before the averaged weights are made
+``NequIPLightningModule.configure_callbacks``  the schedule of the branches, ranges, scales
+``NequIPLightningModule.training_step``      the equivariance loss, where asked for
+``GraphModel.enable_GAQ``                    the persistent modifier, for ``nequip.model.modify``
+===========================================  ==================================================================
+
+Without the key each of them is the original. NequIP ignores top-level keys it does not know, so if these changes
+cannot be made, importing NequIP fails with the reason: a run must not be silently in full precision.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["KEY", "install"]
+
+KEY = "quantization"
+_MISSING: Any = object()
+_building: contextvars.ContextVar[bool] = contextvars.ContextVar("gaq_building", default=False)
+
+
+def _plain(value: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _run_config() -> Mapping[str, Any] | None:
+    """The configuration of the `nequip-train` run that is going on, None outside one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    return HydraConfig.get()._get_parent()  # type: ignore[attr-defined,no-any-return]
+
+
+def _top_level() -> Any:
+    """The value of the key at the top level of the run's configuration; refuses what looks like a typo of it."""
+    config = _run_config()
+    if config is None:
+        return _MISSING
+    if KEY in config:
+        return _plain(config[KEY])
+    for name in config:
+        if difflib.get_close_matches(str(name).lower(), [KEY, "quantize", "quantized"], n=1, cutoff=0.75):
+            raise ValueError(f"{name}: unknown key. Did you mean '{KEY}'? NequIP would ignore it and train in float.")
+    return _MISSING
+
+
+def _requested(model_config: Mapping[str, Any]) -> Any:
+    """What the run asks for: the key of the model, or the one at the top level."""
+    own = _plain(model_config.get(KEY, _MISSING))
+    if _building.get():
+        return own  # the model of a checkpoint, loaded within another build: the top level is not about it
+    top = _top_level()
+    if top is _MISSING:
+        return own
+    config = _run_config()
+    restart = config is not None and config.get("ckpt_path") is not None
+    if own is _MISSING and restart:
+        raise ValueError(
+            f"{KEY}: this run continues a checkpoint that was trained in float (ckpt_path). To quantize it, start a "
+            "new run with `training_module.model: {_target_: nequip.model.ModelFromCheckpoint, checkpoint_path: ...}`."
+        )
+    if own is not _MISSING and not restart and own != top:
+        raise ValueError(
+            f"{KEY}: {top!r} at the top level, but {own!r} under training_module.model.{KEY}. Give it once."
+        )
+    return top if own is _MISSING else own
+
+
+def _patch_lightning(cls: Any) -> None:
+    original_init = cls.__init__
+    original_build = cls._build_model
+    original_callbacks = cls.configure_callbacks
+    original_step = cls.training_step
+
+    @functools.wraps(original_init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original_init(self, *args, **kwargs)
+        if _building.get() or getattr(self, "_gaq_considered", False):
+            return
+        if _top_level() is not _MISSING:
+            raise ValueError(
+                f"{KEY}: {type(self).__name__} builds its model without NequIPLightningModule._build_model, so the key "
+                f"was not applied. Use `training_module.model: {{_target_: gaq_nequip.quantized, {KEY}: ..., model: "
+                "...}}` in place of it."
+            )
+
+    @functools.wraps(original_build)
+    def _build_model(self: Any, model_config: dict[str, Any]) -> Any:
+        spec = _requested(model_config)
+        inner = {key: value for key, value in model_config.items() if key != KEY}
+        token = _building.set(True)
+        try:
+            model = original_build(self, inner)
+        finally:
+            _building.reset(token)
+        self._gaq_considered = True
+        if spec is _MISSING or spec is None:
+            return model
+        from gaq_nequip.training import start
+
+        start(model, spec)
+        _remember(self, model_config, spec)
+        return model
+
+    @functools.wraps(original_callbacks)
+    def configure_callbacks(self: Any) -> Any:
+        from gaq_nequip.training import QuantizationCallback, is_quantized
+
+        found = original_callbacks(self)
+        callbacks = list(found) if isinstance(found, list | tuple) else [found]
+        if is_quantized(self.model):
+            callbacks.append(QuantizationCallback())
+        return callbacks
+
+    @functools.wraps(original_step)
+    def training_step(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original_step(self, batch, *args, **kwargs)
+        from gaq_nequip.training import add_equivariance_loss
+
+        return add_equivariance_loss(self, batch, loss)
+
+    cls.__init__ = __init__
+    cls._build_model = _build_model
+    cls.configure_callbacks = configure_callbacks
+    cls.training_step = training_step
+
+
+def _remember(module: Any, model_config: dict[str, Any], spec: Any) -> None:
+    """Write the key into what the checkpoint keeps, so that it rebuilds the quantized model by itself."""
+    model_config[KEY] = spec
+    hparams = module.hparams
+    if isinstance(hparams.get("model"), dict):
+        hparams["model"][KEY] = spec
+    info = hparams.get("info_dict")
+    stored = ((info or {}).get("training_module") or {}).get("model")
+    if isinstance(stored, dict):
+        stored[KEY] = spec
+
+
+def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
+    def enable_GAQ(owner: Any, model: Any, preset: str = "gaq", **keys: Any) -> Any:
+        """Quantize the model: ``preset`` and the other keys of a quantization mapping."""
+        from gaq_nequip.model import prepare
+
+        return prepare(model, {"preset": preset, **keys})
+
+    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))
+
+
+def install() -> None:
+    """Make the changes, once.
+
+    Raises:
+        ImportError: if this NequIP has not what is to be changed.
+    """
+    from importlib.metadata import version
+
+    try:
+        from nequip.nn.graph_model import GraphModel
+        from nequip.nn.model_modifier_utils import model_modifier
+        from nequip.scripts._package_utils import register_packaging_mode
+        from nequip.train.lightning import NequIPLightningModule
+    except ImportError as error:
+        raise ImportError(f"gaq cannot find its place in nequip {version('nequip')}: {error}. {_ADVICE}") from error
+    needed = ("_build_model", "configure_callbacks", "training_step")
+    missing = [name for name in needed if not hasattr(NequIPLightningModule, name)]
+    if missing:
+        raise ImportError(
+            f"gaq cannot find its place in nequip {version('nequip')}: NequIPLightningModule has no "
+            f"{', '.join(missing)}. {_ADVICE}"
+        )
+    if getattr(NequIPLightningModule, "_gaq_patched", False):
+        return
+    _patch_lightning(NequIPLightningModule)
+    _patch_modifiers(GraphModel, model_modifier)
+    register_packaging_mode("gaq", lambda: ["eager"])
+    NequIPLightningModule._gaq_patched = True
+
+
+_ADVICE = "Install a version it supports, pip install 'nequip>=0.19.1,<0.20', or remove gaq."

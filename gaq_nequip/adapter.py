@@ -1,0 +1,113 @@
+"""`NequIPAdapter`: NequIP and Allegro as the core sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nequip
+import torch
+from torch import Tensor
+
+from gaq.config import QuantizationConfig
+from gaq.physics.potential import CalculatorPotential, Potential
+from gaq.quantized import feature_quantizers, state_of, unquantized
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
+from gaq.summary_table import SummaryRow
+from gaq_nequip import files, model, modules, moments
+from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
+from gaq_nequip.sites import class_name
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["NequIPAdapter"]
+
+
+class NequIPAdapter:
+    """See `gaq.adapter.Adapter`."""
+
+    name = "nequip"
+
+    def owns(self, model: torch.nn.Module) -> bool:
+        return class_name(model) in ("GraphModel", "CompileGraphModel") or isinstance(model, files.CompiledModel)
+
+    def owns_file(self, path: Path) -> bool:
+        return path.name.endswith(files.SUFFIXES)
+
+    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        return files.load(path, device)
+
+    def save(self, model: torch.nn.Module, path: str | Path) -> None:
+        files.save(model, path)
+
+    def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
+        return model.prepare(model_, config)
+
+    def convert(self, model_: torch.nn.Module) -> torch.nn.Module:
+        return model.convert(model_)
+
+    def in_float64(self, model_: torch.nn.Module) -> torch.nn.Module:
+        return model_ if isinstance(model_, files.CompiledModel) else model.in_float64(model_)
+
+    def config(self, model_: torch.nn.Module) -> QuantizationConfig | None:
+        return model.config_of(model_)
+
+    def status(self, model: torch.nn.Module) -> str:
+        state = state_of(model)
+        return "float" if state is None else state.status
+
+    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+        state = state_of(model)
+        return {} if state is None else state.notes
+
+    def rows(self, model_: torch.nn.Module) -> list[SummaryRow]:
+        if isinstance(model_, files.CompiledModel):
+            facts = {k: v for k, v in model_.metadata.items() if k.startswith("gaq") and k != "gaq_config"}
+            status = ", ".join(f"{k.removeprefix('gaq_')} {v}" for k, v in sorted(facts.items())) or "float"
+            weights = int(model_.metadata.get("gaq_weight_bytes", 0))
+            return [SummaryRow("compiled model", "-", "-", "-", "-", weights, status)]
+        return model.rows(model_)
+
+    def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
+        return modules.weight_quantizers(model)
+
+    def feature_quantizers(self, model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
+        return feature_quantizers(model)
+
+    def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return unquantized(model)
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+        return make_batches(model, structures, batch_size)
+
+    def energy_and_forces(
+        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return energy_and_forces(model, batch, create_graph)
+
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+        return moments.input_moments(model, batches)
+
+    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
+        if isinstance(model, files.CompiledModel):
+            return CalculatorPotential(model.calculator())
+        return NequIPPotential(model, batch_size)
+
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+        from nequip.integrations.ase import NequIPCalculator
+
+        if str(path).endswith(files.COMPILED):
+            return files.CompiledModel(Path(path), device).calculator()
+        return NequIPCalculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=True)
+
+    def doctor(self) -> list[str]:
+        """State of the training hook, for ``gaq doctor``."""
+        from nequip.train.lightning import NequIPLightningModule
+
+        active = getattr(NequIPLightningModule, "_gaq_patched", False)
+        state = "active: nequip-train knows the key `quantization`" if active else "NOT active: reinstall gaq"
+        return [f"nequip training  {state} (nequip {nequip.__version__})"]

@@ -1,0 +1,280 @@
+"""The command ``nequip-deploy``: a quantized model to a small file that runs where this package is not installed.
+
+    nequip-deploy build MODEL OUT [--target ase|pair_nequip|pair_allegro|batch] [--device cpu|cuda]
+    nequip-deploy info FILE
+
+Exit codes: 0 done, 1 the deployed file does not agree with the model, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+PACKAGE, COMPILED = ".nequip.zip", ".nequip.pt2"
+
+
+class InputError(ValueError):
+    """Bad input: one line for the user, exit code 2."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nequip-deploy", description="Deploy quantized NequIP and Allegro models; float ones: nequip-compile."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="freeze, fold, compile, slim and check a quantized model")
+    build.add_argument("model", nargs="?", help="quantized .ckpt or .nequip.zip")
+    build.add_argument("output", help="file to write: .nequip.pt2 (compiled) or .nequip.zip (package)")
+    build.add_argument("--train-dir", help="folder of a training run, in place of MODEL: its best.ckpt, or last.ckpt")
+    build.add_argument("--target", default="ase", help="ase (default), pair_nequip, pair_allegro or batch")
+    build.add_argument("--device", default="cpu", help="cpu or cuda")
+    build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
+    info = commands.add_parser("info", help="what a deployed file says of itself, and where its bytes are")
+    info.add_argument("file")
+    return parser
+
+
+def _model_path(arguments: argparse.Namespace) -> Path:
+    if arguments.train_dir is not None:
+        if arguments.model is not None:
+            raise InputError("give MODEL or --train-dir, not both.")
+        folder = Path(arguments.train_dir)
+        for name in ("best.ckpt", "last.ckpt"):
+            if (folder / name).is_file():
+                return folder / name
+        raise InputError(f"--train-dir {folder}: there is neither best.ckpt nor last.ckpt in it.")
+    if arguments.model is None:
+        raise InputError("give MODEL, a quantized .ckpt or .nequip.zip, or --train-dir.")
+    return Path(arguments.model)
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a deployed file is from the model it was made of, on the example structure and distorted copies.
+
+    Attributes:
+        energy: largest difference of the energy per atom, meV.
+        forces: largest difference of a force component, meV/Å.
+        force_scale: largest force component, meV/Å.
+        structures: number compared.
+    """
+
+    energy: float
+    forces: float
+    force_scale: float
+    structures: int
+
+
+def _structures(example: Any, count: int = 4, amplitude: float = 0.05) -> list[Any]:
+    """The example structure and copies of it with atoms moved at random by `amplitude` Å."""
+    from nequip.data import to_ase
+
+    first = to_ase(example)[0]
+    first.info.clear()
+    first.calc = None
+    found = [first]
+    for seed in range(count - 1):
+        other = first.copy()
+        other.rattle(amplitude, seed=seed)
+        found.append(other)
+    return found
+
+
+def _compare(reference: Any, deployed: Any, structures: Sequence[Any]) -> Check:
+    import numpy as np
+
+    energy = forces = scale = 0.0
+    for atoms in structures:
+        values = []
+        for calculator in (reference, deployed):
+            copy = atoms.copy()
+            copy.calc = calculator
+            values.append((copy.get_potential_energy(), copy.get_forces()))
+        energy = max(energy, 1e3 * abs(values[0][0] - values[1][0]) / len(atoms))
+        forces = max(forces, 1e3 * float(np.abs(values[0][1] - values[1][1]).max()))
+        scale = max(scale, 1e3 * float(np.abs(values[0][1]).max()))
+    return Check(energy, forces, scale, len(structures))
+
+
+def default_tolerance(config: Any) -> float:
+    """Allowed force difference, meV/Å, between a deployed file and its model.
+
+    Where activations are exact, the fold is all that differs: 0.5. Where they are rounded, a number that lies on
+    the edge between two steps may fall on the other side in another order of summation, and forces differ by the
+    rounding noise itself, which at 16 bits is below 5; coarser grids are printed, not judged.
+    """
+    if not config.rounds_activations:
+        return 0.5
+    bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits) if b is not None]
+    return 5.0 if min(bits) >= 16 else float("inf")
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    source = _model_path(arguments)
+    output = Path(arguments.output)
+    kind = next((suffix for suffix in (PACKAGE, COMPILED) if output.name.endswith(suffix)), None)
+    if kind is None:
+        raise InputError(f"{output}: give a name that ends in {COMPILED} (compiled) or {PACKAGE} (package).")
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: the folder {output.parent} does not exist.")
+    from nequip.scripts._compile_utils import COMPILE_TARGET_DICT
+
+    if arguments.target not in COMPILE_TARGET_DICT:
+        raise InputError(f"--target {arguments.target}: choose one of {', '.join(COMPILE_TARGET_DICT)}.")
+
+    from gaq_nequip import files
+
+    model = files.load(source)
+    state = files.state_of(model)
+    if state is None:
+        raise InputError(
+            f"{source}: a float model. Quantize it first (gaq quantize {source.name} --calibration DATA.xyz -o "
+            "OUT.ckpt), train it with the key `quantization`, or deploy it as it is with nequip-compile."
+        )
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        trial = Path(folder) / output.name
+        if kind == PACKAGE:
+            files.save(model, trial)
+        else:
+            compile_model(source, trial, arguments.target, arguments.device)
+        check = _check(model, source, trial, arguments.target, arguments.device)
+        print(_table(model, source, trial, check))
+        allowed = default_tolerance(state.config) if arguments.tolerance is None else arguments.tolerance
+        if check is not None and check.forces > allowed:
+            print(
+                f"nequip-deploy: not written, because forces differ from the model by {check.forces:.3g} meV/Å, more "
+                f"than {allowed:g}. --tolerance sets another bound.",
+                file=sys.stderr,
+            )
+            return 1
+        trial.replace(output)
+    print(f"written: {output}")
+    return 0
+
+
+def compile_model(source: Path, output: Path, target: str, device: str) -> None:
+    """NequIP's own compilation with the weights frozen to integers, then slimmed; writes `output`."""
+    from nequip.scripts import compile as nequip_compile
+
+    from gaq_nequip import artefact
+
+    arguments = ["--mode", "aotinductor", "--device", device, "--target", target, "--modifiers", "enable_GAQInt8"]
+    nequip_compile.main([str(source), str(output), *arguments])
+    if not artefact.slim(output, output):
+        print("nequip-deploy: there is no program `strip` here, so debug symbols stay in the file.", file=sys.stderr)
+
+
+def _check(model: Any, source: Path, deployed: Path, target: str, device: str) -> Check | None:
+    """Compare with the model; None for targets that ASE cannot run, whose graph is that of ``ase`` but for outputs."""
+    from nequip.integrations.ase import NequIPCalculator
+
+    from gaq_nequip import files
+
+    if deployed.name.endswith(COMPILED) and target != "ase":
+        return None
+    reference = NequIPCalculator._from_saved_model(str(source), device=device, chemical_species_to_atom_type_map=True)
+    if deployed.name.endswith(COMPILED):
+        calculator = files.CompiledModel(deployed, device).calculator()
+    else:
+        calculator = NequIPCalculator._from_saved_model(
+            str(deployed), device=device, chemical_species_to_atom_type_map=True
+        )
+    return _compare(reference, calculator, _structures(files.example_data(source)))
+
+
+def float_weight_bytes(model: Any) -> int:
+    """Bytes of the parameters of a model in float32."""
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+def _table(model: Any, source: Path, deployed: Path, check: Check | None) -> str:
+    import copy
+
+    from gaq_nequip import artefact
+    from gaq_nequip.freeze import freeze
+    from gaq_nequip.packed import PackedWeight
+
+    def packed(fold: bool) -> tuple[int, int]:
+        frozen = freeze(copy.deepcopy(model), fold=fold)
+        weights = [m for m in frozen.modules() if isinstance(m, PackedWeight)]
+        rest = 4 * sum(p.numel() for p in frozen.parameters())
+        return sum(m.bytes for m in weights) + rest, sum(m.numel for m in weights)
+
+    rows: list[tuple[str, str, str]] = []
+    total = float_weight_bytes(model)
+    if total:
+        plain, _ = packed(fold=False)
+        folded, numbers = packed(fold=True)
+        rows.append(("weights, float32", _kib(total), ""))
+        rows.append(("weights, codes and scales", _kib(plain), f"{total / plain:.2f}x smaller"))
+        if folded != plain:
+            note = f"{total / folded:.2f}x smaller ({numbers} numbers)"
+            rows.append(("  and self-connection folded by type", _kib(folded), note))
+    if deployed.name.endswith(COMPILED):
+        sizes = artefact.sections(deployed)
+        rows.append(("constants in the file, not compressed", _kib(sizes.weights), ""))
+    rows.append((f"{source.name}", _kib(source.stat().st_size), "the model it was made of"))
+    rows.append((deployed.name, _kib(deployed.stat().st_size), ""))
+    if check is not None:
+        rows.append((f"largest energy difference, {check.structures} structures", f"{check.energy:.2g}", "meV/atom"))
+        note = f"meV/Å (largest force {check.force_scale:.0f})"
+        rows.append((f"largest force difference, {check.structures} structures", f"{check.forces:.2g}", note))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.1f} KiB"
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.file)
+    if path.name.endswith(COMPILED):
+        from gaq_nequip import artefact
+
+        facts = artefact.metadata(path)
+        sizes = artefact.sections(path)
+        print(f"{path}: {'quantized' if 'gaq_preset' in facts else 'float'}, compiled")
+        for key in sorted(facts):
+            print(f"  {key:28s} {facts[key]}")
+        for name in ("total", "weights", "code", "sources", "other"):
+            print(f"  {name + ' bytes':28s} {getattr(sizes, name)}")
+        return 0
+    from gaq.summary_table import format_rows
+    from gaq_nequip import files
+    from gaq_nequip.model import rows
+
+    model = files.load(path)
+    state = files.state_of(model)
+    print(f"{path}: {'float' if state is None else f'preset {state.config.preset}, {state.status}'}")
+    for key, value in sorted(model.metadata.items()):  # type: ignore[operator,union-attr]
+        if key != "gaq_config":
+            print(f"  {key:28s} {value}")
+    print(format_rows(rows(model)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command ``nequip-deploy``; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
+    logging.getLogger("nequip").setLevel(logging.WARNING)
+    try:
+        return _build(arguments) if arguments.command == "build" else _info(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"nequip-deploy: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

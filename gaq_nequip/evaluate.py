@@ -1,0 +1,95 @@
+"""Batched energies and forces of a NequIP model for lists of ASE structures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nequip.data import AtomicDataDict, from_ase
+from nequip.integrations.utils import basic_transforms
+from nequip.nn import graph_model
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["NequIPPotential", "device_of", "energy_and_forces", "make_batches"]
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes; a frozen one has buffers only."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[dict[str, Tensor]]:
+    """Graphs of the structures, in batches, on the device of the model.
+
+    Args:
+        model: a complete NequIP model; its types are taken for chemical symbols.
+        structures: at least one.
+        batch_size: structures a batch.
+
+    Raises:
+        ValueError: if there are no structures, or one has an element the model does not know.
+    """
+    if not structures:
+        raise ValueError("no structures were given.")
+    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]
+    names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
+    for i, atoms in enumerate(structures):
+        unknown = sorted(set(atoms.get_chemical_symbols()) - set(names))
+        if unknown:
+            raise ValueError(
+                f"structure {i} ({atoms.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
+                f"know; its types are {', '.join(names)}."
+            )
+    r_max = float(metadata[graph_model.R_MAX_KEY])
+    transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
+    graphs = []
+    for atoms in structures:
+        data = from_ase(atoms)
+        for transform in transforms:
+            data = transform(data)
+        graphs.append(data)
+    device = device_of(model)
+    spans = range(0, len(graphs), batch_size)
+    batches = [AtomicDataDict.batched_from_list(graphs[i : i + batch_size]) for i in spans]
+    return [AtomicDataDict.to_(batch, device) for batch in batches]
+
+
+def energy_and_forces(
+    model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
+    if model.training != create_graph:
+        model.train(create_graph)
+    output: Any = model(dict(batch))
+    energy = output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
+    counts = batch[AtomicDataDict.NUM_NODES_KEY].reshape(-1)
+    return energy, output[AtomicDataDict.FORCE_KEY], counts
+
+
+class NequIPPotential:
+    """A `gaq.physics.potential.Potential` of a NequIP model, evaluated in batches.
+
+    Args:
+        model: a complete NequIP model.
+        batch_size: structures a batch.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:
+        self.model = model
+        self.batch_size = batch_size
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        energies: list[np.ndarray] = []
+        forces: list[np.ndarray] = []
+        for batch in make_batches(self.model, structures, self.batch_size):
+            energy, force, counts = energy_and_forces(self.model, batch)
+            energies.append(energy.detach().cpu().numpy())
+            forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))
+        return np.concatenate(energies), forces

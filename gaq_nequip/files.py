@@ -1,0 +1,322 @@
+"""Model files of NequIP: checkpoints, packages, and compiled models (for reports only).
+
+A quantized checkpoint is an ordinary one whose model configuration has the key ``quantization``: with this package
+installed it is trained on, packaged and compiled by the stock commands. A quantized package holds the integer codes;
+the classes that read them travel inside, so it needs nothing but NequIP.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from gaq.config import parse_config
+from gaq.quantized import FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq_nequip import artefact
+from gaq_nequip.freeze import freeze
+from gaq_nequip.model import graph_models
+
+__all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
+
+CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
+SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
+SOURCE = "gaq_source"
+"""Attribute of a loaded model: the file it came from, which holds what the model alone does not."""
+
+
+class CompiledModel(torch.nn.Module):
+    """A compiled ``.nequip.pt2``, for reports: it computes, but there is nothing in it to look at.
+
+    Args:
+        path: the file.
+        device: it was compiled for.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        super().__init__()
+        self.path = path
+        self.device = device
+        self.metadata = artefact.metadata(path)
+        if "gaq_config" in self.metadata:
+            config = parse_config(json.loads(self.metadata["gaq_config"]))
+            self.__dict__["gaq_state"] = ModelState(config, self.metadata.get("gaq_status", "frozen"))
+
+    def calculator(self) -> Any:
+        """NequIP's ASE calculator of the file."""
+        from nequip.integrations.ase import NequIPCalculator
+
+        return NequIPCalculator.from_compiled_model(
+            str(self.path), device=self.device, chemical_species_to_atom_type_map=True
+        )
+
+
+def _name_of(path: Path) -> str:
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return suffix
+    raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
+
+
+def _localize(model: torch.nn.Module) -> None:
+    """Give the quantized modules of a packaged model the installed classes in place of the package's own."""
+    for module in model.modules():
+        name = type(module).__module__
+        if name.startswith("<torch_package_"):
+            own = name.split(">.", 1)[1]
+            if own.split(".")[0] in ("gaq", "gaq_nequip"):
+                module.__class__ = getattr(import_module(own), type(module).__qualname__)
+    state: Any = model.__dict__.get("gaq_state")
+    if state is not None and not isinstance(state, ModelState):
+        config = parse_config(state.config.to_dict())
+        weights = {n: FixedWeight(w.bits, w.granularity, w.group_size, w.scale) for n, w in state.weights.items()}
+        model.__dict__["gaq_state"] = ModelState(config, state.status, weights, dict(state.notes))
+
+
+# What a damaged file, or one of another kind, makes torch, pickle and NequIP raise.
+_UNREADABLE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    AssertionError,
+    zipfile.BadZipFile,
+    yaml.YAMLError,
+)
+
+
+def _check_package(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ModelFileError(f"{path}: truncated, or not a package ({error}).") from error
+    if bad is not None:
+        raise ModelFileError(f"{path}: damaged: the entry {bad} does not match its checksum.")
+
+
+_importers: dict[Path, tuple[int, Any]] = {}
+
+
+def _importer(path: Path) -> Any:
+    """The importer of a package; one a file, since what one importer made cannot be written with another."""
+    from nequip.model.saved_models.package import _suppress_package_importer_exporter_warnings
+
+    path = path.resolve()
+    stamp = path.stat().st_mtime_ns
+    if path not in _importers or _importers[path][0] != stamp:
+        with _suppress_package_importer_exporter_warnings():
+            _importers[path] = (stamp, torch.package.PackageImporter(str(path)))  # type: ignore[attr-defined]
+    return _importers[path][1]
+
+
+def _load_package(path: Path) -> Any:
+    from nequip.model.saved_models.package import (
+        _cpu_deserialize_always,
+        _suppress_package_importer_exporter_warnings,
+    )
+
+    with _suppress_package_importer_exporter_warnings(), _cpu_deserialize_always():
+        return _importer(path).load_pickle("model", "eager_model.pkl", map_location="cpu")
+
+
+def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    """Load a NequIP model, float or quantized, from a checkpoint, a package or a compiled file.
+
+    Checkpoints and packages are pickles: loading one runs what is in it.
+
+    Raises:
+        ModelFileError: for a file that is missing, truncated, of another kind, or written by a later version.
+        ValueError: for a device that is not there.
+    """
+    from nequip.model.saved_models.load_utils import load_saved_model
+    from nequip.train.lightning import _SOLE_MODEL_KEY
+    from nequip.utils.global_state import set_global_state
+
+    path = Path(path)
+    kind = _name_of(path)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+    if kind == COMPILED:
+        try:
+            return CompiledModel(path, device)
+        except artefact.ArtefactError as error:
+            raise ModelFileError(str(error)) from error
+    if kind == PACKAGE:
+        _check_package(path)
+    set_global_state()
+    try:
+        loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
+    except _UNREADABLE as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"{path}: truncated, damaged, or not a NequIP model ({first}).") from error
+    models = graph_models(loaded)
+    if list(models) != [_SOLE_MODEL_KEY]:
+        raise ModelFileError(f"{path}: holds {len(models)} models ({', '.join(models)}); only single ones can be read.")
+    model = models[_SOLE_MODEL_KEY]
+    _localize(model)
+    state = state_of(model)
+    if state is not None:
+        check_format(state.notes.get("meta", {}), str(path))
+    model.__dict__[SOURCE] = str(path.resolve())
+    return model.to(device).eval()
+
+
+def save(model: torch.nn.Module, path: str | Path) -> None:
+    """Write a quantized model.
+
+    Args:
+        model: quantized, and loaded from a file (which holds the data set, the training settings and the example that
+            a checkpoint and a package are made with).
+        path: ``*.ckpt`` for a checkpoint of float weights on the quantized grid, to be compiled or packaged;
+            ``*.nequip.zip`` for a package of integer codes. Nothing is left behind if writing fails.
+
+    Raises:
+        ValueError: if the model is not quantized, or a file of this kind cannot be made of what it came from.
+        FileNotFoundError: if the folder does not exist.
+    """
+    path = Path(path)
+    if state_of(model) is None:
+        raise ValueError("this model is not quantized: quantize it first.")
+    kind = _name_of(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
+    source = model.__dict__.get(SOURCE)
+    if source is None or not Path(source).is_file():
+        raise ValueError(
+            "the file this model came from is not known, and NequIP's files hold more than the model. Load it with "
+            "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
+        )
+    if kind == COMPILED:
+        raise ValueError(f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}.")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        trial = Path(folder) / path.name
+        if kind == CHECKPOINT:
+            _save_checkpoint(model, Path(source), trial)
+        else:
+            _save_package(model, Path(source), trial)
+        trial.replace(path)
+
+
+def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
+    if _name_of(source) != CHECKPOINT:
+        raise ValueError(
+            f"{path.name}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. "
+            f"Write a {PACKAGE}."
+        )
+    state = state_of(model)
+    assert state is not None
+    if state.status == "frozen":
+        raise ValueError(f"{path.name}: a frozen model has no float weights left for a checkpoint; write a {PACKAGE}.")
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    prefix = "model.sole_model."
+    entries: dict[str, Any] = checkpoint["state_dict"]
+    own = model.state_dict()
+    for name, value in own.items():
+        entries[prefix + name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    # Averaged weights, where there are any, are what inference takes: in NequIP's order of the parameters.
+    for i, parameter in enumerate(model.parameters()):
+        if f"ema.ema_weight_{i}" in entries:
+            entries[f"ema.ema_weight_{i}"] = parameter.detach().cpu().clone()
+    spec = state.config.to_dict()
+    hyper = checkpoint["hyper_parameters"]
+    hyper["model"]["quantization"] = spec
+    stored = (hyper.get("info_dict", {}).get("training_module") or {}).get("model")
+    if isinstance(stored, dict):
+        stored["quantization"] = spec
+    for key in ("optimizer_states", "lr_schedulers"):
+        checkpoint[key] = []
+    torch.save(checkpoint, path)
+
+
+def example_data(source: Path) -> Any:
+    """The example structure that NequIP compiles with, from a checkpoint's training data or a package.
+
+    Raises:
+        ModelFileError: if the training data of a checkpoint is not where it was.
+    """
+    from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
+    from nequip.model.saved_models.package import data_dict_from_package
+
+    if _name_of(source) == PACKAGE:
+        return data_dict_from_package(str(source))
+    try:
+        return data_dict_from_checkpoint(str(source))
+    except (FileNotFoundError, OSError) as error:
+        raise ModelFileError(
+            f"{source}: the training data it names cannot be read ({error}). NequIP needs one structure of it to "
+            "package or compile: run from the folder the training was started in."
+        ) from error
+
+
+def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
+    """Write the frozen model as a package with one copy of it, compressed."""
+    import copy
+
+    from nequip.model.saved_models.package import _get_package_metadata, _suppress_package_importer_exporter_warnings
+    from nequip.scripts import _package_utils as utils
+    from nequip.scripts.package import _CURRENT_NEQUIP_PACKAGE_VERSION
+    from nequip.train.lightning import _SOLE_MODEL_KEY
+    from nequip.utils.versions import get_current_code_versions
+    from nequip.utils.versions.version_utils import get_version_safe
+
+    frozen = freeze(copy.deepcopy(model).cpu())
+    frozen.__dict__.pop(SOURCE, None)
+    sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]
+    importers: tuple[Any, ...] = (sys_importer,)
+    plain = path.with_name("plain" + PACKAGE)
+    with _suppress_package_importer_exporter_warnings():
+        if _name_of(source) == PACKAGE:
+            importer = _importer(source)
+            config = importer.load_text("model", "config.yaml")
+            metadata = _get_package_metadata(importer)
+            # Classes that are only in the package come from there, ours from the installation.
+            importers = (importer, sys_importer)
+            data = importer.load_pickle("model", "example_data.pkl")
+        else:
+            from omegaconf import OmegaConf
+
+            checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+            info = dict(checkpoint["hyper_parameters"]["info_dict"])
+            info.pop("versions", None)
+            config = OmegaConf.to_yaml(info)
+            metadata = {
+                "external_modules": {k: get_version_safe(k) for k in utils._EXTERNAL_MODULES},
+                "package_version_id": _CURRENT_NEQUIP_PACKAGE_VERSION,
+                "atom_types": dict(enumerate(frozen.type_names)),  # type: ignore[arg-type]
+            }
+            data = example_data(source)
+        metadata["versions"] = get_current_code_versions(verbose=False)
+        metadata["available_models"] = ["eager"]
+        with torch.package.PackageExporter(str(plain), importer=importers) as exporter:
+            exporter.mock([f"{name}.**" for name in utils._MOCK_MODULES])
+            exporter.extern([f"{name}.**" for name in utils._EXTERNAL_MODULES])
+            exporter.intern([f"{name}.**" for name in (*utils._INTERNAL_MODULES, "gaq", "gaq_nequip")])
+            exporter.save_pickle("model", "example_data.pkl", data, dependencies=True)
+            exporter.save_text("model", "config.yaml", config)
+            exporter.save_text("model", "package_metadata.txt", yaml.dump(metadata, default_flow_style=False))
+            modules = torch.nn.ModuleDict({_SOLE_MODEL_KEY: frozen})
+            exporter.save_pickle("model", "eager_model.pkl", modules, dependencies=True)
+    deflate(plain, path)
+    plain.unlink()
+
+
+def deflate(source: Path, target: Path) -> None:
+    """Compress the entries of an archive; torch reads them either way."""
+    with zipfile.ZipFile(source) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)

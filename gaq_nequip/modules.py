@@ -1,0 +1,335 @@
+"""Quantized forms of the weight-carrying modules of NequIP, put in place by changing a module's class.
+
+Parameters keep their names and their order, which NequIP's checkpoints and its exponential moving average rely on.
+Each class holds no state but its quantizers: a `FeatureQuantizer` under ``input_quantizer`` and, for each weight, a
+`WeightQuantizer` (in training, and after conversion) or a `PackedWeight` (once frozen).
+
+This module is embedded in packages: it imports nothing but torch, e3nn, NequIP and the core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from e3nn.nn._gate import Gate
+from e3nn.o3._linear import Linear
+from e3nn.o3._tensor_product._sub import FullyConnectedTensorProduct
+from nequip.data import AtomicDataDict
+from nequip.nn.compile import CompileGraphModel
+from nequip.nn.convnetlayer import ConvNetLayer
+from nequip.nn.graph_model import GraphModel
+from nequip.nn.mlp import DeepLinearMLP, ScalarLinearLayer
+from nequip.nn.model_modifier_utils import model_modifier
+from torch import Tensor
+
+from gaq.quantized import StoredState, require_state, same_grid, state_of
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
+from gaq.sites import Site
+from gaq_nequip.packed import PackedWeight
+from gaq_nequip.sites import TENSOR_TRACK, find_sites
+
+__all__ = [
+    "QuantizedCompileGraphModel",
+    "QuantizedGraphModel",
+    "adopt",
+    "insert",
+    "packed_weights",
+    "site_quantizers",
+    "stored_state",
+    "weight_quantizers",
+]
+
+
+class QuantizedLinear(Linear):
+    """`e3nn.o3.Linear` with rounded input and weight."""
+
+    gaq_host_class = "Linear"
+
+    def forward(self, features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        del weight, bias  # shared, internal weights only
+        return self._compiled_main(self.input_quantizer(features), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedTensorProduct(FullyConnectedTensorProduct):
+    """`e3nn.o3.FullyConnectedTensorProduct` with rounded first input and weight."""
+
+    gaq_host_class = "FullyConnectedTensorProduct"
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        del weight
+        return self._compiled_main_left_right(self.input_quantizer(x), y, self.weight_quantizer(self.weight))
+
+
+class QuantizedScalarLinear(ScalarLinearLayer):
+    """NequIP's `ScalarLinearLayer` with rounded input and weight."""
+
+    gaq_host_class = "ScalarLinearLayer"
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight) * self.alpha
+        input = self.input_quantizer(input)
+        return torch.mm(input, weight) if self.bias is None else torch.addmm(self.bias, input, weight)
+
+
+class QuantizedDeepLinear(DeepLinearMLP):
+    """NequIP's `DeepLinearMLP` with rounded input and weights."""
+
+    gaq_host_class = "DeepLinearMLP"
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Frozen, nothing but the dtype of a weight is left to hand over.
+        own = list(self.weights) or [self.alpha] * len(self.weights_quantizers)
+        weights = [q(w) for q, w in zip(self.weights_quantizers, own, strict=True)]
+        return torch.mm(self.input_quantizer(input), torch.linalg.multi_dot(weights) * self.alpha)
+
+
+class QuantizedEmbedding(torch.nn.Embedding):
+    """`torch.nn.Embedding` with a rounded table."""
+
+    gaq_host_class = "Embedding"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(input, self.weight_quantizer(self.weight))
+
+
+class QuantizedConvNet(ConvNetLayer):
+    """NequIP's `ConvNetLayer` whose output, the node features of the next layer, is rounded."""
+
+    gaq_host_class = "ConvNetLayer"
+
+    def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        data = super().forward(data)
+        features = data[AtomicDataDict.NODE_FEATURES_KEY]
+        data[AtomicDataDict.NODE_FEATURES_KEY] = self.input_quantizer(features)
+        return data
+
+
+class QuantizedGate(Gate):
+    """e3nn's `Gate` that reads rounded scalars and gates."""
+
+    gaq_host_class = "Gate"
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.input_quantizer(features))
+
+
+_CLASSES: dict[str, type] = {
+    "linear": QuantizedLinear,
+    "tensor_product": QuantizedTensorProduct,
+    "scalar_linear": QuantizedScalarLinear,
+    "deep_linear": QuantizedDeepLinear,
+    "embedding": QuantizedEmbedding,
+    "convnet": QuantizedConvNet,
+    "gate": QuantizedGate,
+}
+_ALLEGRO_KINDS = ("contracter", "tensor_track", "env_weighter")
+
+
+def _quantized_class(kind: str) -> type:
+    if kind in _ALLEGRO_KINDS:
+        # Allegro is an extension of its own and need not be there; a packager, which reads imports from the source,
+        # would ask for it.
+        return importlib.import_module("gaq_nequip.allegro").CLASSES[kind]  # type: ignore[no-any-return]
+    return _CLASSES[kind]
+
+
+class _Rounding(torch.nn.Module):
+    """A second input of a module, with its quantizer."""
+
+    def __init__(self, quantizer: FeatureQuantizer) -> None:
+        super().__init__()
+        self.input_quantizer = quantizer
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.input_quantizer(features)  # type: ignore[no-any-return]
+
+
+def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: FeatureQuantizer | None) -> None:
+    """Give a site its quantizers, in place.
+
+    Args:
+        site: the module and its layout.
+        weights: a quantizer for each weight to round, by `gaq.sites.WeightSite.path`; may be empty.
+        features: of the input, or None.
+    """
+    if not weights and features is None:
+        return
+    module = site.module
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if site.kind == "tensor_track":
+        assert features is not None
+        module.add_module(TENSOR_TRACK, _Rounding(features).to(device))
+    elif features is not None or not hasattr(module, "input_quantizer"):
+        module.input_quantizer = (features if features is not None else torch.nn.Identity()).to(device)
+    if site.kind == "deep_linear":
+        quantizers = [weights.get(w.path, torch.nn.Identity()) for w in site.weights]
+        module.weights_quantizers = torch.nn.ModuleList(quantizers).to(device)
+        module.gaq_shapes = [w.layout.shape for w in site.weights]  # type: ignore[assignment]
+    elif site.weights:
+        module.weight_quantizer = weights.get(site.weights[0].path, torch.nn.Identity()).to(device)
+    elif site.kind == "tensor_track" and not hasattr(module, "weight_quantizer"):
+        module.weight_quantizer = torch.nn.Identity()
+        module.input_quantizer = torch.nn.Identity()
+    module.__class__ = _quantized_class(site.kind)
+
+
+def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
+    """The weight quantizers or packed weights now in a site, by `gaq.sites.WeightSite.path`."""
+    module: Any = site.module
+    if site.kind == "deep_linear":
+        present = list(getattr(module, "weights_quantizers", []))
+    else:
+        present = [getattr(module, "weight_quantizer", None)] if site.weights else []
+    return {w.path: q for w, q in zip(site.weights, present, strict=False) if q is not None}
+
+
+def weight_quantizers(model: torch.nn.Module) -> dict[str, WeightQuantizer]:
+    """The weight quantizers of a model that still has its weights, by parameter name."""
+    return {
+        f"{site.name}.{path}": quantizer
+        for site in find_sites(model)
+        for path, quantizer in site_quantizers(site).items()
+        if isinstance(quantizer, WeightQuantizer)
+    }
+
+
+def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
+    """The packed weights of a frozen model, by the name its parameter had."""
+    return {
+        f"{site.name}.{path}": packed
+        for site in find_sites(model)
+        for path, packed in site_quantizers(site).items()
+        if isinstance(packed, PackedWeight)
+    }
+
+
+def stored_state(model: torch.nn.Module) -> StoredState:
+    """The quantization of a model as a checkpoint keeps it.
+
+    Scales are kept for converted weights only: those of a model in training follow the weights, and a checkpoint holds
+    two sets of these, the raw and the averaged ones.
+    """
+    state = require_state(model)
+    stored = StoredState.of(model, dict(state.notes.get("meta", {})), weight_quantizers(model))
+    stored.meta.update({"status": state.status, "config": state.config.to_dict(), "notes": state.notes})
+    if state.status == "training":
+        stored.steps = {}
+    return stored
+
+
+class _QuantizedRoot:
+    """What the root of a quantized model has more than NequIP's."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation; in evaluation scales are held at those of the present weights."""
+        super().train(mode)  # type: ignore[misc]
+        model: Any = self
+        state = state_of(model)
+        if state is None:
+            return self
+        if not mode and state.status == "training":
+            hold_scales(model)
+        for module in model.modules():
+            if isinstance(module, FeatureQuantizer):
+                # Only training differentiates forces again; the rest takes the fused path.
+                module.differentiable_twice = mode
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Configuration and ranges, as bytes, so that checkpoints keep them."""
+        model: Any = self
+        text = json.dumps(stored_state(model).to_json()) if state_of(model) is not None else ""
+        return torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the ranges of the model the state comes from.
+
+        Raises:
+            ValueError: if that model was quantized with other settings.
+        """
+        model: Any = self
+        text = bytes(state.cpu().numpy().tobytes()).decode().strip()
+        own = state_of(model)
+        if not text or own is None:
+            return
+        stored = StoredState.from_json(json.loads(text))
+        if not same_grid(own.config.to_dict(), stored.meta["config"]):
+            raise ValueError(
+                "this checkpoint was written with other quantization settings "
+                f"(preset {stored.meta['config']['preset']}) than the ones given (preset {own.config.preset}). "
+                "Restart with the settings it was written with, or start a new run from its float model."
+            )
+        own.resumed = True
+        own.status = stored.meta["status"]
+        own.notes = dict(stored.meta.get("notes", {}))
+        own.weights = dict(stored.weights)
+        stored.load_ranges(model, weight_quantizers(model))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """NequIP's metadata, and what a compiled file is to say about its quantization."""
+        model: Any = self
+        found: dict[str, str] = dict(super().metadata)  # type: ignore[misc]
+        state = state_of(model)
+        if state is not None:
+            found["gaq_preset"] = state.config.preset
+            found["gaq_status"] = state.status
+            found["gaq_config"] = json.dumps(state.config.to_dict())
+            found.update(_size_metadata(model))
+        return found
+
+    @model_modifier(persistent=False)
+    @classmethod
+    def enable_GAQInt8(cls, model: torch.nn.Module) -> torch.nn.Module:
+        """Replace the weights by their integer codes and scales, and fold the self-connection where that is smaller.
+
+        For ``nequip-compile --modifiers enable_GAQInt8``; the model can only be evaluated afterwards.
+        """
+        from gaq_nequip.freeze import freeze
+
+        return freeze(model)
+
+
+def _size_metadata(model: torch.nn.Module) -> dict[str, str]:
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    if not packed:
+        return {}
+    return {
+        "gaq_weight_bytes": str(sum(m.bytes for m in packed)),
+        "gaq_float_weight_bytes": str(sum(4 * m.numel for m in packed)),
+        "gaq_folded": str(int(any(hasattr(m, "gaq_folded") for m in model.modules()))),
+    }
+
+
+class QuantizedGraphModel(_QuantizedRoot, GraphModel):
+    """NequIP's `GraphModel` that keeps its quantization in checkpoints and packages."""
+
+    gaq_host_class = "GraphModel"
+
+
+class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
+    """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages."""
+
+    gaq_host_class = "CompileGraphModel"
+
+
+_ROOTS: dict[str, type] = {"GraphModel": QuantizedGraphModel, "CompileGraphModel": QuantizedCompileGraphModel}
+
+
+def adopt(model: torch.nn.Module, state: Any) -> None:
+    """Make a model a quantized one, with this state."""
+    model.__class__ = _ROOTS[getattr(type(model), "gaq_host_class", type(model).__name__)]
+    model.__dict__["gaq_state"] = state
+
+
+def hold_scales(model: torch.nn.Module) -> None:
+    """Take the scales of all weights from the weights as they are now, and hold them."""
+    parameters = dict(model.named_parameters())
+    for name, quantizer in weight_quantizers(model).items():
+        quantizer.refresh_scale(parameters[name])

@@ -1,0 +1,62 @@
+"""Second moments of the inputs of NequIP's layers, which calibrated rounding needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaq.quantized import unquantized
+from gaq.sites import Site
+from gaq_nequip.sites import find_sites
+
+__all__ = ["input_moments"]
+
+
+def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
+    module: Any = site.module
+
+    def add(index: int, moment: Tensor) -> None:
+        present = moments[index]
+        moments[index] = moment if present is None else present + moment
+
+    def collect(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach().double()
+        if site.kind == "scalar_linear":
+            add(0, x.T @ x)
+            return
+        slices = list(module.irreps_in.slices())
+        active = [i for i in module.instructions if i.i_in != -1 and 0 not in i.path_shape]
+        for index, instruction in enumerate(active):
+            inputs = instruction.path_shape[0]
+            rows = x[:, slices[instruction.i_in]].reshape(x.shape[0], inputs, -1).transpose(1, 2).reshape(-1, inputs)
+            add(index, rows.T @ rows)
+
+    return collect
+
+
+def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    """``sum x x^T`` over atoms (or edges) and components, a matrix for each weight block.
+
+    Self-connections have none: their input is a product of features and embedding, too wide for a matrix.
+
+    Returns:
+        By parameter name, a list in the order of the blocks of its layout: shape (inputs, inputs).
+    """
+    store: dict[str, list[Tensor | None]] = {}
+    handles = []
+    for site in find_sites(model):
+        if site.kind in ("linear", "scalar_linear"):
+            moments: list[Tensor | None] = [None] * len(site.weights[0].layout.blocks)
+            store[f"{site.name}.{site.weights[0].path}"] = moments
+            handles.append(site.module.register_forward_pre_hook(_collector(site, moments)))
+    try:
+        with unquantized(model):
+            for batch in batches:
+                model(dict(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return store

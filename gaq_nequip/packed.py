@@ -1,0 +1,75 @@
+"""`PackedWeight`: a weight as integer codes and scales, dequantized where it is used."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaq.packing import pack
+from gaq.quantizers.weights import QuantizedTensor
+
+__all__ = ["PackedWeight"]
+
+
+class PackedWeight(torch.nn.Module):
+    """Stands where a `gaq.quantizers.weights.WeightQuantizer` stood, with the codes of the weight it rounded.
+
+    The codes are buffers, never parameters: int8, two 4-bit codes a byte in uint8, or int16; the scales are bfloat16.
+    ``codes * scale`` is exact in float32 and float64, so that both give the weights that were trained.
+
+    Args:
+        tensor: codes and scales.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__()
+        self.bits = tensor.bits
+        self.numel = tensor.codes.numel()
+        self.weight_shape = list(tensor.codes.shape)
+        self.granularity = tensor.granularity
+        self.group_size = tensor.group_size
+        self.layout = tensor.layout
+        segments = tensor.layout.segments(tensor.granularity, tensor.group_size)
+        self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
+        flat = tensor.codes.reshape(-1).cpu()
+        if tensor.bits <= 4:
+            codes = pack(flat, 4)
+        else:
+            codes = flat.to(torch.int8 if tensor.bits <= 8 else torch.int16)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", tensor.scale.reshape(-1).to(torch.bfloat16).cpu())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale))
+
+    def integers(self) -> Tensor:
+        """The codes, flat, int8 or int16."""
+        if self.bits > 4:
+            return self.codes
+        nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]
+        # Two's complement of four bits: 8 ... 15 stand for -8 ... -1.
+        return (nibbles ^ 8).to(torch.int8) - 8
+
+    def tensor(self) -> QuantizedTensor:
+        """Codes and scales as they were given."""
+        codes = self.integers().to(torch.int32).cpu().view(self.weight_shape)
+        scale = self.scale.float().cpu()
+        return QuantizedTensor(codes, scale, self.bits, self.layout, self.granularity, self.group_size)
+
+    def forward(self, placeholder: Tensor) -> Tensor:
+        """The weight, in the dtype of the placeholder that stands where the parameter was."""
+        codes = self.integers().to(placeholder.dtype)
+        scale = self.scale.to(placeholder.dtype)
+        parts = []
+        for offset, shape, scale_offset, scale_shape in self.segments:
+            piece = codes[offset : offset + math.prod(shape)].view(shape)
+            step = scale[scale_offset : scale_offset + math.prod(scale_shape)].view(scale_shape)
+            parts.append((piece * step).reshape(-1))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.weight_shape)

@@ -1,0 +1,308 @@
+"""Quantization-aware training inside the stock `nequip-train`: what the hook and the callback do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from nequip.data import AtomicDataDict
+from nequip.utils import RankedLogger
+from torch import Tensor
+
+from gaq.config import QuantizationConfig, parse_config
+from gaq.inspection import rows as inspection_rows
+from gaq.physics.rotations import random_rotation
+from gaq.quantized import feature_quantizers, require_state, state_of, unquantized
+from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
+from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
+from gaq.summary_table import format_rows
+from gaq_nequip.model import graph_models, prepare, quantized_weights
+from gaq_nequip.modules import hold_scales, weight_quantizers
+from gaq_nequip.sites import find_sites
+
+__all__ = ["QuantizationCallback", "add_equivariance_loss", "calibrate_on", "is_quantized", "start"]
+
+logger = RankedLogger(__name__, rank_zero_only=True)
+
+EARLY_STEPS = 50
+"""Steps between observations of the ranges in train-time compiled models, which cannot observe as they run."""
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether any of the models of a training module is quantized."""
+    return any(state_of(m) is not None for m in graph_models(model).values())
+
+
+def start(model: torch.nn.Module, spec: Any) -> None:
+    """Insert quantizers into a model just built, and say in the log what was done."""
+    config = parse_config(spec)
+    for name, own in graph_models(model).items():
+        prepare(own, config)
+        logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
+        for line in describe_schedule(config):
+            logger.info(line)
+        table = inspection_rows(
+            find_sites(own),
+            state_of(own),
+            dict(own.named_parameters()),
+            quantized_weights(own),
+            feature_quantizers(own),
+        )
+        logger.info("Quantized layers:\n" + format_rows(table))
+
+
+def _quantized_models(module: Any) -> list[Any]:
+    return [m for m in graph_models(module.model).values() if state_of(m) is not None]
+
+
+def _features(model: torch.nn.Module) -> list[FeatureQuantizer]:
+    return list(feature_quantizers(model).values())
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """A train-time compiled model evaluates its plain modules within this context."""
+    before = model.__class__
+    if getattr(model, "is_compile_graph_model", False):
+        from gaq_nequip.modules import QuantizedGraphModel
+
+        model.__class__ = QuantizedGraphModel
+    try:
+        yield
+    finally:
+        model.__class__ = before
+
+
+def calibrate_on(model: Any, batches: list[Any], fresh: bool = True) -> None:
+    """Observe activation ranges on batches of training data, features exact and weights as they are rounded.
+
+    Args:
+        model: prepared.
+        batches: NequIP data.
+        fresh: whether to forget the ranges there are.
+    """
+    quantizers = _features(model)
+    if not quantizers:
+        return
+    flags = [(q.scalars_enabled, q.vectors_enabled) for q in quantizers]
+    for q in quantizers:
+        q.scalars_enabled = q.vectors_enabled = False
+        if fresh:
+            q.start_observing()
+        q.observing = True
+    was_training = model.training
+    try:
+        with _eager(model), torch.enable_grad():
+            model.train(False)
+            for batch in batches:
+                model(dict(batch))
+    finally:
+        model.train(was_training)
+        for q, (scalars, vectors) in zip(quantizers, flags, strict=True):
+            q.observing = False
+            q.decay = OBSERVER_DECAY
+            q.scalars_enabled, q.vectors_enabled = scalars, vectors
+
+
+class QuantizationCallback(lightning.pytorch.callbacks.Callback):
+    """The schedule of the branches, the ranges of activations and the scales of weights, epoch by epoch.
+
+    At the start of an epoch ranges are observed on a sample of the training data and scales are taken from the
+    weights; both then hold still, but for ranges that prove too small. Validation, testing and what is saved always
+    see the fully rounded model, with the scales of the weights that are evaluated (the averaged ones, where NequIP
+    averages). All of it follows from the weights and the epoch, so that a run continued from a checkpoint goes on as it
+    would have.
+    """
+
+    def __init__(self) -> None:
+        self._sample: list[Any] | None = None
+        self._held: list[tuple[Any, Tensor, bool]] = []
+        self._branches = DEPLOYED
+        self._caches: dict[Any, dict[Any, Any]] = {}
+
+    # -- data --
+
+    def _batches(self, trainer: Any, module: Any, count: int | None = None) -> list[Any]:
+        """Batches of at most `count` training structures, the same on every process."""
+        config = self._config(module)
+        frames = config.calibration.frames if count is None else min(count, config.calibration.frames)
+        if self._sample is None:
+            loader = trainer.datamodule.train_dataloader()
+            chosen = np.random.default_rng(config.calibration.seed).permutation(len(loader.dataset))
+            graphs = [loader.dataset[int(i)] for i in chosen[: config.calibration.frames]]
+            self._sample = [loader.collate_fn([graph]) for graph in graphs]
+        singles = [AtomicDataDict.to_(dict(single), module.device) for single in self._sample[:frames]]
+        return [AtomicDataDict.batched_from_list(singles[i : i + 8]) for i in range(0, len(singles), 8)]
+
+    @staticmethod
+    def _config(module: Any) -> QuantizationConfig:
+        return require_state(_quantized_models(module)[0]).config
+
+    def _set(self, module: Any, branches: BranchState, observing: bool) -> None:
+        self._branches = branches
+        for model in _quantized_models(module):
+            compiled = getattr(model, "is_compile_graph_model", False)
+            # What a compiled graph does is fixed when it is traced: one graph a state, and no range that moves.
+            set_branches(
+                model, BranchState(branches.vectors, 1.0) if compiled else branches, observing and not compiled
+            )
+            if compiled:
+                key = (id(model), branches.vectors)
+                model._compiled_cache = (self._caches.setdefault(key, {}),)
+
+    # -- training --
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Ranges and scales, before anything is evaluated."""
+        for model in _quantized_models(pl_module):
+            state = require_state(model)
+            hold_scales(model)
+            if state.resumed:
+                continue
+            calibrate_on(model, self._batches(trainer, pl_module))
+            if _features(model):
+                logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """The branches of this epoch; ranges and scales for the weights as they are."""
+        config = self._config(pl_module)
+        epoch = trainer.current_epoch
+        if config.vectors.magnitude_bits is not None and epoch == config.vectors.start_epoch:
+            logger.info(f"Epoch {epoch}: vectors are rounded from now on")
+        for model in _quantized_models(pl_module):
+            require_state(model).status = "training"
+            hold_scales(model)
+            if epoch > 0:
+                calibrate_on(model, self._batches(trainer, pl_module))
+        self._set(pl_module, branch_state(config.vectors, epoch), observing=True)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """In the first epoch of a train-time compiled model ranges are looked at now and then."""
+        if trainer.current_epoch == 0 and batch_idx and batch_idx % EARLY_STEPS == 0:
+            for model in _quantized_models(pl_module):
+                if getattr(model, "is_compile_graph_model", False):
+                    calibrate_on(model, self._batches(trainer, pl_module, 8), fresh=False)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ranges are the largest that any process met; what is saved from here on is the deployed form."""
+        if trainer.world_size > 1:
+            self._share_ranges(pl_module)
+        self._set(pl_module, DEPLOYED, observing=False)
+
+    @staticmethod
+    @torch.no_grad()
+    def _share_ranges(module: Any) -> None:
+        for model in _quantized_models(module):
+            for quantizer in _features(model):
+                observed = quantizer.observed.clone()
+                torch.distributed.all_reduce(observed, op=torch.distributed.ReduceOp.MAX)
+                quantizer.load_ranges(observed)
+
+    # -- evaluation --
+
+    def _enter(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size > 1:
+            self._share_ranges(pl_module)
+        self._before = self._branches
+        self._set(pl_module, DEPLOYED, observing=False)
+        self._held = []
+        for model in _quantized_models(pl_module):
+            if require_state(model).status == "training":
+                for quantizer in weight_quantizers(model).values():
+                    self._held.append((quantizer, quantizer.fixed_step, quantizer.scale_is_fixed))
+                hold_scales(model)
+
+    def _leave(self, pl_module: Any) -> None:
+        for quantizer, step, fixed in self._held:
+            quantizer.fixed_step = step
+            quantizer.scale_is_fixed = fixed
+        self._held = []
+        self._set(pl_module, self._before, observing=self._before != DEPLOYED)
+
+    # The epoch hooks, since averaged weights are swapped in and out outside them.
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Everything rounded, with the scales of the weights that are validated."""
+        self._enter(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Back to training."""
+        self._leave(pl_module)
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Everything rounded."""
+        self._enter(trainer, pl_module)
+        self._float_errors: list[dict[str, Tensor]] = []
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """The same weights without quantization, for the comparison in the log."""
+        models = _quantized_models(pl_module)
+        if len(models) != 1 or len(graph_models(pl_module.model)) != 1:
+            return
+        target = pl_module.process_target(batch, batch_idx, dataloader_idx)
+        found = {}
+        with torch.enable_grad(), _eager(models[0]):
+            for name, rounded in (("quantized", True), ("float", False)):
+                if rounded:
+                    output = models[0](dict(batch))
+                else:
+                    with unquantized(models[0]):
+                        output = models[0](dict(batch))
+                for key, label in ((AtomicDataDict.FORCE_KEY, "forces"), (AtomicDataDict.TOTAL_ENERGY_KEY, "energy")):
+                    if key in target:
+                        error = output[key].detach() - target[key]
+                        if label == "energy":
+                            error = error / target[AtomicDataDict.NUM_NODES_KEY].reshape(error.shape)
+                        found[f"{name} {label}"] = torch.stack([error.abs().sum(), error.new_tensor(error.numel())])
+        self._float_errors.append(found)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Print what rounding costs, and go back."""
+        if self._float_errors:
+            lines = []
+            for label, text in (("energy", "energy MAE per atom"), ("forces", "forces MAE")):
+                sums = {
+                    name: torch.stack([e[f"{name} {label}"] for e in self._float_errors]).sum(0)
+                    for name in ("float", "quantized")
+                    if all(f"{name} {label}" in e for e in self._float_errors)
+                }
+                if sums:
+                    values = ", ".join(f"{name} {float(s[0] / s[1]):.6f}" for name, s in sums.items())
+                    lines.append(f"  {text}: {values}")
+            logger.info("The same weights without quantization (float) and with it, on the test data:")
+            for line in lines:
+                logger.info(line)
+            self._float_errors = []
+        self._leave(pl_module)
+
+
+def add_equivariance_loss(module: Any, batch: Any, loss: Any) -> Any:
+    """The loss of a step with the term for the rotation error of the forces, where the configuration asks for it.
+
+    Adds ``weight * mean |F(R x) - R F(x)|^2`` over atoms and components, for random proper rotations R (the LEE term of
+    arXiv 2603.05343, with the forces as the equivariant output).
+    """
+    models = _quantized_models(module)
+    if not models:
+        return loss
+    config = require_state(models[0]).config.equivariance_loss
+    if config.weight <= 0:
+        return loss
+    forces = module(dict(batch))[AtomicDataDict.FORCE_KEY]
+    for _ in range(config.rotations):
+        turn = random_rotation(forces.dtype, forces.device)
+        rotated = dict(batch)
+        for key in (AtomicDataDict.POSITIONS_KEY, AtomicDataDict.CELL_KEY):
+            if key in rotated:
+                rotated[key] = rotated[key].detach() @ turn.T.to(rotated[key].dtype)
+        # Made from positions and cell, so they have to be made again.
+        for key in (AtomicDataDict.EDGE_VECTORS_KEY, AtomicDataDict.EDGE_LENGTH_KEY):
+            rotated.pop(key, None)
+        error = module(rotated)[AtomicDataDict.FORCE_KEY] - forces @ turn.T
+        loss = loss + module.world_size * config.weight / config.rotations * (error**2).mean()
+    return loss
