@@ -122,7 +122,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     """
     adapter = adapter_for(model)
     for name, quantizer in adapter.feature_quantizers(model).items():
-        if not bool(quantizer.observed.any()):
+        if quantizer.needs_ranges and not bool(quantizer.observed.any()):
             raise ValueError(
                 f"the input range of {name} was never observed: call gaq.calibrate(model, structures) or train first."
             )

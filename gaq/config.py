@@ -44,10 +44,12 @@ __all__ = [
 ]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
 RANGES = ("absmax", "error")
 ROUNDINGS = ("nearest", "gptq")
 SCHEMES = ("mddq", "components")
 CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
+FRAMES = ("local", "fixed")
 MAGNITUDES = ("linear", "log")
 
 
@@ -59,10 +61,11 @@ _CHOICES = {
     "weights.granularity": GRANULARITIES,
     "weights.range": RANGES,
     "weights.rounding": ROUNDINGS,
-    "scalars.granularity": GRANULARITIES[:2],
-    "vectors.granularity": GRANULARITIES[:2],
+    "scalars.granularity": FEATURE_GRANULARITIES,
+    "vectors.granularity": FEATURE_GRANULARITIES,
     "vectors.scheme": SCHEMES,
     "vectors.codebook": CODEBOOKS,
+    "vectors.frame": FRAMES,
     "vectors.magnitude": MAGNITUDES,
 }
 _WEIGHT_BITS = (*range(2, 9), 16)

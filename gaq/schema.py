@@ -47,10 +47,16 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class ScalarConfig:
-    """How invariant (l = 0) features are rounded; ``bits: null`` leaves them in float."""
+    """How invariant (l = 0) features are rounded.
+
+    Attributes:
+        bits: None leaves them in float.
+        granularity: whose range the steps divide: ``per_atom`` (the largest feature of the atom or edge itself; nothing
+            to calibrate, nothing saturates), or a static one, ``per_channel`` or ``per_tensor``.
+    """
 
     bits: int | None = 16
-    granularity: str = "per_channel"
+    granularity: str = "per_atom"
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,10 @@ class VectorConfig:
         direction_bits: bits per angle of the direction code (``mddq``).
         codebook: ``octahedral``, ``geodesic`` or ``fibonacci``; l >= 2 always uses the pyramid code,
             which is the octahedral one in more dimensions.
+        frame: ``local`` lays the axes of the direction code along mixtures of the features of the same atom, so that
+            rounding is exactly equivariant; ``fixed`` along those of the laboratory (``mddq``).
         magnitude: ``linear`` or ``log`` steps of the magnitude (``mddq``).
-        granularity: one range per channel or per tensor.
+        granularity: whose range the steps of the magnitude divide, as for scalars.
         start_epoch: in training, the epoch from which vectors are quantized.
         anneal_epochs: epochs over which their range shrinks from twice the observed one to its own.
     """
@@ -75,8 +83,9 @@ class VectorConfig:
     magnitude_bits: int | None = 16
     direction_bits: int = 16
     codebook: str = "octahedral"
+    frame: str = "local"
     magnitude: str = "linear"
-    granularity: str = "per_channel"
+    granularity: str = "per_atom"
     start_epoch: int = 10
     anneal_epochs: int = 5
 
@@ -88,7 +97,7 @@ class CalibrationConfig:
     Attributes:
         frames: number of structures, drawn with ``seed`` from the data given.
         seed: of that draw.
-        headroom: the range is this many times the largest value seen, so that a simulation which
+        headroom: a static range is this many times the largest value seen, so that a simulation which
             wanders past the calibration set does not saturate (a saturated feature has no force).
     """
 
@@ -173,14 +182,12 @@ PRESETS: dict[str, QuantizationConfig] = {
         preset="w8a8",
         scalars=ScalarConfig(bits=8),
         vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
-        calibration=CalibrationConfig(headroom=1.25),
     ),
     "w4a8": QuantizationConfig(
         preset="w4a8",
         weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
         scalars=ScalarConfig(bits=8),
         vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
-        calibration=CalibrationConfig(headroom=1.25),
         distillation=_LONG_DISTILLATION,
     ),
     "naive_w8a8": QuantizationConfig(

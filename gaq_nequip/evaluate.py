@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,13 +62,26 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
     return [AtomicDataDict.to_(batch, device) for batch in batches]
 
 
+@contextmanager
+def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """NequIP keeps the graph of the forces in training mode only; flags alone, no module is told."""
+    modules = list(model.modules())
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, flag in zip(modules, before, strict=True):
+            module.training = flag
+
+
 def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
-    if model.training != create_graph:
-        model.train(create_graph)
-    output: Any = model(dict(batch))
+    with _mode(model, create_graph):
+        output: Any = model(dict(batch))
     energy = output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
     counts = batch[AtomicDataDict.NUM_NODES_KEY].reshape(-1)
     return energy, output[AtomicDataDict.FORCE_KEY], counts

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from gaq.config import parse_config
 from gaq.quantized import FixedWeight, ModelFileError, ModelState, check_format, state_of
-from gaq_nequip import artefact
 from gaq_nequip.freeze import freeze
 from gaq_nequip.model import graph_models
 
@@ -41,6 +40,8 @@ class CompiledModel(torch.nn.Module):
     """
 
     def __init__(self, path: Path, device: str) -> None:
+        from gaq_nequip import artefact
+
         super().__init__()
         self.path = path
         self.device = device
@@ -150,6 +151,8 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
     if kind == COMPILED:
+        from gaq_nequip import artefact
+
         try:
             return CompiledModel(path, device)
         except artefact.ArtefactError as error:

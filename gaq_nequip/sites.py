@@ -37,6 +37,7 @@ TENSOR_TRACK = "tensor_track"
 """Name of the submodule of an Allegro tensor product that rounds its first input."""
 
 TWO_BODY = "a function of one edge alone, kept smooth"
+READOUT = "one dot product, whose every rounding is an error of the energy: kept exact"
 ENVIRONMENT = "the environment it reads, rounded where the preset says so"
 
 # Parts of a model whose inputs are a function of one distance and two types.
@@ -113,8 +114,8 @@ class _Finder:
         if layer is not None and leaf in ("linear_1", "sc"):
             own = next(i for i, full in enumerate(self.layers) if full.rsplit(".", 1)[-1] == layer)
             return POSITION_FREE if own == 0 else f"rounded at the output of {self.layers[own - 1]}"
-        if self.layers and self.readout_layers and name == self.readout_layers[0]:
-            return f"rounded at the output of {self.layers[-1]}"
+        if self.readout_layers and name == self.readout_layers[-1]:
+            return READOUT
         if "embed_module" in name or "center_embed" in name or "neighbor_embed" in name or "class_embed" in name:
             return POSITION_FREE
         if "edge_mlp" in name:
@@ -176,6 +177,8 @@ class _Finder:
             )
         elif kind == "ConvNetLayer":
             irreps = module.irreps_out["node_features"]
+            if name == self.layers[-1] and len(self.readout_layers) == 1:
+                return
             note = "its output, the node features all later layers read"
             yield Site(name, module, "convnet", (), FeatureLayout(_pieces(irreps)), note, False, False, f"-> {irreps}")
         elif kind == "Gate":

@@ -21,6 +21,7 @@ def round_vector(
     levels: int,
     table: Tensor,
     dimension: int,
+    axes: Tensor | None = None,
 ) -> Tensor:
     """Round the magnitude and the direction of vectors separately (magnitude-direction quantization).
 
@@ -39,6 +40,8 @@ def round_vector(
         levels: of the octahedral and the cube code, from `gaq.codebooks.pyramid_levels`.
         table: directions of a tabulated codebook, shape (size, 3), used for l = 1 unless it is empty.
         dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
+        axes: of the direction code, shape (batch, 2 l + 1, 2 l + 1), from `gaq.quantizers.frames.local_frame`;
+            those of the laboratory if None.
 
     Returns:
         Rounded vectors, the shape of `v`.
@@ -48,12 +51,16 @@ def round_vector(
     magnitude = torch.sqrt(torch.where(present, square, torch.ones_like(square)))
     direction = v / magnitude
     vector = v.detach()
+    if axes is not None:
+        vector = torch.matmul(vector, axes.transpose(1, 2))
     if dimension != 3:
         nearest = cube_quantize(vector, levels)
     elif table.numel() > 0:
         nearest = nearest_direction(table, vector)
     else:
         nearest = octahedral_quantize(vector, levels)
+    if axes is not None:
+        nearest = torch.matmul(nearest, axes)
     rounded_direction = direction + (nearest - direction).detach()
     top = limit.unsqueeze(-1)
     if logarithmic:

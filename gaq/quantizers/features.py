@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gaq.codebooks import cube_quantize, direction_table, nearest_direction, octahedral_quantize, pyramid_levels
 from gaq.quantizers.compass import round_vector
+from gaq.quantizers.frames import local_frame, mixtures
 from gaq.quantizers.ruler import round_linear, round_log_magnitude
 from gaq.quantizers.weights import largest_code
 from gaq.schema import ScalarConfig, VectorConfig
@@ -34,6 +35,18 @@ class FeatureLayout:
     channels_first: bool = False
 
 
+def own_limit(sizes: Tensor) -> Tensor:
+    """The range of each atom: its largest size, and a little more, lest rounding put the largest outside.
+
+    Args:
+        sizes: shape (batch, channels, components), >= 0.
+
+    Returns:
+        Shape (batch, 1), positive.
+    """
+    return sizes.amax((1, 2)).unsqueeze(-1).clamp_min(1e-30) * 1.000001
+
+
 class _Piece(NamedTuple):
     """One irrep within the feature axis, and how it is rounded; a largest code of 0 means not at all."""
 
@@ -45,6 +58,8 @@ class _Piece(NamedTuple):
     step: Tensor
     top: float
     split: bool
+    own: bool
+    factor: float
 
 
 class FeatureQuantizer(torch.nn.Module):
@@ -64,13 +79,17 @@ class FeatureQuantizer(torch.nn.Module):
     observed: Tensor
     limit: Tensor
     direction_table: Tensor
+    mixing: Tensor
+
+    __jit_unused_properties__ = ["needs_ranges"]  # noqa: RUF012
 
     def __init__(self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float) -> None:
         super().__init__()
         self.channels_first = layout.channels_first
         merged: list[list[int]] = []
         for multiplicity, dimension in layout.pieces:
-            same = merged and merged[-1][1] == dimension and (merged[-1][0] > 0) == (multiplicity > 0)
+            # Scalars only: two vector irreps of one dimension may differ in parity, and so have no frame in common.
+            same = merged and merged[-1][1] == dimension == 1 and (merged[-1][0] > 0) == (multiplicity > 0)
             if same and not layout.channels_first:
                 merged[-1][0] += multiplicity
             else:
@@ -81,6 +100,7 @@ class FeatureQuantizer(torch.nn.Module):
         self.round_vectors = vectors.magnitude_bits is not None
         self.scalar_top = float(largest_code(scalars.bits or 16))
         self.split = vectors.scheme == "mddq"
+        self.local_frame = self.split and vectors.frame == "local"
         bits = vectors.magnitude_bits or 16
         # A magnitude has no sign, so its code has one bit more than a component's.
         self.magnitude_top = float(2**bits - 1) if self.split else float(largest_code(bits))
@@ -88,6 +108,8 @@ class FeatureQuantizer(torch.nn.Module):
         self.levels = pyramid_levels(vectors.direction_bits)
         self.one_scalar_range = scalars.granularity == "per_tensor"
         self.one_vector_range = vectors.granularity == "per_tensor"
+        self.own_scalar_range = scalars.granularity == "per_atom"
+        self.own_vector_range = vectors.granularity == "per_atom"
         self.headroom = headroom
         self.scalars_enabled = True
         self.vectors_enabled = True
@@ -118,6 +140,18 @@ class FeatureQuantizer(torch.nn.Module):
                 vectors.codebook, vectors.direction_bits, torch.float64, torch.device("cpu")
             ).clone()
         self.register_buffer("direction_table", table, persistent=False)
+        widest = max((d for d in self.dimensions), default=1)
+        most = max((abs(m) for m in self.multiplicities), default=1)
+        framed = self.local_frame and self.round_vectors and widest > 1
+        mixing = mixtures(widest, most) if framed else torch.zeros(0, dtype=torch.float64)
+        self.register_buffer("mixing", mixing, persistent=False)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether any range has to be observed; those of one atom are its own."""
+        scalars = self.round_scalars and not self.own_scalar_range and 1 in self.dimensions
+        vectors = self.round_vectors and not self.own_vector_range and any(d > 1 for d in self.dimensions)
+        return scalars or vectors
 
     @torch.jit.unused
     def describe(self) -> str:
@@ -188,7 +222,7 @@ class FeatureQuantizer(torch.nn.Module):
     @torch.jit.unused
     def observe(self, x: Tensor) -> None:
         """Take note of the largest sizes in a batch: a maximum that forgets slowly."""
-        if x.numel() == 0:
+        if x.numel() == 0 or not self.needs_ranges:
             return
         x = x.detach()
         sizes = []
@@ -221,10 +255,19 @@ class FeatureQuantizer(torch.nn.Module):
             if multiplicity > 0:
                 if dimension == 1:
                     if self.round_scalars and self.scalars_enabled:
+                        if self.own_scalar_range:
+                            limit = own_limit(piece.detach().abs())
                         piece = round_linear(piece, limit.unsqueeze(-1), self.scalar_top, True)
                 elif self.round_vectors and self.vectors_enabled:
+                    if self.own_vector_range:
+                        sizes = piece.detach()
+                        sizes = torch.sqrt((sizes * sizes).sum(-1, keepdim=True)) if self.split else sizes.abs()
+                        limit = own_limit(sizes)
                     limit = limit * self.vector_range_factor
                     if self.split:
+                        axes: Tensor | None = None
+                        if self.local_frame:
+                            axes = local_frame(piece.detach(), self.mixing[:, :m].to(piece.dtype), dimension)
                         piece = round_vector(
                             piece,
                             limit,
@@ -233,6 +276,7 @@ class FeatureQuantizer(torch.nn.Module):
                             self.levels,
                             self.direction_table.to(x.dtype),
                             dimension,
+                            axes,
                         )
                     else:
                         piece = round_linear(piece, limit.unsqueeze(-1), self.magnitude_top, True)
@@ -263,13 +307,17 @@ class FeatureQuantizer(torch.nn.Module):
             size = dimension if self.channels_first else m * dimension
             limit = self.limit[channel : channel + m].to(dtype).unsqueeze(-1)
             top = 0.0
+            factor = 1.0
             if multiplicity > 0 and dimension == 1 and self.round_scalars and self.scalars_enabled:
                 top = self.scalar_top
             elif multiplicity > 0 and dimension > 1 and self.round_vectors and self.vectors_enabled:
                 top = self.magnitude_top
-                limit = limit * self.vector_range_factor
+                factor = self.vector_range_factor
+                limit = limit * factor
             split = self.split and dimension > 1
-            pieces.append(_Piece(start, size, m, dimension, limit, limit / max(top, 1.0), top, split))
+            own = self.own_scalar_range if dimension == 1 else self.own_vector_range
+            step = limit / max(top, 1.0)
+            pieces.append(_Piece(start, size, m, dimension, limit, step, top, split, own, factor))
             start += size
             channel += m
         self._pieces = (self.limit, key, pieces)
@@ -277,12 +325,18 @@ class FeatureQuantizer(torch.nn.Module):
 
     @torch.jit.unused
     def nearest_direction(self, vector: Tensor, dimension: int) -> Tensor:
-        """The codebook's direction nearest to each vector, shape (..., dimension)."""
+        """The codebook's direction nearest to each vector, shape (batch, channels, dimension)."""
+        axes = None
+        if self.local_frame:
+            axes = local_frame(vector, self.mixing[:, : vector.shape[1]].to(vector.dtype), dimension)
+            vector = torch.matmul(vector, axes.transpose(1, 2))
         if dimension != 3:
-            return cube_quantize(vector, self.levels)
-        if self.direction_table.numel() > 0:
-            return nearest_direction(self.direction_table.to(vector.dtype), vector)
-        return octahedral_quantize(vector, self.levels)
+            nearest = cube_quantize(vector, self.levels)
+        elif self.direction_table.numel() > 0:
+            nearest = nearest_direction(self.direction_table.to(vector.dtype), vector)
+        else:
+            nearest = octahedral_quantize(vector, self.levels)
+        return nearest if axes is None else torch.matmul(nearest, axes)
 
 
 class _RoundFeatures(torch.autograd.Function):
@@ -308,21 +362,29 @@ class _RoundFeatures(torch.autograd.Function):
             if piece.top == 0.0:
                 target.copy_(values)
             elif not piece.split:
-                target.copy_((values / piece.step).round_().clamp_(-piece.top, piece.top).mul_(piece.step))
-                saved.append((values.abs() <= piece.limit).to(x.dtype))
+                limit, step = piece.limit, piece.step
+                if piece.own:
+                    limit = own_limit(values.abs()).unsqueeze(-1) * piece.factor
+                    step = limit / piece.top
+                target.copy_((values / step).round_().clamp_(-piece.top, piece.top).mul_(step))
+                saved.append((values.abs() <= limit).to(x.dtype))
             else:
                 length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+                limit, step = piece.limit, piece.step
+                if piece.own:
+                    limit = own_limit(length).unsqueeze(-1) * piece.factor
+                    step = limit / piece.top
                 if quantizer.logarithmic:
-                    rounded_length = round_log_magnitude(length, piece.limit, piece.top)
+                    rounded_length = round_log_magnitude(length, limit, piece.top)
                 else:
-                    rounded_length = (length / piece.step).round_().clamp_(max=piece.top).mul_(piece.step)
+                    rounded_length = (length / step).round_().clamp_(max=piece.top).mul_(step)
                 unit = values / length.clamp_min(torch.finfo(x.dtype).tiny)
                 rounded_unit = quantizer.nearest_direction(values, piece.dimension)
                 target.copy_(rounded_length * rounded_unit)
                 # A length that rounds to zero has no direction left to project on: the gradient passes unchanged.
                 gone = rounded_length == 0
                 stretch = (rounded_length / length).masked_fill_(gone, 1.0)
-                radial = torch.where(gone, unit, rounded_unit) * (length <= piece.limit) - stretch * unit
+                radial = torch.where(gone, unit, rounded_unit) * (length <= limit) - stretch * unit
                 saved += [radial, unit, stretch]
         return (out, *saved)
 

@@ -1,0 +1,72 @@
+"""Frames that turn with the features: what makes the rounding of directions exactly equivariant.
+
+A code of directions has axes. Laid along the axes of the laboratory, it rounds a turned vector to something else than
+the turned rounded one, and the error is the step of the code. Here the axes are taken from the features of the same
+atom (or edge): a few fixed mixtures of its channels, made orthonormal. They turn with the features, so the components
+along them do not change under rotation, and whatever is done to these is equivariant (our derivation):
+
+    ``v_q = Q^T code(Q v)``, ``Q -> Q D^T`` and ``v -> D v`` under a rotation D, so ``v_q -> D v_q``.
+
+Under inversion an axis built as a cross product keeps its sign where the others change theirs; the codes commute with
+sign flips, so that is no matter. Where the features span less than the whole space (an atom on an axis or in a plane
+of symmetry, or few channels) the missing axes are zero: there is no component along them.
+
+The axes themselves are a few numbers an atom, however many channels there are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["local_frame", "mixtures"]
+
+
+def mixtures(dimension: int, channels: int) -> Tensor:
+    """Fixed weights of the channels in each reference vector, shape (dimension, channels), float64.
+
+    Irrational phases: no two channels that are likely to cancel do, in all references at once.
+    """
+    c = torch.arange(channels, dtype=torch.float64)
+    k = torch.arange(dimension, dtype=torch.float64).unsqueeze(-1)
+    return torch.cos(math.sqrt(2.0) * (k + 1.0) * (c + 0.5) + math.sqrt(3.0) * k)
+
+
+def _unit(v: Tensor, floor: Tensor) -> Tensor:
+    """Unit vectors, or zero where a vector is no longer than `floor`."""
+    length = torch.sqrt((v * v).sum(-1, keepdim=True))
+    return torch.where(length > floor, v / length.clamp_min(1e-30), torch.zeros_like(v))
+
+
+def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
+    """Orthonormal axes that turn with the vectors.
+
+    Args:
+        vectors: features of one irrep, shape (batch, channels, 2 l + 1), detached.
+        mixing: from `mixtures`, shape (at least 2 l + 1, channels), in the dtype of the vectors.
+        dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
+
+    Returns:
+        Axes as rows, shape (batch, 2 l + 1, 2 l + 1); rows that the vectors do not span are zero.
+    """
+    count = 2 if dimension == 3 else dimension
+    references = torch.matmul(mixing[:count], vectors)
+    size = torch.sqrt((references * references).sum(-1, keepdim=True)).amax(1)
+    floor = size * (32.0 * torch.finfo(vectors.dtype).eps)
+    axes: list[Tensor] = []
+    for k in range(count):
+        axis = references[:, k]
+        # Twice: what is left of a nearly dependent reference is orthogonal only after a second pass.
+        for other in axes:
+            axis = axis - (axis * other).sum(-1, keepdim=True) * other
+        axis = _unit(axis, floor)
+        if k > 0:
+            for other in axes:
+                axis = axis - (axis * other).sum(-1, keepdim=True) * other
+            axis = _unit(axis, torch.full_like(floor, 0.5))
+        axes.append(axis)
+    if dimension == 3:
+        axes.append(torch.linalg.cross(axes[0], axes[1]))
+    return torch.stack(axes, 1)

@@ -1,0 +1,147 @@
+"""NequIP's `BaseEnergyModelTests` on quantized NequIP and Allegro models, tolerances as shipped.
+
+Each model is built by the stock builder, quantized, and calibrated on a few molecules, as `gaq.calibrate` does it. With
+8-bit activations the energy is a staircase, whose finite differences are not its forces: those tests are expected to
+fail there, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import torch
+from ase.build import bulk, molecule
+from hydra.utils import get_method
+from nequip.utils.unittests.model_tests import BaseEnergyModelTests
+
+import gaq
+from gaq.quantized import feature_quantizers
+
+COMMON: dict[str, Any] = {
+    "seed": 123,
+    "type_names": ["H", "C", "O"],
+    "r_max": 4.0,
+    "avg_num_neighbors": 20.0,
+    "per_type_energy_scales": {"H": 1.0, "C": 1.2, "O": 0.9},
+    "per_type_energy_shifts": {"H": 0.5, "C": -0.3, "O": 0.1},
+}
+NEQUIP: dict[str, Any] = {
+    "_target_": "nequip.model.NequIPGNNModel",
+    **COMMON,
+    "num_layers": 2,
+    "l_max": 2,
+    "num_features": 8,
+    "radial_mlp_width": 16,
+}
+ALLEGRO: dict[str, Any] = {
+    "_target_": "allegro.model.AllegroModel",
+    **COMMON,
+    "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed"},
+    "l_max": 2,
+    "num_layers": 2,
+    "num_scalar_features": 16,
+    "num_tensor_features": 4,
+    "scalar_embed_mlp_hidden_layers_width": 16,
+    "allegro_mlp_hidden_layers_width": 16,
+    "readout_mlp_hidden_layers_width": 8,
+}
+needs_allegro = pytest.mark.skipif(find_spec("allegro") is None, reason="needs Allegro: pip install '.[allegro]'")
+
+
+def calibration_structures() -> list[Any]:
+    """What the tests run on, more or less: their molecule, others of the same types, and a crystal."""
+    structures = [molecule(name) for name in ("CH3CHO", "H2", "CO2", "CH3CH2OH", "C6H6")]
+    structures += [bulk("C", "diamond", a=3.57) * (2, 1, 1)]
+    for i, atoms in enumerate(structures):
+        atoms.rattle(0.1, seed=i)
+    # Two atoms far closer than bonded ones, as the tests of numerical gradients make them.
+    close = molecule("CH3CHO")
+    close.positions *= 0.8
+    return [*structures, close]
+
+
+class QuantizedModelTests(BaseEnergyModelTests):
+    """The suite on models that are quantized once they are built."""
+
+    preset: str
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def equivariance_tol(cls, model_dtype: str) -> float:
+        return {"float32": 1e-3, "float64": 1e-8}[model_dtype]
+
+    @pytest.fixture
+    def strict_locality(self) -> bool:
+        return False
+
+    @pytest.fixture(scope="session", params=["minimal_toy_emt.yaml"])
+    @classmethod
+    def conffile(cls, request: Any) -> str:
+        return request.param  # the other one downloads its data
+
+    @classmethod
+    def make_model(cls, model_config: dict[str, Any], device: str) -> Any:
+        config = copy.deepcopy(model_config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_method(config.pop("_target_"))(**config)
+        if config.get("type_names") == COMMON["type_names"]:
+            gaq.prepare(model, {"preset": cls.preset, "distillation": {"steps": 0}})
+            with torch.random.fork_rng(devices=[]):
+                gaq.calibrate(model, calibration_structures(), progress=False)
+            gaq.convert(model)
+            if cls.preset not in ("w8", "w4"):
+                assert feature_quantizers(model)
+        return model.to(device)
+
+
+class NequIPTests(QuantizedModelTests):
+    @pytest.fixture(scope="class", params=[False, True], ids=["parity_off", "parity_on"])
+    @classmethod
+    def config(cls, request: Any) -> dict[str, Any]:
+        return {**NEQUIP, "parity": request.param}
+
+
+class AllegroTests(QuantizedModelTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls) -> dict[str, Any]:
+        return dict(ALLEGRO)
+
+    @pytest.fixture
+    def strict_locality(self) -> bool:
+        return True
+
+
+class TestNequIPGaq(NequIPTests):
+    preset = "gaq"
+
+
+class TestNequIPW8(NequIPTests):
+    preset = "w8"
+
+
+class TestNequIPW4(NequIPTests):
+    preset = "w4"
+
+
+@needs_allegro
+class TestAllegroGaq(AllegroTests):
+    preset = "gaq"
+
+
+@needs_allegro
+class TestAllegroW8(AllegroTests):
+    preset = "w8"
+
+
+@needs_allegro
+class TestAllegroW4(AllegroTests):
+    preset = "w4"
