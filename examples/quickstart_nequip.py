@@ -49,6 +49,8 @@ data:
   include_keys: [REF_energy, REF_forces]
   key_mapping: {REF_energy: total_energy, REF_forces: forces}
   transforms:
+  - _target_: nequip.data.transforms.NonPeriodicCellTransform # compiling needs a cell with a volume
+    override_cell: true # ASE gives molecules one of zeros
   - _target_: nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper
     model_type_names: ${types}
     chemical_species_to_atom_type_map: ${list_to_identity_dict:${types}}

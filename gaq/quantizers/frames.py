@@ -7,8 +7,7 @@ along them do not change under rotation, and whatever is done to these is equiva
 
     ``v_q = Q^T code(Q v)``, ``Q -> Q D^T`` and ``v -> D v`` under a rotation D, so ``v_q -> D v_q``.
 
-Under inversion an axis built as a cross product keeps its sign where the others change theirs; the codes commute with
-sign flips, so that is no matter. Where the features span less than the whole space (an atom on an axis or in a plane
+Inversion and reflections are among the D: all axes change with the features. Where the features span less than the whole space (an atom on an axis or in a plane
 of symmetry, or few channels) the missing axes are zero: there is no component along them.
 
 The axes themselves are a few numbers an atom, however many channels there are.
@@ -54,7 +53,8 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
     count = 2 if dimension == 3 else dimension
     references = torch.matmul(mixing[:count], vectors)
     size = torch.sqrt((references * references).sum(-1, keepdim=True)).amax(1)
-    floor = size * (32.0 * torch.finfo(vectors.dtype).eps)
+    eps = 2.220446049250313e-16 if vectors.dtype == torch.float64 else 1.1920928955078125e-07
+    floor = size * (32.0 * eps)
     axes: list[Tensor] = []
     for k in range(count):
         axis = references[:, k]
@@ -68,5 +68,8 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
             axis = _unit(axis, torch.full_like(floor, 0.5))
         axes.append(axis)
     if dimension == 3:
-        axes.append(torch.linalg.cross(axes[0], axes[1]))
+        # A cross product does not change sign under inversion as the others do, unless a third reference tells it to.
+        third = torch.linalg.cross(axes[0], axes[1])
+        side = (torch.matmul(mixing[2:3], vectors)[:, 0] * third).sum(-1, keepdim=True)
+        axes.append(torch.where(side < 0, -third, third))
     return torch.stack(axes, 1)

@@ -208,8 +208,8 @@ def test_impossible_activation_widths(key: str, bits: int) -> None:
         ("weights.granularity", "per_chanel", "per_tensor, per_channel, per_group", "per_channel"),
         ("weights.range", "absmin", "absmax, error", "absmax"),
         ("weights.rounding", "gtpq", "nearest, gptq", "gptq"),
-        ("scalars.granularity", "per_tensors", "per_tensor, per_channel", "per_tensor"),
-        ("vectors.granularity", "per_tensors", "per_tensor, per_channel", "per_tensor"),
+        ("scalars.granularity", "per_tensors", "per_tensor, per_channel, per_atom", "per_tensor"),
+        ("vectors.granularity", "per_tensors", "per_tensor, per_channel, per_atom", "per_tensor"),
         ("vectors.scheme", "mdqd", "mddq, components", "mddq"),
         ("vectors.codebook", "octohedral", "octahedral, geodesic, fibonacci", "octahedral"),
         ("vectors.magnitude", "lineal", "linear, log", "linear"),
@@ -224,7 +224,7 @@ def test_bad_choices(key: str, wrong: str, allowed: str, meant: str) -> None:
 def test_groups_are_for_weights_only() -> None:
     assert parse_config({"weights": {"granularity": "per_group"}}).weights.granularity == "per_group"
     for section in ("scalars", "vectors"):
-        assert "not one of per_tensor, per_channel." in message({section: {"granularity": "per_group"}})
+        assert "not one of per_tensor, per_channel, per_atom." in message({section: {"granularity": "per_group"}})
 
 
 @pytest.mark.parametrize(

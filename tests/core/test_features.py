@@ -21,6 +21,9 @@ MUL_IR = FeatureLayout(((4, 1), (3, 3), (2, 5), (2, 7), (2, 1)))
 CHANNELS_FIRST = FeatureLayout(((4, 1), (4, 3), (4, 5), (4, 7)), channels_first=True)
 LAYOUTS = pytest.mark.parametrize("layout", [MUL_IR, CHANNELS_FIRST], ids=["mul_ir", "channels_first"])
 # The plain operations of training, and the fused ones that are differentiated once.
+# Ranges and axes of their own have tests of their own, below.
+STATIC: dict[str, Any] = {"granularity": "per_channel"}
+FIXED: dict[str, Any] = {"granularity": "per_channel", "frame": "fixed"}
 PATHS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
 VECTORS = [
     *(
@@ -79,7 +82,12 @@ def make(
     plain: bool = True,
 ) -> FeatureQuantizer:
     """A quantizer with the same limit for all channels, or the limits given."""
-    quantizer = FeatureQuantizer(layout, ScalarConfig(**(scalars or {})), VectorConfig(**(vectors or {})), headroom=1.0)
+    quantizer = FeatureQuantizer(
+        layout,
+        ScalarConfig(**{**STATIC, **(scalars or {})}),
+        VectorConfig(**{**FIXED, **(vectors or {})}),
+        headroom=1.0,
+    )
     quantizer.load_ranges(torch.as_tensor(limit).expand(quantizer.observed.shape))
     quantizer.differentiable_twice = plain
     return quantizer
@@ -133,7 +141,7 @@ def test_errors_stay_within_the_bounds(
 ) -> None:
     channels = sum(m for m, _ in layout.pieces)
     quantizer = make(layout, vectors, {"bits": 8}, torch.linspace(1.0, 6.0, channels), plain)
-    config = VectorConfig(**vectors)
+    config = VectorConfig(**{**FIXED, **vectors})
     x = random_features(layout, dtype=dtype)
     # All sizes, down to a thousandth.
     x[:100] *= torch.logspace(0, -3, 100, dtype=dtype).view(-1, *[1] * (x.dim() - 1))
@@ -449,7 +457,7 @@ def test_rotations_change_directions_by_the_code_only(plain: bool, codebook: str
     quantizer = make(layout, vectors, {"bits": 8}, plain=plain)
     scalars, v = split(layout, random_features(layout, dtype=torch.float64))
     rounded_scalars, rounded = split(layout, quantizer(join(layout, [scalars, v])))
-    bound = angle_bound(VectorConfig(**vectors), 3)
+    bound = angle_bound(VectorConfig(**{**FIXED, **vectors}), 3)
     for seed in range(3):
         rotation = random_rotation(generator=torch.Generator().manual_seed(seed))
         turned_scalars, turned = split(layout, quantizer(join(layout, [scalars, v @ rotation.t()])))
@@ -515,7 +523,7 @@ def test_higher_orders_commute_with_flips_and_permutations_of_components(dimensi
 @PATHS
 @pytest.mark.parametrize("scheme", ["mddq", "components"])
 def test_ranges_are_the_largest_sizes_seen(layout: FeatureLayout, plain: bool, scheme: str) -> None:
-    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(scheme=scheme), headroom=2.0)
+    quantizer = FeatureQuantizer(layout, ScalarConfig(**STATIC), VectorConfig(**FIXED, scheme=scheme), headroom=2.0)
     quantizer.differentiable_twice = plain
     quantizer.load_ranges(torch.full_like(quantizer.observed, 100.0))
     quantizer.start_observing()
@@ -561,7 +569,7 @@ def test_ranges_in_training_forget_slowly() -> None:
 
 def test_silent_channels_get_a_small_range() -> None:
     layout = FeatureLayout(((3, 1), (2, 3), (2, 5)))
-    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(), headroom=1.5)
+    quantizer = FeatureQuantizer(layout, ScalarConfig(**STATIC), VectorConfig(**FIXED), headroom=1.5)
     quantizer.load_ranges(torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))
     assert torch.allclose(quantizer.limit, 1.5 * torch.tensor([0.1, 6.4, 0.1, 3.2, 0.05, 1 / 1.5, 1 / 1.5]))
     assert torch.equal(quantizer.ranges(), torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))

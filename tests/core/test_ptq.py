@@ -50,7 +50,8 @@ class PairPotential(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(0.5))
         layout = FeatureLayout(((32, 1),))
         self.features = torch.nn.ModuleList(
-            FeatureQuantizer(layout, ScalarConfig(bits=n), VectorConfig(), headroom=2.0) for n in feature_bits
+            FeatureQuantizer(layout, ScalarConfig(bits=n, granularity="per_channel"), VectorConfig(), headroom=2.0)
+            for n in feature_bits
         )
 
     def forward(self, positions: Tensor) -> Tensor:

@@ -65,7 +65,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tp_path_channel_coupling": False,
         "allegro_mlp_hidden_layers_depth": 2,
         "allegro_mlp_nonlinearity": None,
-        "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodySplineScalarEmbed", "num_splines": 8, "spline_span": 6},
+        "radial_chemical_embed": {
+            "_target_": "allegro.nn.TwoBodySplineScalarEmbed",
+            "num_splines": 8,
+            "spline_span": 6,
+        },
     },
 }
 
@@ -171,9 +175,7 @@ def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
 
     made: dict[Any, Any] = {}
 
-    def get(
-        preset: str = "gaq", variant: str = "plain", dtype: str = "float32", status: str = "converted"
-    ) -> Any:
+    def get(preset: str = "gaq", variant: str = "plain", dtype: str = "float32", status: str = "converted") -> Any:
         key = (preset, variant, dtype)
         if key not in made:
             model = gaq.prepare(float_model(variant, dtype), without_distillation(preset))
@@ -324,9 +326,7 @@ def train(command: Callable[..., Any]) -> Callable[..., Run]:
         if changes is not None:
             changes(config)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        done = command(
-            "nequip-train", "-cp", str(folder), "-cn", "config", "hydra.run.dir=out", *overrides, cwd=folder
-        )
+        done = command("nequip-train", "-cp", str(folder), "-cn", "config", "hydra.run.dir=out", *overrides, cwd=folder)
         return Run(folder, done)
 
     return run

@@ -1,0 +1,164 @@
+"""Frames that turn with the features, and ranges of each atom's own: exact equivariance, whatever the bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaq.config import ScalarConfig, VectorConfig
+from gaq.physics.rotations import random_rotation
+from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.quantizers.frames import local_frame, mixtures
+
+PATHS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
+CODES = [
+    {},
+    {"magnitude_bits": 8, "direction_bits": 8},
+    {"magnitude_bits": 8, "direction_bits": 6, "codebook": "geodesic"},
+    {"magnitude_bits": 8, "direction_bits": 4, "codebook": "fibonacci", "magnitude": "log"},
+]
+
+
+def orthogonal(dimension: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix: what a rotation does to features of any l is one of these."""
+    q, r = torch.linalg.qr(torch.randn(dimension, dimension, dtype=torch.float64, generator=generator))
+    return q * r.diagonal().sign()
+
+
+def make(layout: FeatureLayout, plain: bool, vectors: dict[str, Any] | None = None, bits: int = 8) -> FeatureQuantizer:
+    quantizer = FeatureQuantizer(layout, ScalarConfig(bits=bits), VectorConfig(**(vectors or {})), headroom=1.0)
+    quantizer.differentiable_twice = plain
+    return quantizer
+
+
+def close(first: Tensor, second: Tensor, share: float = 0.999) -> bool:
+    """Equal to rounding but for a few numbers that lay on the edge between two codes."""
+    return float(((first - second).abs() < 1e-9).double().mean()) >= share
+
+
+@PATHS
+@pytest.mark.parametrize("dimension", [3, 5, 7, 9])
+@pytest.mark.parametrize("vectors", CODES, ids=str)
+def test_rounding_commutes_with_rotations(dimension: int, vectors: dict[str, Any], plain: bool) -> None:
+    generator = torch.Generator().manual_seed(dimension)
+    quantizer = make(FeatureLayout(((12, dimension),)), plain, vectors)
+    x = torch.randn(50, 12, dimension, dtype=torch.float64, generator=generator)
+    turn = orthogonal(dimension, generator)
+    rounded = quantizer(x.flatten(1)).unflatten(1, (12, dimension))
+    turned = quantizer((x @ turn.T).flatten(1)).unflatten(1, (12, dimension))
+    assert close(turned, rounded @ turn.T)
+    assert (rounded - x).abs().max() > 1e-5  # it does round
+    inverted = quantizer((-x).flatten(1)).unflatten(1, (12, dimension))
+    assert close(inverted, -rounded)
+
+
+@PATHS
+def test_forces_commute_with_rotations(plain: bool) -> None:
+    """The straight-through gradient turns with the features as well."""
+    quantizer = make(FeatureLayout(((6, 3),)), plain)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 6, 3, dtype=torch.float64, generator=generator)
+    weight = torch.randn(20, 6, 3, dtype=torch.float64, generator=generator)
+    turn = random_rotation(torch.float64, torch.device("cpu"))
+
+    def gradient(x: Tensor, weight: Tensor) -> Tensor:
+        x = x.clone().requires_grad_(True)
+        (quantizer(x.flatten(1)).unflatten(1, (6, 3)) * weight).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert close(gradient(x @ turn.T, weight @ turn.T), gradient(x, weight) @ turn.T)
+
+
+@pytest.mark.parametrize("dimension", [3, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_axes_are_orthonormal_or_absent(dimension: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for span in range(dimension + 1):
+        basis = torch.randn(span, dimension, dtype=torch.float64, generator=generator)
+        x = (torch.randn(30, 8, span, dtype=torch.float64, generator=generator) @ basis).to(dtype)
+        axes = local_frame(x, mixtures(dimension, 8).to(dtype), dimension)
+        gram = axes @ axes.transpose(1, 2)
+        present = gram.diagonal(dim1=1, dim2=2).round()
+        assert torch.allclose(gram, torch.diag_embed(present), atol=1e-5 if dtype == torch.float32 else 1e-12)
+        # An axis that is left over by rounding does no harm: nothing lies along it.
+        assert (present.sum(1) >= span).all()
+        # Nothing of the vectors lies outside the axes.
+        inside = x @ axes.transpose(1, 2) @ axes
+        assert torch.allclose(inside, x, atol=1e-4 if dtype == torch.float32 else 1e-12)
+
+
+@PATHS
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_symmetric_sites(plain: bool, channels: int) -> None:
+    """Vectors on one axis keep it exactly; vectors in a plane stay in it; zero stays zero."""
+    generator = torch.Generator().manual_seed(1)
+    quantizer = make(FeatureLayout(((channels, 3),)), plain)
+    axis = torch.nn.functional.normalize(torch.randn(3, dtype=torch.float64, generator=generator), dim=0)
+    line = torch.randn(10, channels, 1, dtype=torch.float64, generator=generator) * axis
+    rounded = quantizer(line.flatten(1)).unflatten(1, (channels, 3))
+    assert torch.linalg.cross(rounded, axis.expand_as(rounded)).abs().max() < 1e-12
+    normal = torch.linalg.cross(axis, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+    flat = torch.randn(10, channels, 3, dtype=torch.float64, generator=generator)
+    flat = flat - (flat @ normal).unsqueeze(-1) * normal / (normal @ normal)
+    assert (quantizer(flat.flatten(1)).unflatten(1, (channels, 3)) @ normal).abs().max() < 1e-12
+    assert quantizer(torch.zeros(3, 3 * channels)).abs().max() == 0
+
+
+@PATHS
+@pytest.mark.parametrize("first", [False, True], ids=["mul_ir", "channels_first"])
+def test_ranges_of_an_atom_are_its_own(plain: bool, first: bool) -> None:
+    """Rounding commutes with scaling an atom's features, and does not see the other atoms."""
+    layout = FeatureLayout(((4, 1), (4, 3), (4, 5)), channels_first=first)
+    quantizer = make(layout, plain)
+    generator = torch.Generator().manual_seed(2)
+    shape = (20, 4, 9) if first else (20, 36)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    sizes = torch.logspace(-6, 6, 20, dtype=torch.float64).view(20, *[1] * (x.dim() - 1))
+    rounded = quantizer(x)
+    assert close(quantizer(x * sizes) / sizes, rounded)
+    assert torch.equal(quantizer(x[3:5]), rounded[3:5])
+    # Eight bits of the largest feature of the atom, wherever it lies.
+    assert (rounded - x).abs().max() < x.abs().max() / 50
+    assert not quantizer.needs_ranges
+
+
+@PATHS
+def test_the_largest_feature_keeps_its_gradient(plain: bool) -> None:
+    """It sets the range, and must not be found outside it."""
+    quantizer = make(FeatureLayout(((5, 1), (5, 3))), plain, bits=16)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(2000, 20, dtype=dtype, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+        quantizer(x)[:, :5].sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad[:, :5], torch.ones_like(x.grad[:, :5]))
+
+
+def test_irreps_of_one_dimension_have_axes_of_their_own() -> None:
+    """1o and 1e turn alike but not under inversion: mixed axes would break parity."""
+    quantizer = make(FeatureLayout(((4, 3), (4, 3))), True)
+    x = torch.randn(30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    odd = torch.cat((-torch.ones(12), torch.ones(12))).double()
+    assert close(quantizer(x * odd), quantizer(x) * odd)
+
+
+@pytest.mark.parametrize("vectors", CODES, ids=str)
+def test_both_paths_and_torchscript_give_the_same(vectors: dict[str, Any]) -> None:
+    layout = FeatureLayout(((4, 1), (3, 3), (2, 5)))
+    plain, fused = make(layout, True, vectors), make(layout, False, vectors)
+    x = torch.randn(40, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    weight = torch.randn(40, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    scripted = torch.jit.script(make(layout, True, vectors))
+    results = []
+    for quantizer in (plain, fused, scripted):
+        leaf = x.clone().requires_grad_(True)
+        out = quantizer(leaf)
+        (out * weight).sum().backward()
+        assert leaf.grad is not None
+        results.append((out.detach(), leaf.grad))
+    for out, gradient in results[1:]:
+        assert close(out, results[0][0])
+        assert close(gradient, results[0][1])
