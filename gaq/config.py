@@ -154,6 +154,10 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
     return value
 
 
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
 def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") -> Any:
     """`base` with the keys of a user's mapping, each checked against the field of that name."""
     fields = {f.name: f for f in dataclasses.fields(base)}
@@ -178,7 +182,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         elif key == "overrides":
             values[key] = _check_overrides(value, here)
         elif key != "preset":
-            values[key] = _check_value(here, section + key, value, str(fields[key].type))
+            values[key] = _check_value(here, section + key, value, _type_name(fields[key].type))
     return dataclasses.replace(base, **values)
 
 

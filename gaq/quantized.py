@@ -1,7 +1,5 @@
 """What quantized models of every framework share: their state, their quantizers, the codes of their weights."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -213,7 +211,9 @@ class StoredState:
     steps: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]) -> StoredState:
+    def of(
+        cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]
+    ) -> "StoredState":
         """The state of a quantized model, whose weight quantizers are given by parameter name."""
         return cls(
             meta=meta,
@@ -231,7 +231,7 @@ class StoredState:
         return {"meta": self.meta, "weights": weights, **texts}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> StoredState:
+    def from_json(cls, plain: Mapping[str, Any]) -> "StoredState":
         """Inverse of `to_json`."""
         weights = {n: FixedWeight(b, g, size, _from_text(text)) for n, (b, g, size, text) in plain["weights"].items()}
         groups = {

@@ -4,8 +4,7 @@ Kept apart from `gaq.config`, which reads what a user writes: a packaged model e
 import, and these need nothing but the standard library.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: `dataclasses` looks them up in sys.modules, where those of a package are not.
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ An adapter finds the sites of a model and says how their weights and inputs lie;
 same in every framework.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -3,7 +3,7 @@
 Such a file is a zip archive that AOTInductor made. torch's loader reads of it, below one root folder of any name:
 
 =====================================================  ========================================================
-``archive_format``, ``archive_version``, ``.data/``    what the archive says of itself
+``archive_format`` and ``_version``, ``byteorder``     what the archive says of itself, with ``.data/``
 ``data/aotinductor/model/NAME.so``                     the compiled model; its constants are ELF sections
 ``data/aotinductor/model/NAME_metadata.json``          strings, NequIP's and ours
 ``data/aotinductor/model/NAME.json``                   operators that are called through torch, where there are any

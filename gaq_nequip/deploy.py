@@ -166,12 +166,46 @@ def compile_model(source: Path, output: Path, target: str, device: str) -> None:
     """NequIP's own compilation with the weights frozen to integers, then slimmed; writes `output`."""
     from nequip.scripts import compile as nequip_compile
 
-    from gaq_nequip import artefact
+    from gaq_nequip import artefact, files
 
     arguments = ["--mode", "aotinductor", "--device", device, "--target", target, "--modifiers", "enable_GAQInt8"]
+    data = _with_cell(files.example_data(source))
+    if data is not None:
+        path = output.with_name("example.pt")
+        _save_data(data, path)
+        arguments += ["--data-path", str(path)]
     nequip_compile.main([str(source), str(output), *arguments])
+    logging.disable(logging.INFO)
     if not artefact.slim(output, output):
-        print("nequip-deploy: there is no program `strip` here, so debug symbols stay in the file.", file=sys.stderr)
+        print("nequip-deploy: the debug symbols could not be stripped (program `strip`), and stay.", file=sys.stderr)
+
+
+def _with_cell(data: Any) -> Any | None:
+    """The example structure in a box, if it is a molecule without one; None if it need not be changed.
+
+    NequIP divides the virial by the volume and compares the stress it gets: without a cell its own compilation fails.
+    """
+    import torch
+    from nequip.data import AtomicDataDict
+
+    cell = data[AtomicDataDict.CELL_KEY]
+    if bool((torch.linalg.det(cell) != 0).all()):
+        return None
+    positions = data[AtomicDataDict.POSITIONS_KEY]
+    size = positions.amax(0) - positions.amin(0) + 20.0
+    return {**data, AtomicDataDict.CELL_KEY: torch.diag(size).unsqueeze(0).to(cell)}
+
+
+def _save_data(data: Any, path: Path) -> None:
+    """Write data as `nequip-compile --data-path` reads it: the state of a TorchScript module."""
+    import torch
+
+    holder = torch.nn.Module()
+    for name, value in data.items():
+        holder.register_buffer(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and what NequIP asks for
+        torch.jit.save(torch.jit.script(holder), path)
 
 
 def _check(model: Any, source: Path, deployed: Path, target: str, device: str) -> Check | None:
@@ -268,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command ``nequip-deploy``; returns the exit code."""
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
-    logging.getLogger("nequip").setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
     try:
         return _build(arguments) if arguments.command == "build" else _info(arguments)
     except (ValueError, TypeError, OSError) as error:

@@ -185,6 +185,7 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
         return model
     model.eval()
     finish_features(model)
+    state.notes["float_weight_bytes"] = 4 * sum(p.numel() for p in model.parameters())
     sites = find_sites(model)
     if fold and (found := _foldable(model, sites)) is not None:
         _fold(model, sites, found[1])

@@ -301,8 +301,8 @@ def _size_metadata(model: torch.nn.Module) -> dict[str, str]:
     if not packed:
         return {}
     return {
-        "gaq_weight_bytes": str(sum(m.bytes for m in packed)),
-        "gaq_float_weight_bytes": str(sum(4 * m.numel for m in packed)),
+        "gaq_weight_bytes": str(sum(m.bytes for m in packed) + 4 * sum(p.numel() for p in model.parameters())),
+        "gaq_float_weight_bytes": str(require_state(model).notes.get("float_weight_bytes", "")),
         "gaq_folded": str(int(any(hasattr(m, "gaq_folded") for m in model.modules()))),
     }
 

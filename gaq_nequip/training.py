@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 import torch
 from nequip.data import AtomicDataDict
+from nequip.scripts._workflow_utils import get_workflow_state
 from nequip.utils import RankedLogger
 from torch import Tensor
 
@@ -42,6 +43,8 @@ def start(model: torch.nn.Module, spec: Any) -> None:
     config = parse_config(spec)
     for name, own in graph_models(model).items():
         prepare(own, config)
+        if get_workflow_state() != "train":
+            continue  # a checkpoint that is loaded, and was described when it was trained
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
         for line in describe_schedule(config):
             logger.info(line)

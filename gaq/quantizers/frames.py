@@ -7,8 +7,9 @@ along them do not change under rotation, and whatever is done to these is equiva
 
     ``v_q = Q^T code(Q v)``, ``Q -> Q D^T`` and ``v -> D v`` under a rotation D, so ``v_q -> D v_q``.
 
-Inversion and reflections are among the D: all axes change with the features. Where the features span less than the whole space (an atom on an axis or in a plane
-of symmetry, or few channels) the missing axes are zero: there is no component along them.
+Inversion and reflections are among the D: all axes change with the features. Where the features span less than the
+whole space (an atom on an axis or in a plane of symmetry, or few channels) the missing axes are zero: there is no
+component along them.
 
 The axes themselves are a few numbers an atom, however many channels there are.
 """
