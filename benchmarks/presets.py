@@ -1,0 +1,232 @@
+"""Every preset on a trained model, post-training and after a short training: what the framework scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.io import read
+from common import load_json, nve_replicas, spaced, write_result
+
+import gaq
+from gaq.adapter import adapter_for
+from gaq.config import parse_config
+from gaq.physics.conservation import central_difference_error
+from gaq.physics.errors import force_and_energy_mae
+from gaq.physics.lee import local_equivariance_error
+from gaq.reporting.gates import BOUNDS
+from gaq.reporting.tables import markdown_table
+
+__all__ = ["PRESETS", "Framework", "main"]
+
+PRESETS = ("naive_w8a8", "w8a8", "w4a8", "w8", "w4", "w8a16", "w4a16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Framework:
+    """What differs from one framework to the other.
+
+    Attributes:
+        doc: of the script, for ``--help``.
+        name: of the result file.
+        model: default float model; ``train`` and ``test``: default data.
+        suffix: of quantized files.
+        train_model: ``(arguments, preset or None) -> path of the trained model``, by the stock command.
+        float_bytes: ``(arguments) -> size`` of the float file to compare with.
+    """
+
+    doc: str
+    name: str
+    model: Path
+    train: Path
+    test: Path
+    suffix: str
+    train_model: Callable[[argparse.Namespace, str | None], Path]
+    float_bytes: Callable[[argparse.Namespace], int]
+
+
+def arguments(framework: Framework) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=framework.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for models and partial results")
+    parser.add_argument("--stage", choices=("ptq", "qat", "nve", "table", "all"), default="all")
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
+    parser.add_argument("--model", type=Path, default=framework.model)
+    parser.add_argument("--train", type=Path, default=framework.train)
+    parser.add_argument("--test", type=Path, default=framework.test)
+    parser.add_argument("--epochs", type=int, default=3, help="extra epochs of the QAT and of the FP32 run beside it")
+    parser.add_argument("--frames", type=int, default=1000, help="test structures for the errors")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default=framework.name, help="of the result file")
+    return parser.parse_args()
+
+
+def measure(
+    model: torch.nn.Module, reference: torch.nn.Module, test: list[Any], path: Path, frames: int
+) -> dict[str, Any]:
+    """All metrics of one model: errors in its own dtype, the rest in float64."""
+    adapter = adapter_for(model)
+    errors = force_and_energy_mae(adapter.potential(model, 50), spaced(test, frames))
+    double = adapter.in_float64(model)
+    potential = adapter.potential(double, 20)
+    sample = spaced(test, 40)
+    forces = np.concatenate(potential(sample)[1])
+    with adapter.unquantized(double):
+        smooth = np.concatenate(potential(sample)[1])
+    ideal = np.concatenate(adapter.potential(adapter.in_float64(reference), 20)(sample)[1])
+    lee = local_equivariance_error(potential, spaced(test, 20), rotations=4)
+    central = central_difference_error(potential, spaced(test, 10), components_per_structure=8)
+    return {
+        "force_mae_mev_per_angstrom": errors.force_mae_mev_per_angstrom,
+        "energy_mae_mev_per_atom": errors.energy_mae_mev_per_atom,
+        "test_structures": min(frames, len(test)),
+        "force_difference_to_fp32_mev_per_angstrom": float(1000 * np.abs(forces - ideal).mean()),
+        "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
+        "lee_mev_per_angstrom": lee.mean_mev_per_angstrom,
+        "central_difference_relative_error": {f"{h:g}": e.relative_error for h, e in central.items()},
+        "file_bytes": path.stat().st_size,
+        "weight_bytes": sum(row.bytes for row in adapter.rows(model)),
+    }
+
+
+def store(work: Path, key: str, row: dict[str, Any]) -> None:
+    (work / f"row_{key}.json").write_text(json.dumps(row, indent=1))
+    print(key, json.dumps(row), flush=True)
+
+
+def ptq(framework: Framework, args: argparse.Namespace, train: list[Any], test: list[Any]) -> None:
+    reference = gaq.load(args.model)
+    if not (args.work / "row_fp32.json").exists():
+        row = measure(reference, reference, test, args.model, args.frames)
+        store(args.work, "fp32", {**row, "file_bytes": framework.float_bytes(args)})
+    for preset in args.presets:
+        start = time.time()
+        model = gaq.prepare(copy.deepcopy(reference), preset)
+        gaq.calibrate(model, train, progress=False)
+        path = args.work / f"ptq_{preset}{framework.suffix}"
+        gaq.save(gaq.convert(model), path)
+        seconds = time.time() - start
+        row = measure(gaq.load(path), reference, test, path, args.frames)
+        store(args.work, f"ptq_{preset}", {**row, "seconds_to_quantize": seconds})
+
+
+def qat(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None:
+    reference = gaq.load(args.model)
+    for preset in (None, *args.presets):
+        name = f"qat_{preset or 'fp32'}"
+        if preset is None and (args.work / f"row_{name}.json").exists():
+            continue
+        start = time.time()
+        path = framework.train_model(args, preset)
+        seconds = time.time() - start
+        model = gaq.load(path)
+        if preset is not None and not path.name.endswith(framework.suffix):
+            trained, path = path, args.work / f"{name}{framework.suffix}"
+            gaq.save(model, path)
+            model = gaq.load(trained)
+        row = measure(model, reference, test, path, args.frames)
+        if preset is None:
+            row["file_bytes"] = framework.float_bytes(args)
+        store(args.work, name, {**row, "seconds_to_train": seconds, "epochs": args.epochs})
+
+
+def nve(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None:
+    """6 x 2 ps without thermostat, 0.5 fs, float32, for each post-training model there is."""
+    paths = {"fp32": args.model, **{f"ptq_{p}": args.work / f"ptq_{p}{framework.suffix}" for p in args.presets}}
+    for key, path in paths.items():
+        if not path.exists() or (args.work / f"nve_{key}.json").exists():
+            continue
+        model = gaq.load(path)
+        result = nve_replicas(adapter_for(model).potential(model, 6), test[0])
+        (args.work / f"nve_{key}.json").write_text(json.dumps(result))
+        print(key, result, flush=True)
+
+
+def gate_summary(row: dict[str, Any], fp32: dict[str, Any], naive: dict[str, Any], preset: str, trained: bool) -> str:
+    """Which of the bounds a row keeps: accuracy, LEE, LEE against naive, central differences, size."""
+    bounds = BOUNDS[preset]
+    allowed = bounds.force_mae_qat if trained or bounds.force_mae_ptq is None else bounds.force_mae_ptq
+    verdicts = {
+        "F": row["force_mae_mev_per_angstrom"] <= allowed * fp32["force_mae_mev_per_angstrom"],
+        "LEE": row["lee_mev_per_angstrom"] <= bounds.lee
+        and naive["lee_mev_per_angstrom"] >= bounds.lee_against_naive * row["lee_mev_per_angstrom"],
+        "CD": row["central_difference_relative_error"]["0.01"] <= bounds.central_difference,
+        "size": row["size_ratio"] >= bounds.file_size,
+    }
+    failed = [name for name, passed in verdicts.items() if not passed]
+    return "all pass" if not failed else "fails " + ", ".join(failed)
+
+
+def table(framework: Framework, args: argparse.Namespace) -> None:
+    rows = []
+    size = framework.float_bytes(args)
+    weights = load_json(args.work / "row_fp32.json").get("weight_bytes")
+    for training in ("float", "ptq", "qat"):
+        keys = {
+            "float": ["fp32"],
+            "ptq": [f"ptq_{p}" for p in PRESETS],
+            "qat": ["qat_fp32", *(f"qat_{p}" for p in PRESETS)],
+        }
+        base = load_json(args.work / ("row_qat_fp32.json" if training == "qat" else "row_fp32.json"))
+        for key in keys[training]:
+            row = load_json(args.work / f"row_{key}.json")
+            if not row:
+                continue
+            preset = key.removeprefix("ptq_").removeprefix("qat_")
+            row = {"scheme": preset, "training": training, **row, "size_ratio": size / row["file_bytes"]}
+            if weights and "weight_bytes" in row:
+                row["weight_ratio"] = weights / row["weight_bytes"]
+            row["nve"] = load_json(args.work / f"nve_{key}.json") or None
+            naive = load_json(args.work / f"row_{'qat' if training == 'qat' else 'ptq'}_naive_w8a8.json")
+            if preset != "fp32" and naive:
+                row["gates"] = gate_summary(row, base, naive, preset, training == "qat")
+            rows.append(row)
+    configs = {p: dataclasses.asdict(parse_config(p)) for p in PRESETS}
+    path = write_result(args.name, rows, work=args.work, model=args.model.name, test=args.test.name, presets=configs)
+    shown = []
+    for row in rows:
+        central = row["central_difference_relative_error"]
+        drift = row["nve"]
+        shown.append(
+            {
+                "scheme": row["scheme"],
+                "training": row["training"],
+                "F MAE": f"{row['force_mae_mev_per_angstrom']:.2f}",
+                "E MAE": f"{row['energy_mae_mev_per_atom']:.2f}",
+                "LEE": f"{row['lee_mev_per_angstrom']:.4f}",
+                "dF twin": f"{row['force_difference_to_smooth_twin_mev_per_angstrom']:.3f}",
+                "central differences 0.1 / 0.03 / 0.01 A, %": " / ".join(f"{100 * v:.2f}" for v in central.values()),
+                "NVE drift": f"{drift['drift_mev_per_atom_per_ps']:.4f} ± {drift['standard_error']:.4f}"
+                if drift
+                else "-",
+                "KiB": f"{row['file_bytes'] / 1024:.0f}",
+                "smaller": f"{row['size_ratio']:.1f}x",
+                "weights smaller": f"{row['weight_ratio']:.2f}x" if "weight_ratio" in row else "-",
+                "gates": row.get("gates", ""),
+            }
+        )
+    print(markdown_table(shown, list(shown[0])))
+    print(f"written: {path.name}")
+
+
+def main(framework: Framework) -> None:
+    """Run the stages asked for."""
+    args = arguments(framework)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    train, test = read(args.train, ":"), read(args.test, ":")
+    if args.stage in ("ptq", "all"):
+        ptq(framework, args, train, test)
+    if args.stage in ("qat", "all"):
+        qat(framework, args, test)
+    if args.stage in ("nve", "all"):
+        nve(framework, args, test)
+    if args.stage in ("table", "all"):
+        table(framework, args)
