@@ -22,7 +22,7 @@ from presets import Framework, main
 
 
 def training_input(args: argparse.Namespace, preset: str | None) -> dict[str, Any]:
-    """The YAML of a fine-tuning run, from the one the model was trained with: the same for FP32 but for the last key."""
+    """The YAML of a fine-tuning run, made of the one the model was trained with; FP32 has all but the last key."""
     stored = torch.load(args.model, map_location="cpu", weights_only=False)["hyper_parameters"]["info_dict"]
     module = dict(stored["training_module"])
     data = dict(stored["data"])

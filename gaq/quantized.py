@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +27,15 @@ __all__ = [
     "feature_quantizers",
     "finish_features",
     "fixed_codes",
+    "is_kind",
     "require_state",
     "same_grid",
     "state_of",
     "unquantized",
     "weight_quantizers",
 ]
+
+Kind = TypeVar("Kind", bound=torch.nn.Module)
 
 FORMAT = 1
 """Version of the stored form; a file of a later one is refused."""
@@ -127,12 +130,17 @@ def feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantize
     return FeatureQuantizer(site.features, scalars, vectors, config.calibration.headroom)
 
 
+def is_kind(module: torch.nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a module is of one of our classes, by name: those of a packaged model are not the installed ones."""
+    return isinstance(module, kind) or type(module).__name__ == kind.__name__
+
+
 def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
     """The feature quantizers of a model, by site name."""
     return {
         name.removesuffix(".input_quantizer"): module
         for name, module in model.named_modules()
-        if isinstance(module, FeatureQuantizer)
+        if is_kind(module, FeatureQuantizer)
     }
 
 
@@ -151,8 +159,8 @@ def unquantized(model: torch.nn.Module) -> Iterator[None]:
 
     In a converted model the weights are rounded already; only its activations become exact.
     """
-    weights = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
-    features = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+    weights = [m for m in model.modules() if is_kind(m, WeightQuantizer)]
+    features = [m for m in model.modules() if is_kind(m, FeatureQuantizer)]
     before_w = [m.enabled for m in weights]
     before_f = [(m.scalars_enabled, m.vectors_enabled, m.observing) for m in features]
     try:

@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["quantized"]
 
 
-def quantized(model: dict[str, Any], quantization: Any = "gaq") -> Any:
+def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> Any:
     """Build a model and quantize it.
 
     .. code-block:: yaml
@@ -21,6 +21,7 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq") -> Any:
     Args:
         model: configuration of the model, with its own ``_target_``.
         quantization: preset or mapping, as for the key ``quantization``.
+        keys: further arguments of that builder (``model_dtype``, ``type_names``, ...), added to `model`.
 
     Returns:
         The model, ready for training.
@@ -32,7 +33,7 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq") -> Any:
 
     from gaq_nequip.training import start
 
-    inner = dict(model)
+    inner = {**model, **keys}
     if "_target_" not in inner:
         raise ValueError("training_module.model.model: needs the key _target_, the builder of the model.")
     built = get_method(inner.pop("_target_"))(**inner)

@@ -234,13 +234,14 @@ def float_weight_bytes(model: Any) -> int:
 def _table(model: Any, source: Path, deployed: Path, check: Check | None) -> str:
     import copy
 
+    from gaq.quantized import is_kind
     from gaq_nequip import artefact
     from gaq_nequip.freeze import freeze
     from gaq_nequip.packed import PackedWeight
 
     def packed(fold: bool) -> tuple[int, int]:
         frozen = freeze(copy.deepcopy(model), fold=fold)
-        weights = [m for m in frozen.modules() if isinstance(m, PackedWeight)]
+        weights = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
         rest = 4 * sum(p.numel() for p in frozen.parameters())
         return sum(m.bytes for m in weights) + rest, sum(m.numel for m in weights)
 

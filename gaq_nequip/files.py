@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from gaq.config import parse_config
 from gaq.quantized import FixedWeight, ModelFileError, ModelState, check_format, state_of
-from gaq_nequip.freeze import freeze
 from gaq_nequip.model import graph_models
 
 __all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
@@ -66,14 +64,8 @@ def _name_of(path: Path) -> str:
     raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
 
 
-def _localize(model: torch.nn.Module) -> None:
-    """Give the quantized modules of a packaged model the installed classes in place of the package's own."""
-    for module in model.modules():
-        name = type(module).__module__
-        if name.startswith("<torch_package_"):
-            own = name.split(">.", 1)[1]
-            if own.split(".")[0] in ("gaq", "gaq_nequip"):
-                module.__class__ = getattr(import_module(own), type(module).__qualname__)
+def _own_state(model: torch.nn.Module) -> None:
+    """Give a packaged model a state of the installed class, with the configuration checked anew."""
     state: Any = model.__dict__.get("gaq_state")
     if state is not None and not isinstance(state, ModelState):
         config = parse_config(state.config.to_dict())
@@ -169,7 +161,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if list(models) != [_SOLE_MODEL_KEY]:
         raise ModelFileError(f"{path}: holds {len(models)} models ({', '.join(models)}); only single ones can be read.")
     model = models[_SOLE_MODEL_KEY]
-    _localize(model)
+    _own_state(model)
     state = state_of(model)
     if state is not None:
         check_format(state.notes.get("meta", {}), str(path))
@@ -275,7 +267,9 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     from nequip.utils.versions import get_current_code_versions
     from nequip.utils.versions.version_utils import get_version_safe
 
-    frozen = freeze(copy.deepcopy(model).cpu())
+    frozen: Any = copy.deepcopy(model).cpu()
+    # By the model's own class: what comes from a package has to go back as the package's.
+    type(frozen).enable_GAQInt8(frozen)
     frozen.__dict__.pop(SOURCE, None)
     sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]
     importers: tuple[Any, ...] = (sys_importer,)

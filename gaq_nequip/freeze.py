@@ -19,8 +19,8 @@ from nequip.data import AtomicDataDict
 from nequip.nn.embedding.node import NodeTypeEmbed
 from torch import Tensor
 
-from gaq.quantized import finish_features, require_state
-from gaq.quantizers.weights import Block, QuantizedTensor, WeightLayout, WeightQuantizer
+from gaq.quantized import finish_features, is_kind, require_state
+from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
 from gaq.sites import Site
 from gaq_nequip.modules import site_quantizers
 from gaq_nequip.packed import PackedWeight
@@ -136,7 +136,7 @@ def _foldable(model: torch.nn.Module, sites: list[Site]) -> tuple[str, Any] | No
         quantizers = list(site_quantizers(site).values())
         modes = {ins.connection_mode for ins in site.module.instructions}  # type: ignore[union-attr]
         scalars = all(ir.l == 0 for _, ir in site.module.irreps_in2)  # type: ignore[union-attr]
-        if not quantizers or not isinstance(quantizers[0], WeightQuantizer) or modes != {"uvw"} or not scalars:
+        if not quantizers or not is_kind(quantizers[0], WeightQuantizer) or modes != {"uvw"} or not scalars:
             return None
         # Other products of the attributes keep the embedding they were made for.
         if not site.name.endswith(".conv.sc"):
@@ -193,7 +193,7 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
     for site in sites:
         for weight in site.weights:
             quantizer = site_quantizers(site).get(weight.path)
-            if not isinstance(quantizer, WeightQuantizer):
+            if not is_kind(quantizer, WeightQuantizer):
                 continue
             packed = _pack(site.module, weight.parameter, quantizer)
             module: Any = site.module
@@ -201,14 +201,9 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
                 module.weights_quantizers[int(weight.parameter.split(".")[1])] = packed
             else:
                 module.weight_quantizer = packed
-        if site.kind == "deep_linear" and all(isinstance(q, PackedWeight) for q in site_quantizers(site).values()):
+        if site.kind == "deep_linear" and all(is_kind(q, PackedWeight) for q in site_quantizers(site).values()):
             site.module.weights = torch.nn.ParameterList()
     state.status = "frozen"
     state.weights = {}
     model.requires_grad_(False)
     return model
-
-
-def codes_of(model: torch.nn.Module) -> dict[str, QuantizedTensor]:
-    """Codes and scales of a frozen model, by the names of the modules that hold them."""
-    return {name: m.tensor() for name, m in model.named_modules() if isinstance(m, PackedWeight)}

@@ -15,7 +15,6 @@ from gaq.quantized import FORMAT, FixedWeight, ModelState, feature_quantizers, f
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.summary_table import SummaryRow
 from gaq_nequip import modules
-from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import bystanders, class_name, find_sites
 
 __all__ = ["convert", "graph_models", "in_float64", "prepare", "quantized_weights", "rows"]
@@ -149,7 +148,6 @@ def rows(model: torch.nn.Module) -> list[SummaryRow]:
     for name, module in model.named_modules():
         if getattr(module, "gaq_folded", False):
             packed: Any = module.weight_quantizer
-            assert isinstance(packed, PackedWeight)
             scale = packed.scale.float()
             found.append(
                 SummaryRow(

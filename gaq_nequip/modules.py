@@ -26,7 +26,7 @@ from nequip.nn.mlp import DeepLinearMLP, ScalarLinearLayer
 from nequip.nn.model_modifier_utils import model_modifier
 from torch import Tensor
 
-from gaq.quantized import StoredState, require_state, same_grid, state_of
+from gaq.quantized import StoredState, is_kind, require_state, same_grid, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.sites import Site
@@ -192,20 +192,20 @@ def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
 def weight_quantizers(model: torch.nn.Module) -> dict[str, WeightQuantizer]:
     """The weight quantizers of a model that still has its weights, by parameter name."""
     return {
-        f"{site.name}.{path}": quantizer
+        f"{site.name}.{path}": quantizer  # type: ignore[misc]
         for site in find_sites(model)
         for path, quantizer in site_quantizers(site).items()
-        if isinstance(quantizer, WeightQuantizer)
+        if is_kind(quantizer, WeightQuantizer)
     }
 
 
 def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
     """The packed weights of a frozen model, by the name its parameter had."""
     return {
-        f"{site.name}.{path}": packed
+        f"{site.name}.{path}": packed  # type: ignore[misc]
         for site in find_sites(model)
         for path, packed in site_quantizers(site).items()
-        if isinstance(packed, PackedWeight)
+        if is_kind(packed, PackedWeight)
     }
 
 
@@ -236,7 +236,7 @@ class _QuantizedRoot:
         if not mode and state.status == "training":
             hold_scales(model)
         for module in model.modules():
-            if isinstance(module, FeatureQuantizer):
+            if is_kind(module, FeatureQuantizer):
                 # Only training differentiates forces again; the rest takes the fused path.
                 module.differentiable_twice = mode
         return self
@@ -297,7 +297,7 @@ class _QuantizedRoot:
 
 
 def _size_metadata(model: torch.nn.Module) -> dict[str, str]:
-    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    packed = [m for m in model.modules() if is_kind(m, PackedWeight)]
     if not packed:
         return {}
     return {

@@ -327,7 +327,7 @@ def test_compiled_nequip_model(
 
     def with_cells(config: Any) -> None:
         # Without cells there are no stresses, and NequIP's own check of what it compiled fails.
-        cells = {"_target_": "nequip.data.transforms.NonPeriodicCellTransform"}
+        cells = {"_target_": "nequip.data.transforms.NonPeriodicCellTransform", "override_cell": True}
         config["data"]["transforms"].insert(0, cells)
         config["run"], config["trainer"]["max_epochs"] = ["train"], 1
 

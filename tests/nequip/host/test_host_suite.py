@@ -34,7 +34,6 @@ COMMON: dict[str, Any] = {
 }
 NEQUIP: dict[str, Any] = {
     "_target_": "nequip.model.NequIPGNNModel",
-    **COMMON,
     "num_layers": 2,
     "l_max": 2,
     "num_features": 8,
@@ -42,7 +41,6 @@ NEQUIP: dict[str, Any] = {
 }
 ALLEGRO: dict[str, Any] = {
     "_target_": "allegro.model.AllegroModel",
-    **COMMON,
     "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed"},
     "l_max": 2,
     "num_layers": 2,
@@ -86,34 +84,42 @@ class QuantizedModelTests(BaseEnergyModelTests):
     def conffile(cls, request: Any) -> str:
         return request.param  # the other one downloads its data
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ase_compile_modifiers(cls) -> Any:
+        return lambda mode, device, dtype: ["enable_GAQInt8"]
+
     @classmethod
     def make_model(cls, model_config: dict[str, Any], device: str) -> Any:
         config = copy.deepcopy(model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_method(config.pop("_target_"))(**config)
-        if config.get("type_names") == COMMON["type_names"]:
-            gaq.prepare(model, {"preset": cls.preset, "distillation": {"steps": 0}})
-            with torch.random.fork_rng(devices=[]):
-                gaq.calibrate(model, calibration_structures(), progress=False)
-            gaq.convert(model)
-            if cls.preset not in ("w8", "w4"):
-                assert feature_quantizers(model)
+        with torch.random.fork_rng(devices=[]):
+            gaq.calibrate(model, calibration_structures(), progress=False)
+        gaq.convert(model)
+        assert bool(feature_quantizers(model)) == (cls.preset not in ("w8", "w4"))
         return model.to(device)
+
+    @classmethod
+    def quantized(cls, model: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of the product's own builder."""
+        spec = {"preset": cls.preset, "distillation": {"steps": 0}}
+        return {"_target_": "gaq_nequip.quantized", **COMMON, "quantization": spec, "model": model}
 
 
 class NequIPTests(QuantizedModelTests):
     @pytest.fixture(scope="class", params=[False, True], ids=["parity_off", "parity_on"])
     @classmethod
     def config(cls, request: Any) -> dict[str, Any]:
-        return {**NEQUIP, "parity": request.param}
+        return cls.quantized({**NEQUIP, "parity": request.param})
 
 
 class AllegroTests(QuantizedModelTests):
     @pytest.fixture(scope="class")
     @classmethod
     def config(cls) -> dict[str, Any]:
-        return dict(ALLEGRO)
+        return cls.quantized(dict(ALLEGRO))
 
     @pytest.fixture
     def strict_locality(self) -> bool:
@@ -145,3 +151,28 @@ class TestAllegroW8(AllegroTests):
 @needs_allegro
 class TestAllegroW4(AllegroTests):
     preset = "w4"
+
+
+class Staircase:
+    """8-bit activations: between two steps the energy is constant, so differences of it over 1e-3 Å are not forces."""
+
+    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=False)
+    def test_numeric_gradient(self, model: Any, atomic_batch: Any, device: str) -> None:
+        super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]
+
+    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=False)
+    def test_numeric_gradient_partial(self, partial_model: Any, atomic_batch: Any, device: str) -> None:
+        super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]
+
+
+class TestNequIPW8A8(Staircase, NequIPTests):
+    preset = "w8a8"
+
+
+class TestNequIPW4A8(Staircase, NequIPTests):
+    preset = "w4a8"
+
+
+@needs_allegro
+class TestAllegroW8A8(Staircase, AllegroTests):
+    preset = "w8a8"
