@@ -247,12 +247,15 @@ def example_data(source: Path) -> Any:
 
     if _name_of(source) == PACKAGE:
         return data_dict_from_package(str(source))
+    from hydra.errors import InstantiationException
+
     try:
         return data_dict_from_checkpoint(str(source))
-    except (FileNotFoundError, OSError) as error:
+    except (OSError, InstantiationException) as error:
+        cause = error.__cause__ or error
         raise ModelFileError(
-            f"{source}: the training data it names cannot be read ({error}). NequIP needs one structure of it to "
-            "package or compile: run from the folder the training was started in."
+            f"{source}: the training data it names cannot be read ({cause}). NequIP needs one structure of it to "
+            "package or compile: run from the folder the training was started in, or write a checkpoint."
         ) from error
 
 

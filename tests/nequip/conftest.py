@@ -323,6 +323,9 @@ def train(command: Callable[..., Any]) -> Callable[..., Run]:
                 frames.append(atoms)
             write(folder / name, frames)
         config = yaml.safe_load(TRAINING)
+        # Absolute: packaging and compilation read one structure of it again, from wherever they are run.
+        config["data"]["split_dataset"]["file_path"] = str(folder / "train.xyz")
+        config["data"]["test_file_path"] = str(folder / "test.xyz")
         if changes is not None:
             changes(config)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -1,0 +1,277 @@
+"""Files of quantized NequIP models: checkpoints and packages, with the plugin and without, whole and damaged."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import numpy as np
+import torch
+
+import gaq
+from gaq.adapter import adapter_for_file
+from gaq.cli import main
+from gaq.quantized import ModelFileError, state_of
+from gaq_nequip import files
+from gaq_nequip.model import quantized_weights
+
+WITHOUT_PLUGIN = """
+import importlib.metadata as metadata, sys
+real = metadata.entry_points
+def entry_points(**keys):
+    found = real(**keys)
+    if keys.get("group") == "nequip.extension":
+        found = metadata.EntryPoints(e for e in found if not e.value.startswith("gaq"))
+    return found
+metadata.entry_points = entry_points
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("gaq", "gaq_nequip"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+ENERGIES = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import logging
+logging.disable(logging.INFO)
+from ase.io import read
+from nequip.integrations.ase import NequIPCalculator
+path = sys.argv[1]
+if path.endswith(".pt2"):
+    calculator = NequIPCalculator.from_compiled_model(path, chemical_species_to_atom_type_map=True)
+else:
+    calculator = NequIPCalculator._from_saved_model(path, chemical_species_to_atom_type_map=True)
+assert not [name for name in sys.modules if name.split(".")[0] in ("gaq", "gaq_nequip")]
+for atoms in read(sys.argv[2], ":"):
+    atoms.calc = calculator
+    print("ENERGY", atoms.get_potential_energy(), *atoms.get_forces().ravel())
+"""
+
+
+def run_without_plugin(path: Path, structures: Path) -> np.ndarray:
+    """Energies and forces by stock NequIP, in a process where this package cannot be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLUGIN + ENERGIES, str(path), str(structures)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ENERGY")]
+    return np.concatenate([np.array(line, dtype=float) for line in lines])
+
+
+def by_calculator(calculator: Any, structures: list[Any]) -> np.ndarray:
+    found = []
+    for atoms in structures:
+        one = atoms.copy()
+        one.calc = calculator
+        found += [one.get_potential_energy(), *one.get_forces().ravel()]
+    return np.array(found)
+
+
+@pytest.fixture(scope="session")
+def frames(trained: Any) -> list[Any]:
+    from ase.io import read
+
+    return list(read(trained.folder / "test.xyz", ":"))
+
+
+@pytest.fixture(scope="session")
+def quantized_file(trained_float: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``quantized_file(suffix)``: the float checkpoint, quantized to w8 by the command."""
+    folder = tmp_path_factory.mktemp("files")
+    made: dict[str, Path] = {}
+
+    def get(suffix: str) -> Path:
+        if suffix not in made:
+            path = folder / f"model{suffix}"
+            spec = "{preset: w8, distillation: {steps: 20, max_structures: 16}}"
+            data = str(trained_float.folder / "train.xyz")
+            arguments = ["quantize", str(trained_float.best), "--config", spec, "-o", str(path), "--force"]
+            code = main([*arguments, "--calibration", data])
+            assert code in (0, 1)
+            made[suffix] = path
+        return made[suffix]
+
+    return get
+
+
+def test_stock_package_of_a_trained_checkpoint(
+    trained: Any, command: Callable[..., Any], frames: list[Any], tmp_path: Path
+) -> None:
+    """`nequip-package build` on a checkpoint of quantization-aware training, used without the plugin, then frozen."""
+    path = tmp_path / "qat.nequip.zip"
+    done = command("nequip-package", "build", trained.best, path, cwd=trained.folder)
+    assert done.returncode == 0, done.stderr
+    expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), frames)
+    assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=2e-5)
+    names = zipfile.ZipFile(path).namelist()
+    assert any(name.endswith("gaq_nequip/modules.py") for name in names)
+    assert not any("yaml" in name and name.endswith(".py") for name in names)
+    info = command("nequip-package", "info", path, "--get-modifiers")
+    assert "enable_GAQInt8" in info.stdout
+    model = gaq.load(path)
+    assert state_of(model).config.preset == "w8a16"
+    frozen = tmp_path / "frozen.nequip.zip"
+    gaq.save(model, frozen)
+    assert frozen.stat().st_size < path.stat().st_size / 3
+    found = run_without_plugin(frozen, trained.folder / "test.xyz")
+    assert np.allclose(found, expected, atol=5e-3)
+    assert state_of(gaq.load(frozen)).status == "frozen"
+    assert "folded by type" in gaq.summary(gaq.load(frozen))
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".nequip.zip"])
+def test_quantize_command(
+    quantized_file: Callable[[str], Path], trained_float: Any, frames: list[Any], suffix: str
+) -> None:
+    path = quantized_file(suffix)
+    model = gaq.load(path)
+    state = state_of(model)
+    assert state.config.preset == "w8"
+    assert state.status == ("converted" if suffix == ".ckpt" else "frozen")
+    assert state.notes["distillation"]["steps"] == 20
+    assert "central_differences" in str(state.notes["gates"]) or state.notes["gates"]
+    calculator = adapter_for_file(path).calculator(path)
+    floats = adapter_for_file(trained_float.best).calculator(trained_float.best)
+    found, exact = by_calculator(calculator, frames), by_calculator(floats, frames)
+    assert 0 < np.abs(found - exact).max() < 0.1
+    assert {q.bits for q in quantized_weights(model).values()} == {8, 16}
+    if suffix == ".nequip.zip":
+        assert np.allclose(run_without_plugin(path, trained_float.folder / "test.xyz"), found, atol=2e-5)
+        assert path.stat().st_size < 400_000
+    else:
+        stored = torch.load(path, map_location="cpu", weights_only=False)
+        assert stored["optimizer_states"] == []
+        assert stored["hyper_parameters"]["model"]["quantization"]["preset"] == "w8"
+
+
+def test_both_forms_agree(quantized_file: Callable[[str], Path], frames: list[Any]) -> None:
+    first, second = (
+        by_calculator(adapter_for_file(path).calculator(path), frames)
+        for path in (quantized_file(".ckpt"), quantized_file(".nequip.zip"))
+    )
+    # Two runs of the same command, and the fold.
+    assert np.allclose(first, second, atol=2e-3)
+
+
+def test_float_packages_can_be_quantized(
+    trained_float: Any, command: Callable[..., Any], frames: list[Any], tmp_path: Path
+) -> None:
+    package = tmp_path / "float.nequip.zip"
+    assert command("nequip-package", "build", trained_float.best, package, cwd=trained_float.folder).returncode == 0
+    model = gaq.load(package)
+    assert state_of(model) is None
+    spec = {"preset": "gaq", "distillation": {"steps": 4}}
+    quantized = gaq.quantize(model, frames, spec, progress=False)
+    path = tmp_path / "gaq.nequip.zip"
+    gaq.save(quantized, path)
+    expected = by_calculator(adapter_for_file(path).calculator(path), frames)
+    assert np.allclose(run_without_plugin(path, trained_float.folder / "test.xyz"), expected, atol=2e-5)
+    assert package.stat().st_size / path.stat().st_size > 3
+    with pytest.raises(ValueError, match="a checkpoint can only be made from a checkpoint"):
+        gaq.save(quantized, tmp_path / "gaq.ckpt")
+    assert not (tmp_path / "gaq.ckpt").exists()
+
+
+def test_inspect_and_report(
+    quantized_file: Callable[[str], Path], trained_float: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = quantized_file(".nequip.zip")
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "preset w8, frozen" in out
+    assert "folded by type" in out
+    data = str(trained_float.folder / "test.xyz")
+    arguments = ["report", str(path), "--reference", str(trained_float.best), "--data", data, "--nve-ps", "0.02"]
+    code = main([*arguments, "-o", str(tmp_path / "report")])
+    assert code in (0, 1)
+    assert (tmp_path / "report" / "report.json").is_file()
+    assert main(["inspect", str(trained_float.best)]) == 0
+    assert "a float model" in capsys.readouterr().out
+
+
+def test_bad_files(trained: Any, quantized_file: Callable[[str], Path], tmp_path: Path) -> None:
+    def refuse(path: Path, *words: str) -> None:
+        with pytest.raises(ModelFileError) as caught:
+            files.load(path)
+        for word in (path.name, *words):
+            assert word in str(caught.value)
+
+    refuse(tmp_path / "missing.ckpt", "no such file")
+    other = tmp_path / "model.pt"
+    other.write_bytes(b"x")
+    refuse(other, ".ckpt, .nequip.zip, .nequip.pt2")
+    package = quantized_file(".nequip.zip").read_bytes()
+    for share in (0.0, 0.5, 0.99):
+        path = tmp_path / "cut.nequip.zip"
+        path.write_bytes(package[: int(share * len(package))])
+        refuse(path, "truncated")
+    middle = len(package) // 3
+    path = tmp_path / "flipped.nequip.zip"
+    path.write_bytes(package[:middle] + bytes([package[middle] ^ 1]) + package[middle + 1 :])
+    with pytest.raises(ModelFileError):
+        files.load(path)
+    checkpoint = trained.best.read_bytes()
+    for share in (0.0, 0.7):
+        path = tmp_path / "cut.ckpt"
+        path.write_bytes(checkpoint[: int(share * len(checkpoint))])
+        refuse(path, "truncated")
+    torch.save({"a": 1}, tmp_path / "other.ckpt")
+    refuse(tmp_path / "other.ckpt", "not a NequIP model")
+
+
+def test_newer_files_are_refused(trained: Any, tmp_path: Path) -> None:
+    model = gaq.load(trained.best)
+    state_of(model).notes["meta"]["format"] = 99
+    gaq.save(model, tmp_path / "newer.ckpt")
+    with pytest.raises(ModelFileError, match="format 99"):
+        gaq.load(tmp_path / "newer.ckpt")
+
+
+def test_saving_needs_a_source(quantized: Callable[..., Any], trained_float: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the file this model came from is not known"):
+        gaq.save(quantized("w8"), tmp_path / "a.nequip.zip")
+    model = gaq.load(trained_float.best)
+    with pytest.raises(ValueError, match="not quantized"):
+        files.save(copy.deepcopy(model), tmp_path / "a.ckpt")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        gaq.save(gaq.prepare(model, "w8"), tmp_path / "nowhere" / "a.ckpt")
+    with pytest.raises(ValueError, match="nequip-deploy build"):
+        gaq.save(model, tmp_path / "a.nequip.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_elements_and_empty_data(
+    trained_float: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ase.build import molecule
+    from ase.io import write
+
+    write(tmp_path / "other.xyz", [molecule("NH3")])
+    output = tmp_path / "out.ckpt"
+    arguments = ["quantize", str(trained_float.best), "-o", str(output), "--calibration"]
+    assert main([*arguments, str(tmp_path / "other.xyz")]) == 2
+    assert "has N, which the model does not know; its types are H, C, O" in capsys.readouterr().err
+    (tmp_path / "empty.xyz").write_text("")
+    assert main([*arguments, str(tmp_path / "empty.xyz")]) == 2
+    assert not output.exists()
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "nequip-train knows the key `quantization`" in capsys.readouterr().out

@@ -1,0 +1,267 @@
+"""The stock `nequip-train` with the key ``quantization``: where it may stand, what it does, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import numpy as np
+import torch
+import yaml
+
+import gaq
+from gaq.quantized import feature_quantizers, state_of
+from gaq_nequip.evaluate import NequIPPotential
+from gaq_nequip.modules import weight_quantizers
+
+
+def with_model_key(value: Any) -> Callable[[Any], None]:
+    def edit(config: Any) -> None:
+        config["training_module"]["model"]["quantization"] = value
+
+    return edit
+
+
+def with_key(value: Any, **vectors: Any) -> Callable[[Any], None]:
+    def edit(config: Any) -> None:
+        config["quantization"] = {"preset": value, "vectors": vectors} if vectors else value
+
+    return edit
+
+
+def metrics(run: Any) -> list[dict[str, str]]:
+    (path,) = (run.folder / "out").rglob("metrics.csv")
+    with open(path) as file:
+        return [row for row in csv.DictReader(file) if row.get("val0_epoch/forces_mae")]
+
+
+def test_top_level_key(trained: Any, structures: list[Any]) -> None:
+    assert "Preset w8a16: weights 8 bits, scalars 16 bits, vectors 16 bits" in trained.text
+    assert "Vectors (l > 0) are rounded from epoch 10" in trained.text
+    assert "layer0_convnet.conv.linear_2" in trained.text
+    assert "forces MAE: float 0." in trained.text
+    stored = torch.load(trained.best, map_location="cpu", weights_only=False)["hyper_parameters"]
+    assert stored["model"]["quantization"] == "gaq"
+    assert stored["info_dict"]["training_module"]["model"]["quantization"] == "gaq"
+    model = gaq.load(trained.best)
+    assert state_of(model).config.preset == "w8a16"
+    assert len(weight_quantizers(model)) == 11
+    assert len(feature_quantizers(model)) == 5
+    assert np.isfinite(NequIPPotential(model)(structures)[0]).all()
+
+
+def test_float_runs_are_left_alone(trained_float: Any) -> None:
+    assert "QUANTIZATION" not in trained_float.text
+    assert state_of(gaq.load(trained_float.best)) is None
+
+
+def test_key_of_the_model_is_the_same(train: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    run = train(tmp_path, with_model_key("gaq"))
+    assert run.code == 0, run.text
+    ours = torch.load(run.best, map_location="cpu", weights_only=False)["state_dict"]
+    theirs = torch.load(trained.best, map_location="cpu", weights_only=False)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours if isinstance(ours[k], torch.Tensor) and "extra" not in k)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (with_key("gak"), ("quantization: 'gak' is not a preset", "Did you mean 'gaq'?")),
+        (with_key({"weights": {"bitz": 8}}), ("quantization.weights.bitz: unknown key", "Did you mean 'bits'?")),
+        (with_key({"weights": {"bits": 9}}), ("quantization.weights.bits: 9 bits cannot be stored",)),
+        (with_key({"overrides": {"*sc2": None}}), ("quantization.overrides['*sc2']: matches no module",)),
+        (with_model_key({"scalar": 8}), ("quantization.scalar: unknown key", "Did you mean 'scalars'?")),
+        (lambda c: c.update(quantisation="gaq"), ("quantisation: unknown key. Did you mean 'quantization'?",)),
+        (lambda c: c["training_module"].update(quantization="gaq"), ("quantization",)),
+    ],
+    ids=["preset", "key", "bits", "override", "model", "typo", "place"],
+)
+def test_bad_keys_stop_the_run(
+    train: Callable[..., Any], tmp_path: Path, changes: Callable[[Any], None], words: tuple[str, ...]
+) -> None:
+    run = train(tmp_path, changes)
+    assert run.code != 0
+    for word in words:
+        assert word in run.text
+    assert not run.best.exists()
+
+
+def test_two_keys_must_agree(train: Callable[..., Any], tmp_path: Path) -> None:
+    def both(config: Any) -> None:
+        with_key("gaq")(config)
+        with_model_key("w8")(config)
+
+    run = train(tmp_path, both)
+    assert run.code != 0
+    assert "Give it once." in run.text
+
+
+@pytest.mark.slow
+def test_builder_and_modifier(train: Callable[..., Any], trained: Any, tmp_path: Path) -> None:
+    def builder(config: Any) -> None:
+        inner = config["training_module"]["model"]
+        config["training_module"]["model"] = {"_target_": "gaq_nequip.quantized", "quantization": "gaq", "model": inner}
+
+    def modifier(config: Any) -> None:
+        inner = config["training_module"]["model"]
+        config["training_module"]["model"] = {
+            "_target_": "nequip.model.modify",
+            "modifiers": [{"modifier": "enable_GAQ", "preset": "gaq"}],
+            "model": inner,
+        }
+
+    expected = torch.load(trained.best, map_location="cpu", weights_only=False)["state_dict"]
+    for name, edit in (("builder", builder), ("modifier", modifier)):
+        run = train(tmp_path / name, edit)
+        assert run.code == 0, run.text
+        found = torch.load(run.best, map_location="cpu", weights_only=False)["state_dict"]
+        same = [k for k in expected if isinstance(expected[k], torch.Tensor) and "extra" not in k]
+        assert all(torch.equal(found[k], expected[k]) for k in same)
+        assert state_of(gaq.load(run.best)) is not None
+
+
+def test_restart(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Two epochs, then two more from the checkpoint: the schedule goes on where it was.
+
+    NequIP itself does not repeat the order of its structures on a restart, so weights are not compared.
+    """
+    spec = with_key("gaq", start_epoch=1, anneal_epochs=2)
+    first = train(tmp_path, spec, "trainer.max_epochs=2")
+    assert first.code == 0, first.text
+    assert "Epoch 1: vectors are rounded from now on" in first.text
+    stored = torch.load(first.last, map_location="cpu", weights_only=False)["state_dict"]
+    second = train(tmp_path, spec, "trainer.max_epochs=4", f"++ckpt_path={first.last}", "hydra.run.dir=again")
+    assert second.code == 0, second.text
+    again = tmp_path / "again" / "train.log"
+    assert "vectors are rounded from now on" not in again.read_text()
+    (path,) = (tmp_path / "again").rglob("metrics.csv")
+    with open(path) as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row.get("val0_epoch/forces_mae")]
+    assert epochs == [2, 3]
+    model = gaq.load(tmp_path / "again" / "last.ckpt")
+    assert state_of(model).status == "training"
+    weight = "model.func.layer0_convnet.conv.linear_2.weight"
+    assert not torch.equal(model.state_dict()[weight], stored[f"model.sole_model.{weight}"])
+
+
+def test_float_checkpoint_cannot_be_restarted_quantized(
+    train: Callable[..., Any], trained_float: Any, tmp_path: Path
+) -> None:
+    run = train(tmp_path, with_key("gaq"), f"++ckpt_path={trained_float.last}", "trainer.max_epochs=3")
+    assert run.code != 0
+    assert "this run continues a checkpoint that was trained in float" in run.text
+
+
+def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float: Any, tmp_path: Path) -> None:
+    def changes(config: Any) -> None:
+        with_key("w4a16", start_epoch=0, anneal_epochs=0)(config)
+        target = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": str(trained_float.best)}
+        config["training_module"]["model"] = target
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    model = gaq.load(run.best)
+    assert {q.bits for q in weight_quantizers(model).values()} == {4, 16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["nequip.train.NequIPLightningModule", "nequip.train.EMALightningModule"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_modules_and_dtypes(train: Callable[..., Any], tmp_path: Path, module: str, dtype: str) -> None:
+    def changes(config: Any) -> None:
+        with_key("w8a8", start_epoch=1, anneal_epochs=1)(config)
+        config["training_module"]["_target_"] = module
+        config["training_module"]["model"]["model_dtype"] = dtype
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    assert next(gaq.load(run.best).parameters()).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.slow
+def test_static_ranges_and_equivariance_loss(train: Callable[..., Any], tmp_path: Path) -> None:
+    def changes(config: Any) -> None:
+        config["quantization"] = {
+            "preset": "gaq",
+            "scalars": {"granularity": "per_channel"},
+            "vectors": {"granularity": "per_channel", "frame": "fixed", "start_epoch": 0},
+            "equivariance_loss": {"weight": 1.0, "rotations": 2},
+        }
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    assert "Equivariance loss: weight 1, 2 rotations a step" in run.text
+    assert "Activation ranges observed on 16 training structures" in run.text
+    assert all(bool((q.observed > 0).any()) for q in feature_quantizers(gaq.load(run.best)).values())
+
+
+@pytest.mark.slow
+def test_two_processes(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Lightning's distributed training on CPU: both processes round alike, and the file is one of both."""
+
+    def changes(config: Any) -> None:
+        config["quantization"] = {"preset": "gaq", "scalars": {"granularity": "per_channel"}}
+        config["trainer"].update({"devices": 2, "num_nodes": 1})
+        config["trainer"]["strategy"] = {"_target_": "nequip.train.SimpleDDPStrategy", "process_group_backend": "gloo"}
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    assert state_of(gaq.load(run.best)) is not None
+
+
+@pytest.mark.slow
+def test_train_time_compilation(train: Callable[..., Any], tmp_path: Path) -> None:
+    """The compiled training rounds as the eager one, in and out of the epochs in which vectors join."""
+    runs = []
+    for mode in ("eager", "compile"):
+
+        def changes(config: Any, mode: str = mode) -> None:
+            with_key("gaq", start_epoch=1, anneal_epochs=0)(config)
+            config["training_module"]["model"]["compile_mode"] = mode
+
+        run = train(tmp_path / mode, changes)
+        assert run.code == 0, run.text
+        runs.append([float(row["val0_epoch/forces_mae"]) for row in metrics(run)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_allegro(train: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("allegro", reason="needs Allegro: pip install '.[allegro]'")
+
+    def changes(config: Any) -> None:
+        with_key("gaq", start_epoch=1, anneal_epochs=1)(config)
+        model = config["training_module"]["model"]
+        for key in ("num_features", "radial_mlp_depth", "radial_mlp_width"):
+            del model[key]
+        model.update(
+            {
+                "_target_": "allegro.model.AllegroModel",
+                "num_scalar_features": 16,
+                "num_tensor_features": 8,
+                "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed"},
+            }
+        )
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    quantizers = feature_quantizers(gaq.load(run.best))
+    assert any(name.endswith("tensor_track") for name in quantizers)
+    assert any(name.endswith("_env_weighter") for name in quantizers)
+
+
+def test_mapping_survives_the_checkpoint(train: Callable[..., Any], tmp_path: Path) -> None:
+    spec = {"preset": "w8", "overrides": {"*layer0_convnet*": None}, "weights": {"sensitive_bits": None}}
+    run = train(tmp_path, with_key(spec), "trainer.max_epochs=1")
+    assert run.code == 0, run.text
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["quantization"] == spec
+    weights = weight_quantizers(gaq.load(run.best))
+    assert not [name for name in weights if "layer0_convnet" in name]
+    assert {q.bits for q in weights.values()} == {8}
