@@ -154,7 +154,8 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
     return value
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """How the annotation of a field reads: ``int``, ``int | None``."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
@@ -182,7 +183,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         elif key == "overrides":
             values[key] = _check_overrides(value, here)
         elif key != "preset":
-            values[key] = _check_value(here, section + key, value, _type_name(fields[key].type))
+            values[key] = _check_value(here, section + key, value, type_name(fields[key].type))
     return dataclasses.replace(base, **values)
 
 

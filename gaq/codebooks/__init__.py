@@ -6,8 +6,9 @@
 import torch
 from torch import Tensor
 
-from gaq.codebooks.cube import cube_decode, cube_encode, cube_quantize
+from gaq.codebooks.cube import cube_components, cube_decode, cube_encode, cube_quantize
 from gaq.codebooks.pyramid import (
+    octahedral_components,
     octahedral_pack,
     octahedral_quantize,
     octahedral_unpack,
@@ -26,6 +27,7 @@ from gaq.codebooks.tables import (
 __all__ = [
     "CODEBOOKS",
     "MAX_TABLE_BITS",
+    "cube_components",
     "cube_decode",
     "cube_encode",
     "cube_quantize",
@@ -34,6 +36,7 @@ __all__ = [
     "geodesic_frequency",
     "geodesic_table",
     "nearest_direction",
+    "octahedral_components",
     "octahedral_pack",
     "octahedral_quantize",
     "octahedral_unpack",

@@ -12,6 +12,8 @@ store three. The angle to the decoded direction is at most ``atan(sqrt(d - 1) / 
 rounding moves d - 1 components by at most 1/2, at a distance of at least n from the origin).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,17 @@ def _point(vector: Tensor, levels: int) -> Tensor:
 def _unit(point: Tensor) -> Tensor:
     # Only the zero vector's code is shorter than 1.
     return point / torch.sqrt((point * point).sum(-1, keepdim=True)).clamp_min(1.0)
+
+
+def cube_components(components: Sequence[Tensor], levels: int) -> tuple[Tensor, ...]:
+    """`cube_quantize` on separate components, each of any shape, as fused code wants them."""
+    largest = components[0].abs()
+    for component in components[1:]:
+        largest = torch.maximum(largest, component.abs())
+    scale = float(levels) / largest.clamp_min(1e-30)
+    points = [torch.round(component * scale) for component in components]
+    square = points[0] * points[0]
+    for point in points[1:]:
+        square = square + point * point
+    inverse = 1.0 / torch.sqrt(square.clamp_min(1.0))
+    return tuple(point * inverse for point in points)

@@ -67,6 +67,24 @@ def octahedral_quantize(vector: Tensor, levels: int) -> Tensor:
     return (point / _length(point) * components.sign()).movedim(0, -1).contiguous()
 
 
+def octahedral_components(x: Tensor, y: Tensor, z: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`octahedral_quantize` on separate components, each of any shape, as fused code wants them."""
+    ax, ay, az = x.abs(), y.abs(), z.abs()
+    scale = float(levels) / (ax + ay + az).clamp_min(1e-30)
+    sx, sy, sz = ax * scale, ay * scale, az * scale
+    kx, ky, kz = torch.round(sx), torch.round(sy), torch.round(sz)
+    mx, my, mz = (sx - kx).abs(), (sy - ky).abs(), (sz - kz).abs()
+    missing = float(levels) - (kx + ky + kz)
+    first = (mx >= my) & (mx >= mz)
+    third = (mz > mx) & (mz > my)
+    kx = torch.where(first, kx + missing, kx)
+    kz = torch.where(third, kz + missing, kz)
+    ky = float(levels) - kx - kz
+    inverse = 1.0 / torch.sqrt(kx * kx + ky * ky + kz * kz)
+    # A zero vector lands on an axis, and goes back to zero by its sign.
+    return kx * inverse * x.sign(), ky * inverse * y.sign(), kz * inverse * z.sign()
+
+
 def pyramid_quantize(vector: Tensor, levels: int) -> Tensor:
     """Nearest unit vector of the pyramid code, "nearest" being measured on the cross-polytope.
 

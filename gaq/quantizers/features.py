@@ -1,5 +1,6 @@
 """`FeatureQuantizer`: rounds a tensor of irreps features, scalars by ruler and vectors by compass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from gaq.codebooks import cube_quantize, direction_table, nearest_direction, octahedral_quantize, pyramid_levels
+from gaq.codebooks import (
+    cube_components,
+    cube_quantize,
+    direction_table,
+    nearest_direction,
+    octahedral_components,
+    octahedral_quantize,
+    pyramid_levels,
+)
 from gaq.quantizers.compass import round_vector
 from gaq.quantizers.frames import local_frame, mixtures
 from gaq.quantizers.ruler import round_linear, round_log_magnitude
@@ -17,6 +26,8 @@ from gaq.schema import ScalarConfig, VectorConfig
 __all__ = ["FeatureLayout", "FeatureQuantizer"]
 
 OBSERVER_DECAY = 0.99
+FINE_BITS = 14
+"""From here on rounding changes a feature by less than 1e-4 of the largest of its atom."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,13 @@ class FeatureLayout:
 
     pieces: tuple[tuple[int, int], ...]
     channels_first: bool = False
+
+
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    total = first[0] * second[0]
+    for a, b in zip(first[1:], second[1:], strict=True):
+        total = total + a * b
+    return total
 
 
 def own_limit(sizes: Tensor) -> Tensor:
@@ -81,7 +99,7 @@ class FeatureQuantizer(torch.nn.Module):
     direction_table: Tensor
     mixing: Tensor
 
-    __jit_unused_properties__ = ["needs_ranges"]  # noqa: RUF012
+    __jit_unused_properties__ = ["needs_ranges", "passes_through"]  # noqa: RUF012
 
     def __init__(self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float) -> None:
         super().__init__()
@@ -110,6 +128,8 @@ class FeatureQuantizer(torch.nn.Module):
         self.one_vector_range = vectors.granularity == "per_tensor"
         self.own_scalar_range = scalars.granularity == "per_atom"
         self.own_vector_range = vectors.granularity == "per_atom"
+        self.fine_scalars = (scalars.bits or 16) >= FINE_BITS
+        self.fine_vectors = min(bits, vectors.direction_bits) >= FINE_BITS
         self.headroom = headroom
         self.scalars_enabled = True
         self.vectors_enabled = True
@@ -152,6 +172,18 @@ class FeatureQuantizer(torch.nn.Module):
         scalars = self.round_scalars and not self.own_scalar_range and 1 in self.dimensions
         vectors = self.round_vectors and not self.own_vector_range and any(d > 1 for d in self.dimensions)
         return scalars or vectors
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether the gradient of a deployed model may pass unchanged.
+
+        The Jacobian of the rounding differs from the identity by its relative error, which from `FINE_BITS` on is far
+        below that of the values themselves; and where ranges are the atom's own, nothing lies outside.
+        """
+        vectors = self.own_vector_range and self.split and not self.logarithmic and self.fine_vectors
+        return ((self.own_scalar_range and self.fine_scalars) or not self.round_scalars) and (
+            vectors or not self.round_vectors
+        )
 
     @torch.jit.unused
     def describe(self) -> str:
@@ -241,8 +273,11 @@ class FeatureQuantizer(torch.nn.Module):
         """Rounded features, shape and dtype of `x`."""
         if self.observing:
             self.observe(x)
-        if not torch.jit.is_scripting() and not self.differentiable_twice and self._can_fuse(x):
-            return self._fused(x)
+        if not torch.jit.is_scripting() and not self.differentiable_twice:
+            if self.passes_through:
+                return x + (self._values(x.detach()) - x.detach()).detach()
+            if self._can_fuse(x):
+                return self._fused(x)
         parts: list[Tensor] = []
         start = 0
         channel = 0
@@ -282,6 +317,45 @@ class FeatureQuantizer(torch.nn.Module):
                         piece = round_linear(piece, limit.unsqueeze(-1), self.magnitude_top, True)
             parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
         return torch.cat(parts, -1)
+
+    @torch.jit.unused
+    def _values(self, x: Tensor) -> Tensor:
+        """Rounded features, without a gradient; for ranges of the atom's own."""
+        parts = []
+        start = 0
+        for multiplicity, dimension in zip(self.multiplicities, self.dimensions, strict=True):
+            m = abs(multiplicity)
+            piece = self._piece(x, start, m, dimension)
+            start += dimension if self.channels_first else m * dimension
+            if multiplicity > 0 and dimension == 1 and self.round_scalars and self.scalars_enabled:
+                step = own_limit(piece.abs()).unsqueeze(-1) / self.scalar_top
+                piece = torch.round(piece / step) * step
+            elif multiplicity > 0 and dimension > 1 and self.round_vectors and self.vectors_enabled:
+                piece = self._vector_values(piece, dimension)
+            parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @torch.jit.unused
+    def _vector_values(self, piece: Tensor, dimension: int) -> Tensor:
+        # Components come first here: operations along a short last dimension cost several times more.
+        v = piece.unbind(-1)
+        length = torch.sqrt(_dot(v, v))
+        step = own_limit(length.unsqueeze(-1)) * (self.vector_range_factor / self.magnitude_top)
+        if self.local_frame:
+            axes = local_frame(piece, self.mixing[:, : piece.shape[1]].to(piece.dtype), dimension)
+            # One number an atom and axis, the same for all channels.
+            rows = [[axes[:, k, j].unsqueeze(-1) for j in range(dimension)] for k in range(dimension)]
+            v = tuple(_dot(v, row) for row in rows)
+        if dimension == 3 and self.direction_table.numel() == 0:
+            unit = octahedral_components(v[0], v[1], v[2], self.levels)
+        elif dimension == 3:
+            unit = nearest_direction(self.direction_table.to(piece.dtype), torch.stack(v, -1)).unbind(-1)
+        else:
+            unit = cube_components(v, self.levels)
+        if self.local_frame:
+            unit = tuple(_dot(unit, [row[j] for row in rows]) for j in range(dimension))
+        rounded = torch.round(length / step) * step
+        return torch.stack([u * rounded for u in unit], -1)
 
     @torch.jit.unused
     def _can_fuse(self, x: Tensor) -> bool:

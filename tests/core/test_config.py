@@ -22,6 +22,7 @@ from gaq.config import (
     WeightConfig,
     parse_config,
     resolve_overrides,
+    type_name,
 )
 
 MAPPING = {
@@ -161,7 +162,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
 def test_wrong_types_of_every_field(section: str, field: dataclasses.Field[Any]) -> None:
-    kind = str(field.type).replace(" | None", "")
+    kind = type_name(field.type).replace(" | None", "")
     wrong: list[Any] = [True, False, [8], (8,), {"bits": 8}, object]
     wrong += {
         "int": ["8", 7.5, math.nan, math.inf, "1e1"],
@@ -172,8 +173,8 @@ def test_wrong_types_of_every_field(section: str, field: dataclasses.Field[Any])
         text = message({section: {field.name: value}})
         assert text.startswith(f"quantization.{section}.{field.name}: expected {kind}")
         assert repr(value) in text
-        assert (" or null" in text) == ("None" in str(field.type))
-    if "None" not in str(field.type):
+        assert (" or null" in text) == ("None" in type_name(field.type))
+    if "None" not in type_name(field.type):
         text = message({section: {field.name: None}})
         assert text == f"quantization.{section}.{field.name}: null is not allowed here; give a value of type {kind}."
 

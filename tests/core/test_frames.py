@@ -145,6 +145,34 @@ def test_irreps_of_one_dimension_have_axes_of_their_own() -> None:
     assert close(quantizer(x * odd), quantizer(x) * odd)
 
 
+@pytest.mark.parametrize("dimension", [3, 5, 7])
+@pytest.mark.parametrize("frame", ["local", "fixed"])
+def test_deployed_values_and_gradients(dimension: int, frame: str) -> None:
+    """From 14 bits on a deployed model takes the values alone and lets the gradient pass: both as the exact path's."""
+    layout = FeatureLayout(((4, 1), (3, dimension)))
+    exact = make(layout, True, {"frame": frame}, bits=16)
+    deployed = make(layout, False, {"frame": frame}, bits=16)
+    assert deployed.passes_through
+    assert not make(layout, False, {"frame": frame}, bits=12).passes_through
+    assert not make(layout, False, {"frame": frame, "granularity": "per_channel"}, bits=16).passes_through
+    x = torch.randn(60, 4 + 3 * dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    x[3] = 0.0
+    x[4, 4:] = 0.0
+    weight = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    results = []
+    for quantizer in (exact, deployed):
+        leaf = x.clone().requires_grad_(True)
+        out = quantizer(leaf)
+        (out * weight).sum().backward()
+        assert leaf.grad is not None
+        results.append((out.detach(), leaf.grad))
+    assert close(results[1][0], results[0][0])
+    assert torch.equal(results[1][0][3], x[3])
+    # The Jacobian differs from the identity by the relative error of the vector, largest for the smallest ones.
+    assert torch.allclose(results[1][1], results[0][1], atol=2e-3)
+    assert float((results[1][1] - results[0][1]).abs().median()) < 3e-5
+
+
 @pytest.mark.parametrize("vectors", CODES, ids=str)
 def test_both_paths_and_torchscript_give_the_same(vectors: dict[str, Any]) -> None:
     layout = FeatureLayout(((4, 1), (3, 3), (2, 5)))
