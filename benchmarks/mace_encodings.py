@@ -26,11 +26,20 @@ from gaq.reporting.tables import markdown_table
 from gaq_mace.evaluate import MACEPotential
 
 
-def mddq(magnitude: int, direction: int, kind: str = "linear", codebook: str = "octahedral") -> dict[str, Any]:
+def mddq(
+    magnitude: int,
+    direction: int,
+    frame: str = "local",
+    granularity: str = "per_atom",
+    kind: str = "linear",
+    codebook: str = "octahedral",
+) -> dict[str, Any]:
     return {
         "scheme": "mddq",
         "magnitude_bits": magnitude,
         "direction_bits": direction,
+        "frame": frame,
+        "granularity": granularity,
         "magnitude": kind,
         "codebook": codebook,
     }
@@ -40,21 +49,35 @@ def components(bits: int, granularity: str = "per_channel") -> dict[str, Any]:
     return {"scheme": "components", "magnitude_bits": bits, "granularity": granularity}
 
 
+def four_ways(magnitude: int, direction: int) -> list[tuple[str, int, int, dict[str, Any]]]:
+    """Axes of the laboratory or of the atom, ranges static or the atom's own."""
+    bits = magnitude + 2 * direction
+    return [
+        (
+            f"{magnitude} + 2x{direction}, {axes} axes, {ranges} ranges",
+            bits,
+            magnitude,
+            mddq(magnitude, direction, frame, granularity),
+        )
+        for axes, frame in (("fixed", "fixed"), ("local", "local"))
+        for ranges, granularity in (("static", "per_channel"), ("own", "per_atom"))
+    ]
+
+
 CASES: list[tuple[str, int, int, dict[str, Any]]] = [
-    ("components, one range a tensor", 24, 8, components(8, "per_tensor")),
-    ("components, one range a channel", 24, 8, components(8)),
-    ("8 log + 2x8 octahedral", 24, 8, mddq(8, 8, "log")),
-    ("8 linear + 2x8 octahedral", 24, 8, mddq(8, 8)),
-    ("12 linear + 2x6 geodesic table", 24, 8, mddq(12, 6, codebook="geodesic")),
-    ("12 linear + 2x6 Fibonacci table", 24, 8, mddq(12, 6, codebook="fibonacci")),
-    ("12 linear + 2x6 octahedral", 24, 8, mddq(12, 6)),
-    ("8 linear + 2x12 octahedral", 32, 8, mddq(8, 12)),
-    ("8 log + 2x12 octahedral", 32, 8, mddq(8, 12, "log")),
-    ("components, one range a channel", 36, 12, components(12)),
-    ("12 linear + 2x12 octahedral", 36, 12, mddq(12, 12)),
-    ("components, one range a channel", 48, 16, components(16)),
-    ("16 log + 2x16 octahedral", 48, 16, mddq(16, 16, "log")),
-    ("16 linear + 2x16 octahedral (gaq)", 48, 16, mddq(16, 16)),
+    ("components, one static range a tensor", 24, 8, components(8, "per_tensor")),
+    ("components, one static range a channel", 24, 8, components(8)),
+    ("components, the atom's own range", 24, 8, components(8, "per_atom")),
+    *four_ways(8, 8),
+    ("8 log + 2x8, local axes, own ranges", 24, 8, mddq(8, 8, kind="log")),
+    ("12 + 2x6 geodesic table, local axes, own ranges", 24, 8, mddq(12, 6, codebook="geodesic")),
+    ("12 + 2x6 Fibonacci table, local axes, own ranges", 24, 8, mddq(12, 6, codebook="fibonacci")),
+    *four_ways(8, 12),
+    ("components, one static range a channel", 36, 12, components(12)),
+    *four_ways(12, 12),
+    ("components, one static range a channel", 48, 16, components(16)),
+    ("components, the atom's own range", 48, 16, components(16, "per_atom")),
+    *four_ways(16, 16),
 ]
 
 
@@ -69,7 +92,8 @@ def main() -> None:
     sample = spaced(test, 40)
     rows = []
     for name, bits, scalar_bits, vectors in CASES:
-        spec = {"preset": "gaq", "scalars": {"bits": scalar_bits}, "vectors": vectors}
+        scalars = {"bits": scalar_bits, "granularity": vectors["granularity"]}
+        spec = {"preset": "gaq", "scalars": scalars, "vectors": vectors}
         model = gaq.prepare(copy.deepcopy(reference), spec)
         adapter = adapter_for(model)
         ptq.observe_ranges(adapter, model, calibration)

@@ -28,8 +28,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     quantize = commands.add_parser("quantize", help="quantize a trained model, without reference labels")
-    quantize.add_argument("model", help="float model: a MACE .model file")
-    quantize.add_argument("-o", "--output", required=True, help="file to write: .model, or .safetensors (runs no code)")
+    quantize.add_argument("model", help="float model: MACE .model, NequIP .ckpt or .nequip.zip")
+    quantize.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="file to write: .model or .safetensors (runs no code); .ckpt or .nequip.zip",
+    )
     quantize.add_argument("--config", default="gaq", help="preset, YAML file or mapping (default: gaq)")
     quantize.add_argument(
         "--calibration", help="structures (any format ASE reads) the model is to be used on; labels are not needed"

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--train-dir", help="folder of a training run, in place of MODEL: its best.ckpt, or last.ckpt")
     build.add_argument("--target", default="ase", help="ase (default), pair_nequip, pair_allegro or batch")
     build.add_argument("--device", default="cpu", help="cpu or cuda")
+    build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
     build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
     info = commands.add_parser("info", help="what a deployed file says of itself, and where its bytes are")
     info.add_argument("file")
@@ -148,7 +149,7 @@ def _build(arguments: argparse.Namespace) -> int:
         else:
             compile_model(source, trial, arguments.target, arguments.device)
         check = _check(model, source, trial, arguments.target, arguments.device)
-        print(_table(model, source, trial, check))
+        print(_table(model, source, trial, check, arguments.compare))
         allowed = default_tolerance(state.config) if arguments.tolerance is None else arguments.tolerance
         if check is not None and check.forces > allowed:
             print(
@@ -231,7 +232,7 @@ def float_weight_bytes(model: Any) -> int:
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-def _table(model: Any, source: Path, deployed: Path, check: Check | None) -> str:
+def _table(model: Any, source: Path, deployed: Path, check: Check | None, compare: str | None) -> str:
     import copy
 
     from gaq.quantized import is_kind
@@ -260,6 +261,13 @@ def _table(model: Any, source: Path, deployed: Path, check: Check | None) -> str
         rows.append(("constants in the file, not compressed", _kib(sizes.weights), ""))
     rows.append((f"{source.name}", _kib(source.stat().st_size), "the model it was made of"))
     rows.append((deployed.name, _kib(deployed.stat().st_size), ""))
+    if compare is not None:
+        stock = Path(compare).stat().st_size
+        slimmed = deployed.with_name("slimmed" + COMPILED)
+        artefact.slim(Path(compare), slimmed)
+        own, equal = deployed.stat().st_size, slimmed.stat().st_size
+        rows.append((Path(compare).name, _kib(stock), f"{stock / own:.2f}x larger"))
+        rows.append(("  equally slimmed", _kib(equal), f"{equal / own:.2f}x larger"))
     if check is not None:
         rows.append((f"largest energy difference, {check.structures} structures", f"{check.energy:.2g}", "meV/atom"))
         note = f"meV/Å (largest force {check.force_scale:.0f})"

@@ -338,14 +338,15 @@ class FeatureQuantizer(torch.nn.Module):
     @torch.jit.unused
     def _vector_values(self, piece: Tensor, dimension: int) -> Tensor:
         # Components come first here: operations along a short last dimension cost several times more.
-        v = piece.unbind(-1)
+        v: Sequence[Tensor] = piece.unbind(-1)
+        unit: Sequence[Tensor]
         length = torch.sqrt(_dot(v, v))
         step = own_limit(length.unsqueeze(-1)) * (self.vector_range_factor / self.magnitude_top)
         if self.local_frame:
             axes = local_frame(piece, self.mixing[:, : piece.shape[1]].to(piece.dtype), dimension)
             # One number an atom and axis, the same for all channels.
             rows = [[axes[:, k, j].unsqueeze(-1) for j in range(dimension)] for k in range(dimension)]
-            v = tuple(_dot(v, row) for row in rows)
+            v = [_dot(v, row) for row in rows]
         if dimension == 3 and self.direction_table.numel() == 0:
             unit = octahedral_components(v[0], v[1], v[2], self.levels)
         elif dimension == 3:
@@ -353,7 +354,7 @@ class FeatureQuantizer(torch.nn.Module):
         else:
             unit = cube_components(v, self.levels)
         if self.local_frame:
-            unit = tuple(_dot(unit, [row[j] for row in rows]) for j in range(dimension))
+            unit = [_dot(unit, [row[j] for row in rows]) for j in range(dimension)]
         rounded = torch.round(length / step) * step
         return torch.stack([u * rounded for u in unit], -1)
 

@@ -1,0 +1,151 @@
+"""The command `nequip-deploy`: from a quantized checkpoint to a file that runs without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import numpy as np
+
+from gaq.adapter import adapter_for_file
+from gaq_nequip import artefact
+from gaq_nequip.deploy import main
+
+
+def test_package(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.nequip.zip"
+    assert main(["build", str(trained.best), str(path)]) == 0
+    out = capsys.readouterr().out
+    for word in ("weights, float32", "codes and scales", "folded by type", "largest force difference", "written:"):
+        assert word in out
+    assert [p.name for p in tmp_path.iterdir()] == ["out.nequip.zip"]
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "preset w8a16, frozen" in out
+    assert "gaq_folded                   1" in out
+    assert "rounded, folded by type" in out
+
+
+def test_train_dir(trained: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out.nequip.zip"
+    assert main(["build", "--train-dir", str(trained.best.parent), str(path)]) == 0
+    assert path.is_file()
+
+
+def test_a_gate_that_fails_writes_nothing(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.nequip.zip"
+    assert main(["build", str(trained.best), str(path), "--tolerance", "1e-9"]) == 1
+    assert "not written, because forces differ from the model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: Any, word: str) -> None:
+        assert main(["build", *map(str, arguments)]) == 2
+        assert word in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    out = tmp_path / "out.nequip.pt2"
+    refused(trained_float.best, out, word="a float model. Quantize it first (gaq quantize best.ckpt")
+    refused(tmp_path / "missing.ckpt", out, word="no such file")
+    refused(trained.best, tmp_path / "out.pth", word="give a name that ends in .nequip.pt2")
+    refused(trained.best, tmp_path / "no" / "out.nequip.pt2", word="does not exist")
+    refused(trained.best, out, "--target", "lammps", word="choose one of pair_nequip, ase, batch")
+    refused(out, word="give MODEL")
+    refused(trained.best, out, "--train-dir", tmp_path, word="not both")
+    refused("--train-dir", tmp_path, out, word="neither best.ckpt nor last.ckpt")
+    assert main(["info", str(out)]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["ase", "pair_nequip"])
+def test_compiled(
+    trained: Any,
+    trained_float: Any,
+    command: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+) -> None:
+    """int8 stays int8 in the file, and stock NequIP runs it where this package cannot be imported."""
+    from ase.io import read
+    from test_files import by_calculator, run_without_plugin
+
+    path = tmp_path / "out.nequip.pt2"
+    assert main(["build", str(trained.best), str(path), "--target", target]) == 0
+    out = capsys.readouterr().out
+    facts = artefact.metadata(path)
+    assert facts["gaq_preset"] == "w8a16"
+    assert facts["type_names"] == "H C O"
+    assert float(facts["r_max"]) == 4.0
+    sizes = artefact.sections(path)
+    assert int(facts["gaq_weight_bytes"]) < sizes.weights < int(facts["gaq_float_weight_bytes"]) / 3
+    if target != "ase":
+        assert facts["nequip_aoti_outputs"].split() == ["atomic_energy", "forces", "virial"]
+        return
+    assert "largest force difference" in out
+    structures = list(read(trained.folder / "test.xyz", ":"))
+    expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), structures)
+    assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
+    stock = tmp_path / "stock.nequip.pt2"
+    # NequIP itself cannot compile a molecule without a cell: the same example in a box.
+    from gaq_nequip import files
+    from gaq_nequip.deploy import _save_data, _with_cell
+
+    _save_data(_with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
+    arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
+    done = command("nequip-compile", trained_float.best, stock, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert stock.stat().st_size / path.stat().st_size >= 4
+
+
+@pytest.mark.slow
+def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable[..., Any], tmp_path: Path) -> None:
+    """`nequip-compile` without our modifier: float weights, rounded as in training."""
+    from ase.io import read
+    from test_files import by_calculator, run_without_plugin
+
+    from gaq_nequip import files
+    from gaq_nequip.deploy import _save_data, _with_cell
+
+    path = tmp_path / "plain.nequip.pt2"
+    _save_data(_with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
+    arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
+    done = command("nequip-compile", trained.best, path, *arguments)
+    assert done.returncode == 0, done.stderr
+    structures = list(read(trained.folder / "test.xyz", ":"))
+    expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), structures)
+    assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_allegro(train: Callable[..., Any], tmp_path: Path) -> None:
+    """The pair_allegro target of a quantized Allegro model."""
+    pytest.importorskip("allegro", reason="needs Allegro: pip install '.[allegro]'")
+
+    def changes(config: Any) -> None:
+        config["quantization"] = "gaq"
+        model = config["training_module"]["model"]
+        for key in ("num_features", "radial_mlp_depth", "radial_mlp_width"):
+            del model[key]
+        model.update(
+            {
+                "_target_": "allegro.model.AllegroModel",
+                "num_scalar_features": 16,
+                "num_tensor_features": 8,
+                "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed"},
+            }
+        )
+
+    run = train(tmp_path / "run", changes)
+    assert run.code == 0, run.text
+    for target in ("pair_allegro", "ase"):
+        path = tmp_path / f"{target}.nequip.pt2"
+        assert main(["build", str(run.best), str(path), "--target", target]) == 0
+        assert artefact.metadata(path)["gaq_preset"] == "w8a16"
