@@ -350,7 +350,7 @@ class FeatureQuantizer(torch.nn.Module):
         if dimension == 3 and self.direction_table.numel() == 0:
             unit = octahedral_components(v[0], v[1], v[2], self.levels)
         elif dimension == 3:
-            unit = nearest_direction(self.direction_table.to(piece.dtype), torch.stack(v, -1)).unbind(-1)
+            unit = nearest_direction(self.direction_table.to(piece.dtype), torch.stack(list(v), -1)).unbind(-1)
         else:
             unit = cube_components(v, self.levels)
         if self.local_frame:

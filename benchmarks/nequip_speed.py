@@ -1,0 +1,114 @@
+"""Time of a step of compiled NequIP models: stock FP32 against quantized ones, paired in one run.
+
+    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt]
+
+Each file is compiled once, FP32 by the stock command, the others by `nequip-deploy`'s own function, and kept in the
+working directory. Time is that of this process on the model alone, without neighbour list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.io import read
+from common import SHARED, write_result
+
+import gaq
+from gaq.reporting.tables import markdown_table
+from gaq_nequip import artefact, deploy, files
+
+PRESETS = ("w8", "gaq")
+
+
+def compiled(args: argparse.Namespace, name: str) -> Path:
+    """The compiled file of the float model, or of a preset (rounded to nearest: values do not matter for time)."""
+    from nequip.scripts import compile as nequip_compile
+
+    path: Path = args.work / f"{name}.nequip.pt2"
+    if path.exists():
+        return path
+    data = deploy._with_cell(files.example_data(args.model))
+    if name == "fp32":
+        arguments = [str(args.model), str(path), "--mode", "aotinductor", "--device", "cpu", "--target", "ase"]
+        if data is not None:
+            deploy._save_data(data, args.work / "example.pt")
+            arguments += ["--data-path", str(args.work / "example.pt")]
+        nequip_compile.main(arguments)
+        return path
+    structures = read(args.data, ":16")
+    spec = {"preset": name, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
+    model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
+    gaq.save(model, args.work / f"{name}.ckpt")
+    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=SHARED / "models/nequip_azobenzene.ckpt")
+    parser.add_argument("--data", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    torch.set_num_threads(args.threads)
+    names = ("fp32", *PRESETS)
+    paths = {name: compiled(args, name) for name in names}
+    calculators: dict[str, Any] = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
+    slimmed = args.work / "fp32_slimmed.nequip.pt2"
+    artefact.slim(paths["fp32"], slimmed)
+    one = read(args.data, 0)
+    rows = []
+    for copies in (1, 8):
+        atoms = one.copy()
+        for i in range(1, copies):
+            other = one.copy()
+            other.positions += [0.0, 0.0, 30.0 * i]
+            atoms += other
+        data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.rounds + 3):
+            for name in names:
+                start = time.process_time()
+                for _ in range(3):
+                    calculators[name].call_model(data[name])
+                times[name].append((time.process_time() - start) / 3)
+        base = np.array(times["fp32"][3:])
+        for name in names:
+            own = np.array(times[name][3:])
+            rows.append(
+                {
+                    "scheme": name,
+                    "atoms": len(atoms),
+                    "median_ms": float(1e3 * np.median(own)),
+                    "ratio_to_fp32": float(np.median(own / base)),
+                    "file_bytes": paths[name].stat().st_size,
+                    "file_bytes_equally_slimmed": slimmed.stat().st_size if name == "fp32" else None,
+                }
+            )
+    write_result("nequip_speed", rows, work=args.work, model=args.model.name, threads=args.threads)
+    shown = [
+        {
+            "scheme": row["scheme"],
+            "atoms": row["atoms"],
+            "ms": f"{row['median_ms']:.2f}",
+            "ratio": f"{row['ratio_to_fp32']:.2f}",
+            "KiB": f"{row['file_bytes'] / 1024:.0f}",
+        }
+        for row in rows
+    ]
+    print(markdown_table(shown, list(shown[0])))
+
+
+if __name__ == "__main__":
+    main()
