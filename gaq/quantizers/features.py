@@ -18,7 +18,7 @@ from gaq.codebooks import (
     pyramid_levels,
 )
 from gaq.quantizers.compass import round_vector
-from gaq.quantizers.frames import local_frame, mixtures
+from gaq.quantizers.frames import local_frame, local_frame_at_once, mixtures
 from gaq.quantizers.ruler import round_linear, round_log_magnitude
 from gaq.quantizers.weights import largest_code
 from gaq.schema import ScalarConfig, VectorConfig
@@ -99,7 +99,7 @@ class FeatureQuantizer(torch.nn.Module):
     direction_table: Tensor
     mixing: Tensor
 
-    __jit_unused_properties__ = ["needs_ranges", "passes_through"]  # noqa: RUF012
+    __jit_unused_properties__ = ["needs_ranges"]  # noqa: RUF012
 
     def __init__(self, layout: FeatureLayout, scalars: ScalarConfig, vectors: VectorConfig, headroom: float) -> None:
         super().__init__()
@@ -130,6 +130,13 @@ class FeatureQuantizer(torch.nn.Module):
         self.own_vector_range = vectors.granularity == "per_atom"
         self.fine_scalars = (scalars.bits or 16) >= FINE_BITS
         self.fine_vectors = min(bits, vectors.direction_bits) >= FINE_BITS
+        # Whether the gradient of a deployed model may pass unchanged: the Jacobian of the rounding differs from the
+        # identity by its relative error, which from `FINE_BITS` on is far below that of the values themselves; and
+        # where ranges are the atom's own, nothing lies outside.
+        passing_scalars = (self.own_scalar_range and self.fine_scalars) or not self.round_scalars
+        fine_split = self.split and not self.logarithmic and self.fine_vectors
+        passing_vectors = (self.own_vector_range and fine_split) or not self.round_vectors
+        self.passes_through = passing_scalars and passing_vectors
         self.headroom = headroom
         self.scalars_enabled = True
         self.vectors_enabled = True
@@ -172,18 +179,6 @@ class FeatureQuantizer(torch.nn.Module):
         scalars = self.round_scalars and not self.own_scalar_range and 1 in self.dimensions
         vectors = self.round_vectors and not self.own_vector_range and any(d > 1 for d in self.dimensions)
         return scalars or vectors
-
-    @property
-    def passes_through(self) -> bool:
-        """Whether the gradient of a deployed model may pass unchanged.
-
-        The Jacobian of the rounding differs from the identity by its relative error, which from `FINE_BITS` on is far
-        below that of the values themselves; and where ranges are the atom's own, nothing lies outside.
-        """
-        vectors = self.own_vector_range and self.split and not self.logarithmic and self.fine_vectors
-        return ((self.own_scalar_range and self.fine_scalars) or not self.round_scalars) and (
-            vectors or not self.round_vectors
-        )
 
     @torch.jit.unused
     def describe(self) -> str:
@@ -275,7 +270,9 @@ class FeatureQuantizer(torch.nn.Module):
             self.observe(x)
         if not torch.jit.is_scripting() and not self.differentiable_twice:
             if self.passes_through:
-                return x + (self._values(x.detach()) - x.detach()).detach()
+                # Values here; the gradient as if nothing had been done.
+                rounded = self._values(x.detach())
+                return x + (rounded - x.detach()) if x.requires_grad else rounded
             if self._can_fuse(x):
                 return self._fused(x)
         parts: list[Tensor] = []
@@ -316,7 +313,10 @@ class FeatureQuantizer(torch.nn.Module):
                     else:
                         piece = round_linear(piece, limit.unsqueeze(-1), self.magnitude_top, True)
             parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
-        return torch.cat(parts, -1)
+        out = torch.cat(parts, -1)
+        if self.passes_through and not self.differentiable_twice:
+            out = x + (out - x).detach()
+        return out
 
     @torch.jit.unused
     def _values(self, x: Tensor) -> Tensor:
@@ -331,9 +331,17 @@ class FeatureQuantizer(torch.nn.Module):
                 step = own_limit(piece.abs()).unsqueeze(-1) / self.scalar_top
                 piece = torch.round(piece / step) * step
             elif multiplicity > 0 and dimension > 1 and self.round_vectors and self.vectors_enabled:
-                piece = self._vector_values(piece, dimension)
+                traced = not self._can_fuse(x)
+                piece = self._vector_values(piece, dimension) if traced else self._few_operations(piece)
             parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @torch.jit.unused
+    def _few_operations(self, piece: Tensor) -> Tensor:
+        """`_vector_values` for eager evaluation of small molecules, whose time is the number of operations."""
+        length = torch.linalg.vector_norm(piece, dim=-1, keepdim=True)
+        step = own_limit(length).unsqueeze(-1) * (self.vector_range_factor / self.magnitude_top)
+        return self.nearest_direction(piece, piece.shape[-1]) * torch.round(length / step).mul_(step)
 
     @torch.jit.unused
     def _vector_values(self, piece: Tensor, dimension: int) -> Tensor:
@@ -403,7 +411,7 @@ class FeatureQuantizer(torch.nn.Module):
         """The codebook's direction nearest to each vector, shape (batch, channels, dimension)."""
         axes = None
         if self.local_frame:
-            axes = local_frame(vector, self.mixing[:, : vector.shape[1]].to(vector.dtype), dimension)
+            axes = local_frame_at_once(vector, self.mixing[:, : vector.shape[1]].to(vector.dtype), dimension)
             vector = torch.matmul(vector, axes.transpose(1, 2))
         if dimension != 3:
             nearest = cube_quantize(vector, self.levels)

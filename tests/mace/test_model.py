@@ -132,8 +132,10 @@ def test_convert_writes_the_codes(
         assert torch.equal(after[name].codes, tensor.codes)
         assert torch.equal(after[name].scale, tensor.scale)
     converted, converted_forces = evaluate(model, structures)
-    # The forward values of the training form are the very same numbers, to the order of float32 sums.
-    np.testing.assert_allclose(converted, energy, rtol=2e-6)
+    # The forward values of the training form are the very same numbers, to the order of float32 sums. With 8 bits that
+    # order may decide on which side of a step a number falls: one step of one feature is some 1e-5 of the energy.
+    coarse = preset in ("w8a8", "w4a8", "naive_w8a8")
+    np.testing.assert_allclose(converted, energy, rtol=2e-5 if coarse else 2e-6)
     np.testing.assert_allclose(converted_forces, forces, atol=2e-5 if preset in WEIGHTS_ONLY else 2e-2)
     assert gaq.convert(model) is model, "converting twice changes nothing"
 
@@ -321,7 +323,7 @@ def test_refuses_steps_out_of_order(
     with pytest.raises(ValueError, match="at least one structure"):
         gaq.calibrate(quantized("gaq", status="training"), [], progress=False)
     with pytest.raises(ValueError, match="never observed"):
-        gaq.convert(gaq.prepare(float_model(), "gaq"))
+        gaq.convert(gaq.prepare(float_model(), {"preset": "gaq", "scalars": {"granularity": "per_channel"}}))
 
 
 def test_converts_without_structures_where_nothing_needs_them(
