@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def _check_package(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ModelFileError(f"{path}: truncated, or not a package ({error}).") from error
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        raise ModelFileError(f"{path}: truncated or damaged, or not a package ({error}).") from error
     if bad is not None:
         raise ModelFileError(f"{path}: damaged: the entry {bad} does not match its checksum.")
 

@@ -42,6 +42,11 @@ def start(model: torch.nn.Module, spec: Any) -> None:
     """Insert quantizers into a model just built, and say in the log what was done."""
     config = parse_config(spec)
     for name, own in graph_models(model).items():
+        if getattr(own, "is_compile_graph_model", False) and get_workflow_state() == "train":
+            raise ValueError(
+                "quantization: cannot be combined with `compile_mode: compile` in training yet: the weights of the "
+                "compiled graph do not follow the optimizer. Remove compile_mode from training_module.model."
+            )
         prepare(own, config)
         if get_workflow_state() != "train":
             continue  # a checkpoint that is loaded, and was described when it was trained

@@ -35,12 +35,6 @@ def with_key(value: Any, **vectors: Any) -> Callable[[Any], None]:
     return edit
 
 
-def metrics(run: Any) -> list[dict[str, str]]:
-    (path,) = (run.folder / "out").rglob("metrics.csv")
-    with open(path) as file:
-        return [row for row in csv.DictReader(file) if row.get("val0_epoch/forces_mae")]
-
-
 def test_top_level_key(trained: Any, structures: list[Any]) -> None:
     assert "Preset w8a16: weights 8 bits, scalars 16 bits, vectors 16 bits" in trained.text
     assert "Vectors (l > 0) are rounded from epoch 10" in trained.text
@@ -216,20 +210,14 @@ def test_two_processes(train: Callable[..., Any], tmp_path: Path) -> None:
     assert state_of(gaq.load(run.best)) is not None
 
 
-@pytest.mark.slow
-def test_train_time_compilation(train: Callable[..., Any], tmp_path: Path) -> None:
-    """The compiled training rounds as the eager one, in and out of the epochs in which vectors join."""
-    runs = []
-    for mode in ("eager", "compile"):
+def test_train_time_compilation_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
+    def changes(config: Any) -> None:
+        with_key("gaq")(config)
+        config["training_module"]["model"]["compile_mode"] = "compile"
 
-        def changes(config: Any, mode: str = mode) -> None:
-            with_key("gaq", start_epoch=1, anneal_epochs=0)(config)
-            config["training_module"]["model"]["compile_mode"] = mode
-
-        run = train(tmp_path / mode, changes)
-        assert run.code == 0, run.text
-        runs.append([float(row["val0_epoch/forces_mae"]) for row in metrics(run)])
-    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+    run = train(tmp_path, changes)
+    assert run.code != 0
+    assert "cannot be combined with `compile_mode: compile`" in run.text
 
 
 @pytest.mark.slow
