@@ -97,15 +97,17 @@ def _patch_lightning(cls: Any) -> None:
 
     @functools.wraps(original_build)
     def _build_model(self: Any, model_config: dict[str, Any]) -> Any:
+        explicit = str(model_config.get("_target_", "")).startswith("gaq_nequip.")
+        # Our own builder takes the key itself; given at the top level as well, the two have to agree.
         spec = _requested(model_config)
-        inner = {key: value for key, value in model_config.items() if key != KEY}
+        inner = {key: value for key, value in model_config.items() if explicit or key != KEY}
         token = _building.set(True)
         try:
             model = original_build(self, inner)
         finally:
             _building.reset(token)
         self._gaq_considered = True
-        if spec is _MISSING or spec is None:
+        if spec is _MISSING or spec is None or explicit:
             return model
         from gaq_nequip.training import start
 
