@@ -82,7 +82,7 @@ def xtb_calculator() -> Any:
     except ImportError as error:
         raise SystemExit(
             f"The reference energies need tblite, which cannot be imported ({error}).\n"
-            "Install it with:  pip install '.[mace,examples]'"
+            "Install it with:  pip install '.[examples]'"
         ) from error
     return TBLite(method="GFN2-xTB", verbosity=0)
 
