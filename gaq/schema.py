@@ -32,8 +32,9 @@ class WeightConfig:
         range: ``absmax`` (the largest weight sets the scale) or ``error`` (the scale that minimises
             the squared rounding error, by search).
         rounding: post-training only: ``nearest``, or ``gptq`` (Frantar et al. 2023, arXiv 2210.17323).
-        sensitive_bits: bits of the few tensors that sit where every error passes (species embedding,
-            first radial layer, readouts); None gives them ``bits`` like the rest.
+        sensitive_bits: bits of the few tensors that sit where every error passes (species embeddings and
+            the linear layers that act on nothing else, first radial layers, symmetric contractions, readouts);
+            None gives them ``bits`` like the rest.
     """
 
     bits: int | None = 8

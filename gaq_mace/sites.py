@@ -101,7 +101,13 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         radial = ".conv_tp_weights" in name or ".density_fn" in name
         leaf = name.rsplit(".", 1)[-1]
         first_radial = radial and leaf in ("layer0", "0")
-        sensitive = name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial
+        # Each of these few weights acts on everything an atom of its species sends or becomes.
+        per_species = isinstance(module, SymmetricContraction) or (
+            isinstance(module, o3.Linear) and _source_of_node_feats(name, model) == -1
+        )
+        sensitive = (
+            name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial or per_species
+        )
         weights: tuple[WeightSite, ...]
         features: FeatureLayout | None
         if isinstance(module, EquivariantProductBasisBlock):

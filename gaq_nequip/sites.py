@@ -134,6 +134,8 @@ class _Finder:
             "embed_module" in name
             or any(part in name for part in _FIRST_RADIAL)
             or any(part in name for part in ("center_embed", "neighbor_embed"))
+            # It acts on type embeddings only: each of its few weights is in everything an atom of a type sends.
+            or (name.endswith("linear_1") and self.source(name) == POSITION_FREE)
             or (bool(self.readout_layers) and name == self.readout_layers[-1])
         )
 
