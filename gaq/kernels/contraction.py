@@ -1,0 +1,193 @@
+r"""Polynomials of an atom's features with coefficients for each species and channel.
+
+The symmetric contraction of MACE is
+
+.. math:: A_i^{o c} = \sum_\nu \sum_k w^{(\nu)}_{z_i k c} \sum_{m_1 \dots m_\nu} U^{(\nu)}_{o\, m_1 \dots m_\nu\, k}
+    x_i^{m_1 c} \cdots x_i^{m_\nu c}
+
+U is symmetric in its m and nearly empty (99.6 % zeros for l = 3, correlation 3). Folding the weights into it and adding up
+equal monomials leaves one coefficient for each species, channel, output and monomial that occurs. The monomials form a
+tree in which each is its parent times one more feature; the derivative walks it backwards.
+
+`reference` is the same in plain torch, what the tests trust, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaq.kernels.native import library
+
+__all__ = ["Polynomial", "contraction", "fold", "reference"]
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Which monomials occur in which output.
+
+    Attributes:
+        rows_in: features.
+        rows_out: outputs.
+        monomials: sorted tuples of feature numbers, parents before children.
+        terms: (number of the monomial, output), ordered by monomial.
+        plan: the tree as the C++ code reads it, without the channels in its first place.
+    """
+
+    rows_in: int
+    rows_out: int
+    monomials: tuple[tuple[int, ...], ...]
+    terms: tuple[tuple[int, int], ...]
+    plan: Tensor
+
+    @classmethod
+    def make(cls, rows_in: int, rows_out: int, occurring: list[tuple[tuple[int, ...], int]]) -> Polynomial:
+        """From the monomials and outputs that occur, in any order."""
+        wanted = {monomial for monomial, _ in occurring}
+        for monomial in list(wanted):
+            wanted.update(monomial[:k] for k in range(1, len(monomial)))
+        # Sorted, a tuple follows its own beginnings at once: the walk is depth first.
+        monomials = tuple(sorted(wanted))
+        number = {monomial: i for i, monomial in enumerate(monomials)}
+        terms = tuple(sorted({(number[monomial], output) for monomial, output in occurring}))
+        parents = {monomial[:-1] for monomial in monomials if len(monomial) > 1}
+        slots = {monomial: i for i, monomial in enumerate(sorted(parents))}
+        ints = [rows_in, rows_out, len(monomials), len(terms), len(slots)]
+        at = 0
+        for i, monomial in enumerate(monomials):
+            end = at
+            while end < len(terms) and terms[end][0] == i:
+                end += 1
+            parent = slots[monomial[:-1]] if len(monomial) > 1 else -1
+            ints += [parent, monomial[-1], slots.get(monomial, -1), at, end]
+            at = end
+        ints += [output for _, output in terms]
+        return cls(rows_in, rows_out, monomials, terms, torch.tensor(ints, dtype=torch.int64))
+
+
+def fold(tensors: list[tuple[Tensor, Tensor, int]], rows_in: int, rows_out: int) -> tuple[Polynomial, Tensor]:
+    """Fold weights into coupling tensors.
+
+    Args:
+        tensors: for each output block and degree the tensor (components, rows_in, ..., rows_in, paths), the weights
+            (species, paths, channels), and the number of the block's first output.
+        rows_in: features.
+        rows_out: outputs.
+
+    Returns:
+        The polynomial and its coefficients, shape (species, terms, channels), float64.
+    """
+    gathered: dict[tuple[tuple[int, ...], int], Tensor] = {}
+    for tensor, weights, start in tensors:
+        tensor, weights = tensor.detach().double(), weights.detach().double()
+        entries: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        for index in tensor.abs().sum(-1).nonzero().tolist():
+            key = (tuple(sorted(index[1:])), start + index[0])
+            row = tensor[tuple(index)]
+            entries[key] = entries[key] + row if key in entries else row.clone()
+        if not entries:
+            continue
+        folded = torch.einsum("tk,zkc->tzc", torch.stack(list(entries.values())), weights)
+        for key, value in zip(entries, folded, strict=True):
+            gathered[key] = gathered[key] + value if key in gathered else value
+    # Couplings cancel in the sum over equal monomials, but for rounding.
+    largest = max((float(v.abs().max()) for v in gathered.values()), default=0.0)
+    gathered = {key: value for key, value in gathered.items() if float(value.abs().max()) > 1e-14 * largest}
+    polynomial = Polynomial.make(rows_in, rows_out, list(gathered))
+    ordered = [gathered[polynomial.monomials[monomial], output] for monomial, output in polynomial.terms]
+    return polynomial, torch.stack(ordered, dim=1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
+    return str(dtype).removeprefix("torch.")
+
+
+class _Contraction(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, features: Tensor, species: Tensor, coefficients: Tensor, plan: Tensor
+    ) -> Tensor:
+        features = features.contiguous()
+        output = features.new_empty(features.shape[0], int(plan[2]), features.shape[2])
+        getattr(library(), f"gaq_contraction_{_name(features.dtype)}")(
+            plan.data_ptr(),
+            features.shape[0],
+            species.data_ptr(),
+            features.data_ptr(),
+            coefficients.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(features, species, coefficients, plan)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        features, species, coefficients, plan = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = grad.contiguous()
+        grad_features = torch.empty_like(features)
+        getattr(library(), f"gaq_contraction_backward_{_name(features.dtype)}")(
+            plan.data_ptr(),
+            features.shape[0],
+            species.data_ptr(),
+            features.data_ptr(),
+            coefficients.data_ptr(),
+            grad.data_ptr(),
+            grad_features.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad_features, None, None, None
+
+
+def _check(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> None:
+    if features.dim() != 3 or features.shape[1] != polynomial.rows_in or species.shape != features.shape[:1]:
+        raise ValueError(f"features of shape (atoms, {polynomial.rows_in}, channels), not {tuple(features.shape)}")
+    if coefficients.shape[1:] != (len(polynomial.terms), features.shape[2]):
+        raise ValueError(
+            f"coefficients of shape (species, {len(polynomial.terms)}, {features.shape[2]}), "
+            f"not {tuple(coefficients.shape)}"
+        )
+    if features.dtype != coefficients.dtype or species.dtype != torch.int64:
+        raise TypeError(f"dtypes do not fit: {features.dtype}, {coefficients.dtype}, {species.dtype}")
+    if species.numel() and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
+        raise ValueError(f"species outside 0 to {coefficients.shape[0] - 1}")
+
+
+def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> Tensor:
+    """The polynomials of all atoms, by the C++ kernel; differentiable once, by the features.
+
+    Args:
+        polynomial: which monomials.
+        features: (atoms, rows_in, channels).
+        species: (atoms,), int64.
+        coefficients: (species, terms, channels), contiguous, in the dtype of the features.
+
+    Returns:
+        (atoms, rows_out, channels).
+
+    Raises:
+        ValueError, TypeError: for shapes, species and dtypes that do not fit.
+        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+    """
+    _check(polynomial, features, species, coefficients)
+    plan = torch.cat([torch.tensor([features.shape[2]]), polynomial.plan])
+    return _Contraction.apply(features, species.contiguous(), coefficients.contiguous(), plan)  # type: ignore[no-any-return]
+
+
+def reference(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> Tensor:
+    """The same in plain torch, differentiable any number of times."""
+    _check(polynomial, features, species, coefficients)
+    values: dict[tuple[int, ...], Tensor] = {}
+    for monomial in polynomial.monomials:
+        feature = features[:, monomial[-1]]
+        values[monomial] = values[monomial[:-1]] * feature if len(monomial) > 1 else feature
+    output = [features.new_zeros(features.shape[0], features.shape[2]) for _ in range(polynomial.rows_out)]
+    own = coefficients[species]
+    for t, (monomial_number, row) in enumerate(polynomial.terms):
+        output[row] = output[row] + own[:, t] * values[polynomial.monomials[monomial_number]]
+    return torch.stack(output, dim=1)

@@ -1,0 +1,393 @@
+// Fused equivariant convolution on CPU: gather, tensor product with radial weights, sum over neighbours, and the
+// derivative with respect to edge vectors and node features. See convolution.py for the mathematics and the layouts.
+//
+// Nothing that has one row per edge and channel is written to memory. Channels are the fast axis everywhere.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int MAX_L = 6;
+constexpr int MAX_SH = (MAX_L + 1) * (MAX_L + 1);
+
+struct Path {
+  int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, b_offset;
+
+  // Row of the output where an atom's first component of this path goes; the others follow every `stride` rows.
+  int64_t row_out(int64_t atoms, int64_t atom) const { return group_offset * atoms + atom * group_rows + index; }
+};
+
+struct Plan {
+  int64_t channels, lmax, paths, rows_in, knots, tabulated;
+  std::vector<Path> path;
+  const int64_t* cg_index;  // (m1, m2, m3) triples
+  const double* cg_value;
+  double r_max;
+  const double* harmonics;  // for each l: (2l+1) x monomials of degree l
+  int64_t b_size;
+
+  Plan(const int64_t* ints, const double* reals) {
+    channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], knots = ints[4];
+    tabulated = ints[5];
+    const int64_t cg_count = ints[6];
+    const int64_t* p = ints + 7;
+    b_size = 0;
+    for (int64_t i = 0; i < paths; ++i, p += 10) {
+      path.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], b_size});
+      b_size += p[1] * p[7];
+    }
+    cg_index = p;
+    r_max = reals[0];
+    cg_value = reals + 1;
+    harmonics = cg_value + cg_count;
+  }
+};
+
+// Spherical harmonics of a unit vector as polynomials of its components, and their gradient.
+template <typename T> struct Harmonics {
+  T value[MAX_SH];
+  T gradient[3][MAX_SH];
+
+  void evaluate(const Plan& plan, const T* u, bool derivative) {
+    T power[3][MAX_L + 1];
+    for (int k = 0; k < 3; ++k) {
+      power[k][0] = 1;
+      for (int64_t i = 1; i <= plan.lmax; ++i) power[k][i] = power[k][i - 1] * u[k];
+    }
+    const double* c = plan.harmonics;
+    for (int64_t l = 0; l <= plan.lmax; ++l) {
+      T mono[(MAX_L + 1) * (MAX_L + 2) / 2];
+      T slope[3][(MAX_L + 1) * (MAX_L + 2) / 2];
+      int count = 0;
+      for (int64_t a = l; a >= 0; --a)
+        for (int64_t b = l - a; b >= 0; --b, ++count) {
+          const int64_t d = l - a - b;
+          mono[count] = power[0][a] * power[1][b] * power[2][d];
+          if (derivative) {
+            slope[0][count] = a ? T(a) * power[0][a - 1] * power[1][b] * power[2][d] : T(0);
+            slope[1][count] = b ? T(b) * power[0][a] * power[1][b - 1] * power[2][d] : T(0);
+            slope[2][count] = d ? T(d) * power[0][a] * power[1][b] * power[2][d - 1] : T(0);
+          }
+        }
+      for (int64_t m = 0; m < 2 * l + 1; ++m, c += count) {
+        T v = 0, g0 = 0, g1 = 0, g2 = 0;
+        for (int i = 0; i < count; ++i) {
+          if (c[i] == 0) continue;
+          const T w = T(c[i]);
+          v += w * mono[i];
+          if (derivative) g0 += w * slope[0][i], g1 += w * slope[1][i], g2 += w * slope[2][i];
+        }
+        value[l * l + m] = v;
+        gradient[0][l * l + m] = g0, gradient[1][l * l + m] = g1, gradient[2][l * l + m] = g2;
+      }
+    }
+  }
+};
+
+// What the channel loops need of an edge.
+template <typename T> struct Edge {
+  int64_t number, sender, knot;
+  T length, direction[3];
+  T h00, h10, h01, h11;      // Hermite weights of the values and slopes at two knots
+  T d00, d10, d01, d11;      // their derivatives with respect to the length
+};
+
+template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e) {
+  const T x = vector[0], y = vector[1], z = vector[2];
+  e.length = std::sqrt(x * x + y * y + z * z);
+  // Beyond the cutoff (a neighbour list may have a skin) the weights are zero; so is an edge without direction.
+  if (!(e.length > 0) || !(e.length < T(plan.r_max))) return false;
+  const T inverse = 1 / e.length;
+  e.direction[0] = x * inverse, e.direction[1] = y * inverse, e.direction[2] = z * inverse;
+  if (!plan.tabulated) return true;
+  const T step = T(plan.r_max) / T(plan.knots - 1);
+  const T position = e.length / step;
+  e.knot = std::min<int64_t>(int64_t(position), plan.knots - 2);
+  const T t = position - T(e.knot), s = 1 - t;
+  e.h00 = (1 + 2 * t) * s * s, e.h10 = t * s * s * step, e.h01 = t * t * (3 - 2 * t), e.h11 = -t * t * s * step;
+  e.d00 = -6 * t * s / step, e.d01 = -e.d00, e.d10 = s * (1 - 3 * t), e.d11 = t * (3 * t - 2);
+  return true;
+}
+
+template <typename T> void coefficients(const Plan& plan, const T* sh, T* b) {
+  for (const Path& p : plan.path) {
+    T* own = b + p.b_offset;
+    std::fill(own, own + p.d1 * p.d3, T(0));
+    const T* y = sh + p.l2 * p.l2;
+    for (int64_t i = p.cg_begin; i < p.cg_end; ++i) {
+      const int64_t* m = plan.cg_index + 3 * i;
+      own[m[2] * p.d1 + m[0]] += T(plan.cg_value[i]) * y[m[1]];
+    }
+  }
+}
+
+template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, const Edge<T>& e, int64_t p, int64_t c) {
+  const int64_t left = plan.channels - c;
+  if (!plan.tabulated) return load(values + (e.number * plan.paths + p) * plan.channels + c, left);
+  const T* row = values + ((p * plan.knots + e.knot) * 2) * plan.channels + c;
+  return load(row, left) * e.h00 + load(row + plan.channels, left) * e.h10 +
+         load(row + 2 * plan.channels, left) * e.h01 + load(row + 3 * plan.channels, left) * e.h11;
+}
+
+// ---- forward ----
+
+template <typename T, int D1, int D3>
+void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
+                const T* h, const T* table, T* out) {
+  const int64_t C = plan.channels;
+  for (int64_t c = 0; c < C; c += Lanes<T>::width) {
+    const int64_t left = C - c;
+    Vec<T> sums[D3] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const Edge<T>& e = edges[i];
+      const T* own = b + i * plan.b_size + path.b_offset;
+      const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
+      const Vec<T> w = weight(plan, table, e, p, c);
+      Vec<T> x[D1];
+      for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left) * w;
+      for (int n = 0; n < D3; ++n)
+        for (int m = 0; m < D1; ++m) sums[n] += x[m] * own[n * D1 + m];
+    }
+    for (int n = 0; n < D3; ++n) store(out + n * path.stride * C + c, sums[n], left);
+  }
+}
+
+// ---- backward ----
+
+template <typename T, int D1, int D3>
+void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
+                   const T* h, const T* table, const T* grad_out, T* grad_b, T* grad_length, T* grad_h, T* grad_table) {
+  const int64_t C = plan.channels;
+  for (int64_t i = 0; i < count; ++i) {
+    const Edge<T>& e = edges[i];
+    const T* own = b + i * plan.b_size + path.b_offset;
+    Vec<T> dots[D3][D1] = {};
+    Vec<T> along = {};
+    for (int64_t c = 0; c < C; c += Lanes<T>::width) {
+      const int64_t left = C - c;
+      const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
+      Vec<T> w, slope = {};
+      if (plan.tabulated) {
+        const T* knot = table + ((p * plan.knots + e.knot) * 2) * C + c;
+        const Vec<T> k0 = load(knot, left), k1 = load(knot + C, left), k2 = load(knot + 2 * C, left),
+                     k3 = load(knot + 3 * C, left);
+        w = k0 * e.h00 + k1 * e.h10 + k2 * e.h01 + k3 * e.h11;
+        slope = (k0 - k2) * e.d00 + k1 * e.d10 + k3 * e.d11;
+      } else {
+        w = load(table + (e.number * plan.paths + p) * C + c, left);
+      }
+      Vec<T> g[D3], x[D1], wx[D1];
+      for (int n = 0; n < D3; ++n) g[n] = load(grad_out + n * path.stride * C + c, left);
+      for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left), wx[m] = x[m] * w;
+      for (int n = 0; n < D3; ++n)
+        for (int m = 0; m < D1; ++m) dots[n][m] += g[n] * wx[m];
+      Vec<T> into_weight = {};
+      for (int m = 0; m < D1; ++m) {
+        Vec<T> q = g[0] * own[m];
+        for (int n = 1; n < D3; ++n) q += g[n] * own[n * D1 + m];
+        into_weight += q * x[m];
+        if (grad_h) {
+          T* target = grad_h + (e.sender * plan.rows_in + path.row_in + m) * C + c;
+          store(target, load(target, left) + q * w, left);
+        }
+      }
+      if (plan.tabulated)
+        along += into_weight * slope;
+      else
+        store(grad_table + (e.number * plan.paths + p) * C + c, into_weight, left);
+    }
+    T* target = grad_b + i * plan.b_size + path.b_offset;
+    for (int n = 0; n < D3; ++n)
+      for (int m = 0; m < D1; ++m) target[n * D1 + m] = sum<T>(dots[n][m]);
+    grad_length[i] += sum<T>(along);
+  }
+}
+
+#define GAQ_CASE(FUNCTION, A, B, ...)          \
+  case (A) * 16 + (B):                         \
+    FUNCTION<T, A, B>(__VA_ARGS__);            \
+    break;
+#define GAQ_ROW(FUNCTION, A, ...)              \
+  GAQ_CASE(FUNCTION, A, 1, __VA_ARGS__)        \
+  GAQ_CASE(FUNCTION, A, 3, __VA_ARGS__)        \
+  GAQ_CASE(FUNCTION, A, 5, __VA_ARGS__)        \
+  GAQ_CASE(FUNCTION, A, 7, __VA_ARGS__)        \
+  GAQ_CASE(FUNCTION, A, 9, __VA_ARGS__)
+#define GAQ_DISPATCH(FUNCTION, A, B, ...)      \
+  switch ((A) * 16 + (B)) {                    \
+    GAQ_ROW(FUNCTION, 1, __VA_ARGS__)          \
+    GAQ_ROW(FUNCTION, 3, __VA_ARGS__)          \
+    GAQ_ROW(FUNCTION, 5, __VA_ARGS__)          \
+    GAQ_ROW(FUNCTION, 7, __VA_ARGS__)          \
+    GAQ_ROW(FUNCTION, 9, __VA_ARGS__)          \
+  }
+
+// Atoms whose edges are treated together: enough to keep a slice of the table in cache, few enough for their edges to.
+constexpr int64_t EDGES_AT_ONCE = 512;
+
+template <typename T> struct Tile {
+  std::vector<Edge<T>> edges;
+  std::vector<T> b;
+  std::vector<Harmonics<T>> harmonics;
+  std::vector<int64_t> begin;  // of each atom's edges within the tile
+
+  int64_t fill(const Plan& plan, const int64_t* order, const int64_t* first, const int64_t* sender, const T* vectors,
+               int64_t atom, int64_t last, bool keep_harmonics) {
+    edges.clear(), begin.clear();
+    int64_t next = atom;
+    while (next < last && (next == atom || int64_t(edges.size()) + first[next + 1] - first[next] <= EDGES_AT_ONCE)) {
+      begin.push_back(edges.size());
+      for (int64_t k = first[next]; k < first[next + 1]; ++k) {
+        Edge<T> e;
+        e.number = order[k];
+        if (!locate(plan, vectors + 3 * e.number, e)) continue;
+        e.sender = sender[e.number];
+        edges.push_back(e);
+      }
+      ++next;
+    }
+    begin.push_back(edges.size());
+    b.resize(edges.size() * plan.b_size);
+    if (keep_harmonics) harmonics.resize(edges.size());
+    Harmonics<T> scratch;
+    for (size_t i = 0; i < edges.size(); ++i) {
+      Harmonics<T>& y = keep_harmonics ? harmonics[i] : scratch;
+      y.evaluate(plan, edges[i].direction, keep_harmonics);
+      coefficients(plan, y.value, b.data() + i * plan.b_size);
+    }
+    return next;
+  }
+};
+
+template <typename T>
+void forward(const int64_t* ints, const double* reals, int64_t atoms, const int64_t* order, const int64_t* first,
+             const int64_t* sender, const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
+  const Plan plan(ints, reals);
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < threads; ++part) {
+    Tile<T> tile;
+    // Parts of equal numbers of edges.
+    const int64_t total = first[atoms];
+    const int64_t* low = std::lower_bound(first, first + atoms, total * part / threads);
+    const int64_t* high = part + 1 == threads ? first + atoms
+                                              : std::lower_bound(first, first + atoms, total * (part + 1) / threads);
+    int64_t atom = part == 0 ? 0 : low - first;
+    const int64_t last = high - first;
+    while (atom < last) {
+      const int64_t next = tile.fill(plan, order, first, sender, vectors, atom, last, false);
+      for (int64_t p = 0; p < plan.paths; ++p) {
+        const Path& path = plan.path[p];
+        for (int64_t a = atom; a < next; ++a) {
+          const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
+          const Edge<T>* edges = tile.edges.data() + begin;
+          const T* b = tile.b.data() + begin * plan.b_size;
+          T* row = out + path.row_out(atoms, a) * plan.channels;
+          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, edges, count, b, h, table, row)
+        }
+      }
+      atom = next;
+    }
+  }
+}
+
+template <typename T>
+void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t senders, const int64_t* order,
+              const int64_t* first, const int64_t* sender, const T* vectors, const T* h, const T* table,
+              const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table, int64_t threads) {
+  const Plan plan(ints, reals);
+  const int64_t size = senders * plan.rows_in * plan.channels;
+  // Each part adds into node features of its own; they are summed at the end, in a fixed order.
+  std::vector<T> extra(grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < threads; ++part) {
+    Tile<T> tile;
+    std::vector<T> grad_b, grad_length;
+    T* own_h = grad_h ? (part == 0 ? grad_h : extra.data() + (part - 1) * size) : nullptr;
+    const int64_t total = first[atoms];
+    const int64_t* low = std::lower_bound(first, first + atoms, total * part / threads);
+    const int64_t* high = part + 1 == threads ? first + atoms
+                                              : std::lower_bound(first, first + atoms, total * (part + 1) / threads);
+    int64_t atom = part == 0 ? 0 : low - first;
+    const int64_t last = high - first;
+    while (atom < last) {
+      const int64_t next = tile.fill(plan, order, first, sender, vectors, atom, last, true);
+      const int64_t edge_count = tile.edges.size();
+      grad_b.assign(edge_count * plan.b_size, T(0));
+      grad_length.assign(edge_count, T(0));
+      for (int64_t p = 0; p < plan.paths; ++p) {
+        const Path& path = plan.path[p];
+        for (int64_t a = atom; a < next; ++a) {
+          const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
+          const Edge<T>* edges = tile.edges.data() + begin;
+          const T* b = tile.b.data() + begin * plan.b_size;
+          const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
+          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, edges, count, b, h, table, grad,
+                       grad_b.data() + begin * plan.b_size, grad_length.data() + begin, own_h, grad_table)
+        }
+      }
+      for (int64_t i = 0; i < edge_count; ++i) {
+        T grad_sh[MAX_SH] = {};
+        const T* gb = grad_b.data() + i * plan.b_size;
+        for (const Path& p : plan.path) {
+          T* y = grad_sh + p.l2 * p.l2;
+          for (int64_t k = p.cg_begin; k < p.cg_end; ++k) {
+            const int64_t* m = plan.cg_index + 3 * k;
+            y[m[1]] += T(plan.cg_value[k]) * gb[p.b_offset + m[2] * p.d1 + m[0]];
+          }
+        }
+        const Edge<T>& e = tile.edges[i];
+        const Harmonics<T>& y = tile.harmonics[i];
+        T g[3] = {};
+        const int64_t count = (plan.lmax + 1) * (plan.lmax + 1);
+        for (int k = 0; k < 3; ++k)
+          for (int64_t m = 0; m < count; ++m) g[k] += grad_sh[m] * y.gradient[k][m];
+        const T* u = e.direction;
+        const T radial = g[0] * u[0] + g[1] * u[1] + g[2] * u[2];
+        for (int k = 0; k < 3; ++k)
+          grad_vectors[3 * e.number + k] = (g[k] - radial * u[k]) / e.length + grad_length[i] * u[k];
+      }
+      atom = next;
+    }
+  }
+  if (!extra.empty()) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t part = 1; part < threads; ++part) grad_h[i] += extra[(part - 1) * size + i];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Stable counting sort of edges by receiver.
+void gaq_sort_edges(int64_t edges, int64_t atoms, const int64_t* receiver, int64_t* first, int64_t* order) {
+  std::fill(first, first + atoms + 1, 0);
+  for (int64_t e = 0; e < edges; ++e) ++first[receiver[e] + 1];
+  for (int64_t a = 0; a < atoms; ++a) first[a + 1] += first[a];
+  std::vector<int64_t> next(first, first + atoms);
+  for (int64_t e = 0; e < edges; ++e) order[next[receiver[e]]++] = e;
+}
+
+#define GAQ_EXPORT(NAME, T)                                                                                         \
+  void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, const int64_t* order,        \
+                              const int64_t* first, const int64_t* sender, const T* vectors, const T* h,           \
+                              const T* table, T* out, int64_t threads) {                                           \
+    forward<T>(ints, reals, atoms, order, first, sender, vectors, h, table, out, threads);                         \
+  }                                                                                                                \
+  void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t senders,   \
+                                       const int64_t* order, const int64_t* first, const int64_t* sender,          \
+                                       const T* vectors, const T* h, const T* table, const T* grad_out,            \
+                                       T* grad_vectors, T* grad_h, T* grad_table, int64_t threads) {               \
+    backward<T>(ints, reals, atoms, senders, order, first, sender, vectors, h, table, grad_out, grad_vectors,      \
+                grad_h, grad_table, threads);                                                                      \
+  }
+GAQ_EXPORT(float32, float)
+GAQ_EXPORT(float64, double)
+}

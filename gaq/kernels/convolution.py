@@ -1,0 +1,303 @@
+r"""Fused equivariant convolution: gather, tensor product with radial weights, sum over neighbours.
+
+For atoms i with neighbours j, features h, edge vectors r and paths p = (l1, l2, l3),
+
+.. math:: m_i^{p, m_3, c} = \sum_{j} R_{pc}(|r_{ij}|) \sum_{m_1 m_2} C^p_{m_1 m_2 m_3} Y_{l_2 m_2}(\hat r_{ij}) h_j^{m_1 c}
+
+The matrix :math:`B^p_{m_3 m_1} = \sum_{m_2} C Y` of an edge does not depend on the channel c, so the sum over channels is
+a run of fused multiply-adds (DeepMind's and cuEquivariance's kernels rest on the same observation). The derivative with
+respect to h and r needs, for each edge, the dot products over channels of the incoming gradient with R h: nothing with
+one row an edge and channel is ever stored, and no two threads write to the same place.
+
+Layouts, channels always last:
+
+- node features: (atoms, rows, channels), the components of all input blocks one below the other;
+- messages: one matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to end
+  in one tensor: ready for the linear layer that mixes the paths of a group;
+- radial weights: `RadialTable.knots`, or one row an edge (edges, paths, channels), cutoff included.
+
+`reference` is the same in plain torch, what the tests trust, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gaq.kernels import harmonics, radial
+from gaq.kernels.native import library
+
+__all__ = ["ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
+
+MAX_L = 6
+COMPONENTS = (1, 3, 5, 7, 9)
+
+
+@dataclass(frozen=True)
+class Path:
+    """One path of the tensor product.
+
+    Attributes:
+        block: number of the input block.
+        edge_degree: l of the spherical harmonic.
+        group: number of the output group.
+        coefficients: (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), float64, normalisation of the path included.
+    """
+
+    block: int
+    edge_degree: int
+    group: int
+    coefficients: Tensor
+
+
+@dataclass(frozen=True)
+class ConvolutionProblem:
+    """What is convolved with what, apart from how.
+
+    Attributes:
+        channels: multiplicity of every block.
+        blocks: l of each input block.
+        groups: l of each output group.
+        paths: in the order of the radial weights.
+        harmonics: coefficients of the spherical harmonics, as `gaq.kernels.harmonics.fit` gives them.
+        r_max: cutoff in Å.
+    """
+
+    channels: int
+    blocks: tuple[int, ...]
+    groups: tuple[int, ...]
+    paths: tuple[Path, ...]
+    harmonics: tuple[Tensor, ...]
+    r_max: float
+    plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.harmonics) > MAX_L + 1:
+            raise ValueError(f"spherical harmonics up to l = {MAX_L} are served, not {len(self.harmonics) - 1}")
+        for path in self.paths:
+            shape = (
+                2 * self.blocks[path.block] + 1,
+                2 * path.edge_degree + 1,
+                2 * self.groups[path.group] + 1,
+            )
+            if tuple(path.coefficients.shape) != shape:
+                raise ValueError(f"coefficients of shape {tuple(path.coefficients.shape)} for a path of shape {shape}")
+            if shape[0] not in COMPONENTS or shape[2] not in COMPONENTS:
+                raise ValueError(f"features up to l = {COMPONENTS[-1] // 2} are served, not a path of shape {shape}")
+
+    @property
+    def rows_in(self) -> int:
+        """Components of all input blocks."""
+        return sum(2 * l + 1 for l in self.blocks)  # noqa: E741
+
+    def group_paths(self, group: int) -> list[int]:
+        """Numbers of the paths that end in a group."""
+        return [i for i, path in enumerate(self.paths) if path.group == group]
+
+    def group_rows(self) -> list[int]:
+        """Rows of `channels` numbers that each group has for one atom."""
+        return [len(self.group_paths(g)) * (2 * l + 1) for g, l in enumerate(self.groups)]  # noqa: E741
+
+    @property
+    def rows_out(self) -> int:
+        """Rows of `channels` numbers that an atom's message has."""
+        return sum(self.group_rows())
+
+    def split(self, message: Tensor, atoms: int) -> list[Tensor]:
+        """The matrices of the groups, (atoms * (2l+1), paths * channels), views of a message."""
+        found, offset = [], 0
+        for group, rows in enumerate(self.group_rows()):
+            paths = len(self.group_paths(group))
+            part = message[offset * atoms : (offset + rows) * atoms]
+            found.append(part.reshape(-1, paths * self.channels))
+            offset += rows
+        return found
+
+    def plan(self, knots: int) -> tuple[Tensor, Tensor]:
+        """The problem as the C++ code reads it; `knots` is 0 for weights given an edge at a time."""
+        if knots not in self.plans:
+            starts = [sum(2 * l + 1 for l in self.blocks[:i]) for i in range(len(self.blocks))]  # noqa: E741
+            rows = self.group_rows()
+            offsets = [sum(rows[:g]) for g in range(len(rows))]
+            indices: list[int] = []
+            values: list[float] = []
+            ints: list[int] = []
+            for number, path in enumerate(self.paths):
+                begin = len(values)
+                for m1, m2, m3 in path.coefficients.nonzero().tolist():
+                    indices += [m1, m2, m3]
+                    values.append(float(path.coefficients[m1, m2, m3]))
+                own = self.group_paths(path.group)
+                ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
+                ints += [offsets[path.group], rows[path.group], own.index(number), len(own)]
+                ints += [2 * self.groups[path.group] + 1, begin, len(values)]
+            head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, knots, int(knots > 0)]
+            reals = torch.cat(
+                [torch.tensor([self.r_max, *values], dtype=torch.float64), *[c.double().flatten() for c in self.harmonics]]
+            )
+            self.plans[knots] = torch.tensor([*head, len(values), *ints, *indices], dtype=torch.int64), reals
+        return self.plans[knots]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges sorted by receiver.
+
+    Attributes:
+        sender: (edges,), in the order of the edge vectors.
+        receiver: the same.
+        order: numbers of the edges by receiver.
+        first: (atoms + 1,), where each receiver's edges begin in `order`.
+    """
+
+    sender: Tensor
+    receiver: Tensor
+    order: Tensor
+    first: Tensor
+
+    @classmethod
+    def make(cls, sender: Tensor, receiver: Tensor, atoms: int) -> Graph:
+        """Sort the edges (int64, on the CPU)."""
+        sender, receiver = sender.contiguous(), receiver.contiguous()
+        first = torch.empty(atoms + 1, dtype=torch.int64)
+        order = torch.empty_like(receiver)
+        library().gaq_sort_edges(
+            receiver.numel(), atoms, receiver.data_ptr(), first.data_ptr(), order.data_ptr()
+        )
+        return cls(sender, receiver, order, first)
+
+    @property
+    def atoms(self) -> int:
+        return self.first.numel() - 1
+
+
+def _name(dtype: torch.dtype) -> str:
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
+    return str(dtype).removeprefix("torch.")
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        features: Tensor,
+        vectors: Tensor,
+        weights: Tensor,
+        problem: ConvolutionProblem,
+        graph: Graph,
+        tabulated: bool,
+    ) -> Tensor:
+        features, vectors, weights = features.contiguous(), vectors.contiguous(), weights.contiguous()
+        ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
+        message = features.new_empty(problem.rows_out * graph.atoms * problem.channels)
+        getattr(library(), f"gaq_convolution_{_name(features.dtype)}")(
+            ints.data_ptr(),
+            reals.data_ptr(),
+            graph.atoms,
+            graph.order.data_ptr(),
+            graph.first.data_ptr(),
+            graph.sender.data_ptr(),
+            vectors.data_ptr(),
+            features.data_ptr(),
+            weights.data_ptr(),
+            message.data_ptr(),
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(features, vectors, weights)
+        ctx.problem, ctx.graph, ctx.tabulated = problem, graph, tabulated  # type: ignore[attr-defined]
+        return message.view(-1, problem.channels)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        features, vectors, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        problem, graph, tabulated = ctx.problem, ctx.graph, ctx.tabulated  # type: ignore[attr-defined]
+        grad = grad.contiguous()
+        ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
+        grad_vectors = torch.zeros_like(vectors)
+        grad_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        grad_weights = None if tabulated else torch.zeros_like(weights)
+        getattr(library(), f"gaq_convolution_backward_{_name(features.dtype)}")(
+            ints.data_ptr(),
+            reals.data_ptr(),
+            graph.atoms,
+            features.shape[0],
+            graph.order.data_ptr(),
+            graph.first.data_ptr(),
+            graph.sender.data_ptr(),
+            vectors.data_ptr(),
+            features.data_ptr(),
+            weights.data_ptr(),
+            grad.data_ptr(),
+            grad_vectors.data_ptr(),
+            None if grad_features is None else grad_features.data_ptr(),
+            None if grad_weights is None else grad_weights.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad_features, grad_vectors, grad_weights, None, None, None
+
+
+def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:
+    if features.shape[1:] != (problem.rows_in, problem.channels):
+        raise ValueError(f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}")
+    last = (2, problem.channels) if tabulated else (len(problem.paths), problem.channels)
+    first = (len(problem.paths),) if tabulated else (vectors.shape[0],)
+    if weights.shape[:1] != first or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
+        raise ValueError(f"radial weights of shape {tuple(weights.shape)} do not fit the problem")
+    if not features.dtype == vectors.dtype == weights.dtype:
+        raise TypeError(f"dtypes differ: {features.dtype}, {vectors.dtype}, {weights.dtype}")
+
+
+def convolution(
+    problem: ConvolutionProblem, graph: Graph, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool = True
+) -> Tensor:
+    """The messages of all atoms, by the fused kernel; differentiable once.
+
+    Args:
+        problem: what is convolved.
+        graph: the edges.
+        features: (senders, rows, channels).
+        vectors: (edges, 3) from sender to receiver or back, as the harmonics want them, in Å. Edges of length
+            zero, or of `r_max` and more, contribute nothing.
+        weights: knots of a `RadialTable`, or (edges, paths, channels); contiguous in the dtype of the features.
+        tabulated: which of the two.
+
+    Returns:
+        (rows_out * atoms, channels), see `ConvolutionProblem.split`.
+
+    Raises:
+        ValueError, TypeError: for shapes and dtypes that do not fit.
+        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+    """
+    _check(problem, features, vectors, weights, tabulated)
+    return _Convolution.apply(features, vectors, weights, problem, graph, tabulated)  # type: ignore[no-any-return]
+
+
+def reference(
+    problem: ConvolutionProblem, graph: Graph, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool = True
+) -> Tensor:
+    """The same in plain torch, differentiable any number of times."""
+    _check(problem, features, vectors, weights, tabulated)
+    lengths = vectors.norm(dim=-1)
+    inside = (lengths > 0) & (lengths < problem.r_max)
+    numbers = inside.nonzero()[:, 0]
+    vectors, lengths = vectors[numbers], lengths[numbers]
+    sh = harmonics.evaluate(list(problem.harmonics), vectors / lengths[:, None])
+    w = radial.evaluate(weights, lengths, problem.r_max) if tabulated else weights[numbers]
+    gathered = features[graph.sender[numbers]]
+    starts = [sum(2 * l + 1 for l in problem.blocks[:i]) for i in range(len(problem.blocks))]  # noqa: E741
+    parts: Sequence[list[Tensor]] = [[] for _ in problem.groups]
+    for number, path in enumerate(problem.paths):
+        begin = starts[path.block]
+        x = gathered[:, begin : begin + 2 * problem.blocks[path.block] + 1]
+        y = sh[:, path.edge_degree**2 : (path.edge_degree + 1) ** 2]
+        edge = torch.einsum("xyz,exc,ey,ec->ezc", path.coefficients.to(x), x, y, w[:, number])
+        summed = edge.new_zeros(graph.atoms, *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
+        parts[path.group].append(summed)
+    # (atoms, components, paths, channels) of each group, flattened.
+    groups = [torch.stack(own, dim=2).reshape(-1, problem.channels) for own in parts if own]
+    return torch.cat(groups) if groups else features.new_zeros(0, problem.channels)
