@@ -94,8 +94,8 @@ template <typename T> struct Harmonics {
 template <typename T> struct Edge {
   int64_t number, sender, knot;
   T length, direction[3];
-  T h00, h10, h01, h11;      // Hermite weights of the values and slopes at two knots
-  T d00, d10, d01, d11;      // their derivatives with respect to the length
+  T h[6];  // Hermite weights of value, slope and curvature at the lower knot, then at the upper one
+  T d[6];  // their derivatives with respect to the length
 };
 
 template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e) {
@@ -109,9 +109,16 @@ template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e)
   const T step = T(plan.r_max) / T(plan.knots - 1);
   const T position = e.length / step;
   e.knot = std::min<int64_t>(int64_t(position), plan.knots - 2);
-  const T t = position - T(e.knot), s = 1 - t;
-  e.h00 = (1 + 2 * t) * s * s, e.h10 = t * s * s * step, e.h01 = t * t * (3 - 2 * t), e.h11 = -t * t * s * step;
-  e.d00 = -6 * t * s / step, e.d01 = -e.d00, e.d10 = s * (1 - 3 * t), e.d11 = t * (3 * t - 2);
+  const T t = position - T(e.knot);
+  const auto side = [step](T u, T v, T sign, T* h, T* d) {
+    // v = 1 - u; the derivatives are with respect to u, then to the length.
+    const T v2 = v * v, v3 = v2 * v, u2 = u * u;
+    h[0] = v3 * (1 + 3 * u + 6 * u2), h[1] = sign * v3 * u * (1 + 3 * u) * step, h[2] = v3 * u2 * step * step / 2;
+    d[0] = sign * -30 * u2 * v2 / step, d[1] = v2 * (1 + 2 * u - 15 * u2);
+    d[2] = sign * v2 * u * (2 - 5 * u) * step / 2;
+  };
+  side(t, 1 - t, T(1), e.h, e.d);
+  side(1 - t, t, T(-1), e.h + 3, e.d + 3);
   return true;
 }
 
@@ -130,9 +137,10 @@ template <typename T> void coefficients(const Plan& plan, const T* sh, T* b) {
 template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, const Edge<T>& e, int64_t p, int64_t c) {
   const int64_t left = plan.channels - c;
   if (!plan.tabulated) return load(values + (e.number * plan.paths + p) * plan.channels + c, left);
-  const T* row = values + ((p * plan.knots + e.knot) * 2) * plan.channels + c;
-  return load(row, left) * e.h00 + load(row + plan.channels, left) * e.h10 +
-         load(row + 2 * plan.channels, left) * e.h01 + load(row + 3 * plan.channels, left) * e.h11;
+  const T* row = values + ((p * plan.knots + e.knot) * 3) * plan.channels + c;
+  Vec<T> w = load(row, left) * e.h[0];
+  for (int k = 1; k < 6; ++k) w += load(row + k * plan.channels, left) * e.h[k];
+  return w;
 }
 
 // ---- forward ----
@@ -174,11 +182,12 @@ void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>*
       const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
       Vec<T> w, slope = {};
       if (plan.tabulated) {
-        const T* knot = table + ((p * plan.knots + e.knot) * 2) * C + c;
-        const Vec<T> k0 = load(knot, left), k1 = load(knot + C, left), k2 = load(knot + 2 * C, left),
-                     k3 = load(knot + 3 * C, left);
-        w = k0 * e.h00 + k1 * e.h10 + k2 * e.h01 + k3 * e.h11;
-        slope = (k0 - k2) * e.d00 + k1 * e.d10 + k3 * e.d11;
+        const T* knot = table + ((p * plan.knots + e.knot) * 3) * C + c;
+        w = load(knot, left) * e.h[0], slope = load(knot, left) * e.d[0];
+        for (int k = 1; k < 6; ++k) {
+          const Vec<T> v = load(knot + k * C, left);
+          w += v * e.h[k], slope += v * e.d[k];
+        }
       } else {
         w = load(table + (e.number * plan.paths + p) * C + c, left);
       }

@@ -244,7 +244,7 @@ class _Convolution(torch.autograd.Function):
 def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:
     if features.shape[1:] != (problem.rows_in, problem.channels):
         raise ValueError(f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}")
-    last = (2, problem.channels) if tabulated else (len(problem.paths), problem.channels)
+    last = (3, problem.channels) if tabulated else (len(problem.paths), problem.channels)
     first = (len(problem.paths),) if tabulated else (vectors.shape[0],)
     if weights.shape[:1] != first or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
         raise ValueError(f"radial weights of shape {tuple(weights.shape)} do not fit the problem")

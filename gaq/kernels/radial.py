@@ -1,11 +1,13 @@
-"""Radial functions as tables: cubic Hermite interpolation of value and slope.
+"""Radial functions as tables: quintic Hermite interpolation of value, slope and curvature.
 
 The weights a radial network gives to an edge are functions of its length alone (of one pair of species at most), so they
-are tabulated at equal steps of r and interpolated by the C1 spline that has the network's own values and slopes at the
-knots. Forces differentiate the spline itself: they are the exact gradient of the energy that is computed.
+are tabulated at equal steps of r and interpolated by the C2 spline that has the network's own values, slopes and
+curvatures at the knots. Forces differentiate the spline itself: they are the exact gradient of the energy that is computed,
+and are continuously differentiable.
 
-The error of the value is h^4/384 max|f''''|; it is measured between the knots, and the step is halved until it is
-below `TOLERANCE` of the largest value, which is what float32 arithmetic resolves.
+The error of the value is h^6/46080 max|f^(6)|. It and that of the slope are measured between the knots, and the step is
+halved until they are below `TOLERANCE` and `SLOPE_TOLERANCE` of the largest value and slope, beneath what float32
+resolves. Three numbers a knot allow steps so long that the part of a table in use stays in cache.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from torch import Tensor
 
 __all__ = ["RadialTable", "TOLERANCE", "evaluate", "tabulate"]
 
-TOLERANCE = 2e-7
-FEWEST, MOST = 129, 4097
+TOLERANCE = 3e-8
+SLOPE_TOLERANCE = 3e-7
+FEWEST, MOST = 33, 4097
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RadialTable:
     """A tabulated radial function.
 
     Attributes:
-        knots: values and slopes (1/Å), shape (paths, knots, 2, channels), float64.
+        knots: values, slopes (1/Å) and curvatures (1/Å²), shape (paths, knots, 3, channels), float64.
         r_max: cutoff in Å; the knots lie at equal steps from 0 to it.
         error: largest difference to the function between knots, relative to its largest value.
         slope_error: the same of the slope.
@@ -39,14 +42,16 @@ class RadialTable:
     slope_error: float
 
 
-def _value_and_slope(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor]:
-    lengths = lengths.detach()
-    with torch.enable_grad(), torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(lengths, torch.ones_like(lengths))
-        value, slope = torch.autograd.forward_ad.unpack_dual(function(dual))
-    if slope is None:
-        slope = torch.zeros_like(value)
-    return value.detach(), slope.detach()
+def _derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, slope and curvature, each (n, paths, channels)."""
+    ones = torch.ones_like(lengths)
+
+    def slope(r: Tensor) -> tuple[Tensor, Tensor]:
+        value, tangent = torch.func.jvp(function, (r,), (ones,))
+        return tangent, value
+
+    first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)
+    return value.detach(), first.detach(), second.detach()
 
 
 def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE) -> RadialTable:
@@ -63,18 +68,17 @@ def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: floa
     count = FEWEST
     while True:
         lengths = torch.linspace(0.0, r_max, count, dtype=torch.float64)
-        # Bessel functions are regular at 0 but written sin(x)/x.
-        lengths[0] = 1e-6 * r_max
-        value, slope = _value_and_slope(function, lengths)
-        knots = torch.stack([value, slope], dim=1).permute(2, 0, 1, 3).contiguous()
+        # Bessel functions are regular at 0 but written sin(x)/x, and there nothing is left of them in float64.
+        lengths[0] = 1e-3 * lengths[1]
+        knots = torch.stack(_derivatives(function, lengths), dim=1).permute(2, 0, 1, 3).contiguous()
         between = (torch.arange(count - 1, dtype=torch.float64) + 0.5) * (r_max / (count - 1))
         # Atoms do not come closer than this, and a network may do anything there.
-        between = between[between > 0.1]
-        exact, exact_slope = _value_and_slope(function, between)
-        found, found_slope = _value_and_slope(lambda r: evaluate(knots, r, r_max), between)
+        between = between[between > 0.3]
+        exact, exact_slope, _ = _derivatives(function, between)
+        found, found_slope, _ = _derivatives(lambda r: evaluate(knots, r, r_max), between)
         error = float((found - exact).abs().max() / exact.abs().max())
         slope_error = float((found_slope - exact_slope).abs().max() / exact_slope.abs().max())
-        if error <= tolerance:
+        if error <= tolerance and slope_error <= tolerance * SLOPE_TOLERANCE / TOLERANCE:
             return RadialTable(knots, r_max, error, slope_error)
         if count >= MOST:
             raise ValueError(f"the radial function cannot be tabulated: error {error:.1e} with {count} knots")
@@ -94,7 +98,17 @@ def evaluate(knots: Tensor, lengths: Tensor, r_max: float) -> Tensor:
     index = position.detach().long().clamp(0, knots.shape[1] - 2)
     t = (position - index)[:, None, None]
     low, high = knots[:, index].transpose(0, 1), knots[:, index + 1].transpose(0, 1)
-    s = 1 - t
-    value = low[:, :, 0] * (1 + 2 * t) * s * s + low[:, :, 1] * (t * s * s * step)
-    value = value + high[:, :, 0] * (t * t * (3 - 2 * t)) - high[:, :, 1] * (t * t * s * step)
+    weights = hermite(t, step)
+    value = sum(weights[k] * low[:, :, k] + weights[3 + k] * high[:, :, k] for k in range(3))
     return value * (lengths < r_max)[:, None, None]
+
+
+def hermite(t: Tensor, step: float) -> list[Tensor]:
+    """Weights of value, slope and curvature at the lower knot, then at the upper one, at 0 <= t <= 1 between them."""
+    s = 1 - t
+
+    def lower(u: Tensor, v: Tensor) -> list[Tensor]:
+        return [v**3 * (1 + 3 * u + 6 * u * u), v**3 * u * (1 + 3 * u) * step, v**3 * u * u * (0.5 * step * step)]
+
+    upper = lower(s, t)
+    return [*lower(t, s), upper[0], -upper[1], upper[2]]
