@@ -10,7 +10,9 @@ Atoms are sorted by species within a call, so that weights of a species act on a
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
 
-__all__ = ["Engine", "Unsupported", "disabled", "engine_of"]
+__all__ = ["Engine", "Unsupported", "disabled", "engine_of", "serves"]
 
 INTERACTIONS = ("RealAgnosticInteractionBlock", "RealAgnosticResidualInteractionBlock")
 
@@ -221,8 +223,6 @@ class _Layer(torch.nn.Module):
         self.out_quantizer = _identity_or(product)
 
     def _tabulate(self, model: Any, block: Any) -> radial.RadialTable:
-        import copy
-
         if hasattr(model.radial_embedding, "distance_transform"):
             raise Unsupported("the radial functions see the species of both atoms (distance_transform)")
         embedding = copy.deepcopy(model.radial_embedding).double()
@@ -467,11 +467,37 @@ def switched_off() -> bool:
     return _disabled or os.environ.get("GAQ_ENGINE", "1") == "0"
 
 
-def engine_of(model: Any) -> Engine:
-    """The engine of a model, built anew when its weights have changed."""
+_NOT_SERVED = ("compute_hessian", "lammps_mliap")
+
+
+def serves(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a call of a model goes through the engine.
+
+    Only at inference on the CPU: training needs second derivatives, as do Hessians, and a graph that is traced for
+    something else has to consist of operations that are known there. Why a model is not served at all is said once, in a
+    warning.
+    """
+    if options.get("training", False) or any(options.get(name, False) for name in _NOT_SERVED) or switched_off():
+        return False
+    state = state_of(model)
+    if state is None or state.status != "converted" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    return engine_of(model) is not None
+
+
+def engine_of(model: Any) -> Engine | None:
+    """The engine of a model, built anew when its weights have changed; None where the kernels do not serve it."""
     key = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
     kept = model.__dict__.get("gaq_engine")
     if kept is None or kept[0] != key:
-        kept = (key, Engine(model))
+        engine: Engine | None = None
+        try:
+            engine = Engine(model)
+        except (Unsupported, native.CompilerError) as error:
+            warnings.warn(f"gaq: this model runs through the reference path: {error}", stacklevel=3)
+        kept = (key, engine)
         model.__dict__["gaq_engine"] = kept
     return kept[1]  # type: ignore[no-any-return]

@@ -61,6 +61,21 @@ __all__ = [
 class ScaleShiftMACE(mace_models.ScaleShiftMACE):
     """A `mace.modules.ScaleShiftMACE` that keeps its quantization through copies, states and files."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Not in forward, which is TorchScript: a scripted, traced or compiled model holds the reference path.
+        engine = self._engine(kwargs)
+        if engine is None:
+            return super().__call__(*args, **kwargs)
+        return engine(*args, **{k: v for k, v in kwargs.items() if k != "training"})
+
+    def _engine(self, options: dict[str, Any]) -> Any:
+        """The fused engine, where it serves this model and call."""
+        from gaq_mace import engine
+
+        if not engine.serves(self, options):
+            return None
+        return engine.engine_of(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         from gaq_mace import files
 
@@ -72,7 +87,9 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        torch.nn.Module.__setstate__(new, copy.deepcopy(self.__dict__, memo))
+        # An engine belongs to the weights it was made from.
+        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
+        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
         return new
 
     def get_extra_state(self) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from nequip.nn.graph_model import GraphModel
 from nequip.nn.mlp import DeepLinearMLP, ScalarLinearLayer
 from nequip.nn.model_modifier_utils import model_modifier
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
 
 from gaq.quantized import StoredState, is_kind, require_state, same_grid, state_of
 from gaq.quantizers.features import FeatureQuantizer
@@ -313,10 +316,114 @@ class QuantizedGraphModel(_QuantizedRoot, GraphModel):
     gaq_host_class = "GraphModel"
 
 
+class _LastingDetach(TorchFunctionMode):
+    """Writes `Tensor.detach` so that a graph traced for training keeps it.
+
+    NequIP traces with a table of decompositions that makes ``aten.detach`` an alias. It has to: the backward pass in
+    the graph reads saved results through such nodes, and is differentiated again. But the straight-through estimator
+    ``x + (round(x) - x).detach()`` with the detach gone has a gradient of exactly zero, and nothing would be trained.
+    Reading the bits as integers and back says the same in operations that stay: integers have no gradient.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.detach and get_proxy_mode() is not None and args[0].dtype in _BITS:
+            return args[0].view(_BITS[args[0].dtype]).view(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@contextmanager
+def _lasting_detach(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context every call of the model itself, but not of a graph made from it, is in `_LastingDetach`.
+
+    Dynamo ties what it compiles to the modes that are active, so the mode must not be around the compilation.
+    """
+    mode = _LastingDetach()
+
+    def enter(module: Any, arguments: Any) -> None:
+        mode.__enter__()
+
+    def leave(module: Any, arguments: Any, output: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _step(quantizer: FeatureQuantizer) -> float:
+    """The coarsest step of what a quantizer rounds, relative to its range; 0 if it rounds nothing."""
+    steps = [0.0]
+    if quantizer.round_scalars and quantizer.scalars_enabled:
+        steps.append(1.0 / quantizer.scalar_top)
+    if quantizer.round_vectors and quantizer.vectors_enabled:
+        steps.append(quantizer.vector_range_factor / quantizer.magnitude_top)
+        if quantizer.split:
+            steps.append(1.0 / quantizer.levels)
+    return max(steps)
+
+
 class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
-    """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages."""
+    """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages.
+
+    Weights, scales and ranges are inputs of the compiled graph. What quantizers are told by plain attributes is fixed
+    when it is traced, so there is a graph for each state of these: training and evaluation differ where features are
+    rounded, and so does training before and after a branch is switched.
+    """
 
     gaq_host_class = "CompileGraphModel"
+
+    def _switches(self) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for module in self.modules():
+            if is_kind(module, FeatureQuantizer):
+                found.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
+                found.append(module.differentiable_twice)
+            elif is_kind(module, WeightQuantizer):
+                found.append((module.enabled, module.scale_is_fixed))
+        return tuple(found)
+
+    def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        graphs: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("gaq_graphs", {})
+        switches = self._switches()
+        own = graphs.pop(switches, {})
+        graphs[switches] = own
+        # Training and validation take turns; a state of the schedule that is over does not come back.
+        if len(graphs) > 2:
+            del graphs[next(iter(graphs))]
+        self._compiled_cache = (own,)
+        return super().forward(data)
+
+    def _compile_variant(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> None:
+        try:
+            with _lasting_detach(self.model):
+                super()._compile_variant(data, input_signature, cache)
+        except AssertionError:
+            # NequIP asks the graph to agree with the modules more closely than one step of the rounding of features.
+            # Their sums differ in the last bit, and a feature on the edge of two steps is then rounded to the other.
+            if input_signature not in cache or not self._agrees(data, input_signature, cache):
+                raise
+
+    def _agrees(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> bool:
+        """Whether a graph gives the labels in the data as the modules do, up to a few steps of the rounding."""
+        tolerance = 4.0 * max([_step(m) for m in self.modules() if is_kind(m, FeatureQuantizer)], default=0.0)
+        compiled, output_fields = cache[input_signature]
+        inputs = {key: data[key] for key in input_signature}
+        found = self._compiled_forward(inputs, compiled, input_signature, output_fields)
+        wanted = self.model(inputs)
+        for key in set(output_fields) & data.keys():
+            expected = wanted[key].detach().double()
+            error = (found[key].detach().double() - expected).abs()
+            if not bool((error <= tolerance * expected.abs().max().clamp_min(1.0)).all()):
+                return False
+        return True
 
 
 _ROOTS: dict[str, type] = {"GraphModel": QuantizedGraphModel, "CompileGraphModel": QuantizedCompileGraphModel}

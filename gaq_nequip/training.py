@@ -42,11 +42,6 @@ def start(model: torch.nn.Module, spec: Any) -> None:
     """Insert quantizers into a model just built, and say in the log what was done."""
     config = parse_config(spec)
     for name, own in graph_models(model).items():
-        if getattr(own, "is_compile_graph_model", False) and get_workflow_state() == "train":
-            raise ValueError(
-                "quantization: cannot be combined with `compile_mode: compile` in training yet: the weights of the "
-                "compiled graph do not follow the optimizer. Remove compile_mode from training_module.model."
-            )
         prepare(own, config)
         if get_workflow_state() != "train":
             continue  # a checkpoint that is loaded, and was described when it was trained
@@ -130,7 +125,6 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._sample: list[Any] | None = None
         self._held: list[tuple[Any, Tensor, bool]] = []
         self._branches = DEPLOYED
-        self._caches: dict[Any, dict[Any, Any]] = {}
 
     # -- data --
 
@@ -153,14 +147,9 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     def _set(self, module: Any, branches: BranchState, observing: bool) -> None:
         self._branches = branches
         for model in _quantized_models(module):
+            # A compiled graph has no side effects, so it cannot observe as it runs.
             compiled = getattr(model, "is_compile_graph_model", False)
-            # What a compiled graph does is fixed when it is traced: one graph a state, and no range that moves.
-            set_branches(
-                model, BranchState(branches.vectors, 1.0) if compiled else branches, observing and not compiled
-            )
-            if compiled:
-                key = (id(model), branches.vectors)
-                model._compiled_cache = (self._caches.setdefault(key, {}),)
+            set_branches(model, branches, observing and not compiled)
 
     # -- training --
 
