@@ -25,7 +25,7 @@ from mace.modules.utils import get_atomic_virials_stresses, get_outputs, prepare
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, harmonics, native, radial
+from gaq.kernels import contraction, convolution, harmonics, native, radial, rounding
 from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
@@ -117,6 +117,34 @@ def _from_mul_ir(x: Tensor, rows: list[slice], channels: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+class _Rounder:
+    """A quantizer of features in e3nn's layout, applied to those of the kernels.
+
+    Args:
+        quantizer: as the model has it, or None.
+        irreps: of its layout.
+        channels: of every block.
+    """
+
+    def __init__(self, quantizer: FeatureQuantizer | None, irreps: o3.Irreps, channels: int) -> None:
+        self.quantizer = quantizer
+        self.rows = _rows(irreps)
+        total = self.rows[-1].stop if self.rows else 0
+        pieces = [
+            rounding.Piece(r.stop - r.start, channels, r.start * channels, total * channels, channels)
+            for r in self.rows
+        ]
+        self.plan = None if quantizer is None else rounding.plan(quantizer, pieces)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(atoms, rows, channels), rounded."""
+        if self.quantizer is None:
+            return x
+        if self.plan is not None:
+            return rounding.round_features(x, self.plan, x.shape[0])
+        return _from_mul_ir(self.quantizer(_to_mul_ir(x, self.rows)), self.rows, x.shape[2])
+
+
 @dataclass
 class _SpeciesOrder:
     """Atoms by species: which lie where."""
@@ -187,6 +215,7 @@ class _Layer(torch.nn.Module):
             matrix = matrices[group] / float(block.avg_num_neighbors)
             self.register_buffer(f"linear_{group}", matrix.to(dtype))
         self.message_quantizer = _identity_or(block.linear)
+        self.message_plan = self._plan_messages()
 
         self.radial = self._tabulate(model, block)
         self.register_buffer("table", self.radial.knots.to(dtype))
@@ -199,13 +228,13 @@ class _Layer(torch.nn.Module):
         if len(up) != len(tp.irreps_in1):
             raise Unsupported(f"interactions.{number}.linear_up leaves a block empty")
         self.in_rows = _rows(block.linear_up.irreps_in)
-        self.up_quantizer = _identity_or(block.linear_up)
+        self.round_up = _Rounder(_identity_or(block.linear_up), block.linear_up.irreps_in, self.channels)
 
         skip = _species_matrices(block.skip_tp)
         self.skip_inputs = {out: i_in for out, (i_in, _) in skip.items()}
         for out, (_, matrix) in skip.items():
             self.register_buffer(f"skip_{out}", matrix.to(dtype))
-        self.skip_quantizer = _identity_or(block.skip_tp)
+        self.round_skip = _Rounder(_identity_or(block.skip_tp), block.skip_tp.irreps_in1, self.channels)
         self.skip_rows = _rows(block.skip_tp.irreps_out)
         self.target_rows = _rows(self.target)
 
@@ -219,8 +248,8 @@ class _Layer(torch.nn.Module):
             if inputs != [out]:
                 raise Unsupported(f"products.{number}.linear mixes blocks")
             self.register_buffer(f"final_{out}", final[out].to(dtype))
-        self.final_quantizer = _identity_or(product.linear)
-        self.out_quantizer = _identity_or(product)
+        self.round_final = _Rounder(_identity_or(product.linear), self.out_irreps, self.channels)
+        self.round_out = _Rounder(_identity_or(product), self.out_irreps, self.channels)
 
     def _tabulate(self, model: Any, block: Any) -> radial.RadialTable:
         if hasattr(model.radial_embedding, "distance_transform"):
@@ -260,10 +289,23 @@ class _Layer(torch.nn.Module):
 
     # -- evaluation --
 
-    def _round(self, quantizer: FeatureQuantizer | None, x: Tensor, rows: list[slice]) -> Tensor:
-        if quantizer is None:
-            return x
-        return _from_mul_ir(quantizer(_to_mul_ir(x, rows)), rows, x.shape[2])
+    def _plan_messages(self) -> rounding.Plan | None:
+        if self.message_quantizer is None:
+            return None
+        rows = self.problem.group_rows()
+        pieces: dict[int, rounding.Piece] = {}
+        for group, l in enumerate(self.problem.groups):  # noqa: E741
+            paths = self.problem.group_paths(group)
+            for k, path in enumerate(paths):
+                pieces[self.path_blocks[path]] = rounding.Piece(
+                    2 * l + 1,
+                    self.channels,
+                    k * self.channels,
+                    rows[group] * self.channels,
+                    len(paths) * self.channels,
+                    sum(rows[:group]) * self.channels,
+                )
+        return rounding.plan(self.message_quantizer, [pieces[i] for i in range(len(pieces))])
 
     def _round_messages(self, groups: list[Tensor], atoms: int) -> list[Tensor]:
         if self.message_quantizer is None:
@@ -293,7 +335,7 @@ class _Layer(torch.nn.Module):
         atoms = features.shape[0]
         sc = None
         if self.residual:
-            x = self._round(self.skip_quantizer, features, self.in_rows)
+            x = self.round_skip(features)
             sc = torch.cat(
                 [
                     _species_product(x[:, self.in_rows[self.skip_inputs[out]]], getattr(self, f"skip_{out}"), order)
@@ -301,17 +343,21 @@ class _Layer(torch.nn.Module):
                 ],
                 dim=1,
             )
-        x = self._round(self.up_quantizer, features, self.in_rows)
+        x = self.round_up(features)
         x = torch.cat([x[:, r] @ getattr(self, f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
         message = convolution.convolution(self.problem, graph, x, vectors, self.table)
-        groups = self._round_messages(self.problem.split(message, atoms), atoms)
+        if self.message_plan is not None:
+            message = rounding.round_features(message, self.message_plan, atoms)
+        groups = self.problem.split(message, atoms)
+        if self.message_plan is None:
+            groups = self._round_messages(groups, atoms)
         mixed = [
             (g @ getattr(self, f"linear_{i}")).view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
         x = torch.cat(mixed, dim=1)
         if not self.residual:
-            x = self._round(self.skip_quantizer, x, self.target_rows)
+            x = self.round_skip(x)
             x = torch.cat(
                 [
                     _species_product(x[:, self.target_rows[self.skip_inputs[out]]], getattr(self, f"skip_{out}"), order)
@@ -321,11 +367,11 @@ class _Layer(torch.nn.Module):
             )
         species = torch.zeros_like(order.species) if self.agnostic else order.species
         x = contraction.contraction(self.polynomial, x, species, self.contraction_coefficients)
-        x = self._round(self.final_quantizer, x, self.out_rows)
+        x = self.round_final(x)
         x = torch.cat([x[:, r] @ getattr(self, f"final_{i}") for i, r in enumerate(self.out_rows)], dim=1)
         if self.use_sc and sc is not None:
             x = x + sc
-        return self._round(self.out_quantizer, x, self.out_rows)
+        return self.round_out(x)
 
 
 class Engine(torch.nn.Module):

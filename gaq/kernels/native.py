@@ -21,9 +21,10 @@ import torch
 
 __all__ = ["CompilerError", "available", "library", "why_not"]
 
-SOURCES = ("convolution.cpp", "contraction.cpp")
+SOURCES = ("convolution.cpp", "contraction.cpp", "rounding.cpp")
 HEADERS = ("lanes.h",)
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+FLAGS += ("-Wno-psabi",)
 
 
 class CompilerError(RuntimeError):
@@ -135,6 +136,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, p, i],
         "contraction": [p, i, p, p, p, p, i],
         "contraction_backward": [p, i, p, p, p, p, p, i],
+        "round": [p, p, i, p, p, i],
     }
     for name, arguments in signatures.items():
         for dtype in ("float32", "float64"):

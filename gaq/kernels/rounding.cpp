@@ -1,0 +1,194 @@
+// Rounding of node features, scalars by ruler and vectors by magnitude and direction code, on CPU. See rounding.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int MAX_D = 9;
+
+// To the nearest integer, halves to even, for values far below 2^22 (2^51).
+template <typename T> inline Vec<T> nearest(Vec<T> v) {
+  constexpr T magic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
+  return (v + magic) - magic;
+}
+template <typename T> inline Vec<T> magnitude(Vec<T> v) { return v < 0 ? -v : v; }
+template <typename T> inline Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+template <typename T> inline Vec<T> root(Vec<T> v) {
+  Vec<T> r;
+  for (int i = 0; i < Lanes<T>::width; ++i) r[i] = std::sqrt(v[i]);
+  return r;
+}
+template <typename T> inline T largest(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < Lanes<T>::width; ++i) m = std::max(m, v[i]);
+  return m;
+}
+
+struct Piece {
+  int64_t scaled_offset, offset;  // of the first element: scaled_offset * atoms + offset
+  int64_t dimension, channels, atom_stride, row_stride;
+  int64_t framed, levels;
+};
+
+template <typename T> T limit(T size) { return std::max(size, T(1e-30)) * T(1.000001); }
+
+// Orthonormal axes that turn with the features: Gram and Schmidt on fixed mixtures of the channels.
+template <typename T>
+void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T axes[MAX_D][MAX_D]) {
+  const int d = int(p.dimension), count = d == 3 ? 3 : d;
+  double v[MAX_D][MAX_D], a[MAX_D][MAX_D] = {};
+  for (int k = 0; k < count; ++k)
+    for (int m = 0; m < d; ++m) {
+      double s = 0;
+      for (int64_t c = 0; c < p.channels; ++c) s += mixing[k * mixing_stride + c] * double(x[m * p.row_stride + c]);
+      v[k][m] = s;
+    }
+  const int spanning = d == 3 ? 2 : d;
+  double size = 0;
+  for (int k = 0; k < spanning; ++k) {
+    double s = 0;
+    for (int m = 0; m < d; ++m) s += v[k][m] * v[k][m];
+    size = std::max(size, std::sqrt(s));
+  }
+  const double floor = size * 32 * double(std::numeric_limits<T>::epsilon());
+  for (int k = 0; k < spanning; ++k) {
+    double axis[MAX_D];
+    std::copy(v[k], v[k] + d, axis);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int j = 0; j < k; ++j) {
+        double s = 0;
+        for (int m = 0; m < d; ++m) s += axis[m] * a[j][m];
+        for (int m = 0; m < d; ++m) axis[m] -= s * a[j][m];
+      }
+      double length = 0;
+      for (int m = 0; m < d; ++m) length += axis[m] * axis[m];
+      length = std::sqrt(length);
+      const double least = pass == 0 ? floor : 0.5;
+      for (int m = 0; m < d; ++m) axis[m] = length > least ? axis[m] / std::max(length, 1e-30) : 0.0;
+    }
+    std::copy(axis, axis + d, a[k]);
+  }
+  if (d == 3) {
+    const double c[3] = {a[0][1] * a[1][2] - a[0][2] * a[1][1], a[0][2] * a[1][0] - a[0][0] * a[1][2],
+                         a[0][0] * a[1][1] - a[0][1] * a[1][0]};
+    // A cross product does not change sign under inversion as the others do, unless a third mixture tells it to.
+    const double side = v[2][0] * c[0] + v[2][1] * c[1] + v[2][2] * c[2];
+    for (int m = 0; m < 3; ++m) a[2][m] = side < 0 ? -c[m] : c[m];
+  }
+  for (int k = 0; k < d; ++k)
+    for (int m = 0; m < d; ++m) axes[k][m] = T(a[k][m]);
+}
+
+template <typename T, int D>
+void vectors(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
+  constexpr int W = Lanes<T>::width;
+  T axes[MAX_D][MAX_D];
+  if (p.framed) frame(p, x, mixing, mixing_stride, axes);
+  Vec<T> most = {};
+  for (int64_t c = 0; c < p.channels; c += W) {
+    Vec<T> s = {};
+    for (int m = 0; m < D; ++m) {
+      const Vec<T> v = load(x + m * p.row_stride + c, p.channels - c);
+      s += v * v;
+    }
+    most = larger<T>(most, s);
+  }
+  const T step = limit(std::sqrt(largest<T>(most))) / top;
+  const T n = T(p.levels);
+  for (int64_t c = 0; c < p.channels; c += W) {
+    const int64_t left = p.channels - c;
+    Vec<T> v[D], along[D], squared = {};
+    for (int m = 0; m < D; ++m) v[m] = load(x + m * p.row_stride + c, left), squared += v[m] * v[m];
+    const Vec<T> rounded = nearest<T>(root<T>(squared) / step) * step;
+    if (p.framed)
+      for (int k = 0; k < D; ++k) {
+        along[k] = v[0] * axes[k][0];
+        for (int m = 1; m < D; ++m) along[k] += v[m] * axes[k][m];
+      }
+    else
+      std::copy(v, v + D, along);
+    Vec<T> point[D];
+    if constexpr (D == 3) {
+      const Vec<T> ax = magnitude<T>(along[0]), ay = magnitude<T>(along[1]), az = magnitude<T>(along[2]);
+      const Vec<T> scale = n / larger<T>(ax + ay + az, Vec<T>{} + T(1e-30));
+      const Vec<T> sx = ax * scale, sy = ay * scale, sz = az * scale;
+      Vec<T> kx = nearest<T>(sx), ky = nearest<T>(sy), kz = nearest<T>(sz);
+      const Vec<T> mx = magnitude<T>(sx - kx), my = magnitude<T>(sy - ky), mz = magnitude<T>(sz - kz);
+      const Vec<T> missing = n - (kx + ky + kz);
+      kx = ((mx >= my) & (mx >= mz)) ? kx + missing : kx;
+      kz = ((mz > mx) & (mz > my)) ? kz + missing : kz;
+      ky = n - kx - kz;
+      // A zero vector lands on an axis; its magnitude is zero.
+      point[0] = along[0] < 0 ? -kx : kx, point[1] = along[1] < 0 ? -ky : ky, point[2] = along[2] < 0 ? -kz : kz;
+    } else {
+      Vec<T> peak = magnitude<T>(along[0]);
+      for (int m = 1; m < D; ++m) peak = larger<T>(peak, magnitude<T>(along[m]));
+      const Vec<T> scale = n / larger<T>(peak, Vec<T>{} + T(1e-30));
+      for (int m = 0; m < D; ++m) point[m] = nearest<T>(along[m] * scale);
+    }
+    Vec<T> square = point[0] * point[0];
+    for (int m = 1; m < D; ++m) square += point[m] * point[m];
+    const Vec<T> factor = rounded / root<T>(larger<T>(square, Vec<T>{} + T(1)));
+    for (int m = 0; m < D; ++m) {
+      Vec<T> y;
+      if (p.framed) {
+        y = point[0] * axes[0][m];
+        for (int k = 1; k < D; ++k) y += point[k] * axes[k][m];
+      } else {
+        y = point[m];
+      }
+      store(out + m * p.row_stride + c, y * factor, left);
+    }
+  }
+}
+
+template <typename T>
+void scalars(const Piece& p, const T* x, T top, T* out) {
+  constexpr int W = Lanes<T>::width;
+  Vec<T> most = {};
+  for (int64_t c = 0; c < p.channels; c += W) most = larger<T>(most, magnitude<T>(load(x + c, p.channels - c)));
+  const T step = limit(largest<T>(most)) / top;
+  for (int64_t c = 0; c < p.channels; c += W)
+    store(out + c, nearest<T>(load(x + c, p.channels - c) / step) * step, p.channels - c);
+}
+
+template <typename T>
+void round(const int64_t* ints, const double* reals, int64_t atoms, const T* x, T* out, int64_t threads) {
+  const int64_t pieces = ints[0], mixing_stride = ints[1];
+  const Piece* piece = reinterpret_cast<const Piece*>(ints + 2);
+  const double* tops = reals;
+  const double* mixing = reals + pieces;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t a = 0; a < atoms; ++a)
+    for (int64_t i = 0; i < pieces; ++i) {
+      const Piece& p = piece[i];
+      const int64_t at = p.scaled_offset * atoms + p.offset + a * p.atom_stride;
+      const T top = T(tops[i]);
+      switch (p.dimension) {
+        case 1: scalars(p, x + at, top, out + at); break;
+        case 3: vectors<T, 3>(p, x + at, mixing, mixing_stride, top, out + at); break;
+        case 5: vectors<T, 5>(p, x + at, mixing, mixing_stride, top, out + at); break;
+        case 7: vectors<T, 7>(p, x + at, mixing, mixing_stride, top, out + at); break;
+        case 9: vectors<T, 9>(p, x + at, mixing, mixing_stride, top, out + at); break;
+      }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define GAQ_EXPORT(NAME, T)                                                                                   \
+  void gaq_round_##NAME(const int64_t* ints, const double* reals, int64_t atoms, const T* x, T* out,          \
+                        int64_t threads) {                                                                   \
+    round<T>(ints, reals, atoms, x, out, threads);                                                           \
+  }
+GAQ_EXPORT(float32, float)
+GAQ_EXPORT(float64, double)
+}

@@ -1,0 +1,151 @@
+"""Rounding of node features where they lie, in the layout of the kernels.
+
+The values are those of `gaq.quantizers.features.FeatureQuantizer` with ranges of each atom's own; the gradient passes
+unchanged, as it does there from 14 bits on. What has coarser steps, static ranges or a tabulated codebook is not served:
+`plan` returns None and the quantizer itself has to be called.
+
+`reference` is that call, with the features brought into the quantizer's layout and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaq.kernels.native import library
+from gaq.quantizers.features import FeatureQuantizer
+
+__all__ = ["Piece", "Plan", "plan", "reference", "round_features"]
+
+COMPONENTS = (1, 3, 5, 7, 9)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the features of one irrep lie in a tensor, in elements; channels are adjacent.
+
+    Attributes:
+        dimension: 2l + 1.
+        channels: multiplicity.
+        offset: of the first element, beyond ``scaled_offset`` times the number of atoms.
+        scaled_offset: see there.
+        atom_stride: from an atom to the next.
+        row_stride: from a component to the next.
+    """
+
+    dimension: int
+    channels: int
+    offset: int
+    atom_stride: int
+    row_stride: int
+    scaled_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pieces as the C++ code reads them."""
+
+    ints: Tensor
+    reals: Tensor
+
+
+def merge_scalars(pieces: Sequence[Piece]) -> list[Piece] | None:
+    """Adjacent scalars as one piece, as the quantizer has them; None where they do not lie side by side."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last is not None and last.dimension == piece.dimension == 1:
+            if piece.offset != last.offset + last.channels or piece.scaled_offset != last.scaled_offset:
+                return None
+            merged[-1] = Piece(
+                1, last.channels + piece.channels, last.offset, last.atom_stride, last.row_stride, last.scaled_offset
+            )
+        else:
+            merged.append(piece)
+    return merged
+
+
+def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
+    """What the kernel has to do for a quantizer; None where it cannot.
+
+    Args:
+        quantizer: of a deployed model.
+        pieces: where each irrep of its layout lies, in its order.
+    """
+    merged = merge_scalars(pieces)
+    served = quantizer.passes_through and not quantizer.differentiable_twice and not quantizer.channels_first
+    if merged is None or not served or quantizer.logarithmic or quantizer.direction_table.numel():
+        return None
+    if [(abs(m), d) for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True)] != [
+        (p.channels, p.dimension) for p in merged
+    ]:
+        return None
+    ints: list[int] = []
+    tops: list[float] = []
+    for multiplicity, piece in zip(quantizer.multiplicities, merged, strict=True):
+        scalar = piece.dimension == 1
+        on = quantizer.round_scalars and quantizer.scalars_enabled
+        if not scalar:
+            on = quantizer.round_vectors and quantizer.vectors_enabled
+        if multiplicity < 0 or not on:
+            continue
+        if piece.dimension not in COMPONENTS or not (scalar or quantizer.split):
+            return None
+        ints += [piece.scaled_offset, piece.offset, piece.dimension, piece.channels, piece.atom_stride]
+        ints += [piece.row_stride, int(quantizer.local_frame), quantizer.levels]
+        tops.append(quantizer.scalar_top if scalar else quantizer.magnitude_top / quantizer.vector_range_factor)
+    mixing = quantizer.mixing.double().cpu()
+    stride = mixing.shape[1] if mixing.dim() == 2 else 0
+    reals = torch.cat([torch.tensor(tops, dtype=torch.float64), mixing.flatten()])
+    return Plan(torch.tensor([len(tops), stride, *ints], dtype=torch.int64), reals)
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor, own: Plan, atoms: int) -> Tensor:  # type: ignore[override]
+        features = features.contiguous()
+        rounded = features.clone()
+        name = str(features.dtype).removeprefix("torch.")
+        getattr(library(), f"gaq_round_{name}")(
+            own.ints.data_ptr(),
+            own.reals.data_ptr(),
+            atoms,
+            features.data_ptr(),
+            rounded.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return rounded
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
+
+
+def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
+    """Rounded features, shape and dtype (float32 or float64) of the argument.
+
+    Args:
+        features: any shape; the plan says where what lies.
+        own: from `plan`.
+        atoms: number of atoms.
+    """
+    if features.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the CPU kernels compute in float32 or float64, not {features.dtype}")
+    return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
+
+
+def reference(features: Tensor, quantizer: FeatureQuantizer, pieces: Sequence[Piece], atoms: int) -> Tensor:
+    """The same through the quantizer itself."""
+    flat = features.reshape(-1)
+    places = []
+    for piece in pieces:
+        atom = torch.arange(atoms)[:, None, None] * piece.atom_stride
+        channel = torch.arange(piece.channels)[None, :, None]
+        row = torch.arange(piece.dimension)[None, None, :] * piece.row_stride
+        places.append((piece.scaled_offset * atoms + piece.offset + atom + channel + row).reshape(atoms, -1))
+    index = torch.cat(places, dim=1)
+    rounded = flat.index_put((index.reshape(-1),), quantizer(flat[index]).reshape(-1))
+    return rounded.view(features.shape)
