@@ -210,14 +210,52 @@ def test_two_processes(train: Callable[..., Any], tmp_path: Path) -> None:
     assert state_of(gaq.load(run.best)) is not None
 
 
-def test_train_time_compilation_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
-    def changes(config: Any) -> None:
-        with_key("gaq")(config)
-        config["training_module"]["model"]["compile_mode"] = "compile"
+def validation_errors(run: Any) -> list[float]:
+    """The mean force error of each validation of a run."""
+    (path,) = (run.folder / "out").rglob("metrics.csv")
+    with open(path) as file:
+        return [float(row["val0_epoch/forces_mae"]) for row in csv.DictReader(file) if row["val0_epoch/forces_mae"]]
 
-    run = train(tmp_path, changes)
-    assert run.code != 0
-    assert "cannot be combined with `compile_mode: compile`" in run.text
+
+@pytest.mark.parametrize(
+    ("preset", "vectors", "generated"),
+    [
+        # What NequIP traced, run operation by operation: it is the tracing that can lose gradients and switches.
+        ("w4", {}, False),
+        pytest.param("gaq", {"start_epoch": 1, "anneal_epochs": 1}, False, marks=pytest.mark.slow),
+        pytest.param("w8", {}, True, marks=pytest.mark.slow),
+    ],
+    ids=["weights", "branches", "generated"],
+)
+def test_train_time_compilation(
+    train: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    vectors: dict[str, Any],
+    generated: bool,
+) -> None:
+    """A model compiled for training learns what the eager one does."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0" if generated else "1")
+
+    def changes(mode: str) -> Callable[[Any], None]:
+        def edit(config: Any) -> None:
+            with_key(preset, **vectors)(config)
+            config["training_module"]["model"].update(compile_mode=mode, num_features=8)
+
+        return edit
+
+    eager, compiled = (train(tmp_path / m, changes(m), "trainer.max_epochs=3") for m in ("eager", "compile"))
+    assert compiled.code == 0, compiled.text
+    errors = validation_errors(compiled)
+    assert len(errors) == 3
+    assert errors[2] < errors[1] < errors[0]
+    assert errors == pytest.approx(validation_errors(eager), rel=1e-5)
+    ours, theirs = (dict(gaq.load(run.last).named_parameters()) for run in (compiled, eager))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4)
+    assert state_of(gaq.load(compiled.best)).status == "training"
 
 
 @pytest.mark.slow
