@@ -1,9 +1,9 @@
 """MACE through the fused kernels: what a converted model runs by default at inference on the CPU.
 
 An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
-the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written to
-memory (`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and the
-radial network is a table (`gaq.kernels.radial`). What surrounds the interactions, inputs and outputs, is MACE's own code.
+the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
+to memory (`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and
+the radial network is a table (`gaq.kernels.radial`). What surrounds the interactions is MACE's own code.
 
 Atoms are sorted by species within a call, so that weights of a species act on a slice.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
-from mace.modules.utils import get_atomic_virials_stresses, get_outputs, prepare_graph
+from mace.modules.utils import get_outputs, prepare_graph
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
@@ -210,7 +210,7 @@ class _Layer(torch.nn.Module):
         self.messages = tp.irreps_out
         for group in range(len(self.target)):
             own = [self.path_blocks[p] for p in self.problem.group_paths(group)]
-            if own != linear_in.get(group):
+            if not own or own != linear_in.get(group):
                 raise Unsupported(f"interactions.{number}.linear reads its inputs in an order of its own")
             matrix = matrices[group] / float(block.avg_num_neighbors)
             self.register_buffer(f"linear_{group}", matrix.to(dtype))
@@ -328,21 +328,24 @@ class _Layer(torch.nn.Module):
             found.append(torch.cat(own, dim=2).reshape(atoms * d, -1))
         return found
 
-    def forward(
-        self, features: Tensor, graph: convolution.Graph, vectors: Tensor, order: _SpeciesOrder
-    ) -> Tensor:
+    def _skip(self, x: Tensor, rows_in: list[slice], rows_out: list[slice], order: _SpeciesOrder) -> Tensor:
+        """The product with the species, (atoms, rows, channels)."""
+        parts = []
+        for out, rows in enumerate(rows_out):
+            if out in self.skip_inputs:
+                matrices = getattr(self, f"skip_{out}")
+                parts.append(_species_product(x[:, rows_in[self.skip_inputs[out]]], matrices, order))
+            else:  # nothing of this degree goes in
+                parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.channels))
+        return torch.cat(parts, dim=1)
+
+    def forward(self, features: Tensor, graph: convolution.Graph, vectors: Tensor, order: _SpeciesOrder) -> Tensor:
         """Node features of the next layer, (atoms, rows, channels)."""
         atoms = features.shape[0]
         sc = None
         if self.residual:
             x = self.round_skip(features)
-            sc = torch.cat(
-                [
-                    _species_product(x[:, self.in_rows[self.skip_inputs[out]]], getattr(self, f"skip_{out}"), order)
-                    for out in range(len(self.skip_rows))
-                ],
-                dim=1,
-            )
+            sc = self._skip(x, self.in_rows, self.skip_rows, order)
         x = self.round_up(features)
         x = torch.cat([x[:, r] @ getattr(self, f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
         message = convolution.convolution(self.problem, graph, x, vectors, self.table)
@@ -358,13 +361,7 @@ class _Layer(torch.nn.Module):
         x = torch.cat(mixed, dim=1)
         if not self.residual:
             x = self.round_skip(x)
-            x = torch.cat(
-                [
-                    _species_product(x[:, self.target_rows[self.skip_inputs[out]]], getattr(self, f"skip_{out}"), order)
-                    for out in range(len(self.target_rows))
-                ],
-                dim=1,
-            )
+            x = self._skip(x, self.target_rows, self.skip_rows, order)
         species = torch.zeros_like(order.species) if self.agnostic else order.species
         x = contraction.contraction(self.polynomial, x, species, self.contraction_coefficients)
         x = self.round_final(x)
@@ -444,6 +441,7 @@ class Engine(torch.nn.Module):
 
         features = self.embedding[order.species][:, None]
         energies, kept = [torch.zeros_like(node_e0)], []
+        layer: Any
         for layer in self.layers:
             features = layer(features, graph, vectors, order)
             kept.append(_to_mul_ir(features, layer.out_rows)[place])
@@ -465,19 +463,8 @@ class Engine(torch.nn.Module):
             compute_virials=virials,
             compute_stress=stress,
             compute_hessian=False,
-            compute_edge_forces=options.get("compute_edge_forces", False)
-            or options.get("compute_atomic_stresses", False),
+            compute_edge_forces=False,
         )
-        atomic_virials = atomic_stresses = None
-        if options.get("compute_atomic_stresses", False) and edge_forces is not None:
-            atomic_virials, atomic_stresses = get_atomic_virials_stresses(
-                edge_forces=edge_forces,
-                edge_index=data["edge_index"],
-                vectors=vectors,
-                num_atoms=context.positions.shape[0],
-                batch=batch,
-                cell=context.cell,
-            )
         return {
             "energy": total,
             "node_energy": node_energy,
@@ -486,8 +473,8 @@ class Engine(torch.nn.Module):
             "edge_forces": edge_forces,
             "virials": virial,
             "stress": stresses,
-            "atomic_virials": atomic_virials,
-            "atomic_stresses": atomic_stresses,
+            "atomic_virials": None,
+            "atomic_stresses": None,
             "hessian": hessian,
             "displacement": context.displacement,
             "node_feats": torch.cat(kept, dim=-1),
@@ -513,15 +500,16 @@ def switched_off() -> bool:
     return _disabled or os.environ.get("GAQ_ENGINE", "1") == "0"
 
 
-_NOT_SERVED = ("compute_hessian", "lammps_mliap")
+# MACE asks for a differentiable backward pass in all of these.
+_NOT_SERVED = ("compute_hessian", "compute_edge_forces", "compute_atomic_stresses", "lammps_mliap")
 
 
 def serves(model: Any, options: dict[str, Any]) -> bool:
     """Whether a call of a model goes through the engine.
 
     Only at inference on the CPU: training needs second derivatives, as do Hessians, and a graph that is traced for
-    something else has to consist of operations that are known there. Why a model is not served at all is said once, in a
-    warning.
+    something else has to consist of operations that are known there. Why a model is not served at all is said once,
+    in a warning.
     """
     if options.get("training", False) or any(options.get(name, False) for name in _NOT_SERVED) or switched_off():
         return False

@@ -105,9 +105,7 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         per_species = isinstance(module, SymmetricContraction) or (
             isinstance(module, o3.Linear) and _source_of_node_feats(name, model) == -1
         )
-        sensitive = (
-            name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial or per_species
-        )
+        sensitive = name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial or per_species
         weights: tuple[WeightSite, ...]
         features: FeatureLayout | None
         if isinstance(module, EquivariantProductBasisBlock):

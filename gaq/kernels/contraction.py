@@ -5,9 +5,9 @@ The symmetric contraction of MACE is
 .. math:: A_i^{o c} = \sum_\nu \sum_k w^{(\nu)}_{z_i k c} \sum_{m_1 \dots m_\nu} U^{(\nu)}_{o\, m_1 \dots m_\nu\, k}
     x_i^{m_1 c} \cdots x_i^{m_\nu c}
 
-U is symmetric in its m and nearly empty (99.6 % zeros for l = 3, correlation 3). Folding the weights into it and adding up
-equal monomials leaves one coefficient for each species, channel, output and monomial that occurs. The monomials form a
-tree in which each is its parent times one more feature; the derivative walks it backwards.
+U is symmetric in its m and nearly empty (99.6 % zeros for l = 3, correlation 3). Folding the weights into it and adding
+up equal monomials leaves one coefficient for each species, channel, output and monomial that occurs. The monomials form
+a tree in which each is its parent times one more feature; the derivative walks it backwards.
 
 `reference` is the same in plain torch, what the tests trust, in float64.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaq.kernels.native import library
+from gaq.kernels.native import library, refuse_second_derivative
 
 __all__ = ["Polynomial", "contraction", "fold", "reference"]
 
@@ -126,8 +126,8 @@ class _Contraction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
         features, species, coefficients, plan = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = grad.contiguous()
         grad_features = torch.empty_like(features)

@@ -2,18 +2,19 @@ r"""Fused equivariant convolution: gather, tensor product with radial weights, s
 
 For atoms i with neighbours j, features h, edge vectors r and paths p = (l1, l2, l3),
 
-.. math:: m_i^{p, m_3, c} = \sum_{j} R_{pc}(|r_{ij}|) \sum_{m_1 m_2} C^p_{m_1 m_2 m_3} Y_{l_2 m_2}(\hat r_{ij}) h_j^{m_1 c}
+.. math:: m_i^{p, m_3, c} = \sum_{j} R_{pc}(|r_{ij}|) \sum_{m_1 m_2} C^p_{m_1 m_2 m_3} Y_{l_2 m_2}(\hat r_{ij})
+    h_j^{m_1 c}
 
-The matrix :math:`B^p_{m_3 m_1} = \sum_{m_2} C Y` of an edge does not depend on the channel c, so the sum over channels is
-a run of fused multiply-adds (DeepMind's and cuEquivariance's kernels rest on the same observation). The derivative with
-respect to h and r needs, for each edge, the dot products over channels of the incoming gradient with R h: nothing with
-one row an edge and channel is ever stored, and no two threads write to the same place.
+The matrix :math:`B^p_{m_3 m_1} = \sum_{m_2} C Y` of an edge does not depend on the channel c, so the loop over channels
+is a run of fused multiply-adds (our derivation; cuEquivariance and OpenEquivariance fuse the same sums). The derivative
+with respect to h and r needs, for each edge, the dot products over channels of the incoming gradient with R h: nothing
+with one row an edge and channel is ever stored, and no two threads write to the same place.
 
 Layouts, channels always last:
 
 - node features: (atoms, rows, channels), the components of all input blocks one below the other;
-- messages: one matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to end
-  in one tensor: ready for the linear layer that mixes the paths of a group;
+- messages: one matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to
+  end in one tensor: ready for the linear layer that mixes the paths of a group;
 - radial weights: `RadialTable.knots`, or one row an edge (edges, paths, channels), cutoff included.
 
 `reference` is the same in plain torch, what the tests trust, in float64.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import harmonics, radial
-from gaq.kernels.native import library
+from gaq.kernels.native import library, refuse_second_derivative
 
 __all__ = ["ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
 
@@ -136,7 +137,10 @@ class ConvolutionProblem:
                 ints += [2 * self.groups[path.group] + 1, begin, len(values)]
             head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, knots, int(knots > 0)]
             reals = torch.cat(
-                [torch.tensor([self.r_max, *values], dtype=torch.float64), *[c.double().flatten() for c in self.harmonics]]
+                [
+                    torch.tensor([self.r_max, *values], dtype=torch.float64),
+                    *[c.double().flatten() for c in self.harmonics],
+                ]
             )
             self.plans[knots] = torch.tensor([*head, len(values), *ints, *indices], dtype=torch.int64), reals
         return self.plans[knots]
@@ -164,9 +168,7 @@ class Graph:
         sender, receiver = sender.contiguous(), receiver.contiguous()
         first = torch.empty(atoms + 1, dtype=torch.int64)
         order = torch.empty_like(receiver)
-        library().gaq_sort_edges(
-            receiver.numel(), atoms, receiver.data_ptr(), first.data_ptr(), order.data_ptr()
-        )
+        library().gaq_sort_edges(receiver.numel(), atoms, receiver.data_ptr(), first.data_ptr(), order.data_ptr())
         return cls(sender, receiver, order, first)
 
     @property
@@ -212,8 +214,8 @@ class _Convolution(torch.autograd.Function):
         return message.view(-1, problem.channels)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
         features, vectors, weights = ctx.saved_tensors  # type: ignore[attr-defined]
         problem, graph, tabulated = ctx.problem, ctx.graph, ctx.tabulated  # type: ignore[attr-defined]
         grad = grad.contiguous()
@@ -243,7 +245,9 @@ class _Convolution(torch.autograd.Function):
 
 def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:
     if features.shape[1:] != (problem.rows_in, problem.channels):
-        raise ValueError(f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}")
+        raise ValueError(
+            f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}"
+        )
     last = (3, problem.channels) if tabulated else (len(problem.paths), problem.channels)
     first = (len(problem.paths),) if tabulated else (vectors.shape[0],)
     if weights.shape[:1] != first or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
@@ -253,7 +257,12 @@ def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weigh
 
 
 def convolution(
-    problem: ConvolutionProblem, graph: Graph, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool = True
+    problem: ConvolutionProblem,
+    graph: Graph,
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    tabulated: bool = True,
 ) -> Tensor:
     """The messages of all atoms, by the fused kernel; differentiable once.
 
@@ -278,7 +287,12 @@ def convolution(
 
 
 def reference(
-    problem: ConvolutionProblem, graph: Graph, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool = True
+    problem: ConvolutionProblem,
+    graph: Graph,
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    tabulated: bool = True,
 ) -> Tensor:
     """The same in plain torch, differentiable any number of times."""
     _check(problem, features, vectors, weights, tabulated)

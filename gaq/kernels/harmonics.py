@@ -1,7 +1,7 @@
 """Spherical harmonics as homogeneous polynomials of the direction.
 
 On the unit sphere the 2l+1 harmonics of degree l are combinations of the monomials x^a y^b z^c with a + b + c = l. The
-coefficients are found by fitting the host's own function, so that any convention (order, sign, normalisation) is served.
+coefficients are found by fitting the host's own function, so that any convention (order, sign, norm) is served.
 """
 
 from __future__ import annotations
@@ -55,4 +55,5 @@ def fit(function: Callable[[Tensor], Tensor], lmax: int) -> list[Tensor]:
 
 def evaluate(coefficients: list[Tensor], directions: Tensor) -> Tensor:
     """The harmonics of unit vectors (n, 3), shape (n, (lmax+1)^2)."""
-    return torch.cat([monomials(l, directions) @ c.to(directions).T for l, c in enumerate(coefficients)], dim=-1)
+    parts = [monomials(degree, directions) @ c.to(directions).T for degree, c in enumerate(coefficients)]
+    return torch.cat(parts, dim=-1)

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CompilerError", "available", "library", "why_not"]
+__all__ = ["CompilerError", "available", "library", "refuse_second_derivative", "why_not"]
 
 SOURCES = ("convolution.cpp", "contraction.cpp", "rounding.cpp")
 HEADERS = ("lanes.h",)
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-Wno-psabi",)
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+)
 
 
 class CompilerError(RuntimeError):
@@ -35,9 +37,9 @@ def _compiler() -> str:
     chosen = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
     if chosen is None or shutil.which(chosen.split()[0]) is None:
         raise CompilerError(
-            f"no C++ compiler found ({'CXX=' + chosen if chosen else 'g++, clang++ and c++ are not on the PATH'}): models "
-            "run through the slower reference path. Install g++ (Debian, Ubuntu: `apt install g++`; conda: `conda install "
-            "-c conda-forge cxx-compiler`) or set CXX."
+            f"no C++ compiler found ({'CXX=' + chosen if chosen else 'g++, clang++ and c++ are not on the PATH'}): "
+            "models run through the slower reference path. Install g++ (Debian, Ubuntu: `apt install g++`; conda: "
+            "`conda install -c conda-forge cxx-compiler`) or set CXX."
         )
     return chosen
 
@@ -158,3 +160,16 @@ def why_not() -> str | None:
 def available() -> bool:
     """Whether the kernels can run here."""
     return why_not() is None
+
+
+def refuse_second_derivative() -> None:
+    """For the backward pass of a kernel: its result has no derivative, and must not be taken for a constant.
+
+    Raises:
+        RuntimeError: if a graph of the backward pass is being made.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused kernels are differentiable once, and create_graph=True asks for more (a Hessian, training on "
+            "forces). Use the reference path: call the model with training=True, or set GAQ_ENGINE=0."
+        )

@@ -1,9 +1,8 @@
 """Radial functions as tables: quintic Hermite interpolation of value, slope and curvature.
 
-The weights a radial network gives to an edge are functions of its length alone (of one pair of species at most), so they
-are tabulated at equal steps of r and interpolated by the C2 spline that has the network's own values, slopes and
-curvatures at the knots. Forces differentiate the spline itself: they are the exact gradient of the energy that is computed,
-and are continuously differentiable.
+The weights a radial network gives to an edge are functions of its length alone, so they are tabulated at equal steps of
+r and interpolated by the C2 spline that has the network's own values, slopes and curvatures at the knots. Forces
+differentiate the spline itself: they are the exact gradient of the energy that is computed, and are smooth.
 
 The error of the value is h^6/46080 max|f^(6)|. It and that of the slope are measured between the knots, and the step is
 halved until they are below `TOLERANCE` and `SLOPE_TOLERANCE` of the largest value and slope, beneath what float32
@@ -12,13 +11,14 @@ resolves. Three numbers a knot allow steps so long that the part of a table in u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["RadialTable", "TOLERANCE", "evaluate", "tabulate"]
+__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "RadialTable", "evaluate", "tabulate"]
 
 TOLERANCE = 3e-8
 SLOPE_TOLERANCE = 3e-7
@@ -47,11 +47,15 @@ def _derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple
     ones = torch.ones_like(lengths)
 
     def slope(r: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent = torch.func.jvp(function, (r,), (ones,))
+        value, tangent = torch.func.jvp(function, (r,), (ones,))  # type: ignore[misc]
         return tangent, value
 
-    first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)
+    first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)  # type: ignore[misc]
     return value.detach(), first.detach(), second.detach()
+
+
+def _interpolated(knots: Tensor, r_max: float, lengths: Tensor) -> Tensor:
+    return evaluate(knots, lengths, r_max)
 
 
 def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE) -> RadialTable:
@@ -75,7 +79,7 @@ def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: floa
         # Atoms do not come closer than this, and a network may do anything there.
         between = between[between > 0.3]
         exact, exact_slope, _ = _derivatives(function, between)
-        found, found_slope, _ = _derivatives(lambda r: evaluate(knots, r, r_max), between)
+        found, found_slope, _ = _derivatives(functools.partial(_interpolated, knots, r_max), between)
         error = float((found - exact).abs().max() / exact.abs().max())
         slope_error = float((found_slope - exact_slope).abs().max() / exact_slope.abs().max())
         if error <= tolerance and slope_error <= tolerance * SLOPE_TOLERANCE / TOLERANCE:

@@ -1,8 +1,8 @@
 """Rounding of node features where they lie, in the layout of the kernels.
 
 The values are those of `gaq.quantizers.features.FeatureQuantizer` with ranges of each atom's own; the gradient passes
-unchanged, as it does there from 14 bits on. What has coarser steps, static ranges or a tabulated codebook is not served:
-`plan` returns None and the quantizer itself has to be called.
+unchanged, as it does there from 14 bits on. What has coarser steps, static ranges or a tabulated codebook is not
+served: `plan` returns None and the quantizer itself has to be called.
 
 `reference` is that call, with the features brought into the quantizer's layout and back.
 """

@@ -1,0 +1,322 @@
+"""The CPU kernels against their references in plain torch, float64, over random problems."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gaq.kernels import contraction, convolution, harmonics, native, radial, rounding
+from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.schema import ScalarConfig, VectorConfig
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+
+R_MAX = 4.0
+
+
+def cartesian_harmonics(directions: Tensor) -> Tensor:
+    """l = 0 to 2 with component normalisation, in the order x, y, z."""
+    x, y, z = directions.unbind(-1)
+    one = torch.ones_like(x)
+    second = [
+        math.sqrt(15) * x * z,
+        math.sqrt(15) * x * y,
+        math.sqrt(5) * (y * y - 0.5 * (x * x + z * z)),
+        math.sqrt(15) * y * z,
+        0.5 * math.sqrt(15) * (z * z - x * x),
+    ]
+    return torch.stack([one, *(math.sqrt(3) * c for c in (x, y, z)), *second], dim=-1)
+
+
+SH = tuple(harmonics.fit(cartesian_harmonics, 2))
+
+
+@st.composite
+def problems(draw: Any) -> tuple[convolution.ConvolutionProblem, torch.Generator]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    blocks = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    groups = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    count = draw(st.integers(1, 5))
+    paths = []
+    for _ in range(count):
+        block, l2 = draw(st.integers(0, len(blocks) - 1)), draw(st.integers(0, 2))
+        group = draw(st.integers(0, len(groups) - 1))
+        shape = (2 * blocks[block] + 1, 2 * l2 + 1, 2 * groups[group] + 1)
+        coefficients = torch.randn(shape, generator=generator, dtype=torch.float64)
+        coefficients[torch.rand(shape, generator=generator) < 0.4] = 0.0
+        paths.append(convolution.Path(block, l2, group, coefficients))
+    channels = draw(st.sampled_from([1, 3, 8, 10, 16, 33]))
+    problem = convolution.ConvolutionProblem(channels, tuple(blocks), tuple(groups), tuple(paths), SH, R_MAX)
+    return problem, generator
+
+
+def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges with up to `degree` neighbours an atom, some atoms without any, some edges beyond the cutoff."""
+    degrees = torch.randint(0, degree + 1, (atoms,), generator=generator)
+    degrees[0] = degree
+    degrees[-1] = 0
+    receiver = torch.arange(atoms).repeat_interleave(degrees)
+    receiver = receiver[torch.randperm(receiver.numel(), generator=generator)]
+    sender = torch.randint(0, atoms, receiver.shape, generator=generator)
+    vectors = torch.randn(receiver.numel(), 3, generator=generator, dtype=torch.float64) * 1.5
+    if receiver.numel() > 2:
+        vectors[0] = 0.0
+    return sender, receiver, vectors
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(2, 9), st.sampled_from([0, 1, 5, 30, 200]), st.booleans())
+def test_convolution_is_the_reference(
+    made: tuple[convolution.ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool
+) -> None:
+    problem, generator = made
+    sender, receiver, vectors = random_graph(atoms, degree, generator)
+    graph = convolution.Graph.make(sender, receiver, atoms)
+    shape = (len(problem.paths), 17, 3) if tabulated else (vectors.shape[0], len(problem.paths))
+    weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
+    # Every other row of something larger: not contiguous.
+    features = torch.randn(2 * atoms, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)[::2]
+    results = []
+    for function in (convolution.convolution, convolution.reference):
+        x, r, w = features.detach().requires_grad_(), vectors.clone().requires_grad_(), weights.clone()
+        inputs = [x, r] if tabulated else [x, r, w.requires_grad_()]
+        out = function(problem, graph, x, r, w, tabulated)
+        probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
+        grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
+        results.append(
+            [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True))]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+
+
+def test_convolution_threads_and_float32() -> None:
+    generator = torch.Generator().manual_seed(1)
+    path = convolution.Path(0, 1, 0, torch.randn(3, 3, 3, generator=generator, dtype=torch.float64))
+    problem = convolution.ConvolutionProblem(24, (1,), (1,), (path,), SH, R_MAX)
+    sender, receiver, vectors = random_graph(40, 20, generator)
+    graph = convolution.Graph.make(sender, receiver, 40)
+    features = torch.randn(40, 3, 24, generator=generator, dtype=torch.float64)
+    weights = torch.randn(1, 33, 3, 24, generator=generator, dtype=torch.float64)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for dtype in (torch.float32, torch.float64):
+                x, r = features.to(dtype).requires_grad_(), vectors.to(dtype).requires_grad_()
+                out = convolution.convolution(problem, graph, x, r, weights.to(dtype))
+                found[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(found[1, torch.float64], found[3, torch.float64], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(found[1, torch.float32], found[1, torch.float64], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
+
+
+def test_convolution_is_differentiable_once_only() -> None:
+    path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
+    problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), SH, R_MAX)
+    graph = convolution.Graph.make(torch.tensor([0, 1]), torch.tensor([1, 0]), 2)
+    vectors = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64, requires_grad=True)
+    out = convolution.convolution(
+        problem, graph, torch.ones(2, 1, 4, dtype=torch.float64), vectors, torch.ones(1, 9, 3, 4, dtype=torch.float64)
+    )
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), vectors, create_graph=True)
+
+
+@pytest.mark.parametrize("wrong", ["features", "weights", "dtype"])
+def test_convolution_refuses_what_does_not_fit(wrong: str) -> None:
+    path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
+    problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), SH, R_MAX)
+    graph = convolution.Graph.make(torch.tensor([0]), torch.tensor([1]), 2)
+    features, weights = torch.ones(2, 1, 4), torch.ones(1, 9, 3, 4)
+    if wrong == "features":
+        features = features[:, :, :3]
+    elif wrong == "weights":
+        weights = weights[:, :, :2]
+    else:
+        features = features.double()
+    with pytest.raises((ValueError, TypeError), match=r"fit|shape|dtypes"):
+        convolution.convolution(problem, graph, features, torch.ones(1, 3), weights)
+
+
+def test_problem_refuses_wrong_coefficients() -> None:
+    with pytest.raises(ValueError, match="coefficients of shape"):
+        convolution.ConvolutionProblem(1, (0,), (1,), (convolution.Path(0, 1, 0, torch.ones(1, 3, 1)),), SH, R_MAX)
+
+
+@st.composite
+def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
+    rows_in, rows_out = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    monomial = st.lists(st.integers(0, rows_in - 1), min_size=1, max_size=4).map(lambda m: tuple(sorted(m)))
+    occurring = draw(st.lists(st.tuples(monomial, st.integers(0, rows_out - 1)), min_size=1, max_size=12))
+    return contraction.Polynomial.make(rows_in, rows_out, occurring), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=40, deadline=None)
+@given(polynomials(), st.integers(0, 7), st.sampled_from([1, 7, 8, 20]), st.integers(1, 4))
+def test_contraction_is_the_reference(
+    made: tuple[contraction.Polynomial, int], atoms: int, channels: int, species: int
+) -> None:
+    polynomial, seed = made
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(atoms, channels, polynomial.rows_in, generator=generator, dtype=torch.float64).transpose(
+        1, 2
+    )
+    kinds = torch.randint(0, species, (atoms,), generator=generator)
+    coefficients = torch.randn(species, len(polynomial.terms), channels, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (contraction.contraction, contraction.reference):
+        x = features.detach().clone().requires_grad_()
+        out = function(polynomial, x, kinds, coefficients)
+        probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
+        results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_fold_adds_up_equal_monomials() -> None:
+    generator = torch.Generator().manual_seed(0)
+    second = torch.randn(2, 3, 3, 4, generator=generator, dtype=torch.float64)
+    first = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+    weights = [torch.randn(2, k, 5, generator=generator, dtype=torch.float64) for k in (4, 2)]
+    polynomial, coefficients = contraction.fold([(second, weights[0], 0), (first, weights[1], 0)], 3, 2)
+    # 3 linear and 6 quadratic monomials, in each of 2 outputs.
+    assert (len(polynomial.monomials), len(polynomial.terms)) == (9, 18)
+    x = torch.randn(6, 3, 5, generator=generator, dtype=torch.float64)
+    species = torch.tensor([0, 1, 1, 0, 1, 0])
+    expected = torch.einsum("oijk,nkc,nic,njc->noc", second, weights[0][species], x, x)
+    expected = expected + torch.einsum("oik,nkc,nic->noc", first, weights[1][species], x)
+    torch.testing.assert_close(contraction.contraction(polynomial, x, species, coefficients), expected)
+
+
+def test_contraction_refuses_unknown_species() -> None:
+    polynomial = contraction.Polynomial.make(1, 1, [((0,), 0)])
+    with pytest.raises(ValueError, match="species outside 0 to 1"):
+        contraction.contraction(polynomial, torch.ones(2, 1, 3), torch.tensor([0, 2]), torch.ones(2, 1, 3))
+
+
+def smooth(lengths: Tensor) -> Tensor:
+    x = lengths[:, None, None] * torch.arange(1, 7, dtype=lengths.dtype).view(2, 3)
+    return torch.sin(x) / x * (1 - lengths[:, None, None] / R_MAX) ** 3
+
+
+def test_radial_table_states_its_error() -> None:
+    table = radial.tabulate(smooth, R_MAX)
+    assert table.error <= radial.TOLERANCE
+    assert table.slope_error <= radial.SLOPE_TOLERANCE
+    lengths = torch.linspace(0.35, R_MAX - 1e-6, 4001, dtype=torch.float64)
+    exact = smooth(lengths)
+    found = radial.evaluate(table.knots, lengths, R_MAX)
+    # The stated error is taken half-way between knots, where it is largest.
+    assert float((found - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
+    assert (
+        float(radial.evaluate(table.knots, torch.tensor([R_MAX, 7.0], dtype=torch.float64), R_MAX).abs().max()) == 0.0
+    )
+
+
+def test_radial_table_is_twice_continuously_differentiable() -> None:
+    table = radial.tabulate(smooth, R_MAX, tolerance=1e-3)
+    step = R_MAX / (table.knots.shape[1] - 1)
+    sides = []
+    for side in (-1e-9, 1e-9):
+        r = torch.tensor([3 * step + side], dtype=torch.float64, requires_grad=True)
+        value = radial.evaluate(table.knots, r, R_MAX)[0, 0, 0]
+        (slope,) = torch.autograd.grad(value, r, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), r)
+        sides.append([float(value.detach()), float(slope.detach()), float(curvature)])
+    assert sides[0] == pytest.approx(sides[1], rel=1e-5)
+
+
+def test_radial_table_refuses_a_jump() -> None:
+    def step(lengths: Tensor) -> Tensor:
+        return torch.sigmoid((lengths[:, None, None] - 2.0) * 1e5).expand(-1, 1, 1)
+
+    with pytest.raises(ValueError, match="cannot be tabulated"):
+        radial.tabulate(step, R_MAX)
+
+
+def test_harmonics_fit_refuses_other_functions() -> None:
+    with pytest.raises(ValueError, match="not spherical harmonics"):
+        harmonics.fit(lambda d: cartesian_harmonics(d)[:, :4].abs(), 1)
+    directions = torch.nn.functional.normalize(torch.randn(10, 3, dtype=torch.float64), dim=-1)
+    torch.testing.assert_close(harmonics.evaluate(list(SH), directions), cartesian_harmonics(directions))
+
+
+@pytest.mark.parametrize("frame", ["local", "fixed"])
+@pytest.mark.parametrize("channels", [5, 32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> None:
+    layout = FeatureLayout(((channels, 1), (channels, 1), (channels, 3), (-channels, 3), (channels, 5), (channels, 7)))
+    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(frame=frame), 1.0)
+    quantizer.differentiable_twice = False
+    pieces, row = [], 0
+    total = 20
+    for d in (1, 1, 3, 3, 5, 7):
+        pieces.append(rounding.Piece(d, channels, row * channels, total * channels, channels))
+        row += d
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, total, channels, generator=generator, dtype=torch.float64)
+    x[3] = 0.0
+    x[4, 2:5] = 0.0
+    x[5, 2:5, 1:] = 0.0  # one direction only: two axes are not spanned
+    x.requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = rounding.round_features(x, plan, 30)
+    finally:
+        torch.set_num_threads(before)
+    expected = rounding.reference(x, quantizer, pieces, 30)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(found, x)
+    torch.testing.assert_close(found[:, 5:8], x[:, 5:8], rtol=0, atol=0)
+    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    torch.testing.assert_close(grad, expected.detach())
+
+
+def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:
+    layout = FeatureLayout(((4, 1),))
+    pieces = [rounding.Piece(1, 4, 0, 4, 4)]
+    for bits, granularity, served in ((16, "per_atom", True), (8, "per_atom", False), (16, "per_channel", False)):
+        quantizer = FeatureQuantizer(layout, ScalarConfig(bits, granularity), VectorConfig(), 1.0)
+        quantizer.differentiable_twice = False
+        assert (rounding.plan(quantizer, pieces) is not None) == served
+
+
+def test_a_missing_compiler_is_explained(tmp_path: Path) -> None:
+    code = "from gaq.kernels import native; print(native.available()); print(native.why_not())"
+    environment = {**os.environ, "CXX": "no-such-compiler", "GAQ_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False")
+    assert "CXX=no-such-compiler" in done.stdout
+    assert "apt install g++" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_compiler_is_explained(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'it does not work' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    code = "from gaq.kernels import native; print(native.why_not())"
+    environment = {**os.environ, "CXX": str(compiler), "GAQ_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "could not compile the kernels" in done.stdout
+    assert "it does not work" in done.stdout
+    assert not list((tmp_path / "cache").iterdir())

@@ -1,0 +1,262 @@
+"""The fused engine against the reference path, through MACE's own interfaces."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from e3nn import o3
+from mace import modules
+from mace.calculators import MACECalculator
+
+import gaq
+from gaq.kernels import native
+from gaq_mace import engine
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make(first: str, hidden: str, correlation: int, lmax: int, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(3)
+    with default_dtype(torch.float64):
+        model = modules.ScaleShiftMACE(
+            atomic_inter_scale=0.7,
+            atomic_inter_shift=0.1,
+            r_max=4.5,
+            num_bessel=6,
+            num_polynomial_cutoff=5,
+            max_ell=lmax,
+            interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+            interaction_cls_first=modules.interaction_classes[first],
+            num_interactions=2,
+            num_elements=3,
+            hidden_irreps=o3.Irreps(hidden),
+            MLP_irreps=o3.Irreps("8x0e"),
+            gate=torch.nn.functional.silu,
+            atomic_energies=np.array([-1.0, -2.0, -3.0]),
+            avg_num_neighbors=7.0,
+            atomic_numbers=[1, 6, 8],
+            correlation=correlation,
+            radial_type="bessel",
+            **options,
+        )
+    return model
+
+
+def converted(model: torch.nn.Module, spec: Any, structures: list[Atoms]) -> torch.nn.Module:
+    plain = {"preset": spec, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
+    prepared = gaq.prepare(model, plain)
+    gaq.calibrate(prepared, structures, progress=False)
+    return gaq.convert(prepared)
+
+
+STRUCTURES = [molecule("CH3OH"), molecule("C6H6"), molecule("H2O"), Atoms("OH", positions=[[0, 0, 0], [0, 0, 9.0]])]
+CRYSTAL = bulk("C", "diamond", a=3.6, cubic=True)
+CRYSTAL.rattle(0.05, seed=0)
+MODELS = {
+    "agnostic": lambda: make("RealAgnosticInteractionBlock", "8x0e+8x1o", 3, 3),
+    "residual": lambda: make("RealAgnosticResidualInteractionBlock", "8x0e+8x1o+8x2e", 2, 2),
+    "scalars": lambda: make("RealAgnosticInteractionBlock", "10x0e", 2, 2),
+    "heads": lambda: make("RealAgnosticInteractionBlock", "8x0e+8x1o", 2, 2, heads=["a", "b"]),
+}
+
+
+def test_wigner_coefficients_exist() -> None:
+    assert o3.wigner_3j(1, 1, 2).shape == (3, 3, 5)
+
+
+@pytest.fixture(params=list(MODELS))
+def plain(request: pytest.FixtureRequest) -> Callable[[], torch.nn.Module]:
+    if request.param == "heads":
+        # One energy an element and head.
+        def build() -> torch.nn.Module:
+            model = MODELS["heads"]()
+            energies = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]], dtype=torch.float64)
+            model.atomic_energies_fn.atomic_energies = energies
+            model.scale_shift.scale = torch.tensor([0.7, 0.9], dtype=torch.float64)
+            model.scale_shift.shift = torch.tensor([0.1, 0.2], dtype=torch.float64)
+            return model
+
+        return build
+    return MODELS[request.param]
+
+
+def batch_of(model: torch.nn.Module, structures: list[Atoms]) -> dict[str, torch.Tensor]:
+    from gaq.adapter import adapter_for
+
+    batch = next(iter(adapter_for(model).batches(model, structures, len(structures))))
+    plain = batch if isinstance(batch, dict) else batch.to_dict()
+    return {key: value.clone() if torch.is_tensor(value) else value for key, value in plain.items()}
+
+
+def both(model: torch.nn.Module, structures: list[Atoms], **options: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    batch = batch_of(model, structures)
+    found = []
+    assert engine.serves(model, {})
+    for off in (False, True):
+        own = {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
+        if off:
+            with engine.disabled():
+                found.append(model(own, training=False, **options))
+        else:
+            found.append(model(own, training=False, **options))
+    return found[0], found[1]
+
+
+def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        if value is None:
+            assert ours[key] is None, key
+            continue
+        assert ours[key].shape == value.shape, key
+        assert ours[key].dtype == value.dtype, key
+        scale = max(1.0, float(value.detach().abs().max())) if value.numel() else 1.0
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("preset", ["w8", "gaq", "w4a8"])
+def test_the_engine_is_the_reference(plain: Callable[[], torch.nn.Module], preset: str) -> None:
+    model = converted(plain(), preset, STRUCTURES[:3])
+    ours, theirs = both(model, STRUCTURES, compute_stress=True)
+    # The radial tables' own error; an 8-bit code may fall to the other side of a threshold.
+    agree(ours, theirs, 2e-6 if preset != "w4a8" else 1e-2)
+    assert float(theirs["forces"].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_displacement": True}])
+def test_periodic_crystals(options: dict[str, bool]) -> None:
+    model = converted(MODELS["agnostic"](), "gaq", [CRYSTAL])
+    ours, theirs = both(model, [CRYSTAL, CRYSTAL * (1, 1, 2)], compute_stress=True, compute_virials=True, **options)
+    agree(ours, theirs, 2e-6)
+    assert float(theirs["stress"].detach().abs().max()) > 1e-4
+
+
+def test_energies_without_forces() -> None:
+    model = converted(MODELS["agnostic"](), "w8", STRUCTURES[:3])
+    ours, theirs = both(model, STRUCTURES, compute_force=False)
+    agree(ours, theirs, 1e-6)
+
+
+def test_isolated_atoms_and_no_edges() -> None:
+    model = converted(MODELS["agnostic"](), "gaq", STRUCTURES[:3])
+    lonely = Atoms("OHC", positions=[[0, 0, 0], [20.0, 0, 0], [0, 30.0, 0]])
+    ours, theirs = both(model, [lonely])
+    agree(ours, theirs, 1e-6)
+    assert float(ours["forces"].abs().max()) == 0.0
+    ours, theirs = both(model, [STRUCTURES[0], lonely])
+    agree(ours, theirs, 2e-6)
+
+
+def test_float32_error_is_within_twice_that_of_the_host() -> None:
+    """Against the float64 reference path, over rattled structures."""
+    double = converted(MODELS["agnostic"](), "w8", STRUCTURES[:3])
+    single = copy.deepcopy(double).float()
+    errors = {"engine": [], "reference": []}
+    for seed in range(6):
+        structures = [s.copy() for s in (*STRUCTURES[:3], CRYSTAL)]
+        for s in structures:
+            s.rattle(0.1, seed=seed)
+        with engine.disabled():
+            exact = double(batch_of(double, structures))["forces"]
+            errors["reference"].append(
+                (single(batch_of(single, structures))["forces"].double() - exact).square().mean()
+            )
+        errors["engine"].append((single(batch_of(single, structures))["forces"].double() - exact).square().mean())
+    rms = {name: float(torch.stack(values).mean().sqrt()) for name, values in errors.items()}
+    assert rms["engine"] <= 2.0 * rms["reference"], rms
+
+
+def test_forces_are_the_gradient_of_the_energy() -> None:
+    model = converted(MODELS["residual"](), "w8", STRUCTURES[:3])
+    atoms = STRUCTURES[0].copy()
+    atoms.rattle(0.05, seed=1)
+    forces = model(batch_of(model, [atoms]))["forces"]
+    h = 1e-4
+    for index, axis in ((0, 0), (1, 2), (4, 1)):
+        energies = []
+        for sign in (1, -1):
+            moved = atoms.copy()
+            moved.positions[index, axis] += sign * h
+            energies.append(float(model(batch_of(model, [moved]))["energy"].detach()))
+        # No table enters: the spline is differentiated itself.
+        assert -(energies[0] - energies[1]) / (2 * h) == pytest.approx(float(forces[index, axis]), abs=2e-7)
+
+
+def test_calculator_uses_the_engine_without_being_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.model"
+    gaq.save(converted(MODELS["agnostic"]().float(), "gaq", STRUCTURES[:3]), path)
+    calculator = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float32")
+    atoms = STRUCTURES[1].copy()
+    atoms.calc = calculator
+    forces = atoms.get_forces()
+    assert isinstance(calculator.models[0].__dict__["gaq_engine"][1], engine.Engine)
+    with engine.disabled():
+        calculator.reset()
+        np.testing.assert_allclose(atoms.get_forces(), forces, atol=2e-5)
+    # A Hessian needs second derivatives: the reference path, without being asked.
+    assert calculator.get_hessian(atoms).shape == (36, 12, 3)
+
+
+def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
+    monkeypatch.setenv("GAQ_ENGINE", "0")
+    assert not engine.serves(model, {})
+    model(batch_of(model, STRUCTURES[:1]))
+    assert "gaq_engine" not in model.__dict__
+
+
+def test_training_goes_through_the_reference_path() -> None:
+    model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
+    assert not engine.serves(model, {"training": True})
+    assert not engine.serves(model, {"compute_edge_forces": True})
+    assert not engine.serves(gaq.prepare(MODELS["scalars"](), "w8"), {})
+    out = model(batch_of(model, STRUCTURES[:1]), training=True)
+    out["forces"].square().sum().backward()
+    assert any(p.grad is not None and bool((p.grad != 0).any()) for p in model.parameters())
+
+
+def test_changed_weights_make_a_new_engine() -> None:
+    model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
+    before = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
+    with torch.no_grad():
+        model.readouts[0].linear.weight.mul_(2.0)
+    ours, theirs = both(model, STRUCTURES[:1])
+    agree(ours, theirs, 1e-6)
+    assert float((ours["energy"].detach() - before).abs().max()) > 1e-6
+    assert "gaq_engine" not in copy.deepcopy(model).__dict__
+
+
+def test_what_is_not_served_says_so_and_runs() -> None:
+    model = converted(make("RealAgnosticInteractionBlock", "8x0e", 2, 2, distance_transform="Agnesi"), "w8", STRUCTURES)
+    with pytest.warns(UserWarning, match="reference path: the radial functions see the species"):
+        model(batch_of(model, STRUCTURES[:1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not engine.serves(model, {})  # said once
+
+
+def test_hidden_features_are_returned_in_the_hosts_layout() -> None:
+    model = converted(MODELS["residual"](), "gaq", STRUCTURES[:3])
+    ours, theirs = both(model, [STRUCTURES[0]])
+    torch.testing.assert_close(ours["node_feats"], theirs["node_feats"], rtol=0, atol=1e-6)
