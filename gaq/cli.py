@@ -274,8 +274,14 @@ def _doctor() -> int:
     for adapter in adapters().values():
         for line in getattr(adapter, "doctor", lambda: [])():
             print(f"  {line}")
+    from gaq.kernels import native
+
     print("kernels")
-    print("  reference        plain torch, any device, any dtype: the path every model runs on in this version")
+    print("  reference        plain torch, any device, any dtype: training, Hessians, compiled files, GPU")
+    reason = native.why_not()
+    compiled = f"ready, {native.library()._name}" if reason is None else f"not here: {reason}"
+    print(f"  cpu              {compiled}")
+    print("                   converted MACE models at inference, float32 and float64; GAQ_ENGINE=0 turns it off")
     return 0
 
 

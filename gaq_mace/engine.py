@@ -406,6 +406,14 @@ class Engine(torch.nn.Module):
         self.register_buffer("embedding", embedding.to(dtype))
         # MACE's own modules, not registered here: they belong to the model.
         self.__dict__["model"] = model
+        self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+
+    def rounds_as_deployed(self) -> bool:
+        """Whether the model's quantizers are all switched on, as they were when the engine was made."""
+        return all(
+            q.scalars_enabled and q.vectors_enabled and q.vector_range_factor == 1.0 and not q.observing
+            for q in self.__dict__["quantizers"]
+        )
 
     def forward(self, data: dict[str, Tensor], **options: bool) -> dict[str, Tensor | None]:
         """What `ScaleShiftMACE.forward` returns, for the same arguments."""
@@ -519,7 +527,8 @@ def serves(model: Any, options: dict[str, Any]) -> bool:
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return False
-    return engine_of(model) is not None
+    own = engine_of(model)
+    return own is not None and own.rounds_as_deployed()
 
 
 def engine_of(model: Any) -> Engine | None:

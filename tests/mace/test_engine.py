@@ -22,6 +22,7 @@ from mace.calculators import MACECalculator
 import gaq
 from gaq.kernels import native
 from gaq_mace import engine
+from gaq_mace import model as gaq_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -234,6 +235,16 @@ def test_training_goes_through_the_reference_path() -> None:
     out = model(batch_of(model, STRUCTURES[:1]), training=True)
     out["forces"].square().sum().backward()
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in model.parameters())
+
+
+def test_unquantized_activations_take_the_reference_path() -> None:
+    model = converted(MODELS["agnostic"](), "gaq", STRUCTURES[:3])
+    rounded = model(batch_of(model, STRUCTURES[:1]))["forces"]
+    with gaq_model.unquantized(model):
+        assert not engine.serves(model, {})
+        smooth = model(batch_of(model, STRUCTURES[:1]))["forces"]
+    assert engine.serves(model, {})
+    assert 0.0 < float((rounded - smooth).abs().max()) < 1e-2
 
 
 def test_changed_weights_make_a_new_engine() -> None:

@@ -1,0 +1,309 @@
+"""The fused CPU engine against stock MACE: time of a step, growth with size, share of each operation, memory.
+
+    python benchmarks/cpu_engine.py --work DIR [--stage time|growth|memory|table|all] [--repeats 11]
+
+`time` alternates step by step between stock MACECalculator (eager, and compile_mode="default"), the engine with the
+same FP32 weights, and the engine with quantized models, on the same structures, at 1 thread and at all; the ratio is
+taken pair by pair and its median quoted. `memory` runs each size in a process of its own and reads its peak.
+The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mace
+import numpy as np
+import torch
+from ase import Atoms
+from ase.io import read
+from common import SHARED, load_json, write_result
+from mace.calculators import MACECalculator
+from mace_speed import big_model, water_box
+
+import gaq
+from gaq.reporting.tables import markdown_table
+from gaq_mace.engine import Engine
+
+PRESETS = ("w8", "gaq")
+STOCK, COMPILED = "stock eager", "stock compiled"
+
+
+class _FloatEngine(torch.nn.Module):
+    """A float model through the engine, in the calculator's place for a model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.engine = Engine(model)
+
+    def forward(self, data: dict[str, torch.Tensor], training: bool = False, **options: bool) -> dict[str, Any]:
+        del training
+        return self.engine(data, **options)  # type: ignore[no-any-return]
+
+
+def model_files(work: Path) -> dict[str, Path]:
+    """The FP32 model and its quantized forms, made once."""
+    files = {"fp32": work / "fp32.model", **{preset: work / f"{preset}.model" for preset in PRESETS}}
+    if not files["fp32"].exists():
+        torch.save(big_model([1, 6, 7, 8]), files["fp32"])
+    for preset in PRESETS:
+        if not files[preset].exists():
+            spec = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
+            model = gaq.prepare(gaq.load(files["fp32"]), spec)
+            gaq.calibrate(model, [water_box(8)], progress=False)
+            gaq.save(gaq.convert(model), files[preset])
+    return files
+
+
+def calculator(files: dict[str, Path], kind: str) -> MACECalculator:
+    name = kind.removeprefix("engine ") if kind.startswith("engine") else "fp32"
+    options: dict[str, Any] = {"compile_mode": "default"} if kind == COMPILED else {}
+    made = MACECalculator(model_paths=str(files[name]), device="cpu", default_dtype="float32", **options)
+    if kind == "engine fp32":
+        made.models = [_FloatEngine(made.models[0])]
+    return made
+
+
+def step(calc: MACECalculator, atoms: Atoms) -> float:
+    start = time.perf_counter()
+    calc.calculate(atoms, ["energy", "forces"])
+    return time.perf_counter() - start
+
+
+def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool) -> None:
+    kinds = [STOCK, *([COMPILED] if compiled else []), "engine fp32", *(f"engine {p}" for p in PRESETS)]
+    rows = []
+    azobenzene = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        calculators = {kind: calculator(files, kind) for kind in kinds}
+        for label, structure in (("azobenzene", azobenzene), ("water box", water_box(64))):
+            times: dict[str, list[float]] = {kind: [] for kind in kinds}
+            forces: dict[str, np.ndarray] = {}
+            rng = np.random.default_rng(0)
+            for repeat in range(repeats + 2):
+                atoms = structure.copy()
+                atoms.positions += rng.normal(scale=0.01, size=atoms.positions.shape)
+                for kind, calc in calculators.items():
+                    seconds = step(calc, atoms)
+                    if repeat >= 2:
+                        times[kind].append(seconds)
+                    forces[kind] = np.asarray(calc.results["forces"])
+            base = np.array(times[STOCK])
+            for kind, values in times.items():
+                row: dict[str, Any] = {
+                    "structure": f"{label}, {len(structure)} atoms",
+                    "threads": threads,
+                    "kind": kind,
+                    "median_seconds_per_step": float(np.median(values)),
+                    "median_speedup_over_stock_eager": float(np.median(base / np.array(values))),
+                    "largest_force_difference_to_stock_ev_per_angstrom": float(
+                        np.abs(forces[kind] - forces[STOCK]).max()
+                    ),
+                }
+                if compiled:
+                    other = np.array(times[COMPILED])
+                    row["median_speedup_over_stock_compiled"] = float(np.median(other / np.array(values)))
+                rows.append(row)
+                print(row, flush=True)
+    (work / "time.json").write_text(json.dumps(rows))
+
+
+def operation_shares(calc: MACECalculator, atoms: Atoms) -> dict[str, float]:
+    """Self CPU time of each operation in one step, in milliseconds, the long ones."""
+    from torch.profiler import profile
+
+    step(calc, atoms)
+    with profile() as profiler:
+        step(calc, atoms)
+    totals = {event.key: event.self_cpu_time_total / 1000 for event in profiler.key_averages()}
+    kept = sorted(totals.items(), key=lambda item: -item[1])
+    return {name: value for name, value in kept[:12] if value > 0} | {"all": sum(totals.values())}
+
+
+def machine_limits() -> dict[str, float]:
+    """What one thread reaches: float32 matrix product in GFLOP/s, copy of 64 MiB in GB/s (read and write counted)."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    source, target = torch.randn(16 << 20), torch.empty(16 << 20)
+    products, copies = [], []
+    for _ in range(9):
+        start = time.perf_counter()
+        a @ b
+        products.append(2 * 1024**3 / (time.perf_counter() - start) / 1e9)
+        start = time.perf_counter()
+        target.copy_(source)
+        copies.append(2 * source.numel() * 4 / (time.perf_counter() - start) / 1e9)
+    return {"sgemm_gflops": float(np.median(products)), "copy_gbytes_per_second": float(np.median(copies))}
+
+
+def floating_point_operations(engine: Engine, atoms: int, edges: int) -> dict[str, float]:
+    """Additions and multiplications over channels that the kernels have to do at least, in units of 1e9."""
+    forward = backward = polynomial = polynomial_back = 0.0
+    for layer in engine.layers:
+        problem: Any = layer.problem
+        for path in problem.paths:
+            d1, d3 = 2 * problem.blocks[path.block] + 1, 2 * problem.groups[path.group] + 1
+            # The radial weight takes 6 fused multiply-adds, its slope as many again.
+            forward += edges * problem.channels * 2 * (6 + d1 / 2 + d1 * d3)
+            backward += edges * problem.channels * 2 * (12 + d1 / 2 + 2 * d1 * d3 + 2 * d1)
+        nodes, terms = len(layer.polynomial.monomials), len(layer.polynomial.terms)  # type: ignore[union-attr,arg-type]
+        polynomial += atoms * problem.channels * (nodes + 2 * terms)
+        polynomial_back += atoms * problem.channels * (nodes + 2 * terms + 4 * nodes)
+    return {
+        "_Convolution": forward / 1e9,
+        "_ConvolutionBackward": backward / 1e9,
+        "_Contraction": polynomial / 1e9,
+        "_ContractionBackward": polynomial_back / 1e9,
+    }
+
+
+def stage_growth(files: dict[str, Path], work: Path) -> None:
+    torch.set_num_threads(1)
+    calc = calculator(files, "engine gaq")
+    stock = calculator(files, STOCK)
+    rows = []
+    for molecules in (8, 64, 216, 1000, 3375):
+        atoms = water_box(molecules)
+        repeats = 7 if molecules <= 216 else 3
+        step(calc, atoms)
+        seconds = float(np.median([step(calc, atoms) for _ in range(repeats)]))
+        row: dict[str, Any] = {"atoms": len(atoms), "engine_gaq_seconds": seconds}
+        if molecules <= 216:
+            step(stock, atoms)
+            row["stock_eager_seconds"] = float(np.median([step(stock, atoms) for _ in range(3)]))
+        rows.append(row)
+        print(row, flush=True)
+    box = water_box(64)
+    shares = operation_shares(calc, box)
+    edges = int(calc._atoms_to_batch(box)["edge_index"].shape[1])
+    engine = calc.models[0].__dict__["gaq_engine"][1]
+    limits = machine_limits()
+    work_done = floating_point_operations(engine, len(box), edges)
+    rates = {
+        name: {
+            "gflops": amount / (shares[name] / 1000),
+            "share_of_sgemm": amount / (shares[name] / 1000) / limits["sgemm_gflops"],
+        }
+        for name, amount in work_done.items()
+        if name in shares
+    }
+    result = {"rows": rows, "shares_ms": shares, "edges": edges, "limits": limits, "rates": rates}
+    print(json.dumps(result, indent=1), flush=True)
+    (work / "growth.json").write_text(json.dumps(result))
+
+
+def peak(files: dict[str, Path], kind: str, molecules: int) -> None:
+    """In a process of its own: the peak of memory of two steps, in bytes, on stdout."""
+    torch.set_num_threads(1)
+    calc = calculator(files, kind)
+    for _ in range(2):
+        step(calc, water_box(molecules))
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "atoms": 3 * molecules}))
+
+
+def stage_memory(work: Path) -> None:
+    found = []
+    for kind, sizes in ((STOCK, (8, 27, 64)), ("engine gaq", (64, 512, 1728))):
+        rows = []
+        for molecules in sizes:
+            command = [sys.executable, __file__, "--work", str(work), "--peak", kind, "--molecules", str(molecules)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(kind, rows[-1], flush=True)
+        slope, start = np.polyfit([r["atoms"] for r in rows], [r["peak"] for r in rows], 1)
+        found.append(
+            {
+                "kind": kind,
+                "measured": rows,
+                "bytes_per_atom": float(slope),
+                "atoms_in_8_gib": int((8 * 2**30 - start) / slope),
+            }
+        )
+        print(found[-1], flush=True)
+    (work / "memory.json").write_text(json.dumps(found))
+
+
+def stage_table(work: Path) -> None:
+    times, growth, memory = (load_json(work / f"{name}.json") for name in ("time", "growth", "memory"))
+    path = write_result("cpu_engine", times, work=work, growth=growth, memory=memory, mace=mace.__version__)
+    shown = [
+        {
+            "structure": row["structure"],
+            "threads": row["threads"],
+            "": row["kind"],
+            "ms": f"{1000 * row['median_seconds_per_step']:.1f}",
+            "x eager": f"{row['median_speedup_over_stock_eager']:.1f}",
+            "x compiled": f"{row['median_speedup_over_stock_compiled']:.1f}"
+            if "median_speedup_over_stock_compiled" in row
+            else "-",
+        }
+        for row in times
+    ]
+    print(markdown_table(shown, list(shown[0])))
+    figure(times, growth, path.with_suffix(".png"))
+
+
+def figure(times: list[dict[str, Any]], growth: dict[str, Any], path: Path) -> None:
+    """Speed-up bars and growth with the number of atoms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    one = [row for row in times if row["threads"] == 1]
+    structures = list(dict.fromkeys(row["structure"] for row in one))
+    kinds = list(dict.fromkeys(row["kind"] for row in one))
+    for i, kind in enumerate(kinds):
+        values = [row["median_speedup_over_stock_eager"] for row in one if row["kind"] == kind]
+        left.bar(np.arange(len(structures)) + 0.16 * i, values, 0.16, label=kind)
+    left.set_xticks(np.arange(len(structures)) + 0.08 * (len(kinds) - 1), structures)
+    left.set_ylabel("times faster than stock eager, 1 thread")
+    left.legend(fontsize=7)
+    atoms = [row["atoms"] for row in growth["rows"]]
+    right.loglog(atoms, [row["engine_gaq_seconds"] for row in growth["rows"]], "o-", label="engine gaq")
+    stock = [row for row in growth["rows"] if "stock_eager_seconds" in row]
+    right.loglog([row["atoms"] for row in stock], [row["stock_eager_seconds"] for row in stock], "s-", label=STOCK)
+    right.set_xlabel("atoms (water)")
+    right.set_ylabel("seconds per step, 1 thread")
+    right.legend(fontsize=7)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for models and partial results")
+    parser.add_argument("--stage", choices=("time", "growth", "memory", "table", "all"), default="all")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="leave stock's compile_mode out (minutes to compile)"
+    )
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--molecules", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    files = model_files(args.work)
+    if args.peak:
+        peak(files, args.peak, args.molecules)
+        return
+    if args.stage in ("time", "all"):
+        stage_time(files, args.work, args.repeats, not args.no_compiled)
+    if args.stage in ("growth", "all"):
+        stage_growth(files, args.work)
+    if args.stage in ("memory", "all"):
+        stage_memory(args.work)
+    if args.stage in ("table", "all"):
+        stage_table(args.work)
+
+
+if __name__ == "__main__":
+    main()
