@@ -445,7 +445,7 @@ class Engine(torch.nn.Module):
             start += count
         order = _SpeciesOrder(species[by_species], bounds)
         edges = place[data["edge_index"]]
-        graph = convolution.Graph.make(edges[0], edges[1], int(species.numel()))
+        graph = convolution.Graph(edges[0], edges[1])
 
         features = self.embedding[order.species][:, None]
         energies, kept = [torch.zeros_like(node_e0)], []

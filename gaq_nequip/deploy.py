@@ -13,7 +13,8 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,55 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def compile_model(source: Path, output: Path, target: str, device: str) -> None:
-    """NequIP's own compilation with the weights frozen to integers, then slimmed; writes `output`."""
+@contextmanager
+def _kernels_at_hand() -> Iterator[None]:
+    """Within this context `nequip-compile` fuses convolutions, and Inductor links the kernels into what it compiles."""
+    import os
+
+    from nequip.scripts import compile as nequip_compile
+    from torch._inductor import config as inductor
+
+    from gaq.kernels import convolution, native
+    from gaq_nequip.fused import fuse
+
+    before = os.environ.get("LIBRARY_PATH")
+    folder = str(native.static_library())
+    os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
+    options = {
+        "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS,
+        "aot_inductor.custom_op_libs": [native.STATIC_NAME],
+    }
+    modify = nequip_compile.modify
+
+    def modify_and_fuse(model: Any, modifiers: Any) -> Any:
+        # Not a modifier by name: those of a package are the ones it was written with.
+        model = modify(model, modifiers)
+        for name, reason in fuse(model).items():
+            print(f"nequip-deploy: {name} keeps NequIP's own convolution: {reason}", file=sys.stderr)
+        return model
+
+    nequip_compile.modify = modify_and_fuse
+    try:
+        with inductor.patch(options):
+            yield
+    finally:
+        nequip_compile.modify = modify
+        if before is None:
+            del os.environ["LIBRARY_PATH"]
+        else:
+            os.environ["LIBRARY_PATH"] = before
+
+
+def compile_model(source: Path, output: Path, target: str, device: str, fused: bool = False) -> None:
+    """NequIP's own compilation with the weights frozen to integers, then slimmed; writes `output`.
+
+    Args:
+        source: quantized checkpoint or package.
+        output: compiled file.
+        target: of `nequip-compile`.
+        device: cpu or cuda.
+        fused: whether convolutions go through the fused CPU kernel, which the file then carries.
+    """
     from nequip.scripts import compile as nequip_compile
 
     from gaq_nequip import artefact, files
@@ -175,7 +223,8 @@ def compile_model(source: Path, output: Path, target: str, device: str) -> None:
         path = output.with_name("example.pt")
         _save_data(data, path)
         arguments += ["--data-path", str(path)]
-    nequip_compile.main([str(source), str(output), *arguments])
+    with _kernels_at_hand() if fused else nullcontext():
+        nequip_compile.main([str(source), str(output), *arguments])
     logging.disable(logging.INFO)
     if not artefact.slim(output, output):
         print("nequip-deploy: the debug symbols could not be stripped (program `strip`), and stay.", file=sys.stderr)

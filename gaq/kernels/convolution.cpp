@@ -371,31 +371,35 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t s
   }
 }
 
+// Stable counting sort of edges by receiver.
+struct Sorted {
+  std::vector<int64_t> first, order;
+  Sorted(int64_t edges, int64_t atoms, const int64_t* receiver) : first(atoms + 1, 0), order(edges) {
+    for (int64_t e = 0; e < edges; ++e) ++first[receiver[e] + 1];
+    for (int64_t a = 0; a < atoms; ++a) first[a + 1] += first[a];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t e = 0; e < edges; ++e) order[next[receiver[e]]++] = e;
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
-// Stable counting sort of edges by receiver.
-void gaq_sort_edges(int64_t edges, int64_t atoms, const int64_t* receiver, int64_t* first, int64_t* order) {
-  std::fill(first, first + atoms + 1, 0);
-  for (int64_t e = 0; e < edges; ++e) ++first[receiver[e] + 1];
-  for (int64_t a = 0; a < atoms; ++a) first[a + 1] += first[a];
-  std::vector<int64_t> next(first, first + atoms);
-  for (int64_t e = 0; e < edges; ++e) order[next[receiver[e]]++] = e;
-}
-
 #define GAQ_EXPORT(NAME, T)                                                                                         \
-  void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, const int64_t* order,        \
-                              const int64_t* first, const int64_t* sender, const T* vectors, const T* h,           \
+  void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,               \
+                              const int64_t* sender, const int64_t* receiver, const T* vectors, const T* h,         \
                               const T* table, T* out, int64_t threads) {                                           \
-    forward<T>(ints, reals, atoms, order, first, sender, vectors, h, table, out, threads);                         \
+    const Sorted s(edges, atoms, receiver);                                                                        \
+    forward<T>(ints, reals, atoms, s.order.data(), s.first.data(), sender, vectors, h, table, out, threads);       \
   }                                                                                                                \
-  void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t senders,   \
-                                       const int64_t* order, const int64_t* first, const int64_t* sender,          \
-                                       const T* vectors, const T* h, const T* table, const T* grad_out,            \
-                                       T* grad_vectors, T* grad_h, T* grad_table, int64_t threads) {               \
-    backward<T>(ints, reals, atoms, senders, order, first, sender, vectors, h, table, grad_out, grad_vectors,      \
-                grad_h, grad_table, threads);                                                                      \
+  void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,      \
+                                       const int64_t* sender, const int64_t* receiver, const T* vectors,           \
+                                       const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h,  \
+                                       T* grad_table, int64_t threads) {                                           \
+    const Sorted s(edges, atoms, receiver);                                                                        \
+    backward<T>(ints, reals, atoms, atoms, s.order.data(), s.first.data(), sender, vectors, h, table, grad_out,    \
+                grad_vectors, grad_h, grad_table, threads);                                                        \
   }
 GAQ_EXPORT(float32, float)
 GAQ_EXPORT(float64, double)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch import Tensor
 from gaq.kernels import harmonics, radial
 from gaq.kernels.native import library, refuse_second_derivative
 
-__all__ = ["ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
+__all__ = ["C_SHIMS", "ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
 
 MAX_L = 6
 COMPONENTS = (1, 3, 5, 7, 9)
@@ -148,32 +149,15 @@ class ConvolutionProblem:
 
 @dataclass(frozen=True)
 class Graph:
-    """Edges sorted by receiver.
+    """Who sends to whom.
 
     Attributes:
-        sender: (edges,), in the order of the edge vectors.
+        sender: (edges,), int64, in the order of the edge vectors.
         receiver: the same.
-        order: numbers of the edges by receiver.
-        first: (atoms + 1,), where each receiver's edges begin in `order`.
     """
 
     sender: Tensor
     receiver: Tensor
-    order: Tensor
-    first: Tensor
-
-    @classmethod
-    def make(cls, sender: Tensor, receiver: Tensor, atoms: int) -> Graph:
-        """Sort the edges (int64, on the CPU)."""
-        sender, receiver = sender.contiguous(), receiver.contiguous()
-        first = torch.empty(atoms + 1, dtype=torch.int64)
-        order = torch.empty_like(receiver)
-        library().gaq_sort_edges(receiver.numel(), atoms, receiver.data_ptr(), first.data_ptr(), order.data_ptr())
-        return cls(sender, receiver, order, first)
-
-    @property
-    def atoms(self) -> int:
-        return self.first.numel() - 1
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -182,65 +166,147 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        features: Tensor,
-        vectors: Tensor,
-        weights: Tensor,
-        problem: ConvolutionProblem,
-        graph: Graph,
-        tabulated: bool,
-    ) -> Tensor:
-        features, vectors, weights = features.contiguous(), vectors.contiguous(), weights.contiguous()
-        ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
-        message = features.new_empty(problem.rows_out * graph.atoms * problem.channels)
-        getattr(library(), f"gaq_convolution_{_name(features.dtype)}")(
-            ints.data_ptr(),
-            reals.data_ptr(),
-            graph.atoms,
-            graph.order.data_ptr(),
-            graph.first.data_ptr(),
-            graph.sender.data_ptr(),
-            vectors.data_ptr(),
-            features.data_ptr(),
-            weights.data_ptr(),
-            message.data_ptr(),
-            torch.get_num_threads(),
-        )
-        ctx.save_for_backward(features, vectors, weights)
-        ctx.problem, ctx.graph, ctx.tabulated = problem, graph, tabulated  # type: ignore[attr-defined]
-        return message.view(-1, problem.channels)
+# Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        refuse_second_derivative()
-        features, vectors, weights = ctx.saved_tensors  # type: ignore[attr-defined]
-        problem, graph, tabulated = ctx.problem, ctx.graph, ctx.tabulated  # type: ignore[attr-defined]
-        grad = grad.contiguous()
-        ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
-        grad_vectors = torch.zeros_like(vectors)
-        grad_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        grad_weights = None if tabulated else torch.zeros_like(weights)
-        getattr(library(), f"gaq_convolution_backward_{_name(features.dtype)}")(
-            ints.data_ptr(),
-            reals.data_ptr(),
-            graph.atoms,
-            features.shape[0],
-            graph.order.data_ptr(),
-            graph.first.data_ptr(),
-            graph.sender.data_ptr(),
-            vectors.data_ptr(),
-            features.data_ptr(),
-            weights.data_ptr(),
-            grad.data_ptr(),
-            grad_vectors.data_ptr(),
-            None if grad_features is None else grad_features.data_ptr(),
-            None if grad_weights is None else grad_weights.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return grad_features, grad_vectors, grad_weights, None, None, None
+
+@torch.library.custom_op("gaq::edge_convolution", mutates_args=(), device_types="cpu")
+def _convolution(
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    ints: Tensor,
+    reals: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    rows_out: int,
+) -> Tensor:
+    atoms, channels = features.shape[0], features.shape[2]
+    message = features.new_empty(rows_out * atoms, channels)
+    # Copies of what is not contiguous have to live until the call is done.
+    held = [t.contiguous() for t in (ints, reals, sender, receiver, vectors, features, weights)]
+    ints, reals, sender, receiver, vectors, features, weights = held
+    getattr(library(), f"gaq_convolution_{_name(features.dtype)}")(
+        ints.data_ptr(),
+        reals.data_ptr(),
+        atoms,
+        sender.numel(),
+        sender.data_ptr(),
+        receiver.data_ptr(),
+        vectors.data_ptr(),
+        features.data_ptr(),
+        weights.data_ptr(),
+        message.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return message
+
+
+@_convolution.register_fake
+def _convolution_fake(
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    ints: Tensor,
+    reals: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    rows_out: int,
+) -> Tensor:
+    return features.new_empty(rows_out * features.shape[0], features.shape[2])
+
+
+@torch.library.custom_op("gaq::edge_convolution_backward", mutates_args=(), device_types="cpu")
+def _convolution_backward(
+    grad: Tensor,
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    ints: Tensor,
+    reals: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    of_features: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    held = [t.contiguous() for t in (ints, reals, sender, receiver, vectors, features, weights, grad)]
+    ints, reals, sender, receiver, vectors, features, weights, grad = held
+    grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
+    grad_vectors = torch.zeros_like(vectors)
+    grad_weights = torch.zeros_like(weights) if of_weights else weights.new_empty(0)
+    getattr(library(), f"gaq_convolution_backward_{_name(features.dtype)}")(
+        ints.data_ptr(),
+        reals.data_ptr(),
+        features.shape[0],
+        sender.numel(),
+        sender.data_ptr(),
+        receiver.data_ptr(),
+        vectors.data_ptr(),
+        features.data_ptr(),
+        weights.data_ptr(),
+        grad.data_ptr(),
+        grad_vectors.data_ptr(),
+        grad_features.data_ptr() if of_features else None,
+        grad_weights.data_ptr() if of_weights else None,
+        torch.get_num_threads(),
+    )
+    return grad_features, grad_vectors, grad_weights
+
+
+@_convolution_backward.register_fake
+def _convolution_backward_fake(
+    grad: Tensor,
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    ints: Tensor,
+    reals: Tensor,
+    sender: Tensor,
+    receiver: Tensor,
+    of_features: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_features = features.new_empty(features.shape) if of_features else features.new_empty(0)
+    grad_weights = weights.new_empty(weights.shape) if of_weights else weights.new_empty(0)
+    return grad_features, vectors.new_empty(vectors.shape), grad_weights
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative()
+    features, vectors, weights, *rest = ctx.saved_tensors
+    of_features, _, of_weights = ctx.needs_input_grad[:3]
+    if of_weights and weights.dim() == 4:
+        raise RuntimeError("the knots of a radial table have no gradient")
+    g_features, g_vectors, g_weights = _convolution_backward(
+        grad.contiguous(), features, vectors, weights, *rest, of_features, of_weights or weights.dim() == 3
+    )
+    return (
+        g_features if of_features else None,
+        g_vectors,
+        g_weights if of_weights else None,
+        *(None,) * 5,
+    )
+
+
+_convolution.register_autograd(_differentiate, setup_context=_setup)
+
+
+_TENSORS = "AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights, AtenTensorHandle ints, "
+_TENSORS += "AtenTensorHandle reals, AtenTensorHandle sender, AtenTensorHandle receiver"
+
+C_SHIMS = {
+    torch.ops.gaq.edge_convolution.default: [
+        f"AOTITorchError aoti_torch_cpu_edge_convolution({_TENSORS}, int64_t rows_out, AtenTensorHandle* ret0)"
+    ],
+    torch.ops.gaq.edge_convolution_backward.default: [
+        f"AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, {_TENSORS}, int32_t of_features, "
+        "int32_t of_weights, AtenTensorHandle* ret0, AtenTensorHandle* ret1, AtenTensorHandle* ret2)"
+    ],
+}
+"""For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""
 
 
 def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:
@@ -269,7 +335,7 @@ def convolution(
     Args:
         problem: what is convolved.
         graph: the edges.
-        features: (senders, rows, channels).
+        features: (atoms, rows, channels).
         vectors: (edges, 3) from sender to receiver or back, as the harmonics want them, in Å. Edges of length
             zero, or of `r_max` and more, contribute nothing.
         weights: knots of a `RadialTable`, or (edges, paths, channels); contiguous in the dtype of the features.
@@ -283,7 +349,17 @@ def convolution(
         gaq.kernels.native.CompilerError: where the kernels cannot be built.
     """
     _check(problem, features, vectors, weights, tabulated)
-    return _Convolution.apply(features, vectors, weights, problem, graph, tabulated)  # type: ignore[no-any-return]
+    ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
+    return _convolution(  # type: ignore[no-any-return]
+        features.contiguous(),
+        vectors.contiguous(),
+        weights.contiguous(),
+        ints,
+        reals,
+        graph.sender.contiguous(),
+        graph.receiver.contiguous(),
+        problem.rows_out,
+    )
 
 
 def reference(
@@ -310,7 +386,7 @@ def reference(
         x = gathered[:, begin : begin + 2 * problem.blocks[path.block] + 1]
         y = sh[:, path.edge_degree**2 : (path.edge_degree + 1) ** 2]
         edge = torch.einsum("xyz,exc,ey,ec->ezc", path.coefficients.to(x), x, y, w[:, number])
-        summed = edge.new_zeros(graph.atoms, *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
+        summed = edge.new_zeros(features.shape[0], *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
         parts[path.group].append(summed)
     # (atoms, components, paths, channels) of each group, flattened.
     groups = [torch.stack(own, dim=2).reshape(-1, problem.channels) for own in parts if own]

@@ -15,13 +15,23 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["CompilerError", "available", "library", "refuse_second_derivative", "why_not"]
+__all__ = [
+    "STATIC_NAME",
+    "CompilerError",
+    "available",
+    "library",
+    "refuse_second_derivative",
+    "static_library",
+    "why_not",
+]
 
 SOURCES = ("convolution.cpp", "contraction.cpp", "rounding.cpp")
+SHIM_SOURCES = ("convolution.cpp", "shims.cpp")
 HEADERS = ("lanes.h",)
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
@@ -67,6 +77,26 @@ def _openmp() -> list[str]:
     return [str(found[0]), f"-Wl,-rpath,{found[0].parent}"] if found else []
 
 
+def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
+    """The compiler, and where what it makes of the sources is kept."""
+    folder = Path(__file__).parent
+    compiler = _compiler()
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256()
+    for part in (*FLAGS, *parts, compiler, version, _processor()):
+        digest.update(part.encode() + b"\0")
+    for name in (*HEADERS, *sources):
+        digest.update((folder / name).read_bytes())
+    cache = _cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompilerError(
+            f"the folder {cache} for compiled kernels cannot be made ({error}): set GAQ_CACHE to one that can."
+        ) from error
+    return compiler, cache / f"{kind}-{digest.hexdigest()[:20]}"
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels.
@@ -74,57 +104,69 @@ def library() -> ctypes.CDLL:
     Raises:
         CompilerError: if there is no compiler, or it fails.
     """
-    folder = Path(__file__).parent
-    compiler = _compiler()
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout
     linked = _openmp()
-    digest = hashlib.sha256()
-    for part in (*FLAGS, *linked, compiler, version, _processor()):
-        digest.update(part.encode() + b"\0")
-    for name in (*HEADERS, *SOURCES):
-        digest.update((folder / name).read_bytes())
-    cache = _cache_folder()
-    target = cache / f"kernels-{digest.hexdigest()[:20]}.so"
+    compiler, place = _place("kernels", SOURCES, *linked)
+    target = place.with_suffix(".so")
     if not target.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CompilerError(
-                f"the folder {cache} for compiled kernels cannot be made ({error}): set GAQ_CACHE to one that can."
-            ) from error
-        _build(compiler, [folder / name for name in SOURCES], linked, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            objects = _objects(compiler, SOURCES, Path(folder), [])
+            built = Path(folder) / "kernels.so"
+            # With torch's library named, the compiler's own must not be linked beside it.
+            _run([*compiler.split(), "-shared", *objects, *(linked or ["-fopenmp"]), "-o", str(built)])
+            # Under a name of its own first: processes that start together must not load half a file.
+            os.replace(built, target)
     loaded = ctypes.CDLL(str(target))
     _declare(loaded)
     return loaded
 
 
-def _build(compiler: str, sources: list[Path], linked: list[str], target: Path) -> None:
-    # Under a name of its own first: processes that start together must not load half a file.
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / "kernels.so"
-        running = []
-        for source in sources:
-            command = [*compiler.split(), *FLAGS, "-c", str(source), "-o", str(Path(folder) / (source.stem + ".o"))]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        outputs = [(process, process.communicate()[0]) for process in running]
-        objects = [str(Path(folder) / (source.stem + ".o")) for source in sources]
-        failed = next((output for process, output in outputs if process.returncode != 0), None)
-        if failed is None:
-            # With torch's library named, the compiler's own must not be linked beside it.
-            openmp = linked or ["-fopenmp"]
-            done = subprocess.run(
-                [*compiler.split(), "-shared", *objects, *openmp, "-o", str(built)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-            failed = done.stdout if done.returncode != 0 else None
-        if failed is not None:
-            raise CompilerError(
-                f"{compiler} could not compile the kernels, models run through the slower reference path:\n{failed}"
-            )
-        os.replace(built, target)
+STATIC_NAME = "gaqkernels"
+
+
+@functools.cache
+def static_library() -> Path:
+    """Folder of a static library (``-lgaqkernels``) with the convolution as AOTInductor calls it.
+
+    Raises:
+        CompilerError: if there is no compiler, or it fails.
+    """
+    include = Path(torch.__file__).parent / "include"
+    compiler, place = _place("static", SHIM_SOURCES, torch.__version__)
+    target = place / f"lib{STATIC_NAME}.a"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=place.parent) as name:
+            folder = Path(name)
+            objects = _objects(compiler, SHIM_SOURCES, folder, [f"-I{include}"])
+            place.mkdir(exist_ok=True)
+            built = folder / target.name
+            _run(["ar", "rcs", str(built), *objects])
+            os.replace(built, target)
+    return place
+
+
+def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[str]) -> list[str]:
+    running = []
+    for name in sources:
+        target = folder / (Path(name).stem + ".o")
+        command = [*compiler.split(), *FLAGS, *options, "-c", str(Path(__file__).parent / name), "-o", str(target)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append((process, str(target)))
+    for process, output in [(process, process.communicate()[0]) for process, _ in running]:
+        if process.returncode != 0:
+            raise CompilerError(_FAILED.format(compiler=compiler, output=output))
+    return [target for _, target in running]
+
+
+_FAILED = "{compiler} could not compile the kernels, models run through the slower reference path:\n{output}"
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise CompilerError(_FAILED.format(compiler=command[0], output=error)) from error
+    if done.returncode != 0:
+        raise CompilerError(_FAILED.format(compiler=command[0], output=done.stdout))
 
 
 _POINTER = ctypes.c_void_p
@@ -134,8 +176,8 @@ _INT = ctypes.c_int64
 def _declare(loaded: ctypes.CDLL) -> None:
     p, i = _POINTER, _INT
     signatures = {
-        "convolution": [p, p, i, p, p, p, p, p, p, p, i],
-        "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, p, i],
+        "convolution": [p, p, i, i, p, p, p, p, p, p, i],
+        "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, i],
         "contraction": [p, i, p, p, p, p, i],
         "contraction_backward": [p, i, p, p, p, p, p, i],
         "round": [p, p, i, p, p, i],
@@ -144,7 +186,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
         for dtype in ("float32", "float64"):
             function = getattr(loaded, f"gaq_{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    loaded.gaq_sort_edges.argtypes, loaded.gaq_sort_edges.restype = [i, i, p, p, p], None
 
 
 @functools.cache

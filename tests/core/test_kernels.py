@@ -81,7 +81,7 @@ def test_convolution_is_the_reference(
 ) -> None:
     problem, generator = made
     sender, receiver, vectors = random_graph(atoms, degree, generator)
-    graph = convolution.Graph.make(sender, receiver, atoms)
+    graph = convolution.Graph(sender, receiver)
     shape = (len(problem.paths), 17, 3) if tabulated else (vectors.shape[0], len(problem.paths))
     weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
     # Every other row of something larger: not contiguous.
@@ -106,7 +106,7 @@ def test_convolution_threads_and_float32() -> None:
     path = convolution.Path(0, 1, 0, torch.randn(3, 3, 3, generator=generator, dtype=torch.float64))
     problem = convolution.ConvolutionProblem(24, (1,), (1,), (path,), SH, R_MAX)
     sender, receiver, vectors = random_graph(40, 20, generator)
-    graph = convolution.Graph.make(sender, receiver, 40)
+    graph = convolution.Graph(sender, receiver)
     features = torch.randn(40, 3, 24, generator=generator, dtype=torch.float64)
     weights = torch.randn(1, 33, 3, 24, generator=generator, dtype=torch.float64)
     before = torch.get_num_threads()
@@ -129,7 +129,7 @@ def test_convolution_threads_and_float32() -> None:
 def test_convolution_is_differentiable_once_only() -> None:
     path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
     problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), SH, R_MAX)
-    graph = convolution.Graph.make(torch.tensor([0, 1]), torch.tensor([1, 0]), 2)
+    graph = convolution.Graph(torch.tensor([0, 1]), torch.tensor([1, 0]))
     vectors = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64, requires_grad=True)
     out = convolution.convolution(
         problem, graph, torch.ones(2, 1, 4, dtype=torch.float64), vectors, torch.ones(1, 9, 3, 4, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_convolution_is_differentiable_once_only() -> None:
 def test_convolution_refuses_what_does_not_fit(wrong: str) -> None:
     path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
     problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), SH, R_MAX)
-    graph = convolution.Graph.make(torch.tensor([0]), torch.tensor([1]), 2)
+    graph = convolution.Graph(torch.tensor([0]), torch.tensor([1]))
     features, weights = torch.ones(2, 1, 4), torch.ones(1, 9, 3, 4)
     if wrong == "features":
         features = features[:, :, :3]

@@ -1,0 +1,126 @@
+// The convolution as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
+// that it runs where this package is not installed, in C++ hosts too. See convolution.py for the operations.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+extern "C" {
+#define GAQ_DECLARE(NAME, T)                                                                                     \
+  void gaq_convolution_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const int64_t*,   \
+                              const T*, const T*, const T*, T*, int64_t);                                        \
+  void gaq_convolution_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*,          \
+                                       const int64_t*, const T*, const T*, const T*, const T*, T*, T*, T*, int64_t);
+GAQ_DECLARE(float32, float)
+GAQ_DECLARE(float64, double)
+}
+
+namespace {
+
+#define GAQ_CHECK(CALL) \
+  if ((CALL) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+
+// A tensor's data; fails where it is not contiguous, which the graph sees to.
+struct View {
+  void* data = nullptr;
+  int64_t* sizes = nullptr;
+  int64_t dimensions = 0;
+  int32_t dtype = 0;
+
+  AOTITorchError read(AtenTensorHandle tensor) {
+    int64_t* strides = nullptr;
+    GAQ_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+    GAQ_CHECK(aoti_torch_get_dim(tensor, &dimensions));
+    GAQ_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+    GAQ_CHECK(aoti_torch_get_strides(tensor, &strides));
+    GAQ_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+    int64_t expected = 1;
+    for (int64_t i = dimensions - 1; i >= 0; --i) {
+      if (sizes[i] > 1 && strides[i] != expected) return AOTI_TORCH_FAILURE;
+      expected *= sizes[i];
+    }
+    return AOTI_TORCH_SUCCESS;
+  }
+  int64_t bytes() const {
+    int64_t count = dtype == aoti_torch_dtype_float64() ? 8 : 4;
+    for (int64_t i = 0; i < dimensions; ++i) count *= sizes[i];
+    return count;
+  }
+};
+
+AOTITorchError make(int64_t dimensions, const int64_t* sizes, int32_t dtype, AtenTensorHandle* tensor, View* view) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (int64_t i = dimensions - 2; i >= 0; --i) strides[i] = strides[i + 1] * sizes[i + 1];
+  GAQ_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, tensor));
+  return view->read(*tensor);
+}
+
+}  // namespace
+
+extern "C" {
+
+AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights,
+                                          AtenTensorHandle ints, AtenTensorHandle reals, AtenTensorHandle sender,
+                                          AtenTensorHandle receiver, int64_t rows_out, AtenTensorHandle* ret0) {
+  View h, r, w, i, d, s, t, out;
+  GAQ_CHECK(h.read(features));
+  GAQ_CHECK(r.read(vectors));
+  GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(i.read(ints));
+  GAQ_CHECK(d.read(reals));
+  GAQ_CHECK(s.read(sender));
+  GAQ_CHECK(t.read(receiver));
+  const int64_t sizes[2] = {rows_out * h.sizes[0], h.sizes[2]};
+  GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
+#define GAQ_CALL(NAME, T)                                                                                          \
+  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],                    \
+                         (const int64_t*)s.data, (const int64_t*)t.data, (const T*)r.data, (const T*)h.data,       \
+                         (const T*)w.data, (T*)out.data, omp_get_max_threads());
+  if (h.dtype == aoti_torch_dtype_float64()) {
+    GAQ_CALL(float64, double)
+  } else {
+    GAQ_CALL(float32, float)
+  }
+#undef GAQ_CALL
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, AtenTensorHandle features,
+                                                   AtenTensorHandle vectors, AtenTensorHandle weights,
+                                                   AtenTensorHandle ints, AtenTensorHandle reals,
+                                                   AtenTensorHandle sender, AtenTensorHandle receiver,
+                                                   int32_t of_features, int32_t of_weights, AtenTensorHandle* ret0,
+                                                   AtenTensorHandle* ret1, AtenTensorHandle* ret2) {
+  View g, h, r, w, i, d, s, t, gh, gr, gw;
+  GAQ_CHECK(g.read(grad));
+  GAQ_CHECK(h.read(features));
+  GAQ_CHECK(r.read(vectors));
+  GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(i.read(ints));
+  GAQ_CHECK(d.read(reals));
+  GAQ_CHECK(s.read(sender));
+  GAQ_CHECK(t.read(receiver));
+  const int64_t none[1] = {0};
+  GAQ_CHECK(of_features ? make(h.dimensions, h.sizes, h.dtype, ret0, &gh) : make(1, none, h.dtype, ret0, &gh));
+  GAQ_CHECK(make(r.dimensions, r.sizes, r.dtype, ret1, &gr));
+  GAQ_CHECK(of_weights ? make(w.dimensions, w.sizes, w.dtype, ret2, &gw) : make(1, none, w.dtype, ret2, &gw));
+  if (of_features) std::memset(gh.data, 0, gh.bytes());
+  std::memset(gr.data, 0, gr.bytes());
+  if (of_weights) std::memset(gw.data, 0, gw.bytes());
+#define GAQ_CALL(NAME, T)                                                                                          \
+  gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],           \
+                                  (const int64_t*)s.data, (const int64_t*)t.data, (const T*)r.data,                \
+                                  (const T*)h.data, (const T*)w.data, (const T*)g.data, (T*)gr.data,               \
+                                  of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr,         \
+                                  omp_get_max_threads());
+  if (h.dtype == aoti_torch_dtype_float64()) {
+    GAQ_CALL(float64, double)
+  } else {
+    GAQ_CALL(float32, float)
+  }
+#undef GAQ_CALL
+  return AOTI_TORCH_SUCCESS;
+}
+}

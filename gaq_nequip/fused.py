@@ -1,0 +1,238 @@
+"""NequIP's convolution through the fused kernel, for compiled files.
+
+`fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
+harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
+a static library. The radial network of each block becomes a table of the edge length.
+
+Only for `nequip-deploy`: a package has to run where this package is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nequip.data import AtomicDataDict
+from nequip.nn.interaction_block import InteractionBlock
+from torch import Tensor
+
+from gaq.kernels import convolution, harmonics, radial
+from gaq_nequip.sites import class_name
+
+__all__ = ["FusedInteractionBlock", "Unsupported", "fuse"]
+
+# A table that a file has to hold: NequIP compares compiled float32 models at 5e-5.
+TABLE_TOLERANCE = 3e-7
+
+
+class Unsupported(ValueError):
+    """The kernel cannot compute this block; the message says why. NequIP's own operations can."""
+
+
+class FusedInteractionBlock(InteractionBlock):
+    """`InteractionBlock` whose convolution is one operation on edge vectors and node features."""
+
+    problem: convolution.ConvolutionProblem
+    table: Tensor
+    plan_ints: Tensor
+    plan_reals: Tensor
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(atoms, irreps.dim) to (atoms, components of all blocks, channels)."""
+        parts, start = [], 0
+        for l in self.problem.blocks:  # noqa: E741
+            size = self.problem.channels * (2 * l + 1)
+            parts.append(x[:, start : start + size].view(-1, self.problem.channels, 2 * l + 1).transpose(1, 2))
+            start += size
+        return torch.cat(parts, dim=1)
+
+    def _mul_ir(self, message: Tensor, atoms: int) -> Tensor:
+        """The message in e3nn's layout, (atoms, irreps.dim)."""
+        parts = []
+        for group, l in zip(self.problem.split(message, atoms), self.problem.groups, strict=True):  # noqa: E741
+            parts.append(group.view(atoms, 2 * l + 1, -1).transpose(1, 2).reshape(atoms, -1))
+        return torch.cat(parts, dim=1)
+
+    def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
+        if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
+            raise ValueError("the fused convolution is for compiled files, not for ML-IAP")
+        x = data[AtomicDataDict.NODE_FEATURES_KEY]
+        sc = None if self.sc is None else self.sc(x, data[AtomicDataDict.NODE_ATTRS_KEY])
+        data[AtomicDataDict.NODE_FEATURES_KEY] = self.linear_1(x)
+        data = self.avg_num_neighbors_norm(data)
+        x = data[AtomicDataDict.NODE_FEATURES_KEY]
+        edges = data[AtomicDataDict.EDGE_INDEX_KEY]
+        message = torch.ops.gaq.edge_convolution(
+            self._rows(x).contiguous(),
+            data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous(),
+            self.table,
+            self.plan_ints,
+            self.plan_reals,
+            edges[1].contiguous(),
+            edges[0].contiguous(),
+            self.problem.rows_out,
+        )
+        x = self.linear_2(self._mul_ir(message, x.shape[0]))
+        data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
+        return data
+
+
+def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
+    """Edges of given vectors between two atoms."""
+    edges = vectors.shape[0]
+    return {
+        AtomicDataDict.POSITIONS_KEY: vectors.new_zeros(2, 3),
+        AtomicDataDict.ATOM_TYPE_KEY: torch.tensor([0, 0]),
+        AtomicDataDict.EDGE_INDEX_KEY: torch.tensor([[0], [1]]).expand(2, edges),
+        AtomicDataDict.EDGE_VECTORS_KEY: vectors,
+        AtomicDataDict.EDGE_LENGTH_KEY: vectors.norm(dim=-1),
+    }
+
+
+@dataclass(frozen=True)
+class _EdgePart:
+    """What a model does with edges before the first convolution, in float64.
+
+    Attributes:
+        modules: in the order they run.
+        harmonics: the one that makes the spherical harmonics.
+        r_max: cutoff in Å.
+    """
+
+    modules: tuple[Any, ...]
+    harmonics: Any
+    r_max: float
+
+    def run(self, vectors: Tensor, lengths: Tensor) -> AtomicDataDict.Type:
+        data = _synthetic(vectors)
+        data[AtomicDataDict.EDGE_LENGTH_KEY] = lengths
+        for module in self.modules:
+            data = module(data)
+        return data
+
+
+def _edge_part(model: torch.nn.Module) -> _EdgePart:
+    sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
+    if len(sequences) != 1:
+        raise Unsupported("there is not one sequence of convolution layers")
+    modules = []
+    for child in sequences[0].children():
+        if class_name(child) == "ConvNetLayer":
+            break
+        if class_name(child) != "NodeTypeEmbed":
+            modules.append(copy.deepcopy(child).double())
+    known = ("SphericalHarmonicEdgeAttrs", "EdgeLengthNormalizer", "BesselEdgeLengthEncoding", "ApplyFactor")
+    found: dict[str, Any] = {}
+    for module in modules:
+        name = class_name(module)
+        if name not in known or name in found:
+            raise Unsupported(f"edges go through a {name}")
+        found[name] = module
+        if hasattr(module, "_output_dtype"):
+            module._output_dtype = torch.float64
+    missing = [name for name in known[:3] if name not in found]
+    if missing:
+        raise Unsupported(f"the model has no {missing[0]}")
+    if found["EdgeLengthNormalizer"]._per_edge_type:
+        raise Unsupported("cutoffs differ by the types of both atoms (per_edge_type_cutoff)")
+    return _EdgePart(tuple(modules), found["SphericalHarmonicEdgeAttrs"], float(found["EdgeLengthNormalizer"].r_max))
+
+
+def _weights(network: Any, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor) -> Tensor:
+    """The radial weights of edges of given lengths, (edges, paths, channels), in the order of the paths."""
+    vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
+    data = edge.run(vectors, lengths)
+    return network(data[AtomicDataDict.EDGE_EMBEDDING_KEY]).view(-1, *shape)[:, order]  # type: ignore[no-any-return]
+
+
+def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.ConvolutionProblem, list[int]]:
+    """The convolution of a block, and the order of its paths among the radial weights."""
+    from e3nn import o3
+
+    product = block.tp_scatter.tp
+    counts = {mul for mul, _ in product.irreps_in1}
+    if len(counts) != 1:
+        raise Unsupported(f"input features of different multiplicities: {product.irreps_in1}")
+    if [ir.l for _, ir in product.irreps_in2] != list(range(len(sh))):
+        raise Unsupported(f"edge attributes {product.irreps_in2} that are not one harmonic of each degree")
+    groups: list[Any] = []
+    group_of: list[int] = []
+    for _, ir in product.irreps_out:
+        if not groups or groups[-1] != ir:
+            groups.append(ir)
+        group_of.append(len(groups) - 1)
+    if [ir for _, ir in block.linear_2.irreps_in] != groups:
+        raise Unsupported("the second linear layer reads its inputs in an order of its own")
+    order = sorted(range(len(product.instructions)), key=lambda i: product.instructions[i].i_out)
+    paths = []
+    for number in order:
+        ins = product.instructions[number]
+        if ins.connection_mode != "uvu" or not ins.has_weight:
+            raise Unsupported("the tensor product is not channel-wise")
+        degrees = [
+            product.irreps_in1[ins.i_in1].ir.l,
+            product.irreps_in2[ins.i_in2].ir.l,
+            product.irreps_out[ins.i_out].ir.l,
+        ]
+        coefficients = o3.wigner_3j(*degrees, dtype=torch.float64) * ins.path_weight
+        paths.append(convolution.Path(ins.i_in1, degrees[1], group_of[ins.i_out], coefficients))
+    problem = convolution.ConvolutionProblem(
+        counts.pop(),
+        tuple(ir.l for _, ir in product.irreps_in1),
+        tuple(ir.l for ir in groups),
+        tuple(paths),
+        tuple(sh),
+        r_max,
+    )
+    return problem, order
+
+
+def fuse(model: torch.nn.Module) -> dict[str, str]:
+    """Give every interaction block the fused convolution, in place.
+
+    Args:
+        model: frozen, on the CPU.
+
+    Returns:
+        For each block that keeps NequIP's own operations the reason.
+    """
+    blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
+    if not blocks:
+        return {}
+    try:
+        edge = _edge_part(model)
+        attributes = edge.harmonics
+
+        def function(directions: Tensor) -> Tensor:
+            return attributes(_synthetic(directions))[attributes.out_field]  # type: ignore[no-any-return]
+
+        degrees = [ir.l for _, ir in attributes.irreps_edge_sh]
+        if degrees != list(range(len(degrees))):
+            raise Unsupported(f"edge attributes {attributes.irreps_edge_sh}")
+        sh = harmonics.fit(function, degrees[-1])
+    except ValueError as error:
+        return {name: str(error) for name, _ in blocks}
+    kept: dict[str, str] = {}
+    for name, found in blocks:
+        block: Any = found
+        try:
+            problem, order = _problem(block, sh, edge.r_max)
+            network = copy.deepcopy(block.edge_mlp).double()
+            shape = (len(problem.paths), problem.channels)
+            table = radial.tabulate(
+                functools.partial(_weights, network, edge, order, shape), problem.r_max, tolerance=TABLE_TOLERANCE
+            )
+        except ValueError as error:
+            kept[name] = str(error)
+            continue
+        block.problem = problem
+        ints, reals = problem.plan(table.knots.shape[1])
+        block.register_buffer("table", table.knots.to(model.model_dtype).contiguous(), persistent=False)
+        block.register_buffer("plan_ints", ints, persistent=False)
+        block.register_buffer("plan_reals", reals, persistent=False)
+        del block.tp_scatter, block.edge_mlp
+        block.__class__ = FusedInteractionBlock
+    return kept
