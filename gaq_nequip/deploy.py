@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--target", default="ase", help="ase (default), pair_nequip, pair_allegro or batch")
     build.add_argument("--device", default="cpu", help="cpu or cuda")
     build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
+    build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused CPU kernel")
     build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
     info = commands.add_parser("info", help="what a deployed file says of itself, and where its bytes are")
     info.add_argument("file")
@@ -148,7 +149,7 @@ def _build(arguments: argparse.Namespace) -> int:
         if kind == PACKAGE:
             files.save(model, trial)
         else:
-            compile_model(source, trial, arguments.target, arguments.device)
+            compile_model(source, trial, arguments.target, arguments.device, fused=_fuses(arguments))
         check = _check(model, source, trial, arguments.target, arguments.device)
         print(_table(model, source, trial, check, arguments.compare))
         allowed = default_tolerance(state.config) if arguments.tolerance is None else arguments.tolerance
@@ -162,6 +163,18 @@ def _build(arguments: argparse.Namespace) -> int:
         trial.replace(output)
     print(f"written: {output}")
     return 0
+
+
+def _fuses(arguments: argparse.Namespace) -> bool:
+    """Whether convolutions are to go through the CPU kernel; without a compiler AOTInductor would fail as well."""
+    from gaq.kernels import native
+
+    if arguments.plain or arguments.device != "cpu":
+        return False
+    reason = native.why_not()
+    if reason is not None:
+        print(f"nequip-deploy: NequIP's own convolution is used: {reason}", file=sys.stderr)
+    return reason is None
 
 
 @contextmanager

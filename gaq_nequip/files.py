@@ -221,6 +221,9 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     entries: dict[str, Any] = checkpoint["state_dict"]
     own = model.state_dict()
     for name, value in own.items():
+        # Constants of e3nn's generated code are buffers or not, as the process that builds the model is set up.
+        if "._tensor_constant" in name and prefix + name not in entries:
+            continue
         entries[prefix + name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
     # Averaged weights, where there are any, are what inference takes: in NequIP's order of the parameters.
     for i, parameter in enumerate(model.parameters()):

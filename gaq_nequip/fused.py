@@ -2,7 +2,8 @@
 
 `fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
 harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
-a static library. The radial network of each block becomes a table of the edge length.
+a static library. The radial network of each block is evaluated at a few hundred lengths instead of at every edge, with
+first and second derivatives, and interpolated: the file keeps the network's integer codes and no table.
 
 Only for `nequip-deploy`: a package has to run where this package is not installed.
 """
@@ -24,7 +25,7 @@ from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "Unsupported", "fuse"]
 
-# A table that a file has to hold: NequIP compares compiled float32 models at 5e-5.
+# NequIP compares compiled float32 models with plain ones at 5e-5.
 TABLE_TOLERANCE = 3e-7
 
 
@@ -36,9 +37,18 @@ class FusedInteractionBlock(InteractionBlock):
     """`InteractionBlock` whose convolution is one operation on edge vectors and node features."""
 
     problem: convolution.ConvolutionProblem
-    table: Tensor
+    order: list[int]
+    knots: Tensor
     plan_ints: Tensor
     plan_reals: Tensor
+    table_error: float
+
+    def table(self) -> Tensor:
+        """Values, slopes and curvatures of the radial weights, (paths, knots, 3, channels)."""
+        value, slope, curvature = jet(self.edge_mlp.mlp, *self.knots.unbind(0))
+        stacked = torch.stack([value, slope, curvature], dim=1)
+        stacked = stacked.view(*stacked.shape[:2], len(self.problem.paths), self.problem.channels)
+        return stacked[:, :, self.order].permute(2, 0, 1, 3).contiguous()
 
     def _rows(self, x: Tensor) -> Tensor:
         """(atoms, irreps.dim) to (atoms, components of all blocks, channels)."""
@@ -68,7 +78,7 @@ class FusedInteractionBlock(InteractionBlock):
         message = torch.ops.gaq.edge_convolution(
             self._rows(x).contiguous(),
             data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous(),
-            self.table,
+            self.table(),
             self.plan_ints,
             self.plan_reals,
             edges[1].contiguous(),
@@ -78,6 +88,24 @@ class FusedInteractionBlock(InteractionBlock):
         x = self.linear_2(self._mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
+
+
+def jet(network: torch.nn.Module, value: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A network's outputs and their first and second derivatives, from those of its inputs, each (n, features)."""
+    rows = value.shape[0]
+    for layer in network.children():
+        if class_name(layer) == "SiLU":
+            s = torch.sigmoid(value)
+            first = s * (1 + value * (1 - s))
+            second = s * (1 - s) * (2 + value * (1 - 2 * s))
+            value, slope, curvature = value * s, first * slope, second * slope * slope + first * curvature
+        elif class_name(layer) == "ScalarLinearLayer" and layer.bias is None:
+            if not isinstance(getattr(layer, "input_quantizer", torch.nn.Identity()), torch.nn.Identity):
+                raise Unsupported("the hidden layers of the radial network are rounded")
+            value, slope, curvature = layer(torch.cat([value, slope, curvature])).split(rows)
+        else:
+            raise Unsupported(f"the radial network has a {class_name(layer)}")
+    return value, slope, curvature
 
 
 def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
@@ -118,7 +146,7 @@ def _edge_part(model: torch.nn.Module) -> _EdgePart:
     sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
     if len(sequences) != 1:
         raise Unsupported("there is not one sequence of convolution layers")
-    modules = []
+    modules: list[Any] = []
     for child in sequences[0].children():
         if class_name(child) == "ConvNetLayer":
             break
@@ -141,11 +169,15 @@ def _edge_part(model: torch.nn.Module) -> _EdgePart:
     return _EdgePart(tuple(modules), found["SphericalHarmonicEdgeAttrs"], float(found["EdgeLengthNormalizer"].r_max))
 
 
+def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
+    """What the radial network reads, (edges, basis)."""
+    vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
+    return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
+
+
 def _weights(network: Any, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor) -> Tensor:
     """The radial weights of edges of given lengths, (edges, paths, channels), in the order of the paths."""
-    vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
-    data = edge.run(vectors, lengths)
-    return network(data[AtomicDataDict.EDGE_EMBEDDING_KEY]).view(-1, *shape)[:, order]  # type: ignore[no-any-return]
+    return network(_embedding(edge, lengths)).view(-1, *shape)[:, order]  # type: ignore[no-any-return]
 
 
 def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.ConvolutionProblem, list[int]]:
@@ -225,14 +257,20 @@ def fuse(model: torch.nn.Module) -> dict[str, str]:
             table = radial.tabulate(
                 functools.partial(_weights, network, edge, order, shape), problem.r_max, tolerance=TABLE_TOLERANCE
             )
+            lengths = radial.knot_lengths(problem.r_max, table.knots.shape[1])
+            knots = torch.stack(radial.derivatives(functools.partial(_embedding, edge), lengths))
+            found_jet = torch.stack(jet(network.mlp, *knots.unbind(0)), dim=1)
+            found_jet = found_jet.view(-1, 3, *shape)[:, :, order].permute(2, 0, 1, 3)
+            if not torch.allclose(found_jet, table.knots, rtol=1e-9, atol=1e-9 * float(table.knots.abs().max())):
+                raise Unsupported("the derivatives of the radial network are not what they should be")
         except ValueError as error:
             kept[name] = str(error)
             continue
-        block.problem = problem
+        block.problem, block.order, block.table_error = problem, order, table.error
         ints, reals = problem.plan(table.knots.shape[1])
-        block.register_buffer("table", table.knots.to(model.model_dtype).contiguous(), persistent=False)
+        block.register_buffer("knots", knots.to(model.model_dtype).contiguous(), persistent=False)  # type: ignore[arg-type]
         block.register_buffer("plan_ints", ints, persistent=False)
         block.register_buffer("plan_reals", reals, persistent=False)
-        del block.tp_scatter, block.edge_mlp
+        del block.tp_scatter
         block.__class__ = FusedInteractionBlock
     return kept

@@ -297,13 +297,13 @@ _convolution.register_autograd(_differentiate, setup_context=_setup)
 _TENSORS = "AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights, AtenTensorHandle ints, "
 _TENSORS += "AtenTensorHandle reals, AtenTensorHandle sender, AtenTensorHandle receiver"
 
+_SHIM = "AOTITorchError aoti_torch_cpu_edge_convolution"
+
 C_SHIMS = {
-    torch.ops.gaq.edge_convolution.default: [
-        f"AOTITorchError aoti_torch_cpu_edge_convolution({_TENSORS}, int64_t rows_out, AtenTensorHandle* ret0)"
-    ],
+    torch.ops.gaq.edge_convolution.default: [f"{_SHIM}({_TENSORS}, int64_t rows_out, AtenTensorHandle* ret0)"],
     torch.ops.gaq.edge_convolution_backward.default: [
-        f"AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, {_TENSORS}, int32_t of_features, "
-        "int32_t of_weights, AtenTensorHandle* ret0, AtenTensorHandle* ret1, AtenTensorHandle* ret2)"
+        f"{_SHIM}_backward(AtenTensorHandle grad, {_TENSORS}, int32_t of_features, int32_t of_weights, "
+        "AtenTensorHandle* ret0, AtenTensorHandle* ret1, AtenTensorHandle* ret2)"
     ],
 }
 """For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "RadialTable", "evaluate", "tabulate"]
+__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "RadialTable", "derivatives", "evaluate", "knot_lengths", "tabulate"]
 
 TOLERANCE = 3e-8
 SLOPE_TOLERANCE = 3e-7
@@ -42,7 +42,7 @@ class RadialTable:
     slope_error: float
 
 
-def _derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value, slope and curvature, each (n, paths, channels)."""
     ones = torch.ones_like(lengths)
 
@@ -52,6 +52,14 @@ def _derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple
 
     first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)  # type: ignore[misc]
     return value.detach(), first.detach(), second.detach()
+
+
+def knot_lengths(r_max: float, count: int) -> Tensor:
+    """Where the knots lie, (count,), float64; the first a little above 0."""
+    lengths = torch.linspace(0.0, r_max, count, dtype=torch.float64)
+    # Bessel functions are regular at 0 but written sin(x)/x, and there nothing is left of them in float64.
+    lengths[0] = 1e-3 * lengths[1]
+    return lengths
 
 
 def _interpolated(knots: Tensor, r_max: float, lengths: Tensor) -> Tensor:
@@ -71,15 +79,13 @@ def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: floa
     """
     count = FEWEST
     while True:
-        lengths = torch.linspace(0.0, r_max, count, dtype=torch.float64)
-        # Bessel functions are regular at 0 but written sin(x)/x, and there nothing is left of them in float64.
-        lengths[0] = 1e-3 * lengths[1]
-        knots = torch.stack(_derivatives(function, lengths), dim=1).permute(2, 0, 1, 3).contiguous()
+        lengths = knot_lengths(r_max, count)
+        knots = torch.stack(derivatives(function, lengths), dim=1).permute(2, 0, 1, 3).contiguous()
         between = (torch.arange(count - 1, dtype=torch.float64) + 0.5) * (r_max / (count - 1))
         # Atoms do not come closer than this, and a network may do anything there.
         between = between[between > 0.3]
-        exact, exact_slope, _ = _derivatives(function, between)
-        found, found_slope, _ = _derivatives(functools.partial(_interpolated, knots, r_max), between)
+        exact, exact_slope, _ = derivatives(function, between)
+        found, found_slope, _ = derivatives(functools.partial(_interpolated, knots, r_max), between)
         error = float((found - exact).abs().max() / exact.abs().max())
         slope_error = float((found_slope - exact_slope).abs().max() / exact_slope.abs().max())
         if error <= tolerance and slope_error <= tolerance * SLOPE_TOLERANCE / TOLERANCE:

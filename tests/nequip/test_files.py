@@ -256,6 +256,25 @@ def test_saving_needs_a_source(quantized: Callable[..., Any], trained_float: Any
     assert not list(tmp_path.iterdir())
 
 
+def test_checkpoint_of_higher_degrees_loads_in_stock_nequip(train: Callable[..., Any], tmp_path: Path) -> None:
+    """e3nn's generated code holds constants at l = 2, which are buffers in one process and not in another."""
+    from ase.io import read
+    from nequip.integrations.ase import NequIPCalculator
+
+    def changes(config: Any) -> None:
+        config["trainer"]["max_epochs"] = 1
+        config["training_module"]["model"].update(l_max=2, parity=True, num_features=4)
+
+    run = train(tmp_path / "run", changes)
+    assert run.code == 0, run.text
+    frames = read(run.folder / "test.xyz", ":")
+    spec = {"preset": "w8", "distillation": {"steps": 0}}
+    path = tmp_path / "out.ckpt"
+    gaq.save(gaq.quantize(gaq.load(run.best), frames, spec, progress=False), path)
+    calculator = NequIPCalculator._from_saved_model(str(path), chemical_species_to_atom_type_map=True)
+    assert np.isfinite(by_calculator(calculator, list(frames))).all()
+
+
 def test_unknown_elements_and_empty_data(
     trained_float: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

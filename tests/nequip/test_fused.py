@@ -1,0 +1,130 @@
+"""NequIP through the fused convolution: the same function, and what compiled files need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from gaq.kernels import convolution, native
+from gaq_nequip.fused import FusedInteractionBlock, fuse
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+
+
+def blocks(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, FusedInteractionBlock)]
+
+
+@pytest.mark.parametrize("preset", ["w8", "gaq"])
+@pytest.mark.parametrize("variant", ["plain", "parity", "wide"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fused_is_the_same_function(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Atoms],
+    crystal: Atoms,
+    variant: str,
+    preset: str,
+    dtype: str,
+) -> None:
+    every = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
+    expected = evaluate(quantized(preset, variant, dtype, "frozen"), every)
+    model = quantized(preset, variant, dtype, "frozen")
+    assert fuse(model) == {}
+    found = evaluate(model, every)
+    assert len(blocks(model)) == (3 if variant == "parity" else 2)
+    # The interpolation's error (3e-7 of the radial weights), and 16-bit codes that fall to the other side.
+    tolerance = 2e-5 if preset == "gaq" or dtype == "float32" else 3e-6
+    scale = float(np.abs(expected[1]).max())
+    np.testing.assert_allclose(found[0], expected[0], atol=tolerance * scale * 10)
+    np.testing.assert_allclose(found[1], expected[1], atol=tolerance * scale * 10)
+
+
+def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callable[..., Any]) -> None:
+    model = quantized("w8", "parity", "float64", "frozen")
+    fuse(model)
+    atoms = Atoms("OHH", positions=[[0, 0, 0], [0.9, 0.1, 0], [-0.2, 0.95, 0.1]])
+    forces = evaluate(model, [atoms])[1]
+    h = 1e-4
+    for index, axis in ((0, 0), (1, 1), (2, 2)):
+        energies = []
+        for sign in (1, -1):
+            moved = atoms.copy()
+            moved.positions[index, axis] += sign * h
+            energies.append(evaluate(model, [moved])[0][0])
+        assert -(energies[0] - energies[1]) / (2 * h) == pytest.approx(forces[index, axis], abs=1e-6)
+
+
+def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
+    from conftest import build_model, without_distillation  # type: ignore[import-not-found,attr-defined]
+
+    import gaq
+    from gaq_nequip.freeze import freeze
+
+    model = build_model("plain", per_edge_type_cutoff={"H": 3.0})
+    gaq.prepare(model, without_distillation("w8"))
+    gaq.convert(model)
+    freeze(model)
+    kept = fuse(model)
+    assert len(kept) == 2
+    assert all("per_edge_type_cutoff" in reason for reason in kept.values())
+    assert not blocks(model)
+
+
+def test_allegro_has_no_such_block(quantized: Callable[..., Any]) -> None:
+    assert fuse(quantized("w8", "allegro", "float32", "frozen")) == {}
+
+
+def test_shims_are_those_of_the_library() -> None:
+    """The declarations that Inductor gets name functions that the static library has."""
+    import subprocess
+
+    archive = native.static_library() / f"lib{native.STATIC_NAME}.a"
+    symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
+    for declaration in (text for texts in convolution.C_SHIMS.values() for text in texts):
+        name = declaration.split("(")[0].split()[-1]
+        assert f" T {name}\n" in symbols
+
+
+def test_static_library_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GAQ_CACHE", str(tmp_path))
+    native.static_library.cache_clear()
+    try:
+        first = native.static_library()
+        stamp = (first / f"lib{native.STATIC_NAME}.a").stat().st_mtime_ns
+        native.static_library.cache_clear()
+        assert native.static_library() == first
+        assert (first / f"lib{native.STATIC_NAME}.a").stat().st_mtime_ns == stamp
+        assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    finally:
+        native.static_library.cache_clear()
+
+
+def test_operations_can_be_traced() -> None:
+    """`torch.library`'s own checks of schema, fake tensors and gradient."""
+    path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
+    problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), (torch.ones(1, 1, dtype=torch.float64),), 4.0)
+    ints, reals = problem.plan(0)
+    generator = torch.Generator().manual_seed(0)
+    arguments = (
+        torch.randn(3, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True),
+        ints,
+        reals,
+        torch.tensor([0, 1, 2, 0, 1]),
+        torch.tensor([1, 2, 0, 2, 0]),
+        problem.rows_out,
+    )
+    torch.library.opcheck(
+        torch.ops.gaq.edge_convolution.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
