@@ -217,7 +217,8 @@ class _Layer(torch.nn.Module):
         self.message_quantizer = _identity_or(block.linear)
         self.message_plan = self._plan_messages()
 
-        self.radial = self._tabulate(model, block)
+        tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
+        self.radial = self._tabulate(model, block, tolerance)
         self.register_buffer("table", self.radial.knots.to(dtype))
 
         up = _matrices(block.linear_up)
@@ -251,7 +252,7 @@ class _Layer(torch.nn.Module):
         self.round_final = _Rounder(_identity_or(product.linear), self.out_irreps, self.channels)
         self.round_out = _Rounder(_identity_or(product), self.out_irreps, self.channels)
 
-    def _tabulate(self, model: Any, block: Any) -> radial.RadialTable:
+    def _tabulate(self, model: Any, block: Any, tolerance: float) -> radial.RadialTable:
         if hasattr(model.radial_embedding, "distance_transform"):
             raise Unsupported("the radial functions see the species of both atoms (distance_transform)")
         embedding = copy.deepcopy(model.radial_embedding).double()
@@ -269,7 +270,7 @@ class _Layer(torch.nn.Module):
                 weights = weights * cutoff
             return weights.view(lengths.shape[0], len(self.problem.paths), self.channels)
 
-        return radial.tabulate(function, self.problem.r_max)
+        return radial.tabulate(function, self.problem.r_max, tolerance)
 
     def _fold(self, product: Any, dtype: torch.dtype) -> None:
         symmetric = product.symmetric_contractions

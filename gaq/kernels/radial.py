@@ -18,10 +18,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SLOPE_TOLERANCE", "TOLERANCE", "RadialTable", "derivatives", "evaluate", "knot_lengths", "tabulate"]
+__all__ = [
+    "DOUBLE_TOLERANCE",
+    "SLOPE_TOLERANCE",
+    "TOLERANCE",
+    "RadialTable",
+    "derivatives",
+    "evaluate",
+    "knot_lengths",
+    "tabulate",
+]
 
 TOLERANCE = 3e-8
 SLOPE_TOLERANCE = 3e-7
+DOUBLE_TOLERANCE = 1e-11
+"""For models in float64, whose users may difference forces again."""
 FEWEST, MOST = 33, 4097
 
 
