@@ -1,9 +1,10 @@
 """Time of a step of compiled NequIP models: stock FP32 against quantized ones, paired in one run.
 
-    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt]
+    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt] [--kinds gaq_fused ...] [--name NAME]
 
 Each file is compiled once, FP32 by the stock command, the others by `nequip-deploy`'s own function, and kept in the
-working directory. Time is that of this process on the model alone, without neighbour list.
+working directory; `_fused` are those with the CPU kernels inside, which `nequip-deploy` makes by default. Time is
+that of this process on the model alone, without neighbour list, on azobenzene and a dense periodic box of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import gaq
 from gaq.reporting.tables import markdown_table
 from gaq_nequip import artefact, deploy, files
 
-PRESETS = ("w8", "gaq")
+KINDS = ("w8", "gaq", "w8_fused", "gaq_fused")
 
 
 def compiled(args: argparse.Namespace, name: str) -> Path:
@@ -43,11 +44,30 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
         nequip_compile.main(arguments)
         return path
     structures = read(args.data, ":16")
-    spec = {"preset": name, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
+    preset = name.removesuffix("_fused")
+    spec = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
     gaq.save(model, args.work / f"{name}.ckpt")
-    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu")
+    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", fused=name != preset)
     return path
+
+
+def box_of(molecule: Any, per_side: int = 2, spacing: float = 6.8) -> Any:
+    """A periodic box of turned copies, about as dense as the liquid."""
+    centred = molecule.copy()
+    centred.positions -= centred.positions.mean(0)
+    box = None
+    for i in range(per_side**3):
+        other = centred.copy()
+        other.rotate(37 * i, "x")
+        other.rotate(61 * i, "z")
+        other.positions += spacing * np.array([i % per_side, i // per_side % per_side, i // per_side**2])
+        box = other if box is None else box + other
+    assert box is not None
+    box.set_cell([per_side * spacing] * 3)
+    box.pbc = True
+    box.wrap()
+    return box
 
 
 def main() -> None:
@@ -57,46 +77,45 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--name", default="nequip_speed", help="of the result file")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
-    names = ("fp32", *PRESETS)
+    names = ("fp32", *args.kinds)
     paths = {name: compiled(args, name) for name in names}
     calculators: dict[str, Any] = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
     slimmed = args.work / "fp32_slimmed.nequip.pt2"
     artefact.slim(paths["fp32"], slimmed)
     one = read(args.data, 0)
     rows = []
-    for copies in (1, 8):
-        atoms = one.copy()
-        for i in range(1, copies):
-            other = one.copy()
-            other.positions += [0.0, 0.0, 30.0 * i]
-            atoms += other
+    for label, atoms in (("molecule", one), ("periodic box", box_of(one))):
         data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
         times: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(args.rounds + 3):
             for name in names:
                 start = time.process_time()
-                for _ in range(3):
+                for _ in range(3 if len(atoms) < 100 else 1):
                     calculators[name].call_model(data[name])
-                times[name].append((time.process_time() - start) / 3)
+                times[name].append((time.process_time() - start) / (3 if len(atoms) < 100 else 1))
         base = np.array(times["fp32"][3:])
         for name in names:
             own = np.array(times[name][3:])
             rows.append(
                 {
                     "scheme": name,
+                    "structure": label,
                     "atoms": len(atoms),
+                    "edges": int(data[name]["edge_index"].shape[1]),
                     "median_ms": float(1e3 * np.median(own)),
                     "ratio_to_fp32": float(np.median(own / base)),
                     "file_bytes": paths[name].stat().st_size,
                     "file_bytes_equally_slimmed": slimmed.stat().st_size if name == "fp32" else None,
                 }
             )
-    write_result("nequip_speed", rows, work=args.work, model=args.model.name, threads=args.threads)
+    write_result(args.name, rows, work=args.work, model=args.model.name, threads=args.threads)
     shown = [
         {
             "scheme": row["scheme"],
