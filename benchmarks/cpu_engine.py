@@ -157,7 +157,7 @@ def floating_point_operations(engine: Engine, atoms: int, edges: int) -> dict[st
         polynomial += atoms * problem.channels * (nodes + 2 * terms)
         polynomial_back += atoms * problem.channels * (nodes + 2 * terms + 4 * nodes)
     return {
-        "gaq::edge_convolution": forward / 1e9,
+        "GeneratedBackwardFor_gaq_edge_convolution_default": forward / 1e9,
         "gaq::edge_convolution_backward": backward / 1e9,
         "_Contraction": polynomial / 1e9,
         "_ContractionBackward": polynomial_back / 1e9,
