@@ -65,13 +65,25 @@ def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callab
 
 
 def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
-    from conftest import build_model, without_distillation  # type: ignore[import-not-found,attr-defined]
+    from nequip.model import NequIPGNNModel
 
     import gaq
     from gaq_nequip.freeze import freeze
 
-    model = build_model("plain", per_edge_type_cutoff={"H": 3.0})
-    gaq.prepare(model, without_distillation("w8"))
+    model = NequIPGNNModel(
+        seed=0,
+        model_dtype="float32",
+        r_max=4.0,
+        per_edge_type_cutoff={"H": 3.0},
+        type_names=["H", "C", "O"],
+        avg_num_neighbors=6.0,
+        l_max=1,
+        parity=False,
+        num_layers=2,
+        num_features=8,
+        radial_mlp_width=16,
+    )
+    gaq.prepare(model, {"preset": "w8", "distillation": {"steps": 0}})
     gaq.convert(model)
     freeze(model)
     kept = fuse(model)
