@@ -30,7 +30,7 @@ from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
 
-__all__ = ["Engine", "Unsupported", "disabled", "engine_of", "serves"]
+__all__ = ["Engine", "Unsupported", "disabled", "engine_for", "engine_of", "serves"]
 
 INTERACTIONS = ("RealAgnosticInteractionBlock", "RealAgnosticResidualInteractionBlock")
 
@@ -513,23 +513,28 @@ def switched_off() -> bool:
 _NOT_SERVED = ("compute_hessian", "compute_edge_forces", "compute_atomic_stresses", "lammps_mliap")
 
 
-def serves(model: Any, options: dict[str, Any]) -> bool:
-    """Whether a call of a model goes through the engine.
+def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
+    """The engine a call of a model goes through, or None.
 
     Only at inference on the CPU: training needs second derivatives, as do Hessians, and a graph that is traced for
     something else has to consist of operations that are known there. Why a model is not served at all is said once,
     in a warning.
     """
     if options.get("training", False) or any(options.get(name, False) for name in _NOT_SERVED) or switched_off():
-        return False
+        return None
     state = state_of(model)
     if state is None or state.status != "converted" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+        return None
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-        return False
+        return None
     own = engine_of(model)
-    return own is not None and own.rounds_as_deployed()
+    return own if own is not None and own.rounds_as_deployed() else None
+
+
+def serves(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a call of a model goes through the engine."""
+    return engine_for(model, options) is not None
 
 
 def engine_of(model: Any) -> Engine | None:

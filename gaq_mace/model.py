@@ -72,9 +72,7 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
         """The fused engine, where it serves this model and call."""
         from gaq_mace import engine
 
-        if not engine.serves(self, options):
-            return None
-        return engine.engine_of(self)
+        return engine.engine_for(self, options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         from gaq_mace import files

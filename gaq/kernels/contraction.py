@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaq.kernels.native import library, refuse_second_derivative
+from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["Polynomial", "contraction", "fold", "reference"]
 
@@ -100,12 +100,6 @@ def fold(tensors: list[tuple[Tensor, Tensor, int]], rows_in: int, rows_out: int)
     return polynomial, torch.stack(ordered, dim=1)
 
 
-def _name(dtype: torch.dtype) -> str:
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
-    return str(dtype).removeprefix("torch.")
-
-
 class _Contraction(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -113,7 +107,7 @@ class _Contraction(torch.autograd.Function):
     ) -> Tensor:
         features = features.contiguous()
         output = features.new_empty(features.shape[0], int(plan[2]), features.shape[2])
-        getattr(library(), f"gaq_contraction_{_name(features.dtype)}")(
+        kernel("contraction", features.dtype)(
             plan.data_ptr(),
             features.shape[0],
             species.data_ptr(),
@@ -131,7 +125,7 @@ class _Contraction(torch.autograd.Function):
         features, species, coefficients, plan = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = grad.contiguous()
         grad_features = torch.empty_like(features)
-        getattr(library(), f"gaq_contraction_backward_{_name(features.dtype)}")(
+        kernel("contraction_backward", features.dtype)(
             plan.data_ptr(),
             features.shape[0],
             species.data_ptr(),

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import harmonics, radial
-from gaq.kernels.native import library, refuse_second_derivative
+from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["C_SHIMS", "ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
 
@@ -160,12 +160,6 @@ class Graph:
     receiver: Tensor
 
 
-def _name(dtype: torch.dtype) -> str:
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
-    return str(dtype).removeprefix("torch.")
-
-
 # Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
 
 
@@ -185,7 +179,7 @@ def _convolution(
     # Copies of what is not contiguous have to live until the call is done.
     held = [t.contiguous() for t in (ints, reals, sender, receiver, vectors, features, weights)]
     ints, reals, sender, receiver, vectors, features, weights = held
-    getattr(library(), f"gaq_convolution_{_name(features.dtype)}")(
+    kernel("convolution", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
         atoms,
@@ -233,7 +227,7 @@ def _convolution_backward(
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
     grad_vectors = torch.zeros_like(vectors)
     grad_weights = torch.zeros_like(weights) if of_weights else weights.new_empty(0)
-    getattr(library(), f"gaq_convolution_backward_{_name(features.dtype)}")(
+    kernel("convolution_backward", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
         features.shape[0],

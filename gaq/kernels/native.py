@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "STATIC_NAME",
     "CompilerError",
     "available",
+    "kernel",
     "library",
     "refuse_second_derivative",
     "static_library",
@@ -201,6 +202,18 @@ def why_not() -> str | None:
 def available() -> bool:
     """Whether the kernels can run here."""
     return why_not() is None
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The compiled function of a kernel for a dtype.
+
+    Raises:
+        TypeError: for dtypes other than float32 and float64.
+        CompilerError: where the kernels cannot be built.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
+    return getattr(library(), f"gaq_{name}_{str(dtype).removeprefix('torch.')}")  # type: ignore[no-any-return]
 
 
 def refuse_second_derivative() -> None:

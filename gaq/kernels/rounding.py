@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaq.kernels.native import library
+from gaq.kernels.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
 
 __all__ = ["Piece", "Plan", "plan", "reference", "round_features"]
@@ -108,8 +108,7 @@ class _Round(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor, own: Plan, atoms: int) -> Tensor:  # type: ignore[override]
         features = features.contiguous()
         rounded = features.clone()
-        name = str(features.dtype).removeprefix("torch.")
-        getattr(library(), f"gaq_round_{name}")(
+        kernel("round", features.dtype)(
             own.ints.data_ptr(),
             own.reals.data_ptr(),
             atoms,
@@ -132,8 +131,6 @@ def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
         own: from `plan`.
         atoms: number of atoms.
     """
-    if features.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the CPU kernels compute in float32 or float64, not {features.dtype}")
     return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
 
 

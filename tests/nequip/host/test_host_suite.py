@@ -156,11 +156,11 @@ class TestAllegroW4(AllegroTests):
 class Staircase:
     """8-bit activations: between two steps the energy is constant, so differences of it over 1e-3 Å are not forces."""
 
-    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=False)
+    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient(self, model: Any, atomic_batch: Any, device: str) -> None:
         super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]
 
-    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=False)
+    @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient_partial(self, partial_model: Any, atomic_batch: Any, device: str) -> None:
         super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]
 
