@@ -185,14 +185,14 @@ def _kernels_at_hand() -> Iterator[None]:
     from nequip.scripts import compile as nequip_compile
     from torch._inductor import config as inductor
 
-    from gaq.kernels import convolution, native
+    from gaq.kernels import convolution, native, product
     from gaq_nequip.fused import fuse
 
     before = os.environ.get("LIBRARY_PATH")
     folder = str(native.static_library())
     os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
     options = {
-        "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS,
+        "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS,
         "aot_inductor.custom_op_libs": [native.STATIC_NAME],
     }
     modify = nequip_compile.modify

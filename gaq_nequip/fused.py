@@ -1,9 +1,10 @@
-"""NequIP's convolution through the fused kernel, for compiled files.
+"""NequIP's convolution and Allegro's tensor product through the fused kernels, for compiled files.
 
 `fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
 harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
 a static library. The radial network of each block is evaluated at a few hundred lengths instead of at every edge, with
-first and second derivatives, and interpolated: the file keeps the network's integer codes and no table.
+first and second derivatives, and interpolated: the file keeps the network's integer codes and no table. Allegro's tensor
+product becomes one operation too (`gaq.kernels.product`); its scalar networks stay what they are.
 
 Only for `nequip-deploy`: a package has to run where this package is not installed.
 """
@@ -20,10 +21,10 @@ from nequip.data import AtomicDataDict
 from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
-from gaq.kernels import convolution, harmonics, radial
+from gaq.kernels import convolution, harmonics, product, radial
 from gaq_nequip.sites import class_name
 
-__all__ = ["FusedInteractionBlock", "Unsupported", "fuse"]
+__all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
 
 # NequIP compares compiled float32 models with plain ones at 5e-5.
 TABLE_TOLERANCE = 3e-7
@@ -222,8 +223,59 @@ def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.Co
     return problem, order
 
 
+class FusedProduct:
+    """What Allegro's `Contracter` does differently when its product is one operation; see `_fuse_products`."""
+
+    mul: int
+    num_paths: int
+    path_channel_coupling: bool
+    weights: Tensor
+    rows_out: int
+    plan_ints: Tensor
+    plan_reals: Tensor
+
+    def _contract_conv(self, x1: Tensor, x2: Tensor, idxs: Tensor) -> Tensor:
+        weights = self.weights.reshape(self.mul if self.path_channel_coupling else 1, self.num_paths)
+        return torch.ops.gaq.edge_product(  # type: ignore[no-any-return]
+            x1.contiguous(),
+            x2.contiguous(),
+            weights.expand(self.mul, -1).contiguous(),
+            self.plan_ints,
+            self.plan_reals,
+            idxs.contiguous(),
+            self.rows_out,
+        )
+
+
+@functools.cache
+def _fused_class(kind: type) -> type:
+    return type(f"Fused{kind.__name__}", (FusedProduct, kind), {})
+
+
+def _coefficients(contracter: Any) -> Tensor:
+    """The coefficients of a contracter, (paths, i, j, k), float64."""
+    w3j = contracter.w3j.double().cpu()
+    if contracter.num_paths == 1:
+        w3j = w3j.unsqueeze(0)
+    if not contracter.w3j_is_ij_diagonal:
+        return w3j  # type: ignore[no-any-return]
+    # Only i = j is kept of it, and j is left out.
+    return torch.diag_embed(w3j.transpose(1, 2)).permute(0, 2, 3, 1)
+
+
+def _fuse_products(model: torch.nn.Module) -> None:
+    """Give Allegro's tensor products the fused operation, in place."""
+    for contracter in [m for m in model.modules() if class_name(m) == "Contracter"]:
+        own: Any = contracter
+        problem = product.ProductProblem.make(own.mul, _coefficients(own))
+        own.rows_out = problem.rows_out
+        for name, tensor in zip(("plan_ints", "plan_reals"), problem.plan, strict=True):
+            own.register_buffer(name, tensor, persistent=False)
+        own.__class__ = _fused_class(type(own))
+
+
 def fuse(model: torch.nn.Module) -> dict[str, str]:
-    """Give every interaction block the fused convolution, in place.
+    """Give every interaction block the fused convolution and every contracter the fused product, in place.
 
     Args:
         model: frozen, on the CPU.
@@ -231,6 +283,7 @@ def fuse(model: torch.nn.Module) -> dict[str, str]:
     Returns:
         For each block that keeps NequIP's own operations the reason.
     """
+    _fuse_products(model)
     blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
     if not blocks:
         return {}

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "edges.h"
 #include "lanes.h"
 
 namespace {
@@ -246,8 +247,9 @@ template <typename T> struct Tile {
   std::vector<Harmonics<T>> harmonics;
   std::vector<int64_t> begin;  // of each atom's edges within the tile
 
-  int64_t fill(const Plan& plan, const int64_t* order, const int64_t* first, const int64_t* sender, const T* vectors,
-               int64_t atom, int64_t last, bool keep_harmonics) {
+  int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* sender, const T* vectors, int64_t atom,
+               int64_t last, bool keep_harmonics) {
+    const std::vector<int64_t>&first = sorted.first, &order = sorted.order;
     edges.clear(), begin.clear();
     int64_t next = atom;
     while (next < last && (next == atom || int64_t(edges.size()) + first[next + 1] - first[next] <= EDGES_AT_ONCE)) {
@@ -275,29 +277,25 @@ template <typename T> struct Tile {
 };
 
 template <typename T>
-void forward(const int64_t* ints, const double* reals, int64_t atoms, const int64_t* order, const int64_t* first,
-             const int64_t* sender, const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
+void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
+             const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
   const Plan plan(ints, reals);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
     Tile<T> tile;
-    // Parts of equal numbers of edges.
-    const int64_t total = first[atoms];
-    const int64_t* low = std::lower_bound(first, first + atoms, total * part / threads);
-    const int64_t* high = part + 1 == threads ? first + atoms
-                                              : std::lower_bound(first, first + atoms, total * (part + 1) / threads);
-    int64_t atom = part == 0 ? 0 : low - first;
-    const int64_t last = high - first;
+    const Share share(edges.first, part, threads);
+    int64_t atom = share.begin;
+    const int64_t last = share.end;
     while (atom < last) {
-      const int64_t next = tile.fill(plan, order, first, sender, vectors, atom, last, false);
+      const int64_t next = tile.fill(plan, edges, sender, vectors, atom, last, false);
       for (int64_t p = 0; p < plan.paths; ++p) {
         const Path& path = plan.path[p];
         for (int64_t a = atom; a < next; ++a) {
           const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
-          const Edge<T>* edges = tile.edges.data() + begin;
+          const Edge<T>* own = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           T* row = out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, edges, count, b, h, table, row)
+          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, own, count, b, h, table, row)
         }
       }
       atom = next;
@@ -306,11 +304,11 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const int6
 }
 
 template <typename T>
-void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t senders, const int64_t* order,
-              const int64_t* first, const int64_t* sender, const T* vectors, const T* h, const T* table,
-              const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table, int64_t threads) {
+void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
+              const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table,
+              int64_t threads) {
   const Plan plan(ints, reals);
-  const int64_t size = senders * plan.rows_in * plan.channels;
+  const int64_t size = atoms * plan.rows_in * plan.channels;
   // Each part adds into node features of its own; they are summed at the end, in a fixed order.
   std::vector<T> extra(grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
@@ -318,14 +316,11 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t s
     Tile<T> tile;
     std::vector<T> grad_b, grad_length;
     T* own_h = grad_h ? (part == 0 ? grad_h : extra.data() + (part - 1) * size) : nullptr;
-    const int64_t total = first[atoms];
-    const int64_t* low = std::lower_bound(first, first + atoms, total * part / threads);
-    const int64_t* high = part + 1 == threads ? first + atoms
-                                              : std::lower_bound(first, first + atoms, total * (part + 1) / threads);
-    int64_t atom = part == 0 ? 0 : low - first;
-    const int64_t last = high - first;
+    const Share share(edges.first, part, threads);
+    int64_t atom = share.begin;
+    const int64_t last = share.end;
     while (atom < last) {
-      const int64_t next = tile.fill(plan, order, first, sender, vectors, atom, last, true);
+      const int64_t next = tile.fill(plan, edges, sender, vectors, atom, last, true);
       const int64_t edge_count = tile.edges.size();
       grad_b.assign(edge_count * plan.b_size, T(0));
       grad_length.assign(edge_count, T(0));
@@ -333,10 +328,10 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t s
         const Path& path = plan.path[p];
         for (int64_t a = atom; a < next; ++a) {
           const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
-          const Edge<T>* edges = tile.edges.data() + begin;
+          const Edge<T>* own = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, edges, count, b, h, table, grad,
+          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, own, count, b, h, table, grad,
                        grad_b.data() + begin * plan.b_size, grad_length.data() + begin, own_h, grad_table)
         }
       }
@@ -371,17 +366,6 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, int64_t s
   }
 }
 
-// Stable counting sort of edges by receiver.
-struct Sorted {
-  std::vector<int64_t> first, order;
-  Sorted(int64_t edges, int64_t atoms, const int64_t* receiver) : first(atoms + 1, 0), order(edges) {
-    for (int64_t e = 0; e < edges; ++e) ++first[receiver[e] + 1];
-    for (int64_t a = 0; a < atoms; ++a) first[a + 1] += first[a];
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t e = 0; e < edges; ++e) order[next[receiver[e]]++] = e;
-  }
-};
-
 }  // namespace
 
 extern "C" {
@@ -390,15 +374,13 @@ extern "C" {
   void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,               \
                               const int64_t* sender, const int64_t* receiver, const T* vectors, const T* h,         \
                               const T* table, T* out, int64_t threads) {                                           \
-    const Sorted s(edges, atoms, receiver);                                                                        \
-    forward<T>(ints, reals, atoms, s.order.data(), s.first.data(), sender, vectors, h, table, out, threads);       \
+    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, vectors, h, table, out, threads);       \
   }                                                                                                                \
   void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,      \
                                        const int64_t* sender, const int64_t* receiver, const T* vectors,           \
                                        const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h,  \
                                        T* grad_table, int64_t threads) {                                           \
-    const Sorted s(edges, atoms, receiver);                                                                        \
-    backward<T>(ints, reals, atoms, atoms, s.order.data(), s.first.data(), sender, vectors, h, table, grad_out,    \
+    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, vectors, h, table, grad_out,           \
                 grad_vectors, grad_h, grad_table, threads);                                                        \
   }
 GAQ_EXPORT(float32, float)

@@ -31,9 +31,9 @@ __all__ = [
     "why_not",
 ]
 
-SOURCES = ("convolution.cpp", "contraction.cpp", "rounding.cpp")
-SHIM_SOURCES = ("convolution.cpp", "shims.cpp")
-HEADERS = ("lanes.h",)
+SOURCES = ("convolution.cpp", "product.cpp", "contraction.cpp", "rounding.cpp")
+SHIM_SOURCES = ("convolution.cpp", "product.cpp", "shims.cpp")
+HEADERS = ("edges.h", "lanes.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
@@ -126,7 +126,7 @@ STATIC_NAME = "gaqkernels"
 
 @functools.cache
 def static_library() -> Path:
-    """Folder of a static library (``-lgaqkernels``) with the convolution as AOTInductor calls it.
+    """Folder of a static library (``-lgaqkernels``) with the operations on edges as AOTInductor calls them.
 
     Raises:
         CompilerError: if there is no compiler, or it fails.
@@ -179,6 +179,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
     signatures = {
         "convolution": [p, p, i, i, p, p, p, p, p, p, i],
         "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, i],
+        "product": [p, p, i, i, p, p, p, p, p, i],
+        "product_backward": [p, p, i, i, p, p, p, p, p, p, p, i],
         "contraction": [p, i, p, p, p, p, i],
         "contraction_backward": [p, i, p, p, p, p, p, i],
         "round": [p, p, i, p, p, i],

@@ -1,5 +1,5 @@
-// The convolution as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
-// that it runs where this package is not installed, in C++ hosts too. See convolution.py for the operations.
+// The operations on edges as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
+// that it runs where this package is not installed, in C++ hosts too. See convolution.py and product.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -12,7 +12,11 @@ extern "C" {
   void gaq_convolution_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const int64_t*,   \
                               const T*, const T*, const T*, T*, int64_t);                                        \
   void gaq_convolution_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*,          \
-                                       const int64_t*, const T*, const T*, const T*, const T*, T*, T*, T*, int64_t);
+                                       const int64_t*, const T*, const T*, const T*, const T*, T*, T*, T*, int64_t); \
+  void gaq_product_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*, const T*,   \
+                          const T*, T*, int64_t);                                                                \
+  void gaq_product_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*,    \
+                                   const T*, const T*, const T*, T*, T*, int64_t);
 GAQ_DECLARE(float32, float)
 GAQ_DECLARE(float64, double)
 }
@@ -116,6 +120,57 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
                                   of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr,         \
                                   omp_get_max_threads());
   if (h.dtype == aoti_torch_dtype_float64()) {
+    GAQ_CALL(float64, double)
+  } else {
+    GAQ_CALL(float32, float)
+  }
+#undef GAQ_CALL
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_edge_product(AtenTensorHandle x, AtenTensorHandle y, AtenTensorHandle weights,
+                                           AtenTensorHandle ints, AtenTensorHandle reals, AtenTensorHandle centre,
+                                           int64_t rows_out, AtenTensorHandle* ret0) {
+  View v, u, w, i, d, a, out;
+  GAQ_CHECK(v.read(x));
+  GAQ_CHECK(u.read(y));
+  GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(i.read(ints));
+  GAQ_CHECK(d.read(reals));
+  GAQ_CHECK(a.read(centre));
+  const int64_t sizes[3] = {v.sizes[0], v.sizes[1], rows_out};
+  GAQ_CHECK(make(3, sizes, v.dtype, ret0, &out));
+#define GAQ_CALL(NAME, T)                                                                                            \
+  gaq_product_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0], (const int64_t*)a.data,  \
+                     (const T*)v.data, (const T*)u.data, (const T*)w.data, (T*)out.data, omp_get_max_threads());
+  if (v.dtype == aoti_torch_dtype_float64()) {
+    GAQ_CALL(float64, double)
+  } else {
+    GAQ_CALL(float32, float)
+  }
+#undef GAQ_CALL
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_edge_product_backward(AtenTensorHandle grad, AtenTensorHandle x, AtenTensorHandle y,
+                                                    AtenTensorHandle weights, AtenTensorHandle ints,
+                                                    AtenTensorHandle reals, AtenTensorHandle centre,
+                                                    AtenTensorHandle* ret0, AtenTensorHandle* ret1) {
+  View g, v, u, w, i, d, a, gv, gu;
+  GAQ_CHECK(g.read(grad));
+  GAQ_CHECK(v.read(x));
+  GAQ_CHECK(u.read(y));
+  GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(i.read(ints));
+  GAQ_CHECK(d.read(reals));
+  GAQ_CHECK(a.read(centre));
+  GAQ_CHECK(make(v.dimensions, v.sizes, v.dtype, ret0, &gv));
+  GAQ_CHECK(make(u.dimensions, u.sizes, u.dtype, ret1, &gu));
+#define GAQ_CALL(NAME, T)                                                                                           \
+  gaq_product_backward_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0],                \
+                              (const int64_t*)a.data, (const T*)v.data, (const T*)u.data, (const T*)w.data,         \
+                              (const T*)g.data, (T*)gv.data, (T*)gu.data, omp_get_max_threads());
+  if (v.dtype == aoti_torch_dtype_float64()) {
     GAQ_CALL(float64, double)
   } else {
     GAQ_CALL(float32, float)

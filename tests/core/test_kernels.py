@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, harmonics, native, radial, rounding
+from gaq.kernels import contraction, convolution, harmonics, native, product, radial, rounding
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
 from gaq.schema import ScalarConfig, VectorConfig
 
@@ -99,6 +99,79 @@ def test_convolution_is_the_reference(
     for ours, theirs in zip(*results, strict=True):
         scale = float(theirs.abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 3, 8, 10, 16, 33]),
+    st.tuples(*(st.integers(1, 5) for _ in range(4))),
+    st.integers(2, 9),
+    st.sampled_from([0, 1, 5, 30, 200]),
+)
+def test_product_is_the_reference(
+    seed: int, channels: int, shape: tuple[int, int, int, int], atoms: int, degree: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    coefficients = torch.randn(shape, generator=generator, dtype=torch.float64)
+    coefficients[torch.rand(shape, generator=generator) < 0.6] = 0.0
+    problem = product.ProductProblem.make(channels, coefficients)
+    # In no order, with atoms that have no edges.
+    _, centre, _ = random_graph(atoms, degree, generator)
+    edges = centre.numel()
+    # Every other row of something larger: not contiguous.
+    wide = torch.randn(2 * edges, channels, shape[1], generator=generator, dtype=torch.float64)[::2]
+    weights = torch.randn(channels, shape[0], generator=generator, dtype=torch.float64)
+    features = torch.randn(atoms, channels, shape[2], generator=generator, dtype=torch.float64)
+    results = []
+    for function in (product.product, product.reference):
+        x, y = wide.detach().requires_grad_(), features.clone().requires_grad_()
+        out = function(problem, x, y, weights, centre)
+        probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
+        results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x, y])])
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+
+
+def test_product_threads_and_float32() -> None:
+    generator = torch.Generator().manual_seed(3)
+    problem = product.ProductProblem.make(20, torch.randn(2, 3, 3, 3, generator=generator, dtype=torch.float64))
+    centre = torch.randint(0, 12, (150,), generator=generator)
+    inputs = [torch.randn(n, 20, 3, generator=generator, dtype=torch.float64) for n in (150, 12)]
+    weights = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for dtype in (torch.float32, torch.float64):
+                x, y = (t.to(dtype).requires_grad_() for t in inputs)
+                out = product.product(problem, x, y, weights.to(dtype), centre)
+                found[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, y])]
+    finally:
+        torch.set_num_threads(before)
+    for dtype in (torch.float32, torch.float64):
+        assert all(torch.equal(a, b) for a, b in zip(found[1, dtype], found[3, dtype], strict=True))
+    for ours, theirs in zip(found[1, torch.float32], found[1, torch.float64], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()))
+
+
+def test_product_refuses_what_does_not_fit() -> None:
+    problem = product.ProductProblem.make(4, torch.ones(2, 3, 3, 1))
+    x, y, w, centre = torch.ones(5, 4, 3), torch.ones(2, 4, 3), torch.ones(4, 2), torch.tensor([0, 1, 0, 1, 0])
+    for wrong in ((x[:4], y, w), (x, y[:, :, :2], w), (x, y, w.T)):
+        with pytest.raises(ValueError, match="of shape"):
+            product.product(problem, *wrong, centre)
+    with pytest.raises(TypeError, match="dtypes differ"):
+        product.product(problem, x, y.double(), w, centre)
+    with pytest.raises(ValueError, match=r"\(paths, i, j, k\)"):
+        product.ProductProblem.make(4, torch.ones(3, 3, 1))
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        product.product(problem, x, y, w.requires_grad_(), centre).sum().backward()
+    out = product.product(problem, x.requires_grad_(), y, w.detach(), centre)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 def test_convolution_threads_and_float32() -> None:

@@ -13,9 +13,10 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import numpy as np
 import torch
 from ase import Atoms
+from e3nn import o3
 
-from gaq.kernels import convolution, native
-from gaq_nequip.fused import FusedInteractionBlock, fuse
+from gaq.kernels import convolution, native, product
+from gaq_nequip.fused import FusedInteractionBlock, FusedProduct, fuse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -92,8 +93,45 @@ def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
     assert not blocks(model)
 
 
-def test_allegro_has_no_such_block(quantized: Callable[..., Any]) -> None:
-    assert fuse(quantized("w8", "allegro", "float32", "frozen")) == {}
+@pytest.mark.parametrize("preset", ["w8", "gaq"])
+@pytest.mark.parametrize("variant", ["allegro", "spline"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fused_product_is_the_same_function(
+    quantized: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    structures: list[Atoms],
+    crystal: Atoms,
+    variant: str,
+    preset: str,
+    dtype: str,
+) -> None:
+    every = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
+    expected = evaluate(quantized(preset, variant, dtype, "frozen"), every)
+    model = quantized(preset, variant, dtype, "frozen")
+    assert fuse(model) == {}
+    assert len([m for m in model.modules() if isinstance(m, FusedProduct)]) == (2 if variant == "allegro" else 3)
+    found = evaluate(model, every)
+    # No table here: only the order of summation differs, and 16-bit codes that fall to the other side.
+    tolerance = 2e-4 if preset == "gaq" or dtype == "float32" else 1e-10
+    scale = float(np.abs(expected[1]).max())
+    np.testing.assert_allclose(found[0], expected[0], atol=tolerance * scale)
+    np.testing.assert_allclose(found[1], expected[1], atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("irreps", [("0e+1o+2e", "0e+1o+2e", "0e+1o+2e"), ("0e+1o", "0e+1o", "0e"), ("0e", "0e", "0e")])
+def test_fused_product_is_that_of_allegro(irreps: tuple[str, str, str], coupled: bool) -> None:
+    """With and without weights for each channel, several paths and one, diagonal coefficients and full ones."""
+    contract = pytest.importorskip("allegro.nn._strided._contract", reason="needs Allegro: pip install '.[allegro]'")
+    torch.manual_seed(0)
+    own = contract.Contracter(*(o3.Irreps(text) for text in irreps), mul=5, path_channel_coupling=coupled).double()
+    x1 = torch.randn(11, 5, own.base_dim1, dtype=torch.float64)
+    x2 = torch.randn(3, 5, own.base_dim2, dtype=torch.float64)
+    centre = torch.randint(0, 3, (11,))
+    expected = own(x1, x2, centre).detach()
+    model = torch.nn.Sequential(own).requires_grad_(False)
+    fuse(model)
+    torch.testing.assert_close(model[0](x1, x2, centre), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_shims_are_those_of_the_library() -> None:
@@ -102,7 +140,7 @@ def test_shims_are_those_of_the_library() -> None:
 
     archive = native.static_library() / f"lib{native.STATIC_NAME}.a"
     symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
-    for declaration in (text for texts in convolution.C_SHIMS.values() for text in texts):
+    for declaration in (text for texts in (convolution.C_SHIMS | product.C_SHIMS).values() for text in texts):
         name = declaration.split("(")[0].split()[-1]
         assert f" T {name}\n" in symbols
 
@@ -139,4 +177,17 @@ def test_operations_can_be_traced() -> None:
     )
     torch.library.opcheck(
         torch.ops.gaq.edge_convolution.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+    other = product.ProductProblem.make(4, torch.ones(2, 3, 3, 1))
+    torch.library.opcheck(
+        torch.ops.gaq.edge_product.default,
+        (
+            torch.randn(5, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True),
+            torch.randn(3, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True),
+            torch.randn(4, 2, generator=generator, dtype=torch.float64),
+            *other.plan,
+            torch.tensor([0, 1, 2, 0, 1]),
+            other.rows_out,
+        ),
+        test_utils=("test_schema", "test_faketensor"),
     )
