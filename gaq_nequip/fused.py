@@ -3,8 +3,8 @@
 `fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
 harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
 a static library. The radial network of each block is evaluated at a few hundred lengths instead of at every edge, with
-first and second derivatives, and interpolated: the file keeps the network's integer codes and no table. Allegro's tensor
-product becomes one operation too (`gaq.kernels.product`); its scalar networks stay what they are.
+first and second derivatives, and interpolated: the file keeps the network's integer codes and no table. Allegro's
+tensor product becomes one operation too (`gaq.kernels.product`); its scalar networks stay what they are.
 
 Only for `nequip-deploy`: a package has to run where this package is not installed.
 """
@@ -247,9 +247,13 @@ class FusedProduct:
         )
 
 
-@functools.cache
+_FUSED: dict[type, type] = {}
+
+
 def _fused_class(kind: type) -> type:
-    return type(f"Fused{kind.__name__}", (FusedProduct, kind), {})
+    if kind not in _FUSED:
+        _FUSED[kind] = type(f"Fused{kind.__name__}", (FusedProduct, kind), {})
+    return _FUSED[kind]
 
 
 def _coefficients(contracter: Any) -> Tensor:
