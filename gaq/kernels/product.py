@@ -5,8 +5,8 @@ For edges e with centre a(e), features x of edges and y of atoms, path weights w
 .. math:: z_{e u k} = \sum_{i j} x_{e u i}\, y_{a(e) u j} \sum_p w_{u p}\, C^p_{i j k}
     = \sum_i x_{e u i} M_{a(e) u i k}
 
-The matrix :math:`M_{a u i k} = \sum_{p j} w_{u p} C^p_{i j k} y_{a u j}` belongs to the atom and serves all its edges: it
-is made from the non-zero coefficients once an atom, and what is left an edge is one small matrix product (our
+The matrix :math:`M_{a u i k} = \sum_{p j} w_{u p} C^p_{i j k} y_{a u j}` belongs to the atom and serves all its edges:
+it is made from the non-zero coefficients once an atom, and what is left an edge is one small matrix product (our
 derivation; plain code sums over i and j for every edge, 9 times as much at l <= 2). The derivative gathers
 :math:`\sum_e x_{e u i} g_{e u k}` of an atom's edges in cache before it goes through the coefficients.
 
