@@ -76,15 +76,8 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
     sample = ptq.choose(structures, config.calibration.frames, config.calibration.seed)
-    # The labels have to come from the float weights, before any of them is moved.
-    teacher = copy.deepcopy(model) if config.weights.rounding == "gptq" and config.distillation.steps else None
-    if config.weights.bits is not None and config.weights.rounding == "gptq":
-        blocks = ptq.gptq(adapter, model, sample)
-        logger.info("calibrated rounding of %d weight blocks", blocks)
-    if config.weights.bits is not None and config.distillation.steps > 0:
-        result = ptq.distill(
-            adapter, model, structures, config.distillation, config.calibration.seed, progress, teacher=teacher
-        )
+    result = ptq.calibrate_weights(adapter, model, structures, config, progress)
+    if result is not None:
         adapter.notes(model)["distillation"] = {
             "force_rms_before_mev_per_angstrom": result.before,
             "force_rms_after_mev_per_angstrom": result.after,

@@ -25,6 +25,7 @@ from gaq.schema import (
     EquivarianceLossConfig,
     QuantizationConfig,
     ScalarConfig,
+    TrainingConfig,
     VectorConfig,
     WeightConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "EquivarianceLossConfig",
     "QuantizationConfig",
     "ScalarConfig",
+    "TrainingConfig",
     "VectorConfig",
     "WeightConfig",
     "parse_config",

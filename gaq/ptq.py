@@ -7,7 +7,10 @@ forces, and the rounded one is adjusted until it reproduces them.
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,19 +23,29 @@ from tqdm.auto import tqdm
 from gaq.adapter import Adapter
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import gptq_round
-from gaq.schema import DistillationConfig
+from gaq.schema import DistillationConfig, QuantizationConfig
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["DistillationResult", "Sensitivity", "distill", "gptq", "observe_ranges", "sensitivity_scan"]
+__all__ = [
+    "DistillationResult",
+    "Sensitivity",
+    "calibrate_weights",
+    "distill",
+    "gptq",
+    "observe_ranges",
+    "sensitivity_scan",
+    "warm_start",
+]
 
+logger = logging.getLogger(__name__)
 
 ENERGY_WEIGHT = 0.1
 """Of the squared energy difference per atom (eV²) beside that of the forces (eV²/Å²): forces decide."""
 
 
-def choose(structures: Sequence[Atoms], count: int, seed: int) -> list[Atoms]:
+def choose(structures: Sequence[Any], count: int, seed: int) -> list[Any]:
     """At most `count` of the structures, drawn without replacement."""
     order = np.random.default_rng(seed).permutation(len(structures))[:count]
     return [structures[int(i)] for i in order]
@@ -245,6 +258,67 @@ def distill(
         for q, (scalars, vectors) in zip(features, flags, strict=True):
             q.scalars_enabled, q.vectors_enabled = scalars, vectors
     return DistillationResult(before, best, config.steps, len(chosen) - held)
+
+
+def calibrate_weights(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig, progress: bool
+) -> DistillationResult | None:
+    """Calibrated rounding and self-distillation of the weights, as far as a configuration asks for them.
+
+    Args:
+        adapter: of the model's framework.
+        model: prepared and not yet converted.
+        structures: whatever the adapter makes batches of.
+        config: of the model.
+        progress: whether to show a bar.
+
+    Returns:
+        How far self-distillation came; None if there was none.
+    """
+    if config.weights.bits is None:
+        return None
+    calibrated = config.weights.rounding == "gptq"
+    distilled = config.distillation.steps > 0
+    # The labels have to come from the float weights, before any of them is moved.
+    teacher = copy.deepcopy(model) if calibrated and distilled else None
+    if calibrated:
+        sample = choose(structures, config.calibration.frames, config.calibration.seed)
+        blocks = gptq(adapter, model, sample)
+        logger.info("calibrated rounding of %d weight blocks", blocks)
+    if not distilled:
+        return None
+    return distill(adapter, model, structures, config.distillation, config.calibration.seed, progress, teacher=teacher)
+
+
+def warm_start(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
+) -> list[str]:
+    """`calibrate_weights` before a training, whose scales follow the weights from then on.
+
+    Processes that train together all do the same, and end with the weights of the first.
+
+    Returns:
+        Lines for the log.
+    """
+    start = time.perf_counter()
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not shared or torch.distributed.get_rank() == 0
+    result = calibrate_weights(adapter, model, structures, config, progress=first)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, quantizer in adapter.weight_quantizers(model).items():
+            if quantizer.scale_is_fixed:
+                quantizer.adopt_scale(parameters[name])
+            if shared:
+                torch.distributed.broadcast(parameters[name].data, src=0)
+                torch.distributed.broadcast(quantizer.range_ratio, src=0)
+    if result is None:
+        return []
+    return [
+        f"Warm start: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated rounding, "
+        f"{result.after:.2f} after {result.steps} steps of self-distillation on {result.structures} training "
+        f"structures ({time.perf_counter() - start:.0f} s, no labels; training.warm_start: false leaves it out)"
+    ]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class ModelState:
         weights: of a converted model, by parameter name.
         notes: anything worth keeping with the model: versions, gate results.
         resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
+        pretrained: whether the float weights are those of a model trained before; not stored.
     """
 
     config: QuantizationConfig
@@ -73,6 +74,7 @@ class ModelState:
     weights: dict[str, FixedWeight] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
+    pretrained: bool = False
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:
@@ -224,7 +226,7 @@ class StoredState:
     ) -> "StoredState":
         """The state of a quantized model, whose weight quantizers are given by parameter name."""
         return cls(
-            meta=meta,
+            meta={**meta, "learned_scales": any(q.scale_is_learned for q in quantizers.values())},
             ranges={name: q.ranges() for name, q in feature_quantizers(model).items()},
             weights=dict(require_state(model).weights),
             ratios={name: q.range_ratio for name, q in quantizers.items()},
@@ -258,6 +260,7 @@ class StoredState:
                 q.range_ratio.copy_(self.ratios[name].to(q.range_ratio.device))
             if name in self.steps and self.steps[name].numel() == q.groups:
                 q.fix_scale(self.steps[name], scale=self.steps[name])
+                q.scale_is_learned = bool(self.meta.get("learned_scales", False))
 
 
 def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -274,4 +277,4 @@ def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return grid(a) == grid(b)
 
 
-_NOT_GRID = ("preset", "calibration", "distillation", "equivariance_loss")
+_NOT_GRID = ("preset", "calibration", "distillation", "training", "equivariance_loss")

@@ -126,6 +126,24 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class TrainingConfig:
+    """How a quantization-aware training of a model that is trained already goes (fine-tuning).
+
+    A model that is trained from scratch has no use for either: its weights still have to find their sizes, and scales
+    follow them from epoch to epoch.
+
+    Attributes:
+        warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
+            does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
+            starts near the float model and not from plain rounding.
+        learned_scales: train the scales of the weights with the weights (see `gaq.learned_scales`).
+    """
+
+    warm_start: bool = True
+    learned_scales: bool = True
+
+
+@dataclass(frozen=True)
 class EquivarianceLossConfig:
     """Optional training term: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
 
@@ -144,6 +162,7 @@ class QuantizationConfig:
     radial_activations: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     equivariance_loss: EquivarianceLossConfig = field(default_factory=EquivarianceLossConfig)
     overrides: dict[str, Any] = field(default_factory=dict)
 

@@ -141,7 +141,7 @@ def _patch_scripts_utils(module: Any) -> None:
             from gaq_mace.training import start
 
             try:
-                start(model, spec)
+                start(model, spec, pretrained=getattr(args, "foundation_model", None) is not None and not packed)
             except ValueError as error:
                 logging.error(str(error))
                 print(f"mace_run_train: error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
@@ -13,10 +13,14 @@ from mace.tools import torch_geometric
 from torch import Tensor
 
 from gaq.config import CalibrationConfig, VectorConfig, parse_config
+from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
+from gaq.ptq import warm_start
+from gaq.quantized import require_state
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
+from gaq_mace.adapter import MACEAdapter
 from gaq_mace.inspection import rows
 from gaq_mace.model import (
     feature_quantizers,
@@ -31,14 +35,21 @@ from gaq_mace.model import (
 __all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
 
 
-def start(model: torch.nn.Module, spec: Any) -> None:
-    """Insert quantizers before the optimizer is made, and say in the log what was done."""
+def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
+    """Insert quantizers before the optimizer is made, and say in the log what was done.
+
+    Args:
+        model: in float.
+        spec: value of the key `quantization`.
+        pretrained: whether its weights are those of a foundation model in float.
+    """
     if is_quantized(model):
         raise ValueError(
             "this model is already quantized: train the float model it was made from, or remove the key `quantization`."
         )
     config = parse_config(spec)
     prepare(model, config)
+    require_state(model).pretrained = pretrained
     logging.info("===========QUANTIZATION===========")
     first, *schedule = describe_schedule(config)
     logging.info(first)
@@ -76,6 +87,22 @@ def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed
     return len(chosen)
 
 
+class _TrainingData(MACEAdapter):
+    """The adapter on structures that are MACE's own graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
+        loader = torch_geometric.dataloader.DataLoader(
+            dataset=list(structures),  # type: ignore[arg-type]
+            batch_size=batch_size,
+            shuffle=False,
+            drop_last=False,
+        )
+        return [batch.to(self.device).to_dict() for batch in loader]
+
+
 def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Any, device: torch.device) -> int:
     return calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, device)
 
@@ -98,20 +125,34 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = state_of(model)
     if state is None:
         return original(*args, **kwargs)
+    optimizer = kwargs["optimizer"]
     if state.resumed:
         logging.info("Quantization ranges taken from the checkpoint")
     else:
         # The weights may have come from a float checkpoint since the quantizers were made.
         search_ranges(model)
+        if state.pretrained and state.config.training.warm_start:
+            data = kwargs["train_loader"].dataset
+            for line in warm_start(_TrainingData(kwargs["device"]), model, data, state.config):
+                logging.info(line)
         if feature_quantizers(model):
             used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
             logging.info(f"Activation ranges calibrated on {used} training structures")
     _announce_vectors(state.config.vectors, kwargs["start_epoch"], kwargs["max_num_epochs"])
     set_branches(model, DEPLOYED, observing=False)
+    learner = None
+    # A line search needs the same function at every step.
+    if state.pretrained and state.config.training.learned_scales and not isinstance(optimizer, torch.optim.LBFGS):
+        if not state.resumed:
+            refresh_scales(model)
+        learner = ScaleLearner(weight_quantizers(model))
+        learner.attach(optimizer)
     try:
         return original(*args, **kwargs)
     finally:
         set_branches(model, DEPLOYED, observing=False)
+        if learner is not None:
+            learner.finish()
 
 
 def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

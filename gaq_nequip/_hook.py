@@ -77,6 +77,16 @@ def _requested(model_config: Mapping[str, Any]) -> Any:
     return top if own is _MISSING else own
 
 
+def is_trained(model_config: Any) -> bool:
+    """Whether a model configuration takes its weights from a trained model."""
+    if isinstance(model_config, Mapping):
+        target = str(model_config.get("_target_", ""))
+        return target.endswith(("ModelFromCheckpoint", "ModelFromPackage")) or any(
+            is_trained(value) for value in model_config.values()
+        )
+    return isinstance(model_config, list | tuple) and any(is_trained(value) for value in model_config)
+
+
 def _patch_lightning(cls: Any) -> None:
     original_init = cls.__init__
     original_build = cls._build_model
@@ -111,7 +121,7 @@ def _patch_lightning(cls: Any) -> None:
             return model
         from gaq_nequip.training import start
 
-        start(model, spec)
+        start(model, spec, pretrained=is_trained(inner))
         _remember(self, model_config, spec)
         return model
 

@@ -215,14 +215,15 @@ def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
 def stored_state(model: torch.nn.Module) -> StoredState:
     """The quantization of a model as a checkpoint keeps it.
 
-    Scales are kept for converted weights only: those of a model in training follow the weights, and a checkpoint holds
-    two sets of these, the raw and the averaged ones.
+    Scales are kept of converted weights, and those that are learned. The others of a model in training follow the
+    weights, and a checkpoint holds two sets of these, the raw and the averaged ones.
     """
     state = require_state(model)
     stored = StoredState.of(model, dict(state.notes.get("meta", {})), weight_quantizers(model))
     stored.meta.update({"status": state.status, "config": state.config.to_dict(), "notes": state.notes})
     if state.status == "training":
-        stored.steps = {}
+        learned = {name for name, q in weight_quantizers(model).items() if q.scale_is_learned}
+        stored.steps = {name: step for name, step in stored.steps.items() if name in learned}
     return stored
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from gaq.config import QuantizationConfig, parse_config
 from gaq.inspection import rows as inspection_rows
+from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
+from gaq.ptq import warm_start
 from gaq.quantized import feature_quantizers, require_state, state_of, unquantized
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
+from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.model import graph_models, prepare, quantized_weights
 from gaq_nequip.modules import hold_scales, weight_quantizers
 from gaq_nequip.sites import find_sites
@@ -38,11 +41,18 @@ def is_quantized(model: torch.nn.Module) -> bool:
     return any(state_of(m) is not None for m in graph_models(model).values())
 
 
-def start(model: torch.nn.Module, spec: Any) -> None:
-    """Insert quantizers into a model just built, and say in the log what was done."""
+def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
+    """Insert quantizers into a model just built, and say in the log what was done.
+
+    Args:
+        model: in float.
+        spec: value of the key `quantization`.
+        pretrained: whether its weights are those of a trained model.
+    """
     config = parse_config(spec)
     for name, own in graph_models(model).items():
         prepare(own, config)
+        require_state(own).pretrained = pretrained
         if get_workflow_state() != "train":
             continue  # a checkpoint that is loaded, and was described when it was trained
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
@@ -111,6 +121,24 @@ def calibrate_on(model: Any, batches: list[Any], fresh: bool = True) -> None:
             q.scalars_enabled, q.vectors_enabled = scalars, vectors
 
 
+class _TrainingData(NequIPAdapter):
+    """The adapter on structures that are NequIP's own graphs.
+
+    Args:
+        collate: makes a batch of a list of them.
+        device: of the batches.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], device: torch.device) -> None:
+        self.collate = collate
+        self.device = device
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
+        spans = range(0, len(structures), batch_size)
+        batches = [self.collate([dict(graph) for graph in structures[i : i + batch_size]]) for i in spans]
+        return [AtomicDataDict.to_(batch, self.device) for batch in batches]
+
+
 class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     """The schedule of the branches, the ranges of activations and the scales of weights, epoch by epoch.
 
@@ -125,6 +153,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._sample: list[Any] | None = None
         self._held: list[tuple[Any, Tensor, bool]] = []
         self._branches = DEPLOYED
+        self._learners: list[ScaleLearner] = []
 
     # -- data --
 
@@ -160,9 +189,36 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             hold_scales(model)
             if state.resumed:
                 continue
+            if state.pretrained and state.config.training.warm_start:
+                loader = trainer.datamodule.train_dataloader()
+                with _eager(model), torch.enable_grad():
+                    data = _TrainingData(loader.collate_fn, pl_module.device)
+                    for line in warm_start(data, model, loader.dataset, state.config):
+                        logger.info(line)
+                hold_scales(model)
             calibrate_on(model, self._batches(trainer, pl_module))
             if _features(model):
                 logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Scales of models that were trained before are trained, beside the optimizer that there is from now on."""
+        for model in _quantized_models(pl_module):
+            state = require_state(model)
+            if not (state.pretrained and state.config.training.learned_scales):
+                continue
+            if getattr(model, "is_compile_graph_model", False):
+                logger.info("Scales are not trained in a train-time compiled model: they follow the weights")
+                continue
+            learner = ScaleLearner(weight_quantizers(model))
+            for optimizer in trainer.optimizers[:1]:
+                learner.attach(optimizer)
+            self._learners.append(learner)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Scales stay what they are."""
+        for learner in self._learners:
+            learner.finish()
+        self._learners = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """The branches of this epoch; ranges and scales for the weights as they are."""

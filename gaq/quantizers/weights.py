@@ -234,6 +234,7 @@ class WeightQuantizer(torch.nn.Module):
         self.top = float(largest_code(bits))
         self.enabled = True
         self.scale_is_fixed = False
+        self.scale_is_learned = False
         segments = layout.segments(granularity, group_size)
         self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
         self.groups = segments[-1].scale_offset + math.prod(segments[-1].scale_shape)
@@ -272,10 +273,27 @@ class WeightQuantizer(torch.nn.Module):
         """Take the scale anew from `weight` and hold it there.
 
         A scale that followed the weights from step to step would shift all codes of its group whenever the largest
-        weight moves, and training could not settle.
+        weight moves, and training could not settle. A scale that is learned stays what it is.
         """
+        if self.scale_is_learned:
+            return
         self.scale_is_fixed = False
         self.fix_scale(weight)
+
+    @torch.jit.unused
+    def adopt_scale(self, weight: Tensor) -> None:
+        """Make the scale that is held the one that `refresh_scale` finds for `weight`, by way of the range."""
+        largest = self.largest(weight.detach()).float()
+        ratio = self.fixed_step.detach().float() * self.top / largest
+        self.range_ratio.copy_(torch.where(largest > 0, ratio, torch.ones_like(ratio)))
+
+    @torch.jit.unused
+    def learn_scale(self, learned: bool) -> None:
+        """Whether the scale that is held is trained: it then has a gradient, and no longer follows the weights."""
+        if not self.scale_is_fixed:
+            raise RuntimeError("hold the scale first (fix_scale): there is nothing to train yet.")
+        self.scale_is_learned = learned
+        self.fixed_step = self.fixed_step.detach().clone().requires_grad_(learned)
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """Scales in use, shape (groups,), in the dtype of the weight."""

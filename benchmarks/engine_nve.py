@@ -1,0 +1,135 @@
+"""Energy drift without thermostat: the fused CPU engine against the reference path, on the same quantized models.
+
+    python benchmarks/engine_nve.py --work DIR [--system azobenzene water] [--path engine reference] [--table]
+
+Stock `MACECalculator`, float32, preset `gaq` post-training: azobenzene 50 ps with 1 fs, a periodic box of 16 water
+molecules 10 ps with 0.5 fs (a model of acetylacetone, which knows H, C and O: what is tested is conservation, not
+water). Each run is a process's work of its own and leaves its result in DIR, so they can run side by side; `--table`
+gathers what is there into results/engine_nve.json and a figure of the total energy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from ase.io import read
+from ase.optimize import FIRE
+from common import RESULTS, SHARED, load_json, write_result
+from mace.calculators import MACECalculator
+from mace_speed import water_box
+
+import gaq
+from gaq.physics.nve import nve_drift
+from gaq.reporting.tables import markdown_table
+from gaq_mace.engine import disabled
+
+SYSTEMS = {
+    "azobenzene": {"model": "mace_azobenzene", "duration_ps": 50.0, "timestep_fs": 1.0},
+    "water": {"model": "mace_acac", "duration_ps": 10.0, "timestep_fs": 0.5},
+}
+PATHS = ("engine", "reference")
+
+
+def quantized(work: Path, system: str) -> Path:
+    """The model of a system under `gaq`, made once."""
+    name = str(SYSTEMS[system]["model"])
+    path = work / f"{name}_gaq.model"
+    if not path.exists():
+        data = "rmd17/azobenzene_train_01.xyz" if system == "azobenzene" else "acac/train_300K.xyz"
+        structures = read(SHARED / "data" / data, ":")
+        gaq.save(gaq.quantize(gaq.load(SHARED / f"models/{name}.model"), structures, "gaq"), path)
+    return path
+
+
+def start(system: str, calculator: Any) -> Any:
+    """Where the run begins: an azobenzene of the test data, or a relaxed box."""
+    if system == "azobenzene":
+        return read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
+    atoms = water_box(16)
+    atoms.calc = calculator
+    FIRE(atoms, logfile=None).run(fmax=0.3, steps=100)
+    return atoms
+
+
+def simulate(work: Path, system: str, path: str) -> None:
+    """One run; leaves its result in the working directory."""
+    calculator = MACECalculator(model_paths=str(quantized(work, system)), device="cpu", default_dtype="float32")
+    options = {key: float(SYSTEMS[system][key]) for key in ("duration_ps", "timestep_fs")}
+    atoms = start(system, calculator)
+    with disabled() if path == "reference" else contextlib.nullcontext():
+        began = time.perf_counter()
+        # Molecules of a model that has never seen them may react.
+        result = nve_drift(calculator, atoms, **options, check_bonds=system == "azobenzene", progress=True)
+        seconds = time.perf_counter() - began
+    row = {key: value for key, value in dataclasses.asdict(result).items() if not isinstance(value, tuple)}
+    row |= {"system": system, "path": path, "seconds": seconds}
+    np.savez(work / f"{system}_{path}.npz", times_ps=result.times_ps[0], total_energy_ev=result.total_energy_ev[0])
+    (work / f"{system}_{path}.json").write_text(json.dumps(row, indent=1))
+    print(json.dumps(row), flush=True)
+
+
+def table(work: Path) -> None:
+    """The result file, the figure and the printed table, of the runs that are there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for s in SYSTEMS for p in PATHS if (row := load_json(work / f"{s}_{p}.json"))]
+    write_result("engine_nve", rows, work=work)
+    figure, axes = pyplot.subplots(1, len(SYSTEMS), figsize=(9, 3.2), layout="constrained")
+    for axis, system in zip(axes, SYSTEMS, strict=True):
+        for path in PATHS:
+            file = work / f"{system}_{path}.npz"
+            if file.exists():
+                run = np.load(file)
+                energy = 1e3 * (run["total_energy_ev"] - run["total_energy_ev"][0])
+                axis.plot(run["times_ps"], energy, label=path, linewidth=0.8)
+        axis.set(title=system, xlabel="time, ps", ylabel="total energy, meV from the start")
+        axis.legend()
+    figure.savefig(RESULTS / "engine_nve.png", dpi=150)
+    shown = [
+        {
+            "system": row["system"],
+            "path": row["path"],
+            "atoms": row["n_atoms"],
+            "ps": f"{row['duration_ps']:g}",
+            "drift, meV/atom/ps": f"{row['drift_mev_per_atom_per_ps']:.4f} ± {row['standard_error']:.4f}",
+            "drift x time / std kinetic": f"{row['drift_over_std_kinetic']:.3f}",
+            "K": f"{row['mean_temperature_K']:.0f}",
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        for row in rows
+    ]
+    print(markdown_table(shown, list(shown[0])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--system", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--path", nargs="*", default=list(PATHS), choices=PATHS)
+    parser.add_argument("--table", action="store_true", help="only gather what is there")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if not args.table:
+        for system in args.system:
+            for path in args.path:
+                simulate(args.work, system, path)
+    table(args.work)
+
+
+if __name__ == "__main__":
+    main()
