@@ -27,6 +27,7 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 
 from gaq.config import PRESETS
+from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import files
 from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of
 
@@ -480,6 +481,36 @@ def test_killed_run_goes_on(train: Any) -> None:
 def test_fine_tuning(preset: str, dtype: str, train: Any, stock: Run) -> None:
     run = train(quantization=preset, foundation_model=str(stock.model), max_num_epochs=2, default_dtype=dtype)
     check(run, activations=preset == "gaq")
+
+
+def test_fine_tuning_starts_from_calibrated_rounding(train: Any, stock: Run) -> None:
+    preset = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}}
+    options = {"foundation_model": str(stock.model), "ema": True}
+    run = train(quantization=preset, max_num_epochs=2, **options)
+    check(run, activations=False)
+    found = re.search(
+        r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log
+    )
+    assert float(found[2]) <= float(found[1])
+    before = training_form(run, run.model)
+    assert all(q.scale_is_learned for q in before.modules() if isinstance(q, WeightQuantizer))
+    # A restart takes the scales where they were and calibrates nothing.
+    again = train(quantization=preset, max_num_epochs=4, restart_latest=True, **options)
+    check(again, activations=False)
+    assert "Warm start" not in again.log
+    initial = re.search(r"Initial: head: Default, loss= *([\d.]+)", again.log)[1]
+    assert f"Epoch 1: head: Default, loss={initial}" in run.log
+    plain = train(name="plain", max_num_epochs=1, quantization={**preset, "training": {"warm_start": False}}, **options)
+    assert plain.code == 0, plain.log[-3000:]
+    assert "Warm start" not in plain.log
+
+
+def test_training_from_scratch_lets_scales_follow_the_weights(train: Any) -> None:
+    run = train(quantization="w4", max_num_epochs=1)
+    check(run, activations=False)
+    assert "Warm start" not in run.log
+    model = training_form(run, run.model)
+    assert not any(q.scale_is_learned for q in model.modules() if isinstance(q, WeightQuantizer))
 
 
 @pytest.mark.slow

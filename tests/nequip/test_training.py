@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def test_float_checkpoint_cannot_be_restarted_quantized(
 def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float: Any, tmp_path: Path) -> None:
     def changes(config: Any) -> None:
         with_key("w4a16", start_epoch=0, anneal_epochs=0)(config)
+        config["quantization"]["distillation"] = {"steps": 40, "batch_size": 2}
         target = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": str(trained_float.best)}
         config["training_module"]["model"] = target
 
@@ -163,6 +165,19 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     assert run.code == 0, run.text
     model = gaq.load(run.best)
     assert {q.bits for q in weight_quantizers(model).values()} == {4, 16}
+    found = re.search(
+        r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text
+    )
+    assert float(found[2]) <= float(found[1])
+    scales = {name: q.fixed_step for name, q in weight_quantizers(model).items()}
+    assert all(q.scale_is_learned for q in weight_quantizers(model).values())
+    # A restart takes the scales where they were and calibrates nothing.
+    again = train(tmp_path, changes, "trainer.max_epochs=3", f"++ckpt_path={run.last}", "hydra.run.dir=again")
+    assert again.code == 0, again.text
+    assert "Warm start" not in (tmp_path / "again" / "train.log").read_text()
+    later = {name: q.fixed_step for name, q in weight_quantizers(gaq.load(again.last)).items()}
+    for name, scale in scales.items():
+        torch.testing.assert_close(later[name], scale, rtol=0.05, atol=0)
 
 
 @pytest.mark.slow
