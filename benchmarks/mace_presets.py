@@ -17,13 +17,13 @@ from typing import Any
 import mace  # noqa: F401  (before e3nn)
 import yaml
 from common import SHARED
-from presets import Framework, main
+from presets import Framework, main, run_name
 
 
-def training_input(args: argparse.Namespace, preset: str | None) -> dict[str, Any]:
+def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
     """The YAML of a fine-tuning run: the same for FP32 but for the last key."""
     config: dict[str, Any] = {
-        "name": f"qat_{preset or 'fp32'}",
+        "name": run_name(preset, seed, args.seeds),
         "foundation_model": str(args.model.resolve()),
         "multiheads_finetuning": False,
         "train_file": str(args.train.resolve()),
@@ -45,19 +45,19 @@ def training_input(args: argparse.Namespace, preset: str | None) -> dict[str, An
         "ema_decay": 0.99,
         "default_dtype": "float32",
         "device": "cpu",
-        "seed": 1,
+        "seed": seed,
     }
     if preset is not None:
         config["quantization"] = {"preset": preset, "vectors": {"start_epoch": 1, "anneal_epochs": 2}}
     return config
 
 
-def train_model(args: argparse.Namespace, preset: str | None) -> Path:
+def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path:
     """The stock command on the training input, in a folder of its own."""
-    name = f"qat_{preset or 'fp32'}"
+    name = run_name(preset, seed, args.seeds)
     folder: Path = args.work / name
     folder.mkdir(exist_ok=True)
-    (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, preset), sort_keys=False))
+    (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))
     command = Path(sys.executable).with_name("mace_run_train")
     with open(folder / "log.txt", "w") as log:
         subprocess.run([command, "--config", "train.yml"], cwd=folder, stdout=log, stderr=log, check=True)

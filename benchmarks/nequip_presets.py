@@ -18,16 +18,17 @@ from typing import Any
 import torch
 import yaml
 from common import SHARED
-from presets import Framework, main
+from presets import Framework, main, run_name
 
 
-def training_input(args: argparse.Namespace, preset: str | None) -> dict[str, Any]:
+def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
     """The YAML of a fine-tuning run, made of the one the model was trained with; FP32 has all but the last key."""
     stored = torch.load(args.model, map_location="cpu", weights_only=False)["hyper_parameters"]["info_dict"]
     module = dict(stored["training_module"])
     data = dict(stored["data"])
     data["split_dataset"] = {**data["split_dataset"], "file_path": str(args.train.resolve())}
     data["test_file_path"] = str(args.test.resolve())
+    data["seed"] = seed
     module["_target_"] = "nequip.train.EMALightningModule"
     module["ema_decay"] = 0.99
     module["optimizer"] = {"_target_": "torch.optim.Adam", "lr": 0.002}
@@ -64,11 +65,11 @@ def training_input(args: argparse.Namespace, preset: str | None) -> dict[str, An
     return config
 
 
-def train_model(args: argparse.Namespace, preset: str | None) -> Path:
+def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path:
     """The stock command on the training input, in a folder of its own."""
-    folder: Path = args.work / f"qat_{preset or 'fp32'}"
+    folder: Path = args.work / run_name(preset, seed, args.seeds)
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(training_input(args, preset), sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))
     command = [str(Path(sys.executable).with_name("nequip-train")), "-cp", str(folder.resolve()), "-cn", "config"]
     with open(folder / "log.txt", "w") as log:
         subprocess.run([*command, "hydra.run.dir=hydra"], cwd=folder, stdout=log, stderr=log, check=True)
