@@ -2,7 +2,7 @@
 
     python benchmarks/engine_nve.py --work DIR [--system azobenzene water] [--path engine reference] [--table]
 
-Stock `MACECalculator`, float32, preset `gaq` post-training: azobenzene 50 ps with 1 fs, a periodic box of 16 water
+Stock `MACECalculator`, float32, preset `gaq` post-training: azobenzene 50 ps with 1 fs, a periodic box of 8 water
 molecules 10 ps with 0.5 fs (a model of acetylacetone, which knows H, C and O: what is tested is conservation, not
 water). Each run is a process's work of its own and leaves its result in DIR, so they can run side by side; `--table`
 gathers what is there into results/engine_nve.json and a figure of the total energy.
@@ -55,7 +55,7 @@ def start(system: str, calculator: Any) -> Any:
     """Where the run begins: an azobenzene of the test data, or a relaxed box."""
     if system == "azobenzene":
         return read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
-    atoms = water_box(16)
+    atoms = water_box(8)
     atoms.calc = calculator
     FIRE(atoms, logfile=None).run(fmax=0.3, steps=100)
     return atoms
