@@ -113,7 +113,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     model: Any = gaq.convert(gaq.calibrate(gaq.prepare(big_model([1, 8]), SPEC), [water_box(8)], progress=False))
     layer = Engine(model).layers[1]
-    problem, table = layer.problem, layer.table
+    problem, (table, _) = layer.problem, layer.radial.tables((0,), torch.float32)
     batch = make_batches(model, [water_box(64)], 1)[0]
     sender, receiver = batch["edge_index"]
     graph = convolution.Graph(sender.contiguous(), receiver.contiguous())

@@ -5,10 +5,10 @@ The scale s of a group of weights w has the gradient of Esser et al. 2020 (LSQ, 
 .. math:: \partial \hat w / \partial s = \mathrm{round}(w / s) - w / s
 
 within the range and its end beyond it, which `gaq.quantizers.weights.WeightQuantizer` has by itself, in the second
-derivative that a loss on forces asks for as well. It is followed here by an Adam of our own, beside the host's optimizer
-and step by step with it, so that nothing in the host's parameters, optimizer and checkpoints changes. It works on the
-logarithm of the scale: a step is a share of it, and such that the largest code moves by at most `CODE_STEP` of a code,
-whatever the number of bits.
+derivative that a loss on forces asks for as well. It is followed here by an Adam of our own, beside the host's
+optimizer and step by step with it, so that nothing in the host's parameters, optimizer and checkpoints changes. It
+works on the logarithm of the scale: a step is a share of it, and such that the largest code moves by at most
+`CODE_STEP` of a code, whatever the number of bits.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@
 An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
 the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
 to memory (`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and
-the radial network is a table (`gaq.kernels.radial`). What surrounds the interactions is MACE's own code.
+the radial network is a table (`gaq_mace.radial_tables`). What surrounds the interactions is MACE's own code.
 
 Atoms are sorted by species within a call, so that weights of a species act on a slice.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,10 +28,16 @@ from gaq.kernels import contraction, convolution, harmonics, native, radial, rou
 from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
+from gaq_mace.radial_tables import RadialTables
 
-__all__ = ["Engine", "Unsupported", "disabled", "engine_for", "engine_of", "serves"]
+__all__ = ["Engine", "Unsupported", "disabled", "engine_for", "engine_of", "give_up", "serves"]
 
-INTERACTIONS = ("RealAgnosticInteractionBlock", "RealAgnosticResidualInteractionBlock")
+INTERACTIONS = (
+    "RealAgnosticInteractionBlock",
+    "RealAgnosticResidualInteractionBlock",
+    "RealAgnosticDensityInteractionBlock",
+    "RealAgnosticDensityResidualInteractionBlock",
+)
 
 
 class Unsupported(ValueError):
@@ -147,10 +152,11 @@ class _Rounder:
 
 @dataclass
 class _SpeciesOrder:
-    """Atoms by species: which lie where."""
+    """Atoms by species: which lie where, and which pairs of them the edges join."""
 
     species: Tensor
     bounds: list[tuple[int, int, int]]  # species, first atom, end
+    pairs: tuple[int, ...]  # as `RadialTables.code` numbers them, in the order of `Graph.tables`
 
 
 def _species_product(x: Tensor, matrices: Tensor, order: _SpeciesOrder) -> Tensor:
@@ -164,7 +170,6 @@ class _Layer(torch.nn.Module):
     """One interaction and product of the model."""
 
     # What is read from the model and never changed; tensors are buffers so that `.to` moves them.
-    table: Tensor
     contraction_coefficients: Tensor
 
     def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
@@ -172,7 +177,7 @@ class _Layer(torch.nn.Module):
         block, product = model.interactions[number], model.products[number]
         name = _class_name(block)
         if name not in INTERACTIONS:
-            raise Unsupported(f"interactions.{number} is a {name}; served are {' and '.join(INTERACTIONS)}")
+            raise Unsupported(f"interactions.{number} is a {name}; served are {', '.join(INTERACTIONS)}")
         if hasattr(block, "conv_fusion"):
             raise Unsupported(f"interactions.{number} brings a convolution kernel of its own")
         self.residual = "Residual" in name
@@ -212,14 +217,18 @@ class _Layer(torch.nn.Module):
             own = [self.path_blocks[p] for p in self.problem.group_paths(group)]
             if not own or own != linear_in.get(group):
                 raise Unsupported(f"interactions.{number}.linear reads its inputs in an order of its own")
-            matrix = matrices[group] / float(block.avg_num_neighbors)
+            matrix = matrices[group]
+            if not hasattr(block, "density_fn"):
+                matrix = matrix / float(block.avg_num_neighbors)
             self.register_buffer(f"linear_{group}", matrix.to(dtype))
         self.message_quantizer = _identity_or(block.linear)
         self.message_plan = self._plan_messages()
 
         tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
-        self.radial = self._tabulate(model, block, tolerance)
-        self.register_buffer("table", self.radial.knots.to(dtype))
+        try:
+            self.radial = RadialTables(model, block, len(paths), self.channels, tolerance)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
 
         up = _matrices(block.linear_up)
         for out, inputs in _inputs(block.linear_up).items():
@@ -251,26 +260,6 @@ class _Layer(torch.nn.Module):
             self.register_buffer(f"final_{out}", final[out].to(dtype))
         self.round_final = _Rounder(_identity_or(product.linear), self.out_irreps, self.channels)
         self.round_out = _Rounder(_identity_or(product), self.out_irreps, self.channels)
-
-    def _tabulate(self, model: Any, block: Any, tolerance: float) -> radial.RadialTable:
-        if hasattr(model.radial_embedding, "distance_transform"):
-            raise Unsupported("the radial functions see the species of both atoms (distance_transform)")
-        embedding = copy.deepcopy(model.radial_embedding).double()
-        network = copy.deepcopy(block.conv_tp_weights).double()
-        if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
-            raise Unsupported("the hidden layers of the radial network are rounded")
-        if _class_name(network) != "FullyConnectedNet":
-            raise Unsupported(f"the radial network is a {_class_name(network)}")
-
-        def function(lengths: Tensor) -> Tensor:
-            none = lengths.new_zeros(0)
-            features, cutoff = embedding(lengths[:, None], none, none, none)
-            weights = network(features)
-            if cutoff is not None:
-                weights = weights * cutoff
-            return weights.view(lengths.shape[0], len(self.problem.paths), self.channels)
-
-        return radial.tabulate(function, self.problem.r_max, tolerance)
 
     def _fold(self, product: Any, dtype: torch.dtype) -> None:
         symmetric = product.symmetric_contractions
@@ -340,6 +329,21 @@ class _Layer(torch.nn.Module):
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.channels))
         return torch.cat(parts, dim=1)
 
+    def _tables(self, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self.radial.tables(pairs, dtype)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+
+    def _density(self, knots: Tensor, graph: convolution.Graph, vectors: Tensor, atoms: int) -> Tensor:
+        """What the message of each atom is divided by, less one, (atoms,)."""
+        lengths = vectors.norm(dim=-1)
+        if graph.tables is None:
+            edge = radial.evaluate(knots, lengths, self.problem.r_max)
+        else:
+            edge = radial.evaluate_several(knots, lengths, self.problem.r_max, graph.tables, 1)
+        return edge.new_zeros(atoms).index_add(0, graph.receiver, edge[:, 0, 0])
+
     def forward(self, features: Tensor, graph: convolution.Graph, vectors: Tensor, order: _SpeciesOrder) -> Tensor:
         """Node features of the next layer, (atoms, rows, channels)."""
         atoms = features.shape[0]
@@ -349,7 +353,8 @@ class _Layer(torch.nn.Module):
             sc = self._skip(x, self.in_rows, self.skip_rows, order)
         x = self.round_up(features)
         x = torch.cat([x[:, r] @ getattr(self, f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
-        message = convolution.convolution(self.problem, graph, x, vectors, self.table)
+        knots, density_knots = self._tables(order.pairs, x.dtype)
+        message = convolution.convolution(self.problem, graph, x, vectors, knots)
         if self.message_plan is not None:
             message = rounding.round_features(message, self.message_plan, atoms)
         groups = self.problem.split(message, atoms)
@@ -360,6 +365,8 @@ class _Layer(torch.nn.Module):
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
         x = torch.cat(mixed, dim=1)
+        if density_knots is not None:
+            x = x / (self._density(density_knots, graph, vectors, atoms) + 1)[:, None, None]
         if not self.residual:
             x = self.round_skip(x)
             x = self._skip(x, self.target_rows, self.skip_rows, order)
@@ -391,7 +398,7 @@ class Engine(torch.nn.Module):
         state = state_of(model)
         if state is not None and state.status != "converted":
             raise Unsupported("the model is in training: its weights are rounded anew in each call")
-        for part in ("joint_embedding", "embedding_readout", "pair_repulsion"):
+        for part in ("joint_embedding", "embedding_readout"):
             if hasattr(model, part):
                 raise Unsupported(f"the model has a {part}")
         dtype = next(model.parameters()).dtype
@@ -415,6 +422,17 @@ class Engine(torch.nn.Module):
             q.scalars_enabled and q.vectors_enabled and q.vector_range_factor == 1.0 and not q.observing
             for q in self.__dict__["quantizers"]
         )
+
+    def _pairs(self, species: Tensor, edges: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
+        """The pairs of species that edges join, and the number of each edge's; of no interest to most models."""
+        tables: Any = self.layers[0].radial
+        if not tables.by_species:
+            return (0,), None
+        first, second = species[edges[0]], species[edges[1]]
+        codes = torch.minimum(first, second) * tables.elements + torch.maximum(first, second)
+        found, numbers = torch.unique(codes, return_inverse=True)
+        # Without edges any table will do.
+        return tuple(found.tolist()) or (0,), numbers
 
     def forward(self, data: dict[str, Tensor], **options: bool) -> dict[str, Tensor | None]:
         """What `ScaleShiftMACE.forward` returns, for the same arguments."""
@@ -444,12 +462,16 @@ class Engine(torch.nn.Module):
             if count:
                 bounds.append((z, start, start + count))
             start += count
-        order = _SpeciesOrder(species[by_species], bounds)
         edges = place[data["edge_index"]]
-        graph = convolution.Graph(edges[0], edges[1])
+        pairs, tables = self._pairs(species, data["edge_index"])
+        order = _SpeciesOrder(species[by_species], bounds, pairs)
+        graph = convolution.Graph(edges[0], edges[1], tables)
 
         features = self.embedding[order.species][:, None]
         energies, kept = [torch.zeros_like(node_e0)], []
+        if hasattr(model, "pair_repulsion"):
+            numbers = model.atomic_numbers
+            energies = [model.pair_repulsion_fn(context.lengths, data["node_attrs"], data["edge_index"], numbers)]
         layer: Any
         for layer in self.layers:
             features = layer(features, graph, vectors, order)
@@ -546,7 +568,17 @@ def engine_of(model: Any) -> Engine | None:
         try:
             engine = Engine(model)
         except (Unsupported, native.CompilerError) as error:
-            warnings.warn(f"gaq: this model runs through the reference path: {error}", stacklevel=3)
+            _warn(error)
         kept = (key, engine)
         model.__dict__["gaq_engine"] = kept
     return kept[1]  # type: ignore[no-any-return]
+
+
+def give_up(model: Any, error: Unsupported) -> None:
+    """A structure has shown what the engine cannot compute: say so, and keep to the reference path."""
+    _warn(error)
+    model.__dict__["gaq_engine"] = (model.__dict__["gaq_engine"][0], None)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(f"gaq: this model runs through the reference path: {error}", stacklevel=4)

@@ -63,16 +63,15 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not in forward, which is TorchScript: a scripted, traced or compiled model holds the reference path.
-        engine = self._engine(kwargs)
-        if engine is None:
-            return super().__call__(*args, **kwargs)
-        return engine(*args, **{k: v for k, v in kwargs.items() if k != "training"})
-
-    def _engine(self, options: dict[str, Any]) -> Any:
-        """The fused engine, where it serves this model and call."""
         from gaq_mace import engine
 
-        return engine.engine_for(self, options)
+        own = engine.engine_for(self, kwargs)
+        if own is not None:
+            try:
+                return own(*args, **{k: v for k, v in kwargs.items() if k != "training"})
+            except engine.Unsupported as error:
+                engine.give_up(self, error)
+        return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         from gaq_mace import files

@@ -84,6 +84,7 @@ class FusedInteractionBlock(InteractionBlock):
             self.plan_reals,
             edges[1].contiguous(),
             edges[0].contiguous(),
+            edges.new_empty(0),
             self.problem.rows_out,
         )
         x = self.linear_2(self._mul_ir(message, x.shape[0]))

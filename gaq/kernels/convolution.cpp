@@ -33,6 +33,11 @@ struct Plan {
   const double* harmonics;  // for each l: (2l+1) x monomials of degree l
   int64_t b_size;
 
+  // Row of the radial tables, of `channels` numbers each, with the value at a knot; slope and curvature follow.
+  int64_t table_row(int64_t table, int64_t p, int64_t knot) const {
+    return ((table * paths + p) * knots + knot) * 3;
+  }
+
   Plan(const int64_t* ints, const double* reals) {
     channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], knots = ints[4];
     tabulated = ints[5];
@@ -94,6 +99,7 @@ template <typename T> struct Harmonics {
 // What the channel loops need of an edge.
 template <typename T> struct Edge {
   int64_t number, sender, knot;
+  int64_t table;  // number of the table its weights come from
   T length, direction[3];
   T h[6];  // Hermite weights of value, slope and curvature at the lower knot, then at the upper one
   T d[6];  // their derivatives with respect to the length
@@ -138,7 +144,7 @@ template <typename T> void coefficients(const Plan& plan, const T* sh, T* b) {
 template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, const Edge<T>& e, int64_t p, int64_t c) {
   const int64_t left = plan.channels - c;
   if (!plan.tabulated) return load(values + (e.number * plan.paths + p) * plan.channels + c, left);
-  const T* row = values + ((p * plan.knots + e.knot) * 3) * plan.channels + c;
+  const T* row = values + plan.table_row(e.table, p, e.knot) * plan.channels + c;
   Vec<T> w = load(row, left) * e.h[0];
   for (int k = 1; k < 6; ++k) w += load(row + k * plan.channels, left) * e.h[k];
   return w;
@@ -183,7 +189,7 @@ void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>*
       const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
       Vec<T> w, slope = {};
       if (plan.tabulated) {
-        const T* knot = table + ((p * plan.knots + e.knot) * 3) * C + c;
+        const T* knot = table + plan.table_row(e.table, p, e.knot) * C + c;
         w = load(knot, left) * e.h[0], slope = load(knot, left) * e.d[0];
         for (int k = 1; k < 6; ++k) {
           const Vec<T> v = load(knot + k * C, left);
@@ -247,8 +253,8 @@ template <typename T> struct Tile {
   std::vector<Harmonics<T>> harmonics;
   std::vector<int64_t> begin;  // of each atom's edges within the tile
 
-  int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* sender, const T* vectors, int64_t atom,
-               int64_t last, bool keep_harmonics) {
+  int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* sender, const int64_t* tables, const T* vectors,
+               int64_t atom, int64_t last, bool keep_harmonics) {
     const std::vector<int64_t>&first = sorted.first, &order = sorted.order;
     edges.clear(), begin.clear();
     int64_t next = atom;
@@ -259,6 +265,7 @@ template <typename T> struct Tile {
         e.number = order[k];
         if (!locate(plan, vectors + 3 * e.number, e)) continue;
         e.sender = sender[e.number];
+        e.table = tables ? tables[e.number] : 0;
         edges.push_back(e);
       }
       ++next;
@@ -278,7 +285,7 @@ template <typename T> struct Tile {
 
 template <typename T>
 void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-             const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
+             const int64_t* tables, const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
   const Plan plan(ints, reals);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
@@ -287,7 +294,7 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
     int64_t atom = share.begin;
     const int64_t last = share.end;
     while (atom < last) {
-      const int64_t next = tile.fill(plan, edges, sender, vectors, atom, last, false);
+      const int64_t next = tile.fill(plan, edges, sender, tables, vectors, atom, last, false);
       for (int64_t p = 0; p < plan.paths; ++p) {
         const Path& path = plan.path[p];
         for (int64_t a = atom; a < next; ++a) {
@@ -305,7 +312,7 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
 
 template <typename T>
 void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-              const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table,
+              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table,
               int64_t threads) {
   const Plan plan(ints, reals);
   const int64_t size = atoms * plan.rows_in * plan.channels;
@@ -320,7 +327,7 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
     int64_t atom = share.begin;
     const int64_t last = share.end;
     while (atom < last) {
-      const int64_t next = tile.fill(plan, edges, sender, vectors, atom, last, true);
+      const int64_t next = tile.fill(plan, edges, sender, tables, vectors, atom, last, true);
       const int64_t edge_count = tile.edges.size();
       grad_b.assign(edge_count * plan.b_size, T(0));
       grad_length.assign(edge_count, T(0));
@@ -372,15 +379,17 @@ extern "C" {
 
 #define GAQ_EXPORT(NAME, T)                                                                                         \
   void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,               \
-                              const int64_t* sender, const int64_t* receiver, const T* vectors, const T* h,         \
+                              const int64_t* sender, const int64_t* receiver, const int64_t* tables,                \
+                              const T* vectors, const T* h,                                                         \
                               const T* table, T* out, int64_t threads) {                                           \
-    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, vectors, h, table, out, threads);       \
+    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, h, table, out, threads);       \
   }                                                                                                                \
   void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,      \
-                                       const int64_t* sender, const int64_t* receiver, const T* vectors,           \
+                                       const int64_t* sender, const int64_t* receiver, const int64_t* tables,      \
+                                       const T* vectors,                                                           \
                                        const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h,  \
                                        T* grad_table, int64_t threads) {                                           \
-    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, vectors, h, table, grad_out,           \
+    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, h, table, grad_out,           \
                 grad_vectors, grad_h, grad_table, threads);                                                        \
   }
 GAQ_EXPORT(float32, float)

@@ -15,7 +15,8 @@ Layouts, channels always last:
 - node features: (atoms, rows, channels), the components of all input blocks one below the other;
 - messages: one matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to
   end in one tensor: ready for the linear layer that mixes the paths of a group;
-- radial weights: `RadialTable.knots`, or one row an edge (edges, paths, channels), cutoff included.
+- radial weights: `RadialTable.knots`, those of several tables one after the other, or one row an edge
+  (edges, paths, channels), cutoff included.
 
 `reference` is the same in plain torch, what the tests trust, in float64.
 """
@@ -154,10 +155,13 @@ class Graph:
     Attributes:
         sender: (edges,), int64, in the order of the edge vectors.
         receiver: the same.
+        tables: number of the radial table of each edge, where there are several (they depend on the species of both
+            atoms); None where there is one.
     """
 
     sender: Tensor
     receiver: Tensor
+    tables: Tensor | None = None
 
 
 # Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
@@ -172,13 +176,14 @@ def _convolution(
     reals: Tensor,
     sender: Tensor,
     receiver: Tensor,
+    tables: Tensor,
     rows_out: int,
 ) -> Tensor:
     atoms, channels = features.shape[0], features.shape[2]
     message = features.new_empty(rows_out * atoms, channels)
     # Copies of what is not contiguous have to live until the call is done.
-    held = [t.contiguous() for t in (ints, reals, sender, receiver, vectors, features, weights)]
-    ints, reals, sender, receiver, vectors, features, weights = held
+    held = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights)]
+    ints, reals, sender, receiver, tables, vectors, features, weights = held
     kernel("convolution", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
@@ -186,6 +191,7 @@ def _convolution(
         sender.numel(),
         sender.data_ptr(),
         receiver.data_ptr(),
+        tables.data_ptr() if tables.numel() else None,
         vectors.data_ptr(),
         features.data_ptr(),
         weights.data_ptr(),
@@ -204,6 +210,7 @@ def _convolution_fake(
     reals: Tensor,
     sender: Tensor,
     receiver: Tensor,
+    tables: Tensor,
     rows_out: int,
 ) -> Tensor:
     return features.new_empty(rows_out * features.shape[0], features.shape[2])
@@ -219,11 +226,12 @@ def _convolution_backward(
     reals: Tensor,
     sender: Tensor,
     receiver: Tensor,
+    tables: Tensor,
     of_features: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    held = [t.contiguous() for t in (ints, reals, sender, receiver, vectors, features, weights, grad)]
-    ints, reals, sender, receiver, vectors, features, weights, grad = held
+    held = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, grad)]
+    ints, reals, sender, receiver, tables, vectors, features, weights, grad = held
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
     grad_vectors = torch.zeros_like(vectors)
     grad_weights = torch.zeros_like(weights) if of_weights else weights.new_empty(0)
@@ -234,6 +242,7 @@ def _convolution_backward(
         sender.numel(),
         sender.data_ptr(),
         receiver.data_ptr(),
+        tables.data_ptr() if tables.numel() else None,
         vectors.data_ptr(),
         features.data_ptr(),
         weights.data_ptr(),
@@ -256,6 +265,7 @@ def _convolution_backward_fake(
     reals: Tensor,
     sender: Tensor,
     receiver: Tensor,
+    tables: Tensor,
     of_features: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +275,7 @@ def _convolution_backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    ctx.save_for_backward(*inputs[:8])
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -281,7 +291,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         g_features if of_features else None,
         g_vectors,
         g_weights if of_weights else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -289,7 +299,7 @@ _convolution.register_autograd(_differentiate, setup_context=_setup)
 
 
 _TENSORS = "AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights, AtenTensorHandle ints, "
-_TENSORS += "AtenTensorHandle reals, AtenTensorHandle sender, AtenTensorHandle receiver"
+_TENSORS += "AtenTensorHandle reals, AtenTensorHandle sender, AtenTensorHandle receiver, AtenTensorHandle tables"
 
 _SHIM = "AOTITorchError aoti_torch_cpu_edge_convolution"
 
@@ -309,8 +319,9 @@ def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weigh
             f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}"
         )
     last = (3, problem.channels) if tabulated else (len(problem.paths), problem.channels)
-    first = (len(problem.paths),) if tabulated else (vectors.shape[0],)
-    if weights.shape[:1] != first or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
+    paths = len(problem.paths)
+    fits = weights.shape[0] > 0 and weights.shape[0] % paths == 0 if tabulated else len(weights) == len(vectors)
+    if not fits or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
         raise ValueError(f"radial weights of shape {tuple(weights.shape)} do not fit the problem")
     if not features.dtype == vectors.dtype == weights.dtype:
         raise TypeError(f"dtypes differ: {features.dtype}, {vectors.dtype}, {weights.dtype}")
@@ -332,7 +343,8 @@ def convolution(
         features: (atoms, rows, channels).
         vectors: (edges, 3) from sender to receiver or back, as the harmonics want them, in Å. Edges of length
             zero, or of `r_max` and more, contribute nothing.
-        weights: knots of a `RadialTable`, or (edges, paths, channels); contiguous in the dtype of the features.
+        weights: knots of a `RadialTable` (or of several, `Graph.tables` says whose), or (edges, paths, channels);
+            contiguous in the dtype of the features.
         tabulated: which of the two.
 
     Returns:
@@ -352,6 +364,7 @@ def convolution(
         reals,
         graph.sender.contiguous(),
         graph.receiver.contiguous(),
+        graph.sender.new_empty(0) if graph.tables is None else graph.tables.contiguous(),
         problem.rows_out,
     )
 
@@ -371,7 +384,12 @@ def reference(
     numbers = inside.nonzero()[:, 0]
     vectors, lengths = vectors[numbers], lengths[numbers]
     sh = harmonics.evaluate(list(problem.harmonics), vectors / lengths[:, None])
-    w = radial.evaluate(weights, lengths, problem.r_max) if tabulated else weights[numbers]
+    if not tabulated:
+        w = weights[numbers]
+    elif graph.tables is None:
+        w = radial.evaluate(weights, lengths, problem.r_max)
+    else:
+        w = radial.evaluate_several(weights, lengths, problem.r_max, graph.tables[numbers], len(problem.paths))
     gathered = features[graph.sender[numbers]]
     starts = [sum(2 * l + 1 for l in problem.blocks[:i]) for i in range(len(problem.blocks))]  # noqa: E741
     parts: Sequence[list[Tensor]] = [[] for _ in problem.groups]

@@ -177,8 +177,8 @@ _INT = ctypes.c_int64
 def _declare(loaded: ctypes.CDLL) -> None:
     p, i = _POINTER, _INT
     signatures = {
-        "convolution": [p, p, i, i, p, p, p, p, p, p, i],
-        "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, i],
+        "convolution": [p, p, i, i, p, p, p, p, p, p, p, i],
+        "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, p, i],
         "product": [p, p, i, i, p, p, p, p, p, i],
         "product_backward": [p, p, i, i, p, p, p, p, p, p, p, i],
         "contraction": [p, i, p, p, p, p, i],

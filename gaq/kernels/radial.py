@@ -25,6 +25,7 @@ __all__ = [
     "RadialTable",
     "derivatives",
     "evaluate",
+    "evaluate_several",
     "knot_lengths",
     "tabulate",
 ]
@@ -77,18 +78,21 @@ def _interpolated(knots: Tensor, r_max: float, lengths: Tensor) -> Tensor:
     return evaluate(knots, lengths, r_max)
 
 
-def tabulate(function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE) -> RadialTable:
+def tabulate(
+    function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE, fewest: int = FEWEST
+) -> RadialTable:
     """A table of a radial function, as fine as it has to be.
 
     Args:
         function: lengths (n,) in Å, float64, to weights (n, paths, channels).
         r_max: cutoff in Å.
         tolerance: largest error between knots, relative to the largest value.
+        fewest: knots to begin with.
 
     Raises:
         ValueError: if 4097 knots do not suffice: the function is not smooth.
     """
-    count = FEWEST
+    count = fewest
     while True:
         lengths = knot_lengths(r_max, count)
         knots = torch.stack(derivatives(function, lengths), dim=1).permute(2, 0, 1, 3).contiguous()
@@ -122,6 +126,23 @@ def evaluate(knots: Tensor, lengths: Tensor, r_max: float) -> Tensor:
     weights = hermite(t, step)
     value = sum(weights[k] * low[:, :, k] + weights[3 + k] * high[:, :, k] for k in range(3))
     return value * (lengths < r_max)[:, None, None]
+
+
+def evaluate_several(knots: Tensor, lengths: Tensor, r_max: float, tables: Tensor, paths: int) -> Tensor:
+    """The same where every edge has a table of its own among several, one after the other in `knots`.
+
+    Args:
+        knots: (tables * paths, knots, 3, channels).
+        lengths: (edges,).
+        r_max: cutoff in Å.
+        tables: of each edge, (edges,).
+        paths: of one table.
+    """
+    value = lengths.new_zeros(lengths.shape[0], paths, knots.shape[3])
+    for number, table in enumerate(knots.split(paths)):
+        own = (tables == number).nonzero()[:, 0]
+        value = value.index_add(0, own, evaluate(table, lengths[own], r_max))
+    return value
 
 
 def hermite(t: Tensor, step: float) -> list[Tensor]:

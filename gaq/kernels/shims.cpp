@@ -10,9 +10,11 @@
 extern "C" {
 #define GAQ_DECLARE(NAME, T)                                                                                     \
   void gaq_convolution_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const int64_t*,   \
+                              const int64_t*,                                                                    \
                               const T*, const T*, const T*, T*, int64_t);                                        \
   void gaq_convolution_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*,          \
-                                       const int64_t*, const T*, const T*, const T*, const T*, T*, T*, T*, int64_t); \
+                                       const int64_t*, const int64_t*, const T*, const T*, const T*, const T*,   \
+                                       T*, T*, T*, int64_t);                                                     \
   void gaq_product_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*, const T*,   \
                           const T*, T*, int64_t);                                                                \
   void gaq_product_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*,    \
@@ -47,6 +49,8 @@ struct View {
     }
     return AOTI_TORCH_SUCCESS;
   }
+  // Of an empty tensor: nothing there.
+  const int64_t* numbers() const { return sizes[0] == 0 ? nullptr : (const int64_t*)data; }
   int64_t bytes() const {
     int64_t count = dtype == aoti_torch_dtype_float64() ? 8 : 4;
     for (int64_t i = 0; i < dimensions; ++i) count *= sizes[i];
@@ -67,8 +71,9 @@ extern "C" {
 
 AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights,
                                           AtenTensorHandle ints, AtenTensorHandle reals, AtenTensorHandle sender,
-                                          AtenTensorHandle receiver, int64_t rows_out, AtenTensorHandle* ret0) {
-  View h, r, w, i, d, s, t, out;
+                                          AtenTensorHandle receiver, AtenTensorHandle tables, int64_t rows_out,
+                                          AtenTensorHandle* ret0) {
+  View h, r, w, i, d, s, t, k, out;
   GAQ_CHECK(h.read(features));
   GAQ_CHECK(r.read(vectors));
   GAQ_CHECK(w.read(weights));
@@ -76,11 +81,13 @@ AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTe
   GAQ_CHECK(d.read(reals));
   GAQ_CHECK(s.read(sender));
   GAQ_CHECK(t.read(receiver));
+  GAQ_CHECK(k.read(tables));
   const int64_t sizes[2] = {rows_out * h.sizes[0], h.sizes[2]};
   GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
 #define GAQ_CALL(NAME, T)                                                                                          \
   gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],                    \
-                         (const int64_t*)s.data, (const int64_t*)t.data, (const T*)r.data, (const T*)h.data,       \
+                         (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data,            \
+                         (const T*)h.data,                                                                         \
                          (const T*)w.data, (T*)out.data, omp_get_max_threads());
   if (h.dtype == aoti_torch_dtype_float64()) {
     GAQ_CALL(float64, double)
@@ -95,9 +102,10 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
                                                    AtenTensorHandle vectors, AtenTensorHandle weights,
                                                    AtenTensorHandle ints, AtenTensorHandle reals,
                                                    AtenTensorHandle sender, AtenTensorHandle receiver,
+                                                   AtenTensorHandle tables,
                                                    int32_t of_features, int32_t of_weights, AtenTensorHandle* ret0,
                                                    AtenTensorHandle* ret1, AtenTensorHandle* ret2) {
-  View g, h, r, w, i, d, s, t, gh, gr, gw;
+  View g, h, r, w, i, d, s, t, k, gh, gr, gw;
   GAQ_CHECK(g.read(grad));
   GAQ_CHECK(h.read(features));
   GAQ_CHECK(r.read(vectors));
@@ -106,6 +114,7 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
   GAQ_CHECK(d.read(reals));
   GAQ_CHECK(s.read(sender));
   GAQ_CHECK(t.read(receiver));
+  GAQ_CHECK(k.read(tables));
   const int64_t none[1] = {0};
   GAQ_CHECK(of_features ? make(h.dimensions, h.sizes, h.dtype, ret0, &gh) : make(1, none, h.dtype, ret0, &gh));
   GAQ_CHECK(make(r.dimensions, r.sizes, r.dtype, ret1, &gr));
@@ -115,7 +124,7 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
   if (of_weights) std::memset(gw.data, 0, gw.bytes());
 #define GAQ_CALL(NAME, T)                                                                                          \
   gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],           \
-                                  (const int64_t*)s.data, (const int64_t*)t.data, (const T*)r.data,                \
+                                  (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data,   \
                                   (const T*)h.data, (const T*)w.data, (const T*)g.data, (T*)gr.data,               \
                                   of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr,         \
                                   omp_get_max_threads());

@@ -174,6 +174,31 @@ def test_product_refuses_what_does_not_fit() -> None:
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
+@settings(max_examples=15, deadline=None)
+@given(problems(), st.integers(1, 4), st.sampled_from([0, 1, 30]))
+def test_convolution_with_several_tables_is_the_reference(
+    made: tuple[convolution.ConvolutionProblem, torch.Generator], tables: int, degree: int
+) -> None:
+    problem, generator = made
+    sender, receiver, vectors = random_graph(6, degree, generator)
+    graph = convolution.Graph(sender, receiver, torch.randint(0, tables, sender.shape, generator=generator))
+    rows = tables * len(problem.paths)
+    knots = torch.randn(rows, 17, 3, problem.channels, generator=generator, dtype=torch.float64)
+    features = torch.randn(6, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (convolution.convolution, convolution.reference):
+        x, r = features.clone().requires_grad_(), vectors.clone().requires_grad_()
+        out = function(problem, graph, x, r, knots)
+        probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
+        grads = torch.autograd.grad((out * probe).sum(), [x, r], allow_unused=True)
+        results.append(
+            [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, [x, r], strict=True))]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+
+
 def test_convolution_threads_and_float32() -> None:
     generator = torch.Generator().manual_seed(1)
     path = convolution.Path(0, 1, 0, torch.randn(3, 3, 3, generator=generator, dtype=torch.float64))

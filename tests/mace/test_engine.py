@@ -37,7 +37,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make(first: str, hidden: str, correlation: int, lmax: int, **options: Any) -> torch.nn.Module:
+def make(
+    first: str,
+    hidden: str,
+    correlation: int,
+    lmax: int,
+    second: str = "RealAgnosticResidualInteractionBlock",
+    **options: Any,
+) -> torch.nn.Module:
     torch.manual_seed(3)
     with default_dtype(torch.float64):
         model = modules.ScaleShiftMACE(
@@ -47,7 +54,7 @@ def make(first: str, hidden: str, correlation: int, lmax: int, **options: Any) -
             num_bessel=6,
             num_polynomial_cutoff=5,
             max_ell=lmax,
-            interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+            interaction_cls=modules.interaction_classes[second],
             interaction_cls_first=modules.interaction_classes[first],
             num_interactions=2,
             num_elements=3,
@@ -64,6 +71,12 @@ def make(first: str, hidden: str, correlation: int, lmax: int, **options: Any) -
     return model
 
 
+def make_density(**options: Any) -> torch.nn.Module:
+    """The blocks and, with options, the radial functions of the larger foundation models."""
+    first, second = "RealAgnosticDensityInteractionBlock", "RealAgnosticDensityResidualInteractionBlock"
+    return make(first, "8x0e+8x1o", 3, 2, second=second, **options)
+
+
 def converted(model: torch.nn.Module, spec: Any, structures: list[Atoms]) -> torch.nn.Module:
     plain = {"preset": spec, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
     prepared = gaq.prepare(model, plain)
@@ -78,6 +91,9 @@ MODELS = {
     "agnostic": lambda: make("RealAgnosticInteractionBlock", "8x0e+8x1o", 3, 3),
     "residual": lambda: make("RealAgnosticResidualInteractionBlock", "8x0e+8x1o+8x2e", 2, 2),
     "scalars": lambda: make("RealAgnosticInteractionBlock", "10x0e", 2, 2),
+    "density": lambda: make_density(),
+    "agnesi": lambda: make("RealAgnosticInteractionBlock", "8x0e+8x1o", 2, 2, distance_transform="Agnesi"),
+    "repulsion": lambda: make_density(distance_transform="Agnesi", pair_repulsion=True, apply_cutoff=False),
     "heads": lambda: make("RealAgnosticInteractionBlock", "8x0e+8x1o", 2, 2, heads=["a", "b"]),
 }
 
@@ -259,12 +275,47 @@ def test_changed_weights_make_a_new_engine() -> None:
 
 
 def test_what_is_not_served_says_so_and_runs() -> None:
-    model = converted(make("RealAgnosticInteractionBlock", "8x0e", 2, 2, distance_transform="Agnesi"), "w8", STRUCTURES)
-    with pytest.warns(UserWarning, match="reference path: the radial functions see the species"):
+    model = converted(
+        make("RealAgnosticInteractionBlock", "8x0e", 2, 2, second="RealAgnosticAttResidualInteractionBlock"),
+        "w8",
+        STRUCTURES,
+    )
+    with pytest.warns(UserWarning, match=r"reference path: interactions\.1 is a RealAgnosticAttResidual"):
         model(batch_of(model, STRUCTURES[:1]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert not engine.serves(model, {})  # said once
+
+
+def test_tables_are_made_for_the_pairs_that_are_met() -> None:
+    model = converted(MODELS["agnesi"](), "w8", STRUCTURES[:3])
+    made = engine.engine_of(model).layers[0].radial.made
+    assert len(made) == 1
+    model(batch_of(model, [molecule("H2O")]))
+    # H-H and O-H by structure; H-O was the first of all.
+    assert set(made) == {0, 2}
+    model(batch_of(model, [molecule("CH3OH")]))
+    assert set(made) == {0, 1, 2, 5}
+    assert engine.engine_of(model).layers[0].radial.error <= 1e-11
+    alone = Atoms("O", positions=[[0, 0, 0]])
+    ours, theirs = both(model, [alone])
+    agree(ours, theirs, 1e-10)
+
+
+def test_a_pair_without_a_table_ends_in_the_reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(MODELS["agnesi"](), "w8", STRUCTURES[:3])
+    with engine.disabled():
+        expected = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
+    tables = engine.engine_of(model).layers[1].radial
+
+    def refuse(code: int, fewest: int) -> None:
+        raise ValueError("the radial function cannot be tabulated")
+
+    monkeypatch.setattr(tables, "_make", refuse)
+    with pytest.warns(UserWarning, match="reference path: the radial function cannot be tabulated"):
+        found = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
+    assert torch.equal(found, expected)
+    assert not engine.serves(model, {})
 
 
 def test_hidden_features_are_returned_in_the_hosts_layout() -> None:

@@ -173,6 +173,7 @@ def test_operations_can_be_traced() -> None:
         reals,
         torch.tensor([0, 1, 2, 0, 1]),
         torch.tensor([1, 2, 0, 2, 0]),
+        torch.tensor([], dtype=torch.int64),
         problem.rows_out,
     )
     torch.library.opcheck(
