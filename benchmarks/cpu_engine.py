@@ -5,7 +5,8 @@
 `time` alternates step by step between stock MACECalculator (eager, and compile_mode="default"), the engine with the
 same FP32 weights, and the engine with quantized models, on the same structures, at 1 thread and at all; the ratio is
 taken pair by pair and its median quoted. `memory` runs each size in a process of its own and reads its peak.
-The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers).
+The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers); a
+second one has density-normalised blocks, distances scaled by covalent radii and ZBL repulsion as the later ones do.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def through_engine(model: Any) -> Any:
     return model
 
 
-def model_files(work: Path) -> dict[str, Path]:
+def model_files(work: Path, density: bool = False) -> dict[str, Path]:
     """The FP32 model and its quantized forms, made once."""
-    files = {"fp32": work / "fp32.model", **{preset: work / f"{preset}.model" for preset in PRESETS}}
+    prefix = "density_" if density else ""
+    presets = ("gaq",) if density else PRESETS
+    files = {name: work / f"{prefix}{name}.model" for name in ("fp32", *presets)}
     if not files["fp32"].exists():
-        torch.save(big_model([1, 6, 7, 8]), files["fp32"])
-    for preset in PRESETS:
+        torch.save(big_model([1, 6, 7, 8], density), files["fp32"])
+    for preset in presets:
         if not files[preset].exists():
             spec = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
             model = gaq.prepare(gaq.load(files["fp32"]), spec)
@@ -81,16 +84,26 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool)
     kinds = [STOCK, *([COMPILED] if compiled else []), "engine fp32", *(f"engine {p}" for p in PRESETS)]
     rows = []
     azobenzene = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
+    density = model_files(work, density=True)
+    every = (
+        ("azobenzene", azobenzene, files, kinds),
+        ("water box", water_box(64), files, kinds),
+        ("water box, density model", water_box(64), density, [STOCK, "engine fp32", "engine gaq"]),
+    )
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        calculators = {kind: calculator(files, kind) for kind in kinds}
-        for label, structure in (("azobenzene", azobenzene), ("water box", water_box(64))):
+        for label, structure, own, kinds in every:
+            calculators = {kind: calculator(own, kind) for kind in kinds}
+            graphs = []
             times: dict[str, list[float]] = {kind: [] for kind in kinds}
             forces: dict[str, np.ndarray] = {}
             rng = np.random.default_rng(0)
             for repeat in range(repeats + 2):
                 atoms = structure.copy()
                 atoms.positions += rng.normal(scale=0.01, size=atoms.positions.shape)
+                begin = time.perf_counter()
+                calculators[STOCK]._atoms_to_batch(atoms)
+                graphs.append(time.perf_counter() - begin)
                 for kind, calc in calculators.items():
                     seconds = step(calc, atoms)
                     if repeat >= 2:
@@ -103,12 +116,13 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool)
                     "threads": threads,
                     "kind": kind,
                     "median_seconds_per_step": float(np.median(values)),
+                    "median_seconds_of_the_graph": float(np.median(graphs)),
                     "median_speedup_over_stock_eager": float(np.median(base / np.array(values))),
                     "largest_force_difference_to_stock_ev_per_angstrom": float(
                         np.abs(forces[kind] - forces[STOCK]).max()
                     ),
                 }
-                if compiled:
+                if COMPILED in times:
                     other = np.array(times[COMPILED])
                     row["median_speedup_over_stock_compiled"] = float(np.median(other / np.array(values)))
                 rows.append(row)

@@ -45,11 +45,17 @@ def water_box(molecules: int, seed: int = 0) -> Atoms:
     return box
 
 
-def big_model(elements: list[int]) -> torch.nn.Module:
-    """128x0e+128x1o, l <= 3, correlation 3, 2 layers, random weights: the size of a foundation model."""
+def big_model(elements: list[int], density: bool = False) -> torch.nn.Module:
+    """128x0e+128x1o, l <= 3, correlation 3, 2 layers, random weights: the size of a foundation model.
+
+    `density` gives it what the later ones have more: messages divided by the density of edges, distances scaled by
+    covalent radii (Agnesi), and ZBL repulsion.
+    """
     from e3nn import o3
 
     torch.manual_seed(0)
+    kind = "Density" if density else ""
+    options: dict[str, Any] = {"distance_transform": "Agnesi", "pair_repulsion": True} if density else {}
     return modules.ScaleShiftMACE(
         atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,
@@ -57,8 +63,8 @@ def big_model(elements: list[int]) -> torch.nn.Module:
         num_bessel=8,
         num_polynomial_cutoff=5,
         max_ell=3,
-        interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-        interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
+        interaction_cls=modules.interaction_classes[f"RealAgnostic{kind}ResidualInteractionBlock"],
+        interaction_cls_first=modules.interaction_classes[f"RealAgnostic{kind}InteractionBlock"],
         num_interactions=2,
         num_elements=len(elements),
         hidden_irreps=o3.Irreps("128x0e + 128x1o"),
@@ -69,6 +75,7 @@ def big_model(elements: list[int]) -> torch.nn.Module:
         atomic_numbers=elements,
         correlation=3,
         radial_type="bessel",
+        **options,
     )
 
 
