@@ -1,16 +1,22 @@
 """Time of a step of compiled NequIP models: stock FP32 against quantized ones, paired in one run.
 
-    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt] [--kinds gaq_fused ...] [--name NAME]
+    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt | --architecture nequip|allegro]
+                                      [--kinds gaq_fused ...] [--name NAME]
 
 Each file is compiled once, FP32 by the stock command, the others by `nequip-deploy`'s own function, and kept in the
 working directory; `_fused` are those with the CPU kernels inside, which `nequip-deploy` makes by default. Time is
 that of this process on the model alone, without neighbour list, on azobenzene and a dense periodic box of it.
+`--architecture` makes a checkpoint of the size of a general model with the stock command (a few steps of training:
+values do not matter for time): NequIP l_max 2, 4 layers, 64 features; Allegro l_max 2, 2 layers, 64 scalar and 32
+tensor features.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,14 +24,59 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from ase.io import read
 from common import SHARED, write_result
+from nequip_presets import training_input
 
 import gaq
 from gaq.reporting.tables import markdown_table
 from gaq_nequip import artefact, deploy, files
 
 KINDS = ("w8", "gaq", "w8_fused", "gaq_fused")
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "nequip": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 4, "num_features": 64},
+    "allegro": {
+        "_target_": "allegro.model.AllegroModel",
+        "num_layers": 2,
+        "num_scalar_features": 64,
+        "num_tensor_features": 32,
+        "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 8},
+    },
+}
+
+
+def trained_briefly(args: argparse.Namespace) -> Path:
+    """A checkpoint of the architecture asked for, by the stock command on the data and types of `args.model`."""
+    folder: Path = args.work / args.architecture
+    checkpoint = folder / "out" / "best.ckpt"
+    if checkpoint.exists():
+        return checkpoint
+    folder.mkdir(exist_ok=True)
+    training = argparse.Namespace(model=args.model, train=args.data, test=args.data, epochs=1)
+    config = training_input(training, None, 1)
+    module = config["training_module"]
+    module.pop("ema_decay")
+    module["_target_"] = "nequip.train.NequIPLightningModule"
+    data = config["data"]
+    module["model"] = {
+        "seed": 1,
+        "model_dtype": "float32",
+        "type_names": next(t["model_type_names"] for t in data["transforms"] if "model_type_names" in t),
+        "r_max": 5.0,
+        "l_max": 2,
+        "parity": True,
+        "avg_num_neighbors": 20.0,
+        **ARCHITECTURES[args.architecture],
+    }
+    config["trainer"] |= {"limit_train_batches": 10, "limit_val_batches": 2, "logger": False}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    command = [str(Path(sys.executable).with_name("nequip-train")), "-cp", str(folder.resolve()), "-cn", "config"]
+    with open(folder / "log.txt", "w") as log:
+        subprocess.run([*command, "hydra.run.dir=hydra"], cwd=folder, stdout=log, stderr=log, check=True)
+    return checkpoint
 
 
 def compiled(args: argparse.Namespace, name: str) -> Path:
@@ -74,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=SHARED / "models/nequip_azobenzene.ckpt")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), help="in place of MODEL's")
     parser.add_argument("--data", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
@@ -84,6 +136,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
+    if args.architecture:
+        args.model = trained_briefly(args)
     names = ("fp32", *args.kinds)
     paths = {name: compiled(args, name) for name in names}
     calculators: dict[str, Any] = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
@@ -115,7 +169,7 @@ def main() -> None:
                     "file_bytes_equally_slimmed": slimmed.stat().st_size if name == "fp32" else None,
                 }
             )
-    write_result(args.name, rows, work=args.work, model=args.model.name, threads=args.threads)
+    write_result(args.name, rows, work=args.work, model=args.architecture or args.model.name, threads=args.threads)
     shown = [
         {
             "scheme": row["scheme"],
