@@ -219,6 +219,7 @@ PRESETS: dict[str, QuantizationConfig] = {
         radial_activations=True,
         calibration=CalibrationConfig(headroom=1.0),
         distillation=DistillationConfig(steps=0),
+        training=TrainingConfig(warm_start=False, learned_scales=False),
     ),
 }
 """Named configurations; ``gaq`` is another name of the default, ``w8a16``."""
