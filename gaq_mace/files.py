@@ -33,6 +33,7 @@ from mace.modules import models as mace_models
 from mace.tools.scripts_utils import extract_config_mace_model
 from torch import Tensor
 
+from gaq.archive import deflate
 from gaq.packing import pack, unpack
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
 from gaq_mace.model import (
@@ -337,19 +338,10 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             _save_safetensors(take_apart(model), part)
         else:
             torch.save(model, part)
-            _deflate(part)
+            deflate(part, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _deflate(path: Path) -> None:
-    """Compress the entries of a torch archive in place; torch.load reads them either way."""
-    with zipfile.ZipFile(path) as archive:
-        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, data in entries:
-            archive.writestr(name, data)
 
 
 _NAMES: dict[str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from gaq.archive import deflate
 from gaq.config import parse_config
 from gaq.quantized import FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq_nequip.model import graph_models
@@ -315,12 +316,3 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
             exporter.save_pickle("model", "eager_model.pkl", modules, dependencies=True)
     deflate(plain, path)
     plain.unlink()
-
-
-def deflate(source: Path, target: Path) -> None:
-    """Compress the entries of an archive; torch reads them either way."""
-    with zipfile.ZipFile(source) as archive:
-        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, content in entries:
-            archive.writestr(name, content)

@@ -455,12 +455,12 @@ def test_nothing_is_left_behind_when_writing_fails(
         with pytest.raises(ModelFileError, match="avg_num_neighbors"):
             gaq.save(model, tmp_path / f"model{suffix}")
 
-    def fail(path: Path) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
     gaq.save(quantized("w8"), tmp_path / "kept.model")
     kept = (tmp_path / "kept.model").read_bytes()
-    monkeypatch.setattr(files, "_deflate", fail)
+    monkeypatch.setattr(files, "deflate", fail)
     with pytest.raises(OSError, match="disk full"):
         gaq.save(quantized("w4"), tmp_path / "kept.model")
     assert [file.name for file in tmp_path.iterdir()] == ["kept.model"]
