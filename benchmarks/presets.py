@@ -132,7 +132,7 @@ def qat(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None
     runs += [(p, seed) for p in (None, *args.presets) if p is None or p in args.repeat for seed in args.seeds[1:]]
     for preset, seed in runs:
         name = run_name(preset, seed, args.seeds)
-        if preset is None and (args.work / f"row_{name}.json").exists():
+        if (args.work / f"row_{name}.json").exists():
             continue
         start = time.time()
         path = framework.train_model(args, preset, seed)
