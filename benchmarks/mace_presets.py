@@ -9,6 +9,7 @@ The stages keep their files in the working directory, so they can run one after 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,9 @@ def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path
     """The stock command on the training input, in a folder of its own."""
     name = run_name(preset, seed, args.seeds)
     folder: Path = args.work / name
-    folder.mkdir(exist_ok=True)
+    # What an earlier run left there would be taken for what this one trained.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))
     command = Path(sys.executable).with_name("mace_run_train")
     with open(folder / "log.txt", "w") as log:

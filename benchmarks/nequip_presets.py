@@ -10,6 +10,7 @@ with integer codes, against the stock command's of the float model.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
 def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path:
     """The stock command on the training input, in a folder of its own."""
     folder: Path = args.work / run_name(preset, seed, args.seeds)
-    folder.mkdir(exist_ok=True)
+    # What an earlier run left there would be taken for what this one trained.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))
     command = [str(Path(sys.executable).with_name("nequip-train")), "-cp", str(folder.resolve()), "-cn", "config"]
     with open(folder / "log.txt", "w") as log:
