@@ -5,6 +5,8 @@
 `time` alternates step by step between stock MACECalculator (eager, and compile_mode="default"), the engine with the
 same FP32 weights, and the engine with quantized models, on the same structures, at 1 thread and at all; the ratio is
 taken pair by pair and its median quoted. `memory` runs each size in a process of its own and reads its peak.
+With symmetrix installed (a C++ MACE engine), `--symmetrix DIR` puts it into the table: DIR holds what its own
+`symmetrix_extract_mace -m DIR/fp32.model -Z ...` made of the FP32 model, fp32-1-6-7.json and fp32-1-8.json.
 The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers); a
 second one has density-normalised blocks, distances scaled by covalent radii and ZBL repulsion as the later ones do.
 """
@@ -34,7 +36,7 @@ from gaq.reporting.tables import markdown_table
 from gaq_mace.engine import Engine
 
 PRESETS = ("w8", "gaq")
-STOCK, COMPILED = "stock eager", "stock compiled"
+STOCK, COMPILED, SYMMETRIX = "stock eager", "stock compiled", "symmetrix, float32"
 
 
 def through_engine(model: Any) -> Any:
@@ -74,17 +76,28 @@ def calculator(files: dict[str, Path], kind: str) -> MACECalculator:
     return made
 
 
-def step(calc: MACECalculator, atoms: Atoms) -> float:
+def symmetrix(file: Path) -> Any:
+    """symmetrix's calculator, by Kokkos in float32."""
+    from symmetrix import Symmetrix  # type: ignore[import-not-found]
+
+    return Symmetrix(str(file), use_kokkos=True, dtype="float32")
+
+
+def step(calc: Any, atoms: Atoms) -> float:
     start = time.perf_counter()
     calc.calculate(atoms, ["energy", "forces"])
     return time.perf_counter() - start
 
 
-def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool) -> None:
+def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool, other: Path | None) -> None:
     kinds = [STOCK, *([COMPILED] if compiled else []), "engine fp32", *(f"engine {p}" for p in PRESETS)]
     rows = []
     azobenzene = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
+    # symmetrix wants a cell, be it periodic or not.
+    azobenzene.set_cell([100.0] * 3)
+    azobenzene.center()
     density = model_files(work, density=True)
+    extracted = {"azobenzene": "fp32-1-6-7.json", "water box": "fp32-1-8.json"}
     every = (
         ("azobenzene", azobenzene, files, kinds),
         ("water box", water_box(64), files, kinds),
@@ -93,9 +106,11 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool)
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         for label, structure, own, kinds in every:
-            calculators = {kind: calculator(own, kind) for kind in kinds}
+            calculators: dict[str, Any] = {kind: calculator(own, kind) for kind in kinds}
+            if other is not None and threads == 1 and label in extracted:
+                calculators[SYMMETRIX] = symmetrix(other / extracted[label])
             graphs = []
-            times: dict[str, list[float]] = {kind: [] for kind in kinds}
+            times: dict[str, list[float]] = {kind: [] for kind in calculators}
             forces: dict[str, np.ndarray] = {}
             rng = np.random.default_rng(0)
             for repeat in range(repeats + 2):
@@ -123,8 +138,8 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool)
                     ),
                 }
                 if COMPILED in times:
-                    other = np.array(times[COMPILED])
-                    row["median_speedup_over_stock_compiled"] = float(np.median(other / np.array(values)))
+                    base_compiled = np.array(times[COMPILED])
+                    row["median_speedup_over_stock_compiled"] = float(np.median(base_compiled / np.array(values)))
                 rows.append(row)
                 print(row, flush=True)
     (work / "time.json").write_text(json.dumps(rows))
@@ -303,6 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--no-compiled", action="store_true", help="leave stock's compile_mode out (minutes to compile)"
     )
+    parser.add_argument("--symmetrix", type=Path, metavar="DIR", help="files that symmetrix extracted")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--molecules", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -313,7 +329,7 @@ def main() -> None:
         peak(files, args.peak, args.molecules)
         return
     if args.stage in ("time", "all"):
-        stage_time(files, args.work, args.repeats, not args.no_compiled)
+        stage_time(files, args.work, args.repeats, not args.no_compiled, args.symmetrix)
     if args.stage in ("growth", "all"):
         stage_growth(files, args.work)
     if args.stage in ("memory", "all"):
