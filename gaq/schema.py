@@ -129,9 +129,9 @@ class DistillationConfig:
 class TrainingConfig:
     """How a quantization-aware training of a model that is trained already goes (fine-tuning).
 
-    The presets of 4 bits have both. At 8 bits plain rounding is so near the float model that training does better from
-    its own weights. A model that is trained from scratch has no use for either: its weights still have to find their
-    sizes, and scales follow them from epoch to epoch.
+    The presets of 4 bits have both; at 8 bits plain rounding is near enough to begin from. A model that is trained from
+    scratch has no use for either: its weights still have to find their sizes, and scales follow them from epoch to
+    epoch.
 
     Attributes:
         warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
