@@ -30,6 +30,7 @@ from common import SHARED, write_result
 from nequip_presets import training_input
 
 import gaq
+from gaq.config import parse_config
 from gaq.reporting.tables import markdown_table
 from gaq_nequip import artefact, deploy, files
 
@@ -99,7 +100,8 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     spec = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
     gaq.save(model, args.work / f"{name}.ckpt")
-    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", fused=name != preset)
+    tolerance = deploy.default_tolerance(parse_config(preset)) if parse_config(preset).rounds_activations else 0.0
+    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
     return path
 
 

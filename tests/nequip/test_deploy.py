@@ -13,7 +13,8 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import numpy as np
 
 from gaq.adapter import adapter_for_file
-from gaq_nequip import artefact
+from gaq.config import parse_config
+from gaq_nequip import artefact, deploy
 from gaq_nequip.deploy import main
 
 
@@ -149,3 +150,17 @@ def test_allegro(train: Callable[..., Any], tmp_path: Path) -> None:
         path = tmp_path / f"{target}.nequip.pt2"
         assert main(["build", str(run.best), str(path), "--target", target]) == 0
         assert artefact.metadata(path)["gaq_preset"] == "w8a16"
+
+
+def test_the_noise_of_rounding_is_allowed_in_the_hosts_own_check() -> None:
+    from nequip.utils.dtype import floating_point_tolerance
+
+    before = floating_point_tolerance("float32")
+    with deploy._tolerating(1e-3 * deploy.default_tolerance(parse_config("gaq"))):
+        assert floating_point_tolerance("float32") == 5e-3
+        assert floating_point_tolerance("float64") < 1e-8
+    with deploy._tolerating(0.0):
+        assert floating_point_tolerance("float32") == before
+    with deploy._tolerating(1e-3 * deploy.default_tolerance(parse_config("w8a8"))):
+        assert before < floating_point_tolerance("float32") < float("inf")
+    assert floating_point_tolerance("float32") == before
