@@ -18,12 +18,7 @@ from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
 
-__all__ = ["RadialTables", "sees_species"]
-
-
-def sees_species(model: Any) -> bool:
-    """Whether the radial functions of a model depend on the species of both atoms."""
-    return hasattr(model.radial_embedding, "distance_transform")
+__all__ = ["RadialTables"]
 
 
 class RadialTables:
@@ -50,7 +45,7 @@ class RadialTables:
         self.tolerance = tolerance
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
-        self.by_species = sees_species(model)
+        self.by_species = hasattr(model.radial_embedding, "distance_transform")
         self.made: dict[int, tuple[radial.RadialTable, radial.RadialTable | None]] = {}
         self.joined: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
         self._probe()
@@ -70,7 +65,7 @@ class RadialTables:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
             if not torch.equal(self._weights(lengths, first, last), self._weights(lengths, last, first)):
                 raise ValueError("the radial functions tell sender from receiver")
-        self._make(self.code(first, last), radial.FEWEST)
+        self._make(self.code(first, last))
 
     def code(self, first: int, second: int) -> int:
         """Number of a pair of species, whatever its order; 0 if species do not matter."""
@@ -97,11 +92,9 @@ class RadialTables:
             density = density * cutoff
         return density.view(-1, 1, 1)
 
-    def _make(self, code: int, fewest: int) -> None:
+    def _make(self, code: int) -> None:
         first, second = divmod(code, self.elements)
-        weights = radial.tabulate(
-            lambda lengths: self._weights(lengths, first, second), self.r_max, self.tolerance, fewest
-        )
+        weights = radial.tabulate(lambda lengths: self._weights(lengths, first, second), self.r_max, self.tolerance)
         density = None
         if self.density is not None:
             density = radial.tabulate(
@@ -121,7 +114,7 @@ class RadialTables:
         if codes not in self.joined:
             for code in codes:
                 if code not in self.made:
-                    self._make(code, radial.FEWEST)
+                    self._make(code)
             for part in range(2):
                 # All with the steps of the finest.
                 tables = [self.made[code][part] for code in codes]

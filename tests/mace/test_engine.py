@@ -308,7 +308,7 @@ def test_a_pair_without_a_table_ends_in_the_reference_path(monkeypatch: pytest.M
         expected = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
     tables = engine.engine_of(model).layers[1].radial
 
-    def refuse(code: int, fewest: int) -> None:
+    def refuse(code: int) -> None:
         raise ValueError("the radial function cannot be tabulated")
 
     monkeypatch.setattr(tables, "_make", refuse)
