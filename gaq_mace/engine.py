@@ -159,11 +159,19 @@ class _SpeciesOrder:
     pairs: tuple[int, ...]  # as `RadialTables.code` numbers them, in the order of `Graph.tables`
 
 
+def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
+    """(atoms, rows, in) by a matrix (in, out).
+
+    As one product of all rows: torch makes one an atom of rows that are part of a longer layout, at half the speed.
+    """
+    return (x.reshape(-1, x.shape[2]) @ matrix).view(x.shape[0], x.shape[1], -1)
+
+
 def _species_product(x: Tensor, matrices: Tensor, order: _SpeciesOrder) -> Tensor:
     """(atoms, rows, in) by the matrix of each atom's species."""
     if len(order.bounds) == 1:
-        return x @ matrices[order.bounds[0][0]]
-    return torch.cat([x[a:b] @ matrices[z] for z, a, b in order.bounds])
+        return _mixed(x, matrices[order.bounds[0][0]])
+    return torch.cat([_mixed(x[a:b], matrices[z]) for z, a, b in order.bounds])
 
 
 class _Layer(torch.nn.Module):
@@ -352,7 +360,7 @@ class _Layer(torch.nn.Module):
             x = self.round_skip(features)
             sc = self._skip(x, self.in_rows, self.skip_rows, order)
         x = self.round_up(features)
-        x = torch.cat([x[:, r] @ getattr(self, f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
+        x = torch.cat([_mixed(x[:, r], getattr(self, f"up_{i}")) for i, r in enumerate(self.in_rows)], dim=1)
         knots, density_knots = self._tables(order.pairs, x.dtype)
         message = convolution.convolution(self.problem, graph, x, vectors, knots)
         if self.message_plan is not None:
@@ -373,7 +381,7 @@ class _Layer(torch.nn.Module):
         species = torch.zeros_like(order.species) if self.agnostic else order.species
         x = contraction.contraction(self.polynomial, x, species, self.contraction_coefficients)
         x = self.round_final(x)
-        x = torch.cat([x[:, r] @ getattr(self, f"final_{i}") for i, r in enumerate(self.out_rows)], dim=1)
+        x = torch.cat([_mixed(x[:, r], getattr(self, f"final_{i}")) for i, r in enumerate(self.out_rows)], dim=1)
         if self.use_sc and sc is not None:
             x = x + sc
         return self.round_out(x)

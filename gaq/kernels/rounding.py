@@ -21,6 +21,8 @@ from gaq.quantizers.features import FeatureQuantizer
 __all__ = ["Piece", "Plan", "plan", "reference", "round_features"]
 
 COMPONENTS = (1, 3, 5, 7, 9)
+SERIAL = 1 << 15
+"""Features that one thread rounds in some ten microseconds."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class _Round(torch.autograd.Function):
             atoms,
             features.data_ptr(),
             rounded.data_ptr(),
-            torch.get_num_threads(),
+            # Threads cost more than they bring where there is little to round.
+            min(torch.get_num_threads(), 1 + features.numel() // SERIAL),
         )
         return rounded
 
