@@ -1,11 +1,11 @@
 """Energy drift without thermostat: the fused CPU engine against the reference path, on the same quantized models.
 
-    python benchmarks/engine_nve.py --work DIR [--system azobenzene water] [--path engine reference] [--table]
+    python benchmarks/engine_nve.py --work DIR [--system azobenzene water] [--path engine reference] [--seed 0 1 2]
 
 Stock `MACECalculator`, float32, preset `gaq` post-training: azobenzene 50 ps with 1 fs, a periodic box of 8 water
 molecules 10 ps with 0.5 fs (a model of acetylacetone, which knows H, C and O: what is tested is conservation, not
-water). Each run is a process's work of its own and leaves its result in DIR, so they can run side by side; `--table`
-gathers what is there into results/engine_nve.json and a figure of the total energy.
+water). Each run, of one seed of velocities, leaves its result in DIR, so that processes can share the work; `--table`
+gathers what is there into results/engine_nve.json and a figure of the total energy of the first seed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SYSTEMS = {
     "water": {"model": "mace_acac", "duration_ps": 10.0, "timestep_fs": 0.5},
 }
 PATHS = ("engine", "reference")
+SEEDS = range(10)
 
 
 def quantized(work: Path, system: str) -> Path:
@@ -61,21 +62,49 @@ def start(system: str, calculator: Any) -> Any:
     return atoms
 
 
-def simulate(work: Path, system: str, path: str) -> None:
+def run_name(system: str, path: str, seed: int) -> str:
+    return f"{system}_{path}_{seed}"
+
+
+def simulate(work: Path, system: str, path: str, seed: int) -> None:
     """One run; leaves its result in the working directory."""
+    name = run_name(system, path, seed)
+    if (work / f"{name}.json").exists():
+        return
     calculator = MACECalculator(model_paths=str(quantized(work, system)), device="cpu", default_dtype="float32")
     options = {key: float(SYSTEMS[system][key]) for key in ("duration_ps", "timestep_fs")}
     atoms = start(system, calculator)
     with disabled() if path == "reference" else contextlib.nullcontext():
         began = time.perf_counter()
         # Molecules of a model that has never seen them may react.
-        result = nve_drift(calculator, atoms, **options, check_bonds=system == "azobenzene", progress=True)
+        bonds = system == "azobenzene"
+        result = nve_drift(calculator, atoms, **options, seed=seed, check_bonds=bonds, progress=True)
         seconds = time.perf_counter() - began
     row = {key: value for key, value in dataclasses.asdict(result).items() if not isinstance(value, tuple)}
-    row |= {"system": system, "path": path, "seconds": seconds}
-    np.savez(work / f"{system}_{path}.npz", times_ps=result.times_ps[0], total_energy_ev=result.total_energy_ev[0])
-    (work / f"{system}_{path}.json").write_text(json.dumps(row, indent=1))
+    row |= {"system": system, "path": path, "seed": seed, "seconds": seconds}
+    np.savez(work / f"{name}.npz", times_ps=result.times_ps[0], total_energy_ev=result.total_energy_ev[0])
+    (work / f"{name}.json").write_text(json.dumps(row, indent=1))
     print(json.dumps(row), flush=True)
+
+
+def average(rows: list[dict[str, Any]], system: str, path: str) -> dict[str, Any] | None:
+    """The mean drift of the seeds there are, its error from their scatter or, of one, from its blocks."""
+    own = [row for row in rows if (row["system"], row["path"]) == (system, path)]
+    if not own:
+        return None
+    drifts = np.array([row["drift_mev_per_atom_per_ps"] for row in own])
+    errors = np.array([row["standard_error"] for row in own])
+    scatter = drifts.std(ddof=1) / len(own) ** 0.5 if len(own) > 1 else 0.0
+    return {
+        "system": system,
+        "path": path,
+        "n_atoms": own[0]["n_atoms"],
+        "runs": len(own),
+        "duration_ps": own[0]["duration_ps"],
+        "drift_mev_per_atom_per_ps": float(drifts.mean()),
+        "standard_error": float(max(scatter, np.sqrt((errors**2).sum()) / len(own))),
+        "drift_over_std_kinetic": float(np.mean([row["drift_over_std_kinetic"] for row in own])),
+    }
 
 
 def table(work: Path) -> None:
@@ -85,12 +114,15 @@ def table(work: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for s in SYSTEMS for p in PATHS if (row := load_json(work / f"{s}_{p}.json"))]
-    write_result("engine_nve", rows, work=work)
+    rows = [
+        row for s in SYSTEMS for p in PATHS for n in SEEDS if (row := load_json(work / f"{run_name(s, p, n)}.json"))
+    ]
+    means = [mean for s in SYSTEMS for p in PATHS if (mean := average(rows, s, p))]
+    write_result("engine_nve", rows, work=work, means=means)
     figure, axes = pyplot.subplots(1, len(SYSTEMS), figsize=(9, 3.2), layout="constrained")
     for axis, system in zip(axes, SYSTEMS, strict=True):
         for path in PATHS:
-            file = work / f"{system}_{path}.npz"
+            file = work / f"{run_name(system, path, 0)}.npz"
             if file.exists():
                 run = np.load(file)
                 energy = 1e3 * (run["total_energy_ev"] - run["total_energy_ev"][0])
@@ -103,13 +135,11 @@ def table(work: Path) -> None:
             "system": row["system"],
             "path": row["path"],
             "atoms": row["n_atoms"],
-            "ps": f"{row['duration_ps']:g}",
+            "ps": f"{row['runs']} x {row['duration_ps']:g}",
             "drift, meV/atom/ps": f"{row['drift_mev_per_atom_per_ps']:.4f} ± {row['standard_error']:.4f}",
             "drift x time / std kinetic": f"{row['drift_over_std_kinetic']:.3f}",
-            "K": f"{row['mean_temperature_K']:.0f}",
-            "seconds": f"{row['seconds']:.0f}",
         }
-        for row in rows
+        for row in means
     ]
     print(markdown_table(shown, list(shown[0])))
 
@@ -119,6 +149,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--system", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--path", nargs="*", default=list(PATHS), choices=PATHS)
+    parser.add_argument("--seed", type=int, nargs="*", default=[0], choices=SEEDS, help="of the velocities")
     parser.add_argument("--table", action="store_true", help="only gather what is there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +158,8 @@ def main() -> None:
     if not args.table:
         for system in args.system:
             for path in args.path:
-                simulate(args.work, system, path)
+                for seed in args.seed:
+                    simulate(args.work, system, path, seed)
     table(args.work)
 
 
