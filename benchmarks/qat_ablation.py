@@ -1,0 +1,163 @@
+"""What each part of 4-bit fine-tuning buys: MACE on azobenzene, preset `w4a16`, stock `mace_run_train`, several seeds.
+
+    python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
+
+The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of `quantization.training` switched off, and
+FP32 with the same seeds beside them. Each run leaves a row in DIR, so that processes can share the work; `--table`
+gathers what is there into results/qat_ablation.json and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+import yaml
+from ase.io import read
+from common import RESULTS, SHARED, load_json, spaced, write_result
+from mace_presets import training_input
+
+import gaq
+from gaq.adapter import adapter_for
+from gaq.physics.errors import force_and_energy_mae
+from gaq.reporting.tables import markdown_table
+
+VARIANTS: dict[str, dict[str, bool] | None] = {
+    "fp32": None,
+    "plain": {"warm_start": False, "learned_scales": False},
+    "warm": {"warm_start": True, "learned_scales": False},
+    "learned": {"warm_start": False, "learned_scales": True},
+    "both": {"warm_start": True, "learned_scales": True},
+}
+LABELS = {
+    "fp32": "FP32",
+    "plain": "straight-through rounding only",
+    "warm": "+ start from calibrated rounding",
+    "learned": "+ learned scales",
+    "both": "both (the default of w4*)",
+}
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    """One run of the stock command; what it cost and how well its model does on the test structures."""
+    name = f"{variant}_{seed}"
+    folder: Path = args.work / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = training_input(args, None if variant == "fp32" else "w4a16", seed) | {"name": name}
+    if variant != "fp32":
+        settings["quantization"]["training"] = VARIANTS[variant]
+    (folder / "train.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = Path(sys.executable).with_name("mace_run_train")
+    start = time.perf_counter()
+    with open(folder / "log.txt", "w") as log:
+        subprocess.run([command, "--config", "train.yml"], cwd=folder, stdout=log, stderr=log, check=True)
+    seconds = time.perf_counter() - start
+    model = gaq.load(folder / f"{name}.model")
+    errors = force_and_energy_mae(adapter_for(model).potential(model, 50), spaced(read(args.test, ":"), args.frames))
+    return {
+        "variant": variant,
+        "seed": seed,
+        "epochs": args.epochs,
+        "force_mae_mev_per_angstrom": errors.force_mae_mev_per_angstrom,
+        "energy_mae_mev_per_atom": errors.energy_mae_mev_per_atom,
+        "seconds": seconds,
+        "seconds_per_epoch": epoch_seconds(folder / "log.txt"),
+    }
+
+
+def epoch_seconds(log: Path) -> float | None:
+    """Median time from one line of validation to the next, as MACE's log has them."""
+    lines = [line for line in log.read_text().splitlines() if "Epoch " in line and "loss=" in line]
+    stamps = [datetime.datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines]
+    steps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(stamps)]
+    return float(np.median(steps)) if steps else None
+
+
+def table(args: argparse.Namespace) -> None:
+    """The result file, the figure and the printed table, of the runs that are there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for v in VARIANTS for s in range(20) if (row := load_json(args.work / f"row_{v}_{s}.json"))]
+    base = {row["seed"]: row for row in rows if row["variant"] == "fp32"}
+    summary = []
+    for variant in VARIANTS:
+        own = [row for row in rows if row["variant"] == variant and row["seed"] in base]
+        if not own:
+            continue
+        ratios = np.array(
+            [row["force_mae_mev_per_angstrom"] / base[row["seed"]]["force_mae_mev_per_angstrom"] for row in own]
+        )
+        summary.append(
+            {
+                "variant": variant,
+                "seeds": [row["seed"] for row in own],
+                "force_ratio_by_seed": ratios.tolist(),
+                "force_ratio": float(ratios.mean()),
+                "standard_error": float(ratios.std(ddof=1) / len(own) ** 0.5) if len(own) > 1 else None,
+            }
+        )
+    write_result("qat_ablation", rows, work=args.work, summary=summary)
+    figure, axis = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    for place, entry in enumerate(summary):
+        axis.plot(entry["force_ratio_by_seed"], [place] * len(entry["seeds"]), "o", alpha=0.5)
+        axis.plot(entry["force_ratio"], place, "k|", markersize=16)
+    axis.set_yticks(range(len(summary)), [LABELS[entry["variant"]] for entry in summary])
+    axis.invert_yaxis()
+    axis.set_xlabel("force error over that of FP32 with the same seed and epochs")
+    figure.savefig(RESULTS / "qat_ablation.png", dpi=150)
+    shown = [
+        {
+            "training": LABELS[entry["variant"]],
+            "F over FP32": f"{entry['force_ratio']:.4f}"
+            + (f" ± {entry['standard_error']:.4f}" if entry["standard_error"] is not None else ""),
+            "seeds": len(entry["seeds"]),
+        }
+        for entry in summary
+    ]
+    print(markdown_table(shown, list(shown[0])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=1000, help="test structures")
+    parser.add_argument("--table", action="store_true", help="only gather what is there")
+    args = parser.parse_args()
+    args.model = SHARED / "models/mace_azobenzene.model"
+    args.train = SHARED / "data/rmd17/azobenzene_train_01.xyz"
+    args.test = SHARED / "data/rmd17/azobenzene_test_01.xyz"
+    args.work.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if not args.table:
+        for seed in args.seeds:
+            for variant in args.variants:
+                target = args.work / f"row_{variant}_{seed}.json"
+                if not target.exists():
+                    row = train(args, variant, seed)
+                    target.write_text(json.dumps(row, indent=1))
+                    print(json.dumps(row), flush=True)
+    table(args)
+
+
+if __name__ == "__main__":
+    main()
