@@ -369,8 +369,9 @@ class FeatureQuantizer(torch.nn.Module):
     @torch.jit.unused
     def _can_fuse(self, x: Tensor) -> bool:
         # A tracer has to see plain operations, and must not leave its tensors in the cache of pieces.
-        tracing = isinstance(x, torch.fx.Proxy) or get_proxy_mode() is not None
-        return not tracing and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():  # asked first: what is below cannot be compiled itself
+            return False
+        return not isinstance(x, torch.fx.Proxy) and get_proxy_mode() is None
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:

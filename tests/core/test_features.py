@@ -655,3 +655,13 @@ def test_torchscript_after_use_in_inference() -> None:
     x = random_features(MUL_IR)
     fused = quantizer(x)
     assert (torch.jit.script(quantizer)(x) - fused).abs().max() < 1e-4
+
+
+@LAYOUTS
+@PATHS
+def test_compiles_as_one_graph(layout: FeatureLayout, plain: bool) -> None:
+    # Traced as torch.compile traces it; what the graph is then turned into is Inductor's business.
+    quantizer = make(layout, plain=plain)
+    x = random_features(layout).requires_grad_()
+    compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
+    assert (compiled(x) - quantizer(x)).abs().max() < 1e-4
