@@ -38,6 +38,28 @@ struct Piece {
 
 template <typename T> T limit(T size) { return std::max(size, T(1e-30)) * T(1.000001); }
 
+// Zero axes become directions orthogonal to the others, that no component of the features is lost.
+inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
+  for (int k = 0; k < axes; ++k) {
+    double size = 0;
+    for (int m = 0; m < d; ++m) size += a[k][m] * a[k][m];
+    if (size > 0.5) continue;
+    int best = 0;
+    double most = 0;
+    for (int i = 0; i < d; ++i) {
+      double left = 1;
+      for (int j = 0; j < axes; ++j) left -= a[j][i] * a[j][i];
+      if (left > most) most = left, best = i;
+    }
+    double rest[MAX_D] = {};
+    rest[best] = 1;
+    for (int j = 0; j < axes; ++j)
+      for (int m = 0; m < d; ++m) rest[m] -= a[j][best] * a[j][m];
+    const double length = std::sqrt(std::max(most, 1e-30));
+    for (int m = 0; m < d; ++m) a[k][m] = rest[m] / length;
+  }
+}
+
 // Orthonormal axes that turn with the features: Gram and Schmidt on fixed mixtures of the channels.
 template <typename T>
 void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T axes[MAX_D][MAX_D]) {
@@ -74,6 +96,7 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
     }
     std::copy(axis, axis + d, a[k]);
   }
+  complete(a, spanning, d);
   if (d == 3) {
     const double c[3] = {a[0][1] * a[1][2] - a[0][2] * a[1][1], a[0][2] * a[1][0] - a[0][0] * a[1][2],
                          a[0][0] * a[1][1] - a[0][1] * a[1][0]};

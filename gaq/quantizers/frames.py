@@ -7,9 +7,11 @@ along them do not change under rotation, and whatever is done to these is equiva
 
     ``v_q = Q^T code(Q v)``, ``Q -> Q D^T`` and ``v -> D v`` under a rotation D, so ``v_q -> D v_q``.
 
-Inversion and reflections are among the D: all axes change with the features. Where the features span less than the
-whole space (an atom on an axis or in a plane of symmetry, or few channels) the missing axes are zero: there is no
-component along them.
+Inversion and reflections are among the D: all axes change with the features. Where the mixtures span less than the
+whole space, directions orthogonal to the others complete the axes. Mostly the features span no more either (an atom on
+an axis or in a plane of symmetry, or few channels), and nothing lies along what was added. But on their way atoms also
+pass places where a mixture becomes dependent on the others though the features do not: to leave an axis out there would
+drop a component of every feature. One missing axis is given by the others but for its sign, to which codes are blind.
 
 The axes themselves are a few numbers an atom, however many channels there are.
 """
@@ -40,6 +42,20 @@ def _unit(v: Tensor, floor: Tensor) -> Tensor:
     return torch.where(length > floor, v / length.clamp_min(1e-30), torch.zeros_like(v))
 
 
+def _completed(axes: list[Tensor], dimension: int) -> list[Tensor]:
+    """Axes, each (batch, dimension), with those that are zero replaced by directions orthogonal to the others."""
+    whole = torch.eye(dimension, dtype=axes[0].dtype, device=axes[0].device)
+    for k in range(len(axes)):
+        known = torch.stack(axes, 1)
+        # What the axes leave of each unit vector: rows of the projection on the rest.
+        rest = whole - torch.matmul(known.transpose(1, 2), known)
+        longest, which = rest.diagonal(0, 1, 2).max(-1, True)
+        row = rest.gather(1, which.unsqueeze(-1).expand(-1, 1, dimension)).squeeze(1)
+        missing = (axes[k] * axes[k]).sum(-1, keepdim=True) < 0.5
+        axes[k] = torch.where(missing, row / torch.sqrt(longest.clamp_min(1e-30)), axes[k])
+    return axes
+
+
 def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
     """Orthonormal axes that turn with the vectors.
 
@@ -49,7 +65,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
         dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
 
     Returns:
-        Axes as rows, shape (batch, 2 l + 1, 2 l + 1); rows that the vectors do not span are zero.
+        Axes as rows, shape (batch, 2 l + 1, 2 l + 1).
     """
     count = 2 if dimension == 3 else dimension
     references = torch.matmul(mixing[:count], vectors)
@@ -68,6 +84,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
                 axis = axis - (axis * other).sum(-1, keepdim=True) * other
             axis = _unit(axis, torch.full_like(floor, 0.5))
         axes.append(axis)
+    axes = _completed(axes, dimension)
     if dimension == 3:
         # A cross product does not change sign under inversion as the others do, unless a third reference tells it to.
         third = torch.linalg.cross(axes[0], axes[1])
@@ -77,12 +94,9 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
 
 
 def local_frame_at_once(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
-    """`local_frame` by one QR decomposition: the same axes in a tenth of the operations, where these are dear.
-
-    Axes that the vectors do not span are orthogonal to the others rather than zero, which comes to the same: nothing
-    lies along them.
-    """
+    """`local_frame` by one QR decomposition: the same axes in a tenth of the operations, where these are dear."""
     references = torch.matmul(mixing[:dimension], vectors)
     q, r = torch.linalg.qr(references.transpose(1, 2))
     # The factor of Gram and Schmidt is the one whose diagonal is positive.
-    return q.transpose(1, 2) * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(-1)
+    diagonal = r.diagonal(dim1=1, dim2=2)
+    return q.transpose(1, 2) * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-1)

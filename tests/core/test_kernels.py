@@ -389,6 +389,24 @@ def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> N
     torch.testing.assert_close(grad, expected.detach())
 
 
+@pytest.mark.parametrize("d", [3, 5, 7, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [0.0, 1e-7, 1e-5, 1e-3])
+def test_rounding_loses_no_component_where_mixtures_are_dependent(d: int, dtype: torch.dtype, left: float) -> None:
+    quantizer = FeatureQuantizer(FeatureLayout(((16, d),)), ScalarConfig(), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, [rounding.Piece(d, 16, 0, 16 * d, 16)])
+    assert plan is not None
+    x = torch.randn(40, d, 16, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+    mixing = quantizer.mixing[: 2 if d == 3 else d, :16].double()
+    references = torch.einsum("kc,amc->akm", mixing, x)
+    others = torch.linalg.qr(references[:, :-1].transpose(1, 2)).Q
+    last = references[:, -1] - torch.einsum("amk,ank,an->am", others, others, references[:, -1])
+    x = x - (1 - left) * torch.einsum("am,c->amc", last, torch.linalg.pinv(mixing)[:, -1])
+    found = rounding.round_features(x.to(dtype), plan, 40)
+    assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
+
+
 def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:
     layout = FeatureLayout(((4, 1),))
     pieces = [rounding.Piece(1, 4, 0, 4, 4)]
