@@ -29,6 +29,7 @@ from ase.io import read, write
 from gaq.config import PRESETS
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import files
+from gaq_mace.engine import disabled
 from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of
 
 BASE: dict[str, Any] = {
@@ -196,7 +197,9 @@ def check_same(run: Run, path: Path, suffix: str = "") -> None:
     dtype = run.settings["default_dtype"]
     head = None if "heads" not in run.settings else files.load(path).heads[0]
     trained = results(training_form(run, path, suffix), frames, dtype, head)
-    packed = results(path, frames, dtype, head)
+    # By the same operations: in others a feature may fall on the other side of a step.
+    with disabled():
+        packed = results(path, frames, dtype, head)
     np.testing.assert_allclose(packed[0], trained[0], rtol=1e-6)
     for a, b in zip(packed[1], trained[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(np.abs(b).max())))
