@@ -346,7 +346,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float64 w8a8": {"default_dtype": "float64", "quantization": "w8a8"},
     "all checkpoints": {"save_all_checkpoints": True, "keep_checkpoints": True},
     "plot": {"plot": True},
-    "codebook": {"quantization": {**GAQ, "vectors": {"codebook": "geodesic", "direction_bits": 5}}},
+    # Axes of the laboratory: in a plane of symmetry a table's nearest points are two, and rounding errors choose.
+    "codebook": {"quantization": {**GAQ, "vectors": {"codebook": "geodesic", "direction_bits": 5, "frame": "fixed"}}},
 }
 
 
