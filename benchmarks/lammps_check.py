@@ -295,7 +295,7 @@ def main() -> None:
             row = check(case, name, structures[name], calculators[case.source], args)
             print(row, flush=True)
             rows[tuple(row[key] for key in keys)] = row
-            path = write_result("lammps_check", list(rows.values()), args.work, versions=used)
+            write_result("lammps_check", list(rows.values()), args.work, versions=used)
     table = []
     for row in rows.values():
         line = {key: row[key] for key in keys}
@@ -310,7 +310,7 @@ def main() -> None:
         table.append(line)
     heads = ["E meV/atom", "F eV/Å", "virial eV", "F after NVE", "NVE range meV/atom"]
     print(markdown_table(table, [*keys, *heads]))
-    print(path)
+    print(RESULTS / "lammps_check.json")
 
 
 if __name__ == "__main__":
