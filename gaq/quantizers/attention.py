@@ -29,6 +29,7 @@ This module is embedded in packages: it imports nothing but torch and the core.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ __all__ = [
     "GridQuantizer",
     "LearnedEnvelope",
     "RobustAttention",
+    "heads_of_weights",
     "neighbour_weights",
     "soft_bound",
     "unit",
@@ -82,6 +84,17 @@ def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms:
     return share / (1.0 + total).index_select(0, receiver)
 
 
+def heads_of_weights(multiplicities: Iterable[int], heads: int) -> Tensor:
+    """The head that each weight of a channel-wise (``uvu``) tensor product belongs to, shape (weights,).
+
+    Args:
+        multiplicities: channels of each path, in the order of its instructions; they are dealt out to the heads in
+            contiguous shares that differ by one channel at most.
+        heads: number of heads.
+    """
+    return torch.cat([torch.div(torch.arange(m) * heads, m, rounding_mode="floor") for m in multiplicities])
+
+
 def soft_bound(x: Tensor, limit: Tensor) -> Tensor:
     """The identity within ``[-limit, limit]``, bit for bit; beyond it a curve that never reaches twice the limit.
 
@@ -93,9 +106,8 @@ def soft_bound(x: Tensor, limit: Tensor) -> Tensor:
         limit: positive, broadcastable to `x`.
     """
     size = x.abs()
-    excess = limit * torch.tanh((size - limit).clamp_min(0.0) / limit)
-    # The sign of x, with which the derivative of |x| has to agree.
-    return torch.minimum(torch.maximum(x, -limit), limit) + torch.where(x < 0, -excess, excess)
+    beyond = limit * (1.0 + torch.tanh((size - limit).clamp_min(0.0) / limit))
+    return torch.where(size <= limit, x, torch.where(x < 0, -beyond, beyond))
 
 
 class GridQuantizer(FeatureQuantizer):
