@@ -14,6 +14,7 @@ from e3nn.o3._linear import Linear
 from nequip.data import AtomicDataDict
 from nequip.nn.interaction_block import InteractionBlock
 from nequip.nn.mlp import ScalarMLPFunction
+from nequip.utils.compile import conditional_torchscript_mode
 
 from gaq.quantizers.attention import RobustAttention, heads_of_weights
 from gaq_nequip.sites import class_name
@@ -75,7 +76,8 @@ def _extend(block: Any) -> None:
     # The weights the builder drew decide on those drawn here: its seed does, and no state that others share.
     seed = int(float(weight.detach().double().abs().sum()) * 1e6) % 2**31
     before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+    # Scripted layers would fix the number of atoms where a model is traced for compilation.
+    with torch.random.fork_rng(devices=[]), conditional_torchscript_mode(False):
         torch.manual_seed(seed)
         try:
             torch.set_default_dtype(weight.dtype)

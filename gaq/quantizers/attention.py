@@ -151,10 +151,11 @@ class GridQuantizer(FeatureQuantizer):
 class BoundedGate(FeatureQuantizer):
     """Bounds the scalars that enter a gate or weigh a neighbour, and rounds them on the range that this gives.
 
-    The range is `soft_bound` of a limit a channel: ``headroom`` times the largest size seen in calibration, or a given
-    one. Within the limit it is the identity, bit for bit where nothing is rounded, so a trained model stays the
-    function it is on everything that looks like its calibration set. Codes run over (-2 limit, 2 limit), which nothing
-    leaves. Before calibration it does nothing.
+    The range is that of `soft_bound`, with one limit for all channels: ``headroom`` times the largest size seen in
+    calibration (a limit a channel would bend the ones that happened to be quiet then), or a given number. Within the
+    limit it is the identity, bit for bit where nothing is rounded, so that a trained model stays the function it is on
+    all that looks like its calibration set. Codes run over (-2 limit, 2 limit), which nothing leaves. Before calibration
+    it does nothing.
 
     Args:
         layout: of the features; l > 0 and pieces of negative multiplicity pass through.
@@ -171,7 +172,7 @@ class BoundedGate(FeatureQuantizer):
     def __init__(self, layout: FeatureLayout, bits: int | None, headroom: float, limit: float | None = None) -> None:
         if layout.channels_first:
             raise ValueError("a bounded gate reads features with the irreps in the last dimension.")
-        scalars = ScalarConfig(bits=bits, granularity="per_channel")
+        scalars = ScalarConfig(bits=bits, granularity="per_tensor")
         super().__init__(layout, scalars, VectorConfig(magnitude_bits=None), headroom)
         self.by_construction = limit is not None
         self.calibrated = limit is not None
