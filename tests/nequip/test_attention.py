@@ -310,17 +310,14 @@ def trace(model: Any) -> str:
     return str(graph.code)
 
 
-@pytest.mark.parametrize("variant", ["plain", "allegro"])
-def test_traced_for_compilation_with_any_number_of_atoms_and_edges(variant: str) -> None:
-    spec = with_attention("w8", messages=variant == "plain", bits=16)
-    model = gaq.calibrate(gaq.prepare(build_model(variant, "float64"), spec), molecules(), progress=False)
+def test_traced_for_compilation_with_any_number_of_atoms_and_edges() -> None:
+    spec = with_attention("w8", messages=True, bits=16)
+    model = gaq.calibrate(gaq.prepare(build_model("plain", "float64"), spec), molecules(), progress=False)
     (batch,) = make_batches(model, molecules(), 4)
     sizes = (batch["pos"].shape[0], batch["edge_index"].shape[1])
-    for mode in (False, True):
-        code = trace(model.train(mode))
-        for line in code.splitlines():
-            # A number in place of a symbol would tie the graph to this batch.
-            assert not any(f"[{size}," in line or f"[{size}]" in line for size in sizes), line
+    for line in trace(model.train()).splitlines():
+        # A number in place of a symbol would tie the graph to this batch.
+        assert not any(f"[{size}," in line or f"[{size}]" in line for size in sizes), line
 
 
 @pytest.mark.slow
