@@ -143,9 +143,7 @@ def run_one(args: argparse.Namespace, block: str, scheme: str, seed: int, train:
     # What an earlier run left there would be taken for what this one trained.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "train.yml").write_text(
-        yaml.safe_dump(training_input(args, block, scheme, seed, train), sort_keys=False)
-    )
+    (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, block, scheme, seed, train), sort_keys=False))
     start = time.time()
     with open(folder / "log.txt", "w") as log:
         command = [Path(sys.executable).with_name("mace_run_train"), "--config", "train.yml"]
@@ -179,9 +177,7 @@ def stage_train(args: argparse.Namespace) -> None:
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard error over the seeds, and the force error over that of the same block and seed in fp32."""
     found = []
-    floats = {
-        (r["block"], r["seed"]): r["force_mae_mev_per_angstrom"] for r in rows if r["scheme"] == "fp32"
-    }
+    floats = {(r["block"], r["seed"]): r["force_mae_mev_per_angstrom"] for r in rows if r["scheme"] == "fp32"}
     for block in BLOCKS:
         for scheme in SCHEMES:
             own = [r for r in rows if (r["block"], r["scheme"]) == (block, scheme)]

@@ -77,8 +77,8 @@ def describe_schedule(config: QuantizationConfig) -> list[str]:
     if attention is not None:
         heat = attention.temperature
         lines.append(
-            f"Gates, attention and density weights are bounded, {_bits(attention.bits)}; attention, where there is any: "
-            f"{'normalised' if attention.normalize else 'dot products'}, temperature "
+            f"Gates, attention and density weights are bounded, {_bits(attention.bits)}; attention, where there is "
+            f"any: {'normalised' if attention.normalize else 'dot products'}, temperature "
             f"{heat if isinstance(heat, str) else format(heat, 'g')}"
         )
     loss = config.equivariance_loss

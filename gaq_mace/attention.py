@@ -42,8 +42,9 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
     The message of edge ij is that of `RealAgnosticResidualInteractionBlock`, times ``alpha_ij`` of
     `gaq.quantizers.attention`: queries are linear in the scalars of the receiver, keys in those of the sender and
     in the radial features. The weights are invariants, so that messages stay equivariant. They sum to less than one,
-    which takes the place of the division by the average number of neighbours. The envelope is MACE's cutoff where that is
-    handed over (``apply_cutoff: False``), else it is learned from the radial features, which the cutoff is part of.
+    which takes the place of the division by the average number of neighbours. The envelope is MACE's cutoff where
+    that is handed over (``apply_cutoff: False``), else it is learned from the radial features, which the cutoff is
+    part of.
     """
 
     def _setup(self) -> None:

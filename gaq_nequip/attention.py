@@ -29,10 +29,10 @@ DIM = 16
 class AttentionInteractionBlock(InteractionBlock):
     """NequIP's `InteractionBlock` with a sum over neighbours that is weighted by attention.
 
-    The message of edge ij is NequIP's, times ``N alpha_ij``: alpha_ij of `gaq.quantizers.attention`, with queries linear
-    in the scalars of the receiver, keys in those of the sender and in the edge embedding, and NequIP's own cutoff
-    function as envelope; N the average number of neighbours, so that equal weights give about NequIP's own sum. The
-    weights are invariants, so that messages stay equivariant.
+    The message of edge ij is NequIP's, times ``N alpha_ij``: alpha_ij of `gaq.quantizers.attention`, with queries
+    linear in the scalars of the receiver, keys in those of the sender and in the edge embedding, and NequIP's own
+    cutoff function as envelope; N the average number of neighbours, so that equal weights give about NequIP's own sum.
+    The weights are invariants, so that messages stay equivariant.
     """
 
     heads: int

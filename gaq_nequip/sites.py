@@ -43,7 +43,14 @@ LOGITS = "logits, bounded by the temperature: rounded under the key attention"
 ENVIRONMENT = "the environment it reads, rounded where the preset says so"
 
 # Parts of a model whose inputs are a function of one distance and two types.
-_TWO_BODY_PARTS = ("edge_mlp", "edge_key", "radial_chemical_embed", "scalar_embed_mlp", "tensor_embed", "first_layer_env_embed")
+_TWO_BODY_PARTS = (
+    "edge_mlp",
+    "edge_key",
+    "radial_chemical_embed",
+    "scalar_embed_mlp",
+    "tensor_embed",
+    "first_layer_env_embed",
+)
 _FIRST_RADIAL = ("edge_mlp.mlp.0", "edge_key", "basis_linear.mlp.0", "basis_linear.mlp.weights", "class_embed")
 _READOUTS = ("per_atom_energy_readout", "edge_readout")
 
@@ -189,8 +196,8 @@ class _Finder:
             irreps = module.irreps_in
             scalars = FeatureLayout(tuple((mul if ir.l == 0 else -mul, 2 * ir.l + 1) for mul, ir in irreps if mul > 0))
             note = "scalars and gates it reads; vectors are rounded after the gate"
-            own = AttentionSite(scalars, what="gates")
-            yield Site(name, module, "gate", (), scalars, note, False, False, f"{irreps} ->", own)
+            gates = AttentionSite(scalars, what="gates")
+            yield Site(name, module, "gate", (), scalars, note, False, False, f"{irreps} ->", gates)
         elif kind == "Contracter":
             sizes = [int(module.mul)] if module.path_channel_coupling else []
             sizes += [int(module.num_paths)] if module.num_paths > 1 else []
@@ -210,13 +217,13 @@ class _Finder:
         elif kind == "MakeWeightedChannels" and name.endswith("._env_weighter"):
             n = int(module.weight_numel)
             note = "environment weights, before the sum over neighbours"
-            layout = FeatureLayout(((n, 1),))
-            own = AttentionSite(layout, what="environment weights")
-            yield Site(name, module, "env_weighter", (), layout, note, False, False, f"{n}x0e ->", own)
+            numbers = FeatureLayout(((n, 1),))
+            environment = AttentionSite(numbers, what="environment weights")
+            yield Site(name, module, "env_weighter", (), numbers, note, False, False, f"{n}x0e ->", environment)
         elif kind == "RobustAttention":
             heads = int(module.heads)
-            own = AttentionSite(FeatureLayout(((heads, 1),)), limit=1.0, what="logits")
-            yield Site(name, module, "attention", (), None, LOGITS, False, False, f"{heads}x0e", own)
+            logits = AttentionSite(FeatureLayout(((heads, 1),)), limit=1.0, what="logits")
+            yield Site(name, module, "attention", (), None, LOGITS, False, False, f"{heads}x0e", logits)
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:

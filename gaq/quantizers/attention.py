@@ -9,8 +9,8 @@ inequality of Cauchy and Schwarz \|l\| < t, so one grid over [-t, t] holds every
 calibrate, nothing that saturates.
 
 **Weights of neighbours** (our derivation). A plain softmax over the neighbours k of atom i, even one with the cutoff
-function u inside, ``u_ij exp(l_ij) / sum_k u_ik exp(l_ik)``, is not continuous: the weight of a *last* neighbour is 1 for
-any u > 0, and drops to nothing at the cutoff. A constant in the denominator mends it,
+function u inside, ``u_ij exp(l_ij) / sum_k u_ik exp(l_ik)``, is not continuous: the weight of a *last* neighbour is 1
+for any u > 0, and drops to nothing at the cutoff. A constant in the denominator mends it,
 
 .. math:: \alpha_{ij} = \frac{u_{ij} \exp l_{ij}}{1 + \sum_k u_{ik} \exp l_{ik}}
 
@@ -154,8 +154,8 @@ class BoundedGate(FeatureQuantizer):
     The range is that of `soft_bound`, with one limit for all channels: ``headroom`` times the largest size seen in
     calibration (a limit a channel would bend the ones that happened to be quiet then), or a given number. Within the
     limit it is the identity, bit for bit where nothing is rounded, so that a trained model stays the function it is on
-    all that looks like its calibration set. Codes run over (-2 limit, 2 limit), which nothing leaves. Before calibration
-    it does nothing.
+    all that looks like its calibration set. Codes run over (-2 limit, 2 limit), which nothing leaves. Before
+    calibration it does nothing.
 
     Args:
         layout: of the features; l > 0 and pieces of negative multiplicity pass through.
@@ -222,8 +222,8 @@ class LearnedEnvelope(torch.nn.Module):
 
     .. math:: u = 1 - \exp(-\sum_n w_n b_n^2), \qquad w_n > 0
 
-    With b_n a radial basis times a cutoff function f, u lies in [0, 1), is zero where f is, and goes to zero as f^2 does,
-    so that it has the continuous derivatives of f and more of them vanish at the cutoff (our construction).
+    With b_n a radial basis times a cutoff function f, u lies in [0, 1), is zero where f is, and goes to zero as f^2
+    does, so that it has the continuous derivatives of f and more of them vanish at the cutoff (our construction).
 
     Args:
         basis: number of radial features.

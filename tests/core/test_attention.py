@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -219,7 +220,7 @@ def test_continuous_at_the_cutoff(others: int, bits: int | None) -> None:
         gaps.append((float((found[0][0] - found[1][0]).abs()), float((found[0][1] - found[1][1]).abs().max())))
     # u goes as h^3 and its slope as h^2; a softmax without the constant would leave a gap of order one.
     for power, numbers in ((3, [g[0] for g in gaps]), (2, [g[1] for g in gaps])):
-        for coarse, fine in zip(numbers, numbers[1:], strict=False):
+        for coarse, fine in itertools.pairwise(numbers):
             assert fine < 2 * coarse * 10.0**-power
     assert gaps[-1][0] < 1e-7
     assert gaps[-1][1] < 1e-3

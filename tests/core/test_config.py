@@ -187,7 +187,9 @@ def test_wrong_types_of_every_field(section: str, field: dataclasses.Field[Any])
         assert text == f"quantization.{section}.{field.name}: null is not allowed here; give a value of type {kind}."
 
 
-@pytest.mark.parametrize("value", [None, True, "hot", "0.5", [1.0], {"bits": 8}, math.nan, math.inf, 0, 0.25, 8.0, -1.0])
+@pytest.mark.parametrize(
+    "value", [None, True, "hot", "0.5", [1.0], {"bits": 8}, math.nan, math.inf, 0, 0.25, 8.0, -1.0]
+)
 def test_temperatures_are_learned_or_between_their_bounds(value: Any) -> None:
     text = message({"attention": {"temperature": value}})
     expected = f"quantization.attention.temperature: {value!r} is neither 'learned' nor a number between 0.25 and 8."

@@ -266,7 +266,9 @@ def test_training_restart_package(
     train: Callable[..., Any], command: Callable[..., Any], tmp_path: Path, evaluate: Callable[..., Any]
 ) -> None:
     """Stock `nequip-train` for an epoch, another from its checkpoint, and a package: one function throughout."""
-    spec = with_key({"preset": "gaq", "attention": {"messages": True}, "vectors": {"start_epoch": 0, "anneal_epochs": 0}})
+    spec = with_key(
+        {"preset": "gaq", "attention": {"messages": True}, "vectors": {"start_epoch": 0, "anneal_epochs": 0}}
+    )
     run = train(tmp_path, spec, "trainer.max_epochs=1")
     assert run.code == 0, run.text
     assert "Gates, attention and density weights are bounded, 16 bits" in run.text
@@ -304,7 +306,9 @@ def trace(model: Any) -> str:
         return model(dict(zip(fields, values, strict=True)))["forces"]  # type: ignore[no-any-return]
 
     with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        graph = make_fx(forces, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*[batch[f].clone() for f in fields])
+        graph = make_fx(forces, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            *[batch[f].clone() for f in fields]
+        )
     wanted = forces(*[batch[f].clone() for f in fields])
     torch.testing.assert_close(graph(*[batch[f].clone() for f in fields]), wanted, atol=1e-9, rtol=1e-9)
     return str(graph.code)
@@ -332,7 +336,8 @@ def test_training_compiled(train: Callable[..., Any], tmp_path: Path) -> None:
 
         return edit
 
-    eager, compiled = (train(tmp_path / m, changes(m), "trainer.max_epochs=1") for m in ("eager", "compile"))
+    few = ("trainer.max_epochs=1", "run=[train]", "++trainer.limit_train_batches=2", "++trainer.limit_val_batches=1")
+    eager, compiled = (train(tmp_path / m, changes(m), *few) for m in ("eager", "compile"))
     assert compiled.code == 0, compiled.text
     assert validation_errors(compiled) == pytest.approx(validation_errors(eager), rel=1e-4)
 
