@@ -70,7 +70,8 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
         )
         basis = self.edge_feats_irreps.num_irreps
         self.conv_tp_weights = nn.FullyConnectedNet(
-            [basis, *self.radial_MLP, self.conv_tp.weight_numel], torch.nn.functional.silu
+            [basis, *self.radial_MLP, self.conv_tp.weight_numel],  # type: ignore[attr-defined]
+            torch.nn.functional.silu,
         )
         self.irreps_out = self.target_irreps
         self.linear = Linear(

@@ -43,6 +43,8 @@ BLOCKS = {
 }
 OWN = ("ours", "ours_first", "ours_cutoff")
 DOUBLE = torch.float64
+# Weights that calibration does not move: the model without quantization is the one it was.
+NEAREST = {"weights": {"rounding": "nearest"}}
 
 
 def made(block: str = "ours", dtype: Any = DOUBLE, seed: int = 0) -> Any:
@@ -63,7 +65,7 @@ def calibrated(block: str, spec: Any, dtype: Any = torch.float32, seed: int = 0)
 
 
 def with_attention(preset: str = "gaq", **attention: Any) -> dict[str, Any]:
-    return without_distillation(preset, attention=attention)
+    return without_distillation(preset, attention=attention, **NEAREST)
 
 
 # -- the interaction block --
@@ -197,7 +199,7 @@ def test_every_weight_has_a_place() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_without_the_key_nothing_is_attended_to(evaluate: Callable[..., Any], block: str) -> None:
     """No quantizer of the key is there, and what is written does not speak of it."""
-    model = calibrated(block, without_distillation("gaq"))
+    model = calibrated(block, without_distillation("gaq", **NEAREST))
     assert not any(isinstance(m, BoundedGate | GridQuantizer) for m in model.modules())
     assert not any(isinstance(m, QuantizedDensity | QuantizedDensityResidual) for m in model.modules())
     assert "attention" not in files.take_apart(model).meta["config"]
@@ -218,8 +220,7 @@ def test_the_key_rounds_and_costs_no_more_than_its_bits(evaluate: Callable[..., 
     exact = evaluate(model, molecules())
     errors = {}
     for bits in (16, 8):
-        # Weights that calibration does not move, so that the model without quantization is the one above.
-        spec = {**with_attention("w8", bits=bits), "weights": {"rounding": "nearest"}}
+        spec = with_attention("w8", bits=bits)
         own = gaq.calibrate(gaq.prepare(copy.deepcopy(model), spec), molecules(), progress=False)
         found = {n: type(q) for n, q in feature_quantizers(own).items() if isinstance(q, BoundedGate | GridQuantizer)}
         assert found == EXPECTED[block]
@@ -237,7 +238,7 @@ def test_the_key_rounds_and_costs_no_more_than_its_bits(evaluate: Callable[..., 
 @pytest.mark.parametrize("block", ["density", "attention_residual"])
 def test_with_rounding_off_the_key_is_an_exact_no_op(evaluate: Callable[..., Any], block: str) -> None:
     """Weights only: the same numbers, bit for bit, with the key and without it."""
-    plain = calibrated(block, without_distillation("w8"))
+    plain = calibrated(block, without_distillation("w8", **NEAREST))
     keyed = calibrated(block, with_attention("w8"))
     assert keyed.__dict__["gaq_state"].config.attention is not None
     for first, second in zip(evaluate(plain, molecules()), evaluate(keyed, molecules()), strict=True):
@@ -249,8 +250,8 @@ def test_on_a_trained_model_without_attention_the_key_changes_nothing(
 ) -> None:
     frames = list(azobenzene_frames)[:3]
     found = []
-    for spec in (without_distillation("gaq"), with_attention("gaq")):
-        model = gaq.prepare(gaq.load(azobenzene), {**spec, "weights": {"rounding": "nearest"}})
+    for spec in (without_distillation("gaq", **NEAREST), with_attention("gaq")):
+        model = gaq.prepare(gaq.load(azobenzene), spec)
         found.append(evaluate(gaq.calibrate(model, frames, progress=False), frames))
     assert np.array_equal(found[0][0], found[1][0])
     assert np.array_equal(found[0][1], found[1][1])

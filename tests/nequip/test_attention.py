@@ -31,7 +31,7 @@ MESSAGES = {**NOTHING, "attention": {"messages": True, "bits": None, "gate_limit
 
 
 def with_attention(preset: str = "gaq", **attention: Any) -> dict[str, Any]:
-    return without_distillation(preset, attention=attention)
+    return without_distillation(preset, attention=attention, weights={"rounding": "nearest"})
 
 
 def made(variant: str = "plain", dtype: str = "float64", spec: Any = None) -> Any:
@@ -187,7 +187,7 @@ def test_the_key_bounds_and_rounds_gates(evaluate: Callable[..., Any], variant: 
     exact = evaluate(exact_model.eval(), molecules())
     errors = {}
     for bits in (16, 8):
-        spec = {**with_attention("w8", bits=bits), "weights": {"rounding": "nearest"}}
+        spec = with_attention("w8", bits=bits)
         model = gaq.calibrate(gaq.prepare(copy.deepcopy(exact_model), spec), molecules(), progress=False)
         found = {n: type(q) for n, q in feature_quantizers(model).items()}
         assert found
@@ -206,7 +206,8 @@ def test_the_key_bounds_and_rounds_gates(evaluate: Callable[..., Any], variant: 
 def test_with_rounding_off_the_key_is_an_exact_no_op(evaluate: Callable[..., Any], variant: str) -> None:
     """Weights only: the same numbers, bit for bit, with the key and without it, also on structures it never saw."""
     found = []
-    for spec in (without_distillation("w8"), with_attention("w8")):
+    nearest = {"weights": {"rounding": "nearest"}}
+    for spec in (without_distillation("w8", **nearest), with_attention("w8")):
         model = gaq.prepare(build_model(variant), spec)
         model = gaq.convert(gaq.calibrate(model, molecules(), progress=False))
         found.append((evaluate(model, molecules()), evaluate(model, molecules(seed=9, amplitude=0.05))))
@@ -269,7 +270,7 @@ def test_training_restart_package(
     spec = with_key(
         {"preset": "gaq", "attention": {"messages": True}, "vectors": {"start_epoch": 0, "anneal_epochs": 0}}
     )
-    run = train(tmp_path, spec, "trainer.max_epochs=1")
+    run = train(tmp_path, spec, "trainer.max_epochs=1", "run=[train]")
     assert run.code == 0, run.text
     assert "Gates, attention and density weights are bounded, 16 bits" in run.text
     model = gaq.load(run.last)
@@ -283,7 +284,9 @@ def test_training_restart_package(
     assert all(bool((b.attention.theta.detach() != start).any()) for b in blocks)
     frames: Any = read(tmp_path / "test.xyz", ":")
     wanted = evaluate(model, frames)
-    second = train(tmp_path, spec, "trainer.max_epochs=2", f"++ckpt_path={run.last}", "hydra.run.dir=again")
+    second = train(
+        tmp_path, spec, "trainer.max_epochs=2", "run=[train]", f"++ckpt_path={run.last}", "hydra.run.dir=again"
+    )
     assert second.code == 0, second.text
     moved = gaq.load(tmp_path / "again" / "last.ckpt")
     assert np.abs(evaluate(moved, frames)[1] - wanted[1]).max() > 0
@@ -294,34 +297,30 @@ def test_training_restart_package(
     np.testing.assert_allclose(packed[1], wanted[1], atol=2e-3 * np.abs(wanted[1]).max())
 
 
-def trace(model: Any) -> str:
-    """The code of a graph of the forces that `make_fx` traces, as NequIP's compilation does."""
-    from torch.fx.experimental import _config
-    from torch.fx.experimental.proxy_tensor import make_fx
+def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NequIP's own tracing, for any number of atoms and edges: forces and gradients of a loss on them are the same."""
+    from gaq_nequip.training import calibrate_on
 
-    (batch,) = make_batches(model, molecules(), 4)
-    fields = [name for name, value in batch.items() if isinstance(value, torch.Tensor)]
-
-    def forces(*values: torch.Tensor) -> torch.Tensor:
-        return model(dict(zip(fields, values, strict=True)))["forces"]  # type: ignore[no-any-return]
-
-    with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        graph = make_fx(forces, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-            *[batch[f].clone() for f in fields]
-        )
-    wanted = forces(*[batch[f].clone() for f in fields])
-    torch.testing.assert_close(graph(*[batch[f].clone() for f in fields]), wanted, atol=1e-9, rtol=1e-9)
-    return str(graph.code)
-
-
-def test_traced_for_compilation_with_any_number_of_atoms_and_edges() -> None:
+    # The graph as it is traced and checked; compiling it takes minutes.
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     spec = with_attention("w8", messages=True, bits=16)
-    model = gaq.calibrate(gaq.prepare(build_model("plain", "float64"), spec), molecules(), progress=False)
-    (batch,) = make_batches(model, molecules(), 4)
-    sizes = (batch["pos"].shape[0], batch["edge_index"].shape[1])
-    for line in trace(model.train()).splitlines():
-        # A number in place of a symbol would tie the graph to this batch.
-        assert not any(f"[{size}," in line or f"[{size}]" in line for size in sizes), line
+    sizes = {"num_features": 4, "radial_mlp_width": 8}
+    found = []
+    for mode in ("eager", "compile"):
+        model = gaq.prepare(build_model("plain", "float64", compile_mode=mode, **sizes), spec)
+        (batch,) = make_batches(model, molecules(), 4)
+        calibrate_on(model, [batch])
+        forces = model.train()(dict(batch))["forces"]
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad((forces**2).sum(), [p for _, p in named], allow_unused=True)
+        found.append((forces.detach(), {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}))
+    assert len(model.gaq_graphs) == 1
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-12, rtol=0)
+    assert found[0][1].keys() == found[1][1].keys()
+    assert sum("attention.theta" in name for name in found[0][1]) == 2
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-11, rtol=0)
+        assert bool(gradient.any()), name
 
 
 @pytest.mark.slow
