@@ -183,11 +183,12 @@ def _patch_scripts_utils(module: Any) -> None:
     @functools.wraps(original_config)
     def extract_config_mace_model(model: Any) -> dict[str, Any]:
         config: dict[str, Any] = original_config(model)
-        from gaq_mace.modules import original_type
-
-        for key in ("interaction_cls", "interaction_cls_first"):
-            if key in config:
-                config[key] = original_type(config[key])
+        # Where they were never imported there is no class of ours.
+        classes: Any = sys.modules.get("gaq_mace.modules")
+        if classes is not None:
+            for key in ("interaction_cls", "interaction_cls_first"):
+                if key in config:
+                    config[key] = classes.original_type(config[key])
         return config
 
     module.extract_config_mace_model = extract_config_mace_model

@@ -229,10 +229,13 @@ _REASONS = {
 
 def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
     """The modules a user may look for and not find among the sites, each with the reason."""
-    covered = {site.name for site in find_sites(model)}
+    sites = find_sites(model)
+    covered = {site.name for site in sites}
+    # A density site is a whole block, in which every part has a place of its own.
+    whole = {site.name for site in sites if site.kind != "density"}
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        parent_listed = any(name.startswith(prefix + ".") for prefix in covered)
+        parent_listed = any(name.startswith(prefix + ".") for prefix in whole)
         if name in covered or parent_listed:
             continue
         own = sum(p.numel() for p in module.parameters(recurse=False))
