@@ -223,7 +223,7 @@ def figure(means: list[dict[str, Any]], path: Path) -> None:
     blocks = list(dict.fromkeys(row["block"] for row in means))
     panels = (
         ("force_mae_mev_per_angstrom", "force MAE, meV/Å"),
-        ("rounding_noise_mev_per_angstrom", "mean force difference to its smooth twin, meV/Å"),
+        ("rounding_noise_mev_per_angstrom", "rounding noise of the force, meV/Å"),
     )
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, scheme in enumerate(SCHEMES):
@@ -232,10 +232,10 @@ def figure(means: list[dict[str, Any]], path: Path) -> None:
                 continue
             places = [blocks.index(block) + 0.25 * i for block in own]
             errors = [row["standard_error"] or 0.0 for row in own.values()] if key == panels[0][0] else None
-            axis.bar(places, [row[key] for row in own.values()], 0.25, yerr=errors, label=scheme)
+            axis.bar(places, [row[key] for row in own.values()], 0.25, yerr=errors, label=scheme, color=f"C{i}")
         axis.set_xticks(np.arange(len(blocks)) + 0.25, blocks, fontsize=8)
         axis.set_ylabel(label)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     axes[1].set_yscale("log")
     drawing.tight_layout()
     drawing.savefig(path, dpi=130)
