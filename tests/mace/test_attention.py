@@ -408,6 +408,26 @@ def test_stock_training_by_name(tmp_path: Path, evaluate: Callable[..., Any], qu
         assert "attention" in model.__dict__["gaq_state"].config.to_dict()
 
 
+def test_stock_training_with_rounded_density(tmp_path: Path, evaluate: Callable[..., Any]) -> None:
+    """The classes of the blocks change, and what MACE writes of them does not: its own names, a scripted model."""
+    done = run_training(
+        tmp_path,
+        interaction="RealAgnosticDensityResidualInteractionBlock",
+        interaction_first="RealAgnosticDensityInteractionBlock",
+        quantization={"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "tiny_compiled.model").is_file()
+    model = files.load(tmp_path / "tiny.model")
+    assert [type(b) for b in model.interactions] == [QuantizedDensity, QuantizedDensityResidual]
+    frames: Any = read(tmp_path / "test.xyz", ":")
+    stock = predictions(tmp_path / "tiny.model", frames)
+    np.testing.assert_allclose(evaluate(model, frames)[1], stock, atol=2e-5)
+    config = files._config_to_json(files.model_config(model))
+    assert config["interaction_cls"] == "RealAgnosticDensityResidualInteractionBlock"
+    assert config["interaction_cls_first"] == "RealAgnosticDensityInteractionBlock"
+
+
 def test_a_model_of_ours_says_what_it_needs(tmp_path: Path, python: Callable[..., Any]) -> None:
     """Where this package is missing the file names it."""
     path = tmp_path / "ours.model"
