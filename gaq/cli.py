@@ -155,7 +155,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
     if output.exists() and output.samefile(arguments.model):
         raise InputError(f"--output {output}: is the input model itself; choose another name.")
     config = parse_config(arguments.config)
-    needs_data = config.rounds_activations or config.distillation.steps > 0 or config.weights.rounding == "gptq"
+    observes = config.rounds_activations or config.attention is not None
+    needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
     if arguments.calibration is None and needs_data:
         raise InputError(
             f"preset {config.preset} needs structures to calibrate on: give --calibration DATA.xyz "

@@ -20,6 +20,8 @@ import yaml
 
 from gaq.schema import (
     PRESETS,
+    TEMPERATURES,
+    AttentionConfig,
     CalibrationConfig,
     DistillationConfig,
     EquivarianceLossConfig,
@@ -32,6 +34,7 @@ from gaq.schema import (
 
 __all__ = [
     "PRESETS",
+    "AttentionConfig",
     "CalibrationConfig",
     "ConfigError",
     "DistillationConfig",
@@ -78,11 +81,13 @@ _BITS: dict[str, tuple[int, ...]] = {
     "scalars.bits": _ACTIVATION_BITS,
     "vectors.magnitude_bits": _ACTIVATION_BITS,
     "vectors.direction_bits": _ACTIVATION_BITS,
+    "attention.bits": _ACTIVATION_BITS,
 }
 _MINIMUM: dict[str, float] = {
     "weights.group_size": 2,
     "vectors.start_epoch": 0,
     "vectors.anneal_epochs": 0,
+    "attention.gate_limit": 1e-3,
     "calibration.frames": 1,
     "calibration.seed": 0,
     "calibration.headroom": 1.0,
@@ -130,6 +135,8 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
         value: what the user wrote.
         annotation: of the field.
     """
+    if relative == "attention.temperature":
+        return _temperature(path, value)
     optional = "None" in annotation
     kind = annotation.replace("| None", "").strip()
     if value is None:
@@ -156,6 +163,15 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
     return value
 
 
+def _temperature(path: str, value: Any) -> str | float:
+    low, high = TEMPERATURES
+    number = _number(value, "float")
+    if value == "learned" or (number is not None and low < number < high):
+        return value if value == "learned" else float(number)  # type: ignore[arg-type,return-value]
+    hint = _closest(value, ["learned"]) if isinstance(value, str) else ""
+    raise ConfigError(f"{path}: {value!r} is neither 'learned' nor a number between {low:g} and {high:g}.{hint}")
+
+
 def type_name(annotation: Any) -> str:
     """How the annotation of a field reads: ``int``, ``int | None``."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -165,12 +181,20 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
     """`base` with the keys of a user's mapping, each checked against the field of that name."""
     fields = {f.name: f for f in dataclasses.fields(base)}
     values: dict[str, Any] = {}
+    attention_bits_given = True
     for key, value in changes.items():
         here = f"{path}.{key}"
         if key not in fields:
             allowed = _options(fields)
             raise ConfigError(f"{here}: unknown key.{_closest(str(key), fields)} Allowed in {path}: {allowed}.")
         current = getattr(base, key)
+        if key == "attention":
+            if value is None:
+                values[key] = None
+                continue
+            if current is None:
+                current = AttentionConfig()
+                attention_bits_given = isinstance(value, Mapping) and "bits" in value
         if dataclasses.is_dataclass(current):
             if value is None and key in ("weights", "scalars", "vectors"):
                 off = "magnitude_bits" if key == "vectors" else "bits"
@@ -186,7 +210,11 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
             values[key] = _check_overrides(value, here)
         elif key != "preset":
             values[key] = _check_value(here, section + key, value, type_name(fields[key].type))
-    return dataclasses.replace(base, **values)
+    merged = dataclasses.replace(base, **values)
+    if not attention_bits_given and merged.scalars.bits is None:
+        # A preset that leaves the forces exact stays one, unless bits are asked for.
+        merged = dataclasses.replace(merged, attention=dataclasses.replace(merged.attention, bits=None))
+    return merged
 
 
 def _check_overrides(value: Any, path: str) -> dict[str, Any]:
@@ -273,7 +301,8 @@ def _check_consistency(config: QuantizationConfig, path: str) -> None:
             f"large to search; use direction_bits: 6 or fewer, or codebook: octahedral."
         )
     bits = config.weights
-    if bits.bits is None and not config.rounds_activations:
+    attention_only = config.attention is not None and config.attention.messages
+    if bits.bits is None and not config.rounds_activations and not attention_only:
         raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import gaq
+from gaq.quantizers.attention import BoundedGate, GridQuantizer
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
 from gaq.schema import QuantizationConfig
@@ -122,6 +123,13 @@ def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, Weigh
 
 def feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantizer | None:
     """A new quantizer for the features of a site, None where the configuration leaves them in float."""
+    own, attention = site.attention, config.attention
+    if own is not None and attention is not None:
+        if own.limit is None:
+            return BoundedGate(own.layout, attention.bits, config.calibration.headroom, attention.gate_limit)
+        channels = sum(m for m, _ in own.layout.pieces)
+        bits = attention.bits
+        return None if bits is None else GridQuantizer(channels, bits, own.limit, own.signed, own.what)
     if site.features is None or (site.radial and not config.radial_activations):
         return None
     scalars, vectors = config.scalars, config.vectors
@@ -134,7 +142,7 @@ def feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantize
 
 def is_kind(module: torch.nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a module is of one of our classes, by name: those of a packaged model are not the installed ones."""
-    return isinstance(module, kind) or type(module).__name__ == kind.__name__
+    return isinstance(module, kind) or any(base.__name__ == kind.__name__ for base in type(module).__mro__)
 
 
 def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:

@@ -73,6 +73,14 @@ def describe_schedule(config: QuantizationConfig) -> list[str]:
             f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
             f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"
         )
+    attention = config.attention
+    if attention is not None:
+        heat = attention.temperature
+        lines.append(
+            f"Gates, attention and density weights are bounded, {_bits(attention.bits)}; attention, where there is "
+            f"any: {'normalised' if attention.normalize else 'dot products'}, temperature "
+            f"{heat if isinstance(heat, str) else format(heat, 'g')}"
+        )
     loss = config.equivariance_loss
     if loss.weight > 0:
         lines.append(f"Equivariance loss: weight {loss.weight:g}, {loss.rotations} rotations a step")

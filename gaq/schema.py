@@ -11,6 +11,8 @@ from typing import Any
 
 __all__ = [
     "PRESETS",
+    "TEMPERATURES",
+    "AttentionConfig",
     "CalibrationConfig",
     "DistillationConfig",
     "EquivarianceLossConfig",
@@ -90,6 +92,33 @@ class VectorConfig:
     anneal_epochs: int = 5
 
 
+TEMPERATURES = (0.25, 8.0)
+"""Bounds of the temperature of attention; logits lie within plus and minus the upper one."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How weights of neighbours and gates are bounded and rounded; see `gaq.quantizers.attention`.
+
+    Attributes:
+        bits: of logits, of density and attention weights, and of what enters a gate; None bounds and does not round.
+            If the key is not given: 16 where the preset rounds scalars, None where it does not.
+        normalize: logits are the temperature times the cosine of query and key; if not, a dot product held to the same
+            range by a tanh. For models that are trained with attention from scratch.
+        temperature: ``learned``, or a number between `TEMPERATURES` that is kept.
+        gate_limit: gates are the identity up to here and never reach twice as much; None takes the range from
+            calibration, which leaves a trained model the function it is.
+        messages: NequIP, from scratch: give the interaction blocks attention over messages. (In MACE it is an
+            interaction block of its own.)
+    """
+
+    bits: int | None = 16
+    normalize: bool = True
+    temperature: str | float = "learned"
+    gate_limit: float | None = None
+    messages: bool = False
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which structures set the activation ranges.
@@ -161,6 +190,7 @@ class QuantizationConfig:
     scalars: ScalarConfig = field(default_factory=ScalarConfig)
     vectors: VectorConfig = field(default_factory=VectorConfig)
     radial_activations: bool = False
+    attention: AttentionConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -169,12 +199,17 @@ class QuantizationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain nested dictionary, accepted back by `parse_config`."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        if plain["attention"] is None:
+            # As in files from before there was the key.
+            del plain["attention"]
+        return plain
 
     @property
     def rounds_activations(self) -> bool:
         """Whether anything that depends on positions is rounded."""
-        return self.scalars.bits is not None or self.vectors.magnitude_bits is not None
+        attention = self.attention is not None and self.attention.bits is not None
+        return attention or self.scalars.bits is not None or self.vectors.magnitude_bits is not None
 
 
 def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:

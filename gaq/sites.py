@@ -11,7 +11,7 @@ import torch
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import WeightLayout
 
-__all__ = ["POSITION_FREE", "RADIAL", "ROUNDED", "Bystander", "Site", "WeightSite"]
+__all__ = ["POSITION_FREE", "RADIAL", "ROUNDED", "AttentionSite", "Bystander", "Site", "WeightSite"]
 
 POSITION_FREE = "does not depend on positions"
 ROUNDED = "rounded where the preset says so"
@@ -39,6 +39,23 @@ class WeightSite:
 
 
 @dataclass(frozen=True)
+class AttentionSite:
+    """What the key ``attention`` bounds and rounds at a site: a gate, or a weight of neighbours.
+
+    Attributes:
+        layout: of the invariants; l > 0 and pieces of negative multiplicity pass through.
+        limit: their largest size, where it is known by construction; None where it is calibrated.
+        signed: whether they can be negative.
+        what: they are, for display.
+    """
+
+    layout: FeatureLayout
+    limit: float | None = None
+    signed: bool = True
+    what: str = ""
+
+
+@dataclass(frozen=True)
 class Site:
     """A module that carries weights, or features to round.
 
@@ -52,6 +69,8 @@ class Site:
         sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
         radial: whether it acts on edges, before the tensor product.
         irreps: input and output, for display.
+        attention: what the key ``attention`` bounds and rounds there, in place of `features`; None where it does not
+            apply.
     """
 
     name: str
@@ -63,6 +82,7 @@ class Site:
     sensitive: bool
     radial: bool
     irreps: str
+    attention: AttentionSite | None = None
 
 
 @dataclass(frozen=True)

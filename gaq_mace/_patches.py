@@ -1,15 +1,17 @@
 """What the hook changes in MACE, and nothing else.
 
 ==========================  ==============================================================
-``build_default_arg_parser``  learns ``--quantization`` and refuses what cannot go with it
+``build_default_arg_parser``  learns ``--quantization`` and refuses what cannot go with it; knows our
+                              interaction block by its name
 ``get_params_options``        the last point before the optimizer: quantizers are inserted
 ``train``                     activation ranges are calibrated before the first epoch
 ``train_one_epoch``           the schedule of the branches; the equivariance loss
+``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
 ``create_error_table``        prints the same weights without quantization beside the table
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
 ==========================  ==============================================================
 
-Without the key ``quantization`` each of them is the original. Imports stay inside the functions: this
+Without the key ``quantization`` and that name each of them is the original. Imports stay inside the functions: this
 module is loaded while MACE's own are half imported.
 """
 
@@ -25,6 +27,9 @@ from types import ModuleType
 from typing import Any
 
 _DONE = "__gaq_patched__"
+
+ATTENTION = "GAQAttentionResidualInteractionBlock"
+"""Name of the block in `gaq_mace.attention`."""
 
 
 def apply(module: ModuleType) -> None:
@@ -52,6 +57,7 @@ def ensure_installed() -> None:
     runner: Any = sys.modules.get("mace.cli.run_train")
     if runner is not None:
         runner.get_params_options = sys.modules["mace.tools.scripts_utils"].get_params_options  # type: ignore[attr-defined]
+        runner.extract_config_mace_model = sys.modules["mace.tools.scripts_utils"].extract_config_mace_model  # type: ignore[attr-defined]
         runner.create_error_table = sys.modules["mace.tools.tables_utils"].create_error_table  # type: ignore[attr-defined]
 
 
@@ -82,6 +88,15 @@ INCOMPATIBLE = {
 SUPPORTED_MODELS = ("MACE", "ScaleShiftMACE")
 
 
+def _use_attention(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    for option in ("enable_cueq", "only_cueq", "enable_oeq"):
+        if getattr(namespace, option, False):
+            parser.error(f"interaction {ATTENTION} cannot be combined with {option}: there is no such kernel.")
+    from gaq_mace import attention
+
+    attention.register()
+
+
 def _patch_arg_parser(module: Any) -> None:
     original = module.build_default_arg_parser
 
@@ -95,10 +110,15 @@ def _patch_arg_parser(module: Any) -> None:
             env_var="GAQ_QUANTIZATION",
             help="quantization by gaq: a preset (gaq, w8, w4, ...) or a mapping",
         )
+        for action in parser._actions:
+            if action.dest in ("interaction", "interaction_first") and action.choices is not None:
+                action.choices = [*action.choices, ATTENTION]
         parse = parser.parse_args
 
         def parse_args(*args: Any, **kwargs: Any) -> argparse.Namespace:
             namespace = parse(*args, **kwargs)
+            if ATTENTION in (namespace.interaction, namespace.interaction_first):
+                _use_attention(parser, namespace)
             if namespace.quantization is not None:
                 for option, reason in INCOMPATIBLE.items():
                     if getattr(namespace, option, False):
@@ -131,6 +151,10 @@ def _patch_scripts_utils(module: Any) -> None:
     @functools.wraps(original)
     def get_params_options(args: argparse.Namespace, model: Any) -> Any:
         spec = getattr(args, "quantization", None)
+        if ATTENTION in (getattr(args, "interaction", None), getattr(args, "interaction_first", None)):
+            logging.warning(
+                f"{ATTENTION} belongs to gaq: the models of this run can be loaded only where gaq is installed."
+            )
         packed = is_packed(getattr(args, "foundation_model", None))
         if packed and spec is None:
             logging.warning(
@@ -154,6 +178,20 @@ def _patch_scripts_utils(module: Any) -> None:
         return original(args, model)
 
     module.get_params_options = get_params_options
+    original_config = module.extract_config_mace_model
+
+    @functools.wraps(original_config)
+    def extract_config_mace_model(model: Any) -> dict[str, Any]:
+        config: dict[str, Any] = original_config(model)
+        # Where they were never imported there is no class of ours.
+        classes: Any = sys.modules.get("gaq_mace.modules")
+        if classes is not None:
+            for key in ("interaction_cls", "interaction_cls_first"):
+                if key in config:
+                    config[key] = classes.original_type(config[key])
+        return config
+
+    module.extract_config_mace_model = extract_config_mace_model
 
 
 def _patch_train(module: Any) -> None:

@@ -186,6 +186,8 @@ class _Layer(torch.nn.Module):
         name = _class_name(block)
         if name not in INTERACTIONS:
             raise Unsupported(f"interactions.{number} is a {name}; served are {', '.join(INTERACTIONS)}")
+        if _identity_or(block) is not None:
+            raise Unsupported(f"the density weights of interactions.{number} are rounded")
         if hasattr(block, "conv_fusion"):
             raise Unsupported(f"interactions.{number} brings a convolution kernel of its own")
         self.residual = "Residual" in name

@@ -5,7 +5,8 @@ float weights. A packed one is a pickle of *how to build it*: the constructor of
 configuration, then ``load_state_dict`` with weights computed as ``codes * scale``. Every callable in it
 belongs to Python, torch, e3nn or MACE, so it loads where this package is not installed, as the plain MACE
 model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
-(see `gaq_mace._patches`) puts the activation quantizers back.
+(see `gaq_mace._patches`) puts the activation quantizers back. A model with the interaction block of
+`gaq_mace.attention` is the exception: the constructor names that block, so it loads only with this package.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from gaq_mace.model import (
     restore,
     weight_quantizers,
 )
+from gaq_mace.modules import original_type
 
 __all__ = ["ModelFileError", "load", "reduce_packed", "reduce_stock", "restore_from_pickle", "save"]
 
@@ -90,6 +92,8 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
         config.pop(key, None)
     plain: dict[str, Any] = {}
     for key, value in config.items():
+        if key in ("interaction_cls", "interaction_cls_first"):
+            value = original_type(value)
         if isinstance(value, np.ndarray | Tensor):
             value = value.tolist()
         elif isinstance(value, np.generic):

@@ -35,7 +35,9 @@ from gaq.quantized import (
     state_of,
     unquantized,
 )
+from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
+from gaq.schema import QuantizationConfig
 from gaq_mace import modules
 from gaq_mace.sites import find_sites
 
@@ -146,6 +148,19 @@ def check_supported(model: torch.nn.Module) -> None:
             )
 
 
+def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> None:
+    if config.attention is None:
+        return
+    if config.attention.messages:
+        raise ConfigError(
+            "quantization.attention.messages: is for NequIP. In MACE attention over messages is an interaction block: "
+            "train from scratch with `interaction: GAQAttentionResidualInteractionBlock`."
+        )
+    for module in model.modules():
+        if isinstance(module, RobustAttention):
+            module.configure(config.attention)
+
+
 def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     """Insert quantizers into a MACE model, in place.
 
@@ -171,6 +186,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     resolved = resolve_overrides(config, [site.name for site in sites])
     if all(c is None for c in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
+    _configure_attention(model, config)
     parameters = dict(model.named_parameters())
     for site in sites:
         own = resolved[site.name]
@@ -279,6 +295,7 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
     config = parse_config(stored.meta["config"])
     state = ModelState(config, stored.meta["status"], dict(stored.weights), dict(stored.meta.get("notes", {})))
     converted = state.status == "converted"
+    _configure_attention(model, config)
     sites = find_sites(model)
     resolved = resolve_overrides(config, [site.name for site in sites])
     for site in sites:

@@ -7,20 +7,27 @@ is TorchScript, so that LAMMPS export works in any state.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
 from e3nn.nn._fc import _Layer
 from e3nn.util.jit import compile_mode
-from mace.modules.blocks import EquivariantProductBasisBlock
+from mace.modules.blocks import (
+    EquivariantProductBasisBlock,
+    RealAgnosticDensityInteractionBlock,
+    RealAgnosticDensityResidualInteractionBlock,
+)
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
+from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.sites import Site
 
-__all__ = ["insert", "original_class", "remove", "weight_quantizers"]
+__all__ = ["insert", "original_class", "original_type", "remove", "weight_quantizers"]
 
 
 @compile_mode("script")
@@ -90,6 +97,89 @@ class QuantizedProduct(EquivariantProductBasisBlock):
         return self.input_quantizer(out)
 
 
+@compile_mode("script")
+class QuantizedDensity(RealAgnosticDensityInteractionBlock):
+    """MACE's `RealAgnosticDensityInteractionBlock` whose density weights are rounded.
+
+    A density weight is ``tanh(x^2)``, so it lies in [0, 1). It is rounded before the cutoff multiplies it, so that its
+    steps vanish at the cutoff.
+    """
+
+    def forward(
+        self,
+        node_attrs: Tensor,
+        node_feats: Tensor,
+        edge_attrs: Tensor,
+        edge_feats: Tensor,
+        edge_index: Tensor,
+        cutoff: Tensor | None = None,
+        lammps_class: Any | None = None,
+        lammps_natoms: tuple[int, int] = (0, 0),
+        first_layer: bool = False,
+    ) -> tuple[Tensor, None]:
+        n_real = lammps_natoms[0] if lammps_class is not None else None
+        node_feats = self.linear_up(node_feats)
+        node_feats = self.handle_lammps(
+            node_feats, lammps_class=lammps_class, lammps_natoms=lammps_natoms, first_layer=first_layer
+        )
+        tp_weights = self.conv_tp_weights(edge_feats)
+        edge_density = self.input_quantizer(torch.tanh(self.density_fn(edge_feats) ** 2))
+        if cutoff is not None:
+            tp_weights = tp_weights * cutoff
+            edge_density = edge_density * cutoff
+        density = scatter_sum(src=edge_density, index=edge_index[1], dim=0, dim_size=node_feats.shape[0])
+        if hasattr(self, "conv_fusion"):
+            message = self.conv_tp(node_feats, edge_attrs, tp_weights, edge_index)
+        else:
+            mji = self.conv_tp(node_feats[edge_index[0]], edge_attrs, tp_weights)
+            message = scatter_sum(src=mji, index=edge_index[1], dim=0, dim_size=node_feats.shape[0])
+        message = self.truncate_ghosts(message, n_real)
+        node_attrs = self.truncate_ghosts(node_attrs, n_real)
+        density = self.truncate_ghosts(density, n_real)
+        message = self.linear(message) / (density + 1)
+        return self.reshape(self.skip_tp(message, node_attrs)), None
+
+
+@compile_mode("script")
+class QuantizedDensityResidual(RealAgnosticDensityResidualInteractionBlock):
+    """MACE's `RealAgnosticDensityResidualInteractionBlock` whose density weights are rounded, as above."""
+
+    def forward(
+        self,
+        node_attrs: Tensor,
+        node_feats: Tensor,
+        edge_attrs: Tensor,
+        edge_feats: Tensor,
+        edge_index: Tensor,
+        cutoff: Tensor | None = None,
+        lammps_class: Any | None = None,
+        lammps_natoms: tuple[int, int] = (0, 0),
+        first_layer: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        n_real = lammps_natoms[0] if lammps_class is not None else None
+        sc = self.skip_tp(node_feats, node_attrs)
+        node_feats = self.linear_up(node_feats)
+        node_feats = self.handle_lammps(
+            node_feats, lammps_class=lammps_class, lammps_natoms=lammps_natoms, first_layer=first_layer
+        )
+        tp_weights = self.conv_tp_weights(edge_feats)
+        edge_density = self.input_quantizer(torch.tanh(self.density_fn(edge_feats) ** 2))
+        if cutoff is not None:
+            tp_weights = tp_weights * cutoff
+            edge_density = edge_density * cutoff
+        density = scatter_sum(src=edge_density, index=edge_index[1], dim=0, dim_size=node_feats.shape[0])
+        if hasattr(self, "conv_fusion"):
+            message = self.conv_tp(node_feats, edge_attrs, tp_weights, edge_index)
+        else:
+            mji = self.conv_tp(node_feats[edge_index[0]], edge_attrs, tp_weights)
+            message = scatter_sum(src=mji, index=edge_index[1], dim=0, dim_size=node_feats.shape[0])
+        message = self.truncate_ghosts(message, n_real)
+        density = self.truncate_ghosts(density, n_real)
+        sc = self.truncate_ghosts(sc, n_real)
+        message = self.linear(message) / (density + 1)
+        return self.reshape(message), sc
+
+
 _QUANTIZED = {
     "product": QuantizedProduct,
     "linear": QuantizedLinear,
@@ -104,12 +194,20 @@ _ORIGINAL: dict[type, type] = {
     QuantizedLayer: _Layer,
     QuantizedDense: torch.nn.Linear,
     QuantizedContraction: Contraction,
+    QuantizedDensity: RealAgnosticDensityInteractionBlock,
+    QuantizedDensityResidual: RealAgnosticDensityResidualInteractionBlock,
 }
+_BLOCKS = {_ORIGINAL[own]: own for own in (QuantizedDensity, QuantizedDensityResidual)}
 
 
 def original_class(module: torch.nn.Module) -> type:
     """The host's class of a module, whether it is quantized now or not."""
-    return _ORIGINAL.get(type(module), type(module))
+    return original_type(type(module))
+
+
+def original_type(kind: type) -> type:
+    """The host's class that a class stands for."""
+    return _ORIGINAL.get(kind, kind)
 
 
 def insert(site: Site, weights: dict[str, WeightQuantizer], features: FeatureQuantizer | None) -> None:
@@ -134,6 +232,11 @@ def insert(site: Site, weights: dict[str, WeightQuantizer], features: FeatureQua
     elif site.kind == "product":
         if not hasattr(module, "use_agnostic_product"):  # models from before MACE had it
             module.use_agnostic_product = False
+    elif site.kind in ("density", "attention"):
+        if features is not None:
+            module.input_quantizer = features.to(device)
+            module.__class__ = _BLOCKS.get(type(module), type(module))  # attention calls its quantizer as it is
+        return
     elif weights or features is not None:
         module.weight_quantizer = weights.get("weight", identity).to(device)
     if features is not None or (weights and site.kind != "contraction"):

@@ -2,7 +2,8 @@
 
 Kinds: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``, ``dense``
 (`torch.nn.Linear`), and ``product``, which has no weights of its own: its *output* is rounded, once for all that
-read it.
+read it. ``density`` and ``attention`` have none either: what is rounded, under the key ``attention``, are the density
+weights of an interaction block and the logits of `gaq.quantizers.attention.RobustAttention`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.
 import torch
 from e3nn import o3
 from e3nn.nn._fc import _Layer
-from mace.modules.blocks import EquivariantProductBasisBlock
+from mace.modules.blocks import (
+    EquivariantProductBasisBlock,
+    RealAgnosticAttResidualInteractionBlock,
+    RealAgnosticDensityInteractionBlock,
+    RealAgnosticDensityResidualInteractionBlock,
+)
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 
+from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, Bystander, Site, WeightSite
+from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite
 
 __all__ = ["bystanders", "find_sites"]
 
 
+DENSITY = "density weights, in [0, 1): rounded under the key attention"
+LOGITS = "logits, bounded by the temperature: rounded under the key attention"
 POLYNOMIAL = "a polynomial of features just computed, evaluated in float; its weights are rounded"
 
 
@@ -68,7 +77,16 @@ def _contraction_weights(module: Any) -> tuple[WeightSite, ...]:
 
 
 # What an interaction block reads directly from the node features of the layer before.
-_READERS = {"linear_up", "linear_down", "skip_linear", "linear_res", "source_embedding", "target_embedding"}
+_READERS = {
+    "linear_up",
+    "linear_down",
+    "skip_linear",
+    "linear_res",
+    "source_embedding",
+    "target_embedding",
+    "linear_query",
+    "linear_key",
+}
 
 
 def _source_of_node_feats(name: str, model: torch.nn.Module) -> int | None:
@@ -91,6 +109,36 @@ def _is_position_free(name: str, model: torch.nn.Module) -> bool:
     return _source_of_node_feats(name, model) == -1
 
 
+def _attention_weights(name: str, model: torch.nn.Module) -> AttentionSite | None:
+    """What a layer reads of the scalars of both atoms, in the radial network of MACE's attention block.
+
+    The first layer reads radial features as well, which stay as they are. In the first interaction those scalars are a
+    function of the species.
+    """
+    parts = name.split(".")
+    if parts[0] != "interactions" or parts[2:3] != ["conv_tp_weights"] or parts[1] == "0":
+        return None
+    block: Any = model.interactions[int(parts[1])]  # type: ignore[index]
+    if not isinstance(block, RealAgnosticAttResidualInteractionBlock):
+        return None
+    layer: Any = block.conv_tp_weights.get_submodule(parts[3])
+    width = int(layer.h_in)
+    radial = block.edge_feats_irreps.num_irreps
+    pieces = ((-radial, 1), (width - radial, 1)) if parts[3] == "layer0" else ((width, 1),)
+    return AttentionSite(FeatureLayout(pieces), what="attention weights")
+
+
+def _edge_weights(name: str, module: torch.nn.Module) -> Site | None:
+    """The site of density weights or attention logits, None if there are none."""
+    if isinstance(module, RealAgnosticDensityInteractionBlock | RealAgnosticDensityResidualInteractionBlock):
+        own = AttentionSite(FeatureLayout(((1, 1),)), limit=1.0, signed=False, what="density")
+        return Site(name, module, "density", (), None, DENSITY, False, False, "1x0e", own)
+    if isinstance(module, RobustAttention):
+        own = AttentionSite(FeatureLayout(((module.heads, 1),)), limit=1.0, what="logits")
+        return Site(name, module, "attention", (), None, LOGITS, False, False, f"{module.heads}x0e", own)
+    return None
+
+
 def find_sites(model: torch.nn.Module) -> list[Site]:
     """Every module of a MACE model that holds weights or node features to round, in order."""
     sites: list[Site] = []
@@ -98,7 +146,10 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside_contraction):
             continue
-        radial = ".conv_tp_weights" in name or ".density_fn" in name
+        if (edge_weights := _edge_weights(name, module)) is not None:
+            sites.append(edge_weights)
+            continue
+        radial = any(part in name for part in (".conv_tp_weights", ".density_fn", ".radial_key"))
         leaf = name.rsplit(".", 1)[-1]
         first_radial = radial and leaf in ("layer0", "0")
         # Each of these few weights acts on everything an atom of its species sends or becomes.
@@ -157,7 +208,8 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
             note = RADIAL
         elif (source := _source_of_node_feats(name, model)) is not None:
             features, note = None, f"rounded at the output of products.{source}"
-        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps))
+        own_attention = _attention_weights(name, model)
+        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention))
     return sites
 
 
@@ -169,6 +221,7 @@ _REASONS = {
     "scale_shift": "two numbers, kept exact",
     "pair_repulsion_fn": "analytic repulsion, kept exact",
     "reshape": "no weights",
+    "envelope": "a cutoff function, kept smooth",
     "non_linearity": "no weights",
     "equivariant_nonlin": "no weights",
 }
@@ -176,10 +229,13 @@ _REASONS = {
 
 def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
     """The modules a user may look for and not find among the sites, each with the reason."""
-    covered = {site.name for site in find_sites(model)}
+    sites = find_sites(model)
+    covered = {site.name for site in sites}
+    # A density site is a whole block, in which every part has a place of its own.
+    whole = {site.name for site in sites if site.kind != "density"}
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        parent_listed = any(name.startswith(prefix + ".") for prefix in covered)
+        parent_listed = any(name.startswith(prefix + ".") for prefix in whole)
         if name in covered or parent_listed:
             continue
         own = sum(p.numel() for p in module.parameters(recurse=False))

@@ -118,7 +118,8 @@ def default_tolerance(config: Any) -> float:
     """
     if not config.rounds_activations:
         return 0.5
-    bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits) if b is not None]
+    attention = None if config.attention is None else config.attention.bits
+    bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits, attention) if b is not None]
     return 5.0 if min(bits) >= 16 else float("inf")
 
 

@@ -289,9 +289,11 @@ def fuse(model: torch.nn.Module) -> dict[str, str]:
         For each block that keeps NequIP's own operations the reason.
     """
     _fuse_products(model)
+    weighted = [name for name, m in model.named_modules() if class_name(m) == "AttentionInteractionBlock"]
+    kept = dict.fromkeys(weighted, "its messages are weighted by attention")
     blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
     if not blocks:
-        return {}
+        return kept
     try:
         edge = _edge_part(model)
         attributes = edge.harmonics
@@ -304,8 +306,7 @@ def fuse(model: torch.nn.Module) -> dict[str, str]:
             raise Unsupported(f"edge attributes {attributes.irreps_edge_sh}")
         sh = harmonics.fit(function, degrees[-1])
     except ValueError as error:
-        return {name: str(error) for name, _ in blocks}
-    kept: dict[str, str] = {}
+        return {**kept, **{name: str(error) for name, _ in blocks}}
     for name, found in blocks:
         block: Any = found
         try:

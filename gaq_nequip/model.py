@@ -11,10 +11,21 @@ import torch
 import gaq
 from gaq import inspection, quantized
 from gaq.config import ConfigError, QuantizationConfig, parse_config, resolve_overrides
-from gaq.quantized import FORMAT, FixedWeight, ModelState, feature_quantizers, finish_features, require_state, state_of
+from gaq.quantized import (
+    FORMAT,
+    FixedWeight,
+    ModelState,
+    feature_quantizers,
+    finish_features,
+    is_kind,
+    require_state,
+    state_of,
+)
+from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.summary_table import SummaryRow
 from gaq_nequip import modules
+from gaq_nequip.attention import add_attention
 from gaq_nequip.sites import bystanders, class_name, find_sites
 
 __all__ = ["convert", "graph_models", "in_float64", "prepare", "quantized_weights", "rows"]
@@ -49,6 +60,16 @@ def check_supported(model: torch.nn.Module) -> None:
             )
 
 
+def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> None:
+    if config.attention is None:
+        return
+    if config.attention.messages:
+        add_attention(model)
+    for module in model.modules():
+        if is_kind(module, RobustAttention):
+            module.configure(config.attention)
+
+
 def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     """Insert quantizers into a NequIP or Allegro model, in place.
 
@@ -70,6 +91,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     check_supported(model)
     if state_of(model) is not None:
         raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")
+    _configure_attention(model, config)
     sites = find_sites(model)
     resolved = resolve_overrides(config, [site.name for site in sites])
     if all(c is None for c in resolved.values()):

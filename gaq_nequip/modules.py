@@ -179,7 +179,8 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
     elif site.kind == "tensor_track" and not hasattr(module, "weight_quantizer"):
         module.weight_quantizer = torch.nn.Identity()
         module.input_quantizer = torch.nn.Identity()
-    module.__class__ = _quantized_class(site.kind)
+    if site.kind != "attention":  # which calls its quantizer as it is
+        module.__class__ = _quantized_class(site.kind)
 
 
 def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
@@ -386,7 +387,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
         for module in self.modules():
             if is_kind(module, FeatureQuantizer):
                 found.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
-                found.append(module.differentiable_twice)
+                found.append((module.differentiable_twice, getattr(module, "calibrated", True)))
             elif is_kind(module, WeightQuantizer):
                 found.append((module.enabled, module.scale_is_fixed))
         return tuple(found)

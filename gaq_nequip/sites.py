@@ -13,6 +13,7 @@ Kinds, each with the class in `gaq_nequip.modules` that takes its place:
 ``contracter``      Allegro's tensor product: its path weights and the environment it reads
 ``tensor_track``    no weights; the tensor features that an Allegro tensor product reads
 ``env_weighter``    no weights; Allegro's environment weights, before the sum over neighbours
+``attention``       a temperature a head; logits, rounded under the key ``attention``
 ==================  ====================================================================================
 
 Modules are recognised by the name of their class: those of a packaged model are classes of the package, not of the
@@ -29,7 +30,7 @@ import torch
 
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, Bystander, Site, WeightSite
+from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite
 
 __all__ = ["TENSOR_TRACK", "bystanders", "class_name", "find_sites"]
 
@@ -38,11 +39,19 @@ TENSOR_TRACK = "tensor_track"
 
 TWO_BODY = "a function of one edge alone, kept smooth"
 READOUT = "one dot product, whose every rounding is an error of the energy: kept exact"
+LOGITS = "logits, bounded by the temperature: rounded under the key attention"
 ENVIRONMENT = "the environment it reads, rounded where the preset says so"
 
 # Parts of a model whose inputs are a function of one distance and two types.
-_TWO_BODY_PARTS = ("edge_mlp", "radial_chemical_embed", "scalar_embed_mlp", "tensor_embed", "first_layer_env_embed")
-_FIRST_RADIAL = ("edge_mlp.mlp.0", "basis_linear.mlp.0", "basis_linear.mlp.weights", "class_embed")
+_TWO_BODY_PARTS = (
+    "edge_mlp",
+    "edge_key",
+    "radial_chemical_embed",
+    "scalar_embed_mlp",
+    "tensor_embed",
+    "first_layer_env_embed",
+)
+_FIRST_RADIAL = ("edge_mlp.mlp.0", "edge_key", "basis_linear.mlp.0", "basis_linear.mlp.weights", "class_embed")
 _READOUTS = ("per_atom_energy_readout", "edge_readout")
 
 
@@ -111,14 +120,14 @@ class _Finder:
         """Why the input of a module need not be rounded there; None if it has to be."""
         leaf = name.rsplit(".", 1)[-1]
         layer = _layer_of(name)
-        if layer is not None and leaf in ("linear_1", "sc"):
+        if layer is not None and leaf in ("linear_1", "sc", "linear_query", "linear_key"):
             own = next(i for i, full in enumerate(self.layers) if full.rsplit(".", 1)[-1] == layer)
             return POSITION_FREE if own == 0 else f"rounded at the output of {self.layers[own - 1]}"
         if self.readout_layers and name == self.readout_layers[-1]:
             return READOUT
         if "embed_module" in name or "center_embed" in name or "neighbor_embed" in name or "class_embed" in name:
             return POSITION_FREE
-        if "edge_mlp" in name:
+        if "edge_mlp" in name or "edge_key" in name:
             return RADIAL
         if any(part in name for part in _TWO_BODY_PARTS):
             return TWO_BODY
@@ -135,7 +144,7 @@ class _Finder:
             or any(part in name for part in _FIRST_RADIAL)
             or any(part in name for part in ("center_embed", "neighbor_embed"))
             # It acts on type embeddings only: each of its few weights is in everything an atom of a type sends.
-            or (name.endswith("linear_1") and self.source(name) == POSITION_FREE)
+            or (name.endswith(("linear_1", "linear_query", "linear_key")) and self.source(name) == POSITION_FREE)
             or (bool(self.readout_layers) and name == self.readout_layers[-1])
         )
 
@@ -187,7 +196,8 @@ class _Finder:
             irreps = module.irreps_in
             scalars = FeatureLayout(tuple((mul if ir.l == 0 else -mul, 2 * ir.l + 1) for mul, ir in irreps if mul > 0))
             note = "scalars and gates it reads; vectors are rounded after the gate"
-            yield Site(name, module, "gate", (), scalars, note, False, False, f"{irreps} ->")
+            gates = AttentionSite(scalars, what="gates")
+            yield Site(name, module, "gate", (), scalars, note, False, False, f"{irreps} ->", gates)
         elif kind == "Contracter":
             sizes = [int(module.mul)] if module.path_channel_coupling else []
             sizes += [int(module.num_paths)] if module.num_paths > 1 else []
@@ -207,7 +217,13 @@ class _Finder:
         elif kind == "MakeWeightedChannels" and name.endswith("._env_weighter"):
             n = int(module.weight_numel)
             note = "environment weights, before the sum over neighbours"
-            yield Site(name, module, "env_weighter", (), FeatureLayout(((n, 1),)), note, False, False, f"{n}x0e ->")
+            numbers = FeatureLayout(((n, 1),))
+            environment = AttentionSite(numbers, what="environment weights")
+            yield Site(name, module, "env_weighter", (), numbers, note, False, False, f"{n}x0e ->", environment)
+        elif kind == "RobustAttention":
+            heads = int(module.heads)
+            logits = AttentionSite(FeatureLayout(((heads, 1),)), limit=1.0, what="logits")
+            yield Site(name, module, "attention", (), None, LOGITS, False, False, f"{heads}x0e", logits)
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:

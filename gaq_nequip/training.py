@@ -14,7 +14,7 @@ from nequip.scripts._workflow_utils import get_workflow_state
 from nequip.utils import RankedLogger
 from torch import Tensor
 
-from gaq.config import QuantizationConfig, parse_config
+from gaq.config import ConfigError, QuantizationConfig, parse_config
 from gaq.inspection import rows as inspection_rows
 from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
@@ -50,6 +50,11 @@ def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
         pretrained: whether its weights are those of a trained model.
     """
     config = parse_config(spec)
+    if pretrained and config.attention is not None and config.attention.messages:
+        raise ConfigError(
+            "quantization.attention.messages: adds weights to the model, which makes a trained one another function. "
+            "Train from scratch with it, or leave it out."
+        )
     for name, own in graph_models(model).items():
         prepare(own, config)
         require_state(own).pretrained = pretrained

@@ -131,6 +131,11 @@ def message(spec: Any) -> str:
 SECTIONS = {f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("preset", "overrides")}
 
 
+def defaults(section: str) -> Any:
+    """A section as it is where its key is given and empty."""
+    return getattr(parse_config({section: {}}), section)
+
+
 def test_unknown_keys_at_the_top() -> None:
     text = message({"weigths": {"bits": 8}})
     assert text.startswith("quantization.weigths: unknown key.")
@@ -144,7 +149,7 @@ def test_unknown_keys_at_the_top() -> None:
 def test_unknown_keys_in_a_section(section: str) -> None:
     text = message({section: {"no_such_key": 1}})
     assert text.startswith(f"quantization.{section}.no_such_key: unknown key.")
-    for field in dataclasses.fields(getattr(PRESETS["gaq"], section)):
+    for field in dataclasses.fields(defaults(section)):
         assert field.name in text.split(f"Allowed in quantization.{section}:")[1]
     for wrong in ("w8", 8, [8], True):
         text = message({section: wrong})
@@ -156,7 +161,8 @@ FIELDS = [
     (section, field)
     for section in SECTIONS
     if section != "radial_activations"
-    for field in dataclasses.fields(getattr(PRESETS["gaq"], section))
+    for field in dataclasses.fields(defaults(section))
+    if field.name != "temperature"
 ]
 
 
@@ -181,6 +187,54 @@ def test_wrong_types_of_every_field(section: str, field: dataclasses.Field[Any])
         assert text == f"quantization.{section}.{field.name}: null is not allowed here; give a value of type {kind}."
 
 
+@pytest.mark.parametrize(
+    "value", [None, True, "hot", "0.5", [1.0], {"bits": 8}, math.nan, math.inf, 0, 0.25, 8.0, -1.0]
+)
+def test_temperatures_are_learned_or_between_their_bounds(value: Any) -> None:
+    text = message({"attention": {"temperature": value}})
+    expected = f"quantization.attention.temperature: {value!r} is neither 'learned' nor a number between 0.25 and 8."
+    assert text == expected
+    assert message({"attention": {"temperature": "learnt"}}).endswith("Did you mean 'learned'?")
+    attention = parse_config({"attention": {"temperature": 2}}).attention
+    assert attention is not None
+    assert attention.temperature == 2.0
+    assert attention == dataclasses.replace(defaults("attention"), temperature=2.0)
+
+
+def test_without_the_key_attention_is_nowhere() -> None:
+    for preset, config in PRESETS.items():
+        assert config.attention is None
+        assert "attention" not in config.to_dict()
+        assert parse_config({"preset": preset, "attention": None}) == config
+    round_trip = parse_config({"attention": {"bits": 12, "messages": True}})
+    assert parse_config(round_trip.to_dict()) == round_trip
+
+
+def test_attention_follows_the_preset_unless_bits_are_given() -> None:
+    for preset, config in PRESETS.items():
+        found = parse_config({"attention": {}, "preset": preset})
+        assert found.attention is not None
+        assert found.attention.bits == (None if config.scalars.bits is None else 16)
+        assert found.rounds_activations == config.rounds_activations
+    assert parse_config({"attention": {"normalize": False}, "scalars": None}).attention.bits is None  # type: ignore[union-attr]
+    exact = parse_config({"preset": "w8", "attention": {"bits": 12}})
+    assert exact.attention is not None
+    assert exact.attention.bits == 12
+    assert exact.rounds_activations
+    override = {"*": {"attention": {"bits": 8}}}
+    resolved = resolve_overrides(parse_config({"attention": {"normalize": False}, "overrides": override}), ["a"])["a"]
+    assert resolved is not None
+    assert resolved.attention is not None
+    assert (resolved.attention.bits, resolved.attention.normalize) == (8, False)
+
+
+def test_attention_alone_is_something_to_do() -> None:
+    nothing = {"weights": None, "scalars": None, "vectors": None}
+    for attention in ({}, {"messages": False, "bits": None}):
+        assert message({**nothing, "attention": attention}).endswith("so nothing would be quantized.")
+    assert parse_config({**nothing, "attention": {"messages": True}}).attention is not None
+
+
 @pytest.mark.parametrize("value", [1, 0, "true", "yes", None])
 def test_a_flag_is_true_or_false(value: Any) -> None:
     assert message({"radial_activations": value}).startswith("quantization.radial_activations: ")
@@ -195,7 +249,7 @@ def test_impossible_weight_widths(key: str, bits: int) -> None:
     assert "choose one of 2, 3, 4, 5, 6, 7, 8, 16 or null" in text
 
 
-@pytest.mark.parametrize("key", ["scalars.bits", "vectors.magnitude_bits", "vectors.direction_bits"])
+@pytest.mark.parametrize("key", ["scalars.bits", "vectors.magnitude_bits", "vectors.direction_bits", "attention.bits"])
 @pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32])
 def test_impossible_activation_widths(key: str, bits: int) -> None:
     section, name = key.split(".")
@@ -236,6 +290,7 @@ def test_groups_are_for_weights_only() -> None:
         ("weights.group_size", 1, "2"),
         ("vectors.start_epoch", -1, "0"),
         ("vectors.anneal_epochs", -1, "0"),
+        ("attention.gate_limit", 0.0, "0.001"),
         ("calibration.frames", 0, "1"),
         ("calibration.seed", -1, "0"),
         ("calibration.headroom", 0.99, "1"),
