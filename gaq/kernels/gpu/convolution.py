@@ -89,7 +89,7 @@ class _Source:
         self.problem, self.tabulated = problem, tabulated
         self.lines: list[str] = []
         self.depth = 0
-        self.block, self.warps = launch(problem.channels)
+        self.block, self.warps = launch(problem.channels, problem.rows_out)
         self.starts = [sum(2 * l + 1 for l in problem.blocks[:i]) for i in range(len(problem.blocks))]  # noqa: E741
         rows = problem.group_rows()
         self.offsets = [sum(rows[:g]) for g in range(len(rows))]
@@ -362,8 +362,8 @@ class _Source:
         for axis, name in enumerate("xyz"):
             parts = []
             for degree, row in enumerate(self.sh):
-                for m, p in enumerate(row):
-                    slope = _slope(p, axis)
+                for m, polynomial in enumerate(row):
+                    slope = _slope(polynomial, axis)
                     if not slope or f"gy{degree}_{m}" not in into_harmonics:
                         continue
                     if degree == 1:
@@ -392,8 +392,7 @@ class _Source:
             self.put(f"h = grad_features + atom * {problem.rows_in * channels} + c")
             for block, l in enumerate(problem.blocks):  # noqa: E741
                 for m in range(2 * l + 1):
-                    place = (self.starts[block] + m) * channels
-                    self.put(self.store(f"h + {place}", f"f{block}_{m}"))
+                    self.put(self.store(f"h + {(self.starts[block] + m) * channels}", f"f{block}_{m}"))
         self.depth = 0
 
     def text(self) -> str:
@@ -409,10 +408,13 @@ class _Source:
         return "\n".join(self.lines) + "\n"
 
 
-def launch(channels: int) -> tuple[int, int]:
-    """Channels of a program, a power of two, and its warps."""
+def launch(channels: int, rows: int) -> tuple[int, int]:
+    """Channels of a program, a power of two, and its warps.
+
+    Two channels a thread share the scalars of an edge; with many rows of messages their registers would not suffice.
+    """
     block = min(LANES, 1 << (channels - 1).bit_length())
-    return block, max(1, block // 64)
+    return block, max(1, block // (64 if rows <= 2 * SUMS else 32))
 
 
 def source(problem: base.ConvolutionProblem, tabulated: bool) -> str:
