@@ -75,7 +75,7 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     # A tile of two atoms and four channels, so that there are tails in both directions.
-    monkeypatch.setattr(triton_twin, "_blocks", lambda atoms, channels: (2, 4))
+    monkeypatch.setattr(triton_twin, "blocks", lambda atoms, channels: (2, 4))
     # The last output and the last feature occur in no term.
     polynomial = contraction.Polynomial.make(3, 3, [((0, 1), 0), ((0,), 1)])
     x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from gaq.kernels.gpu import interpreted
+from gaq.kernels.gpu.tracing import operation, wrapped
 from gaq.kernels.native import refuse_second_derivative
 
 __all__ = ["contraction", "derivative_table", "value_table"]
@@ -147,7 +147,7 @@ def derivative_table(
     return _table(rows_in, entries)
 
 
-def _blocks(atoms: int, channels: int) -> tuple[int, int]:
+def blocks(atoms: int, channels: int) -> tuple[int, int]:
     """Atoms and channels of a tile."""
     if interpreted():
         return triton.next_power_of_2(max(atoms, 1)), triton.next_power_of_2(channels)
@@ -163,9 +163,9 @@ def _launch(
     if out.numel() == 0:
         return out
     rows, groups = heads
-    block_a, block_c = _blocks(atoms, channels)
+    block_a, block_c = blocks(atoms, channels)
     grid = (triton.cdiv(atoms, block_a) * triton.cdiv(channels, block_c), rows_out)
-    wrap_triton(polynomial_kernel)[grid](
+    wrapped(polynomial_kernel)[grid](
         x,
         y,
         out,
@@ -188,7 +188,7 @@ def _launch(
     return out
 
 
-@triton_op("gaq::contraction_gpu", mutates_args=())
+@operation("gaq::contraction_gpu", mutates_args=())
 def contraction_op(
     features: Tensor,
     species: Tensor,
@@ -202,7 +202,7 @@ def contraction_op(
     return _launch(features, features, species, coefficients, values, heads[:2], rows_out)
 
 
-@triton_op("gaq::contraction_backward_gpu", mutates_args=())
+@operation("gaq::contraction_backward_gpu", mutates_args=())
 def contraction_backward_op(
     features: Tensor, grad: Tensor, species: Tensor, coefficients: Tensor, derivative: Tensor, heads: list[int]
 ) -> Tensor:

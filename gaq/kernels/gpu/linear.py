@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from gaq.kernels.gpu import interpreted
+from gaq.kernels.gpu.tracing import operation, wrapped
 from gaq.kernels.native import refuse_second_derivative
 
 __all__ = ["linear", "serves"]
@@ -155,13 +155,15 @@ def serves(x: Tensor, codes: Tensor, group_size: int) -> bool:
     return x.dtype == torch.float32 and group_size in (0, 32, 64, 128) and 2 * codes.numel() < 1 << 31
 
 
-def blocks(rows: int, columns: int, rounded: bool) -> dict[str, int]:
+def blocks(rows: int, rounded: bool) -> dict[str, int]:
     """Sizes of the tiles; small ones where there are few rows, so that more of the card has work."""
     if interpreted():
         block_m = min(128, max(16, triton.next_power_of_2(max(rows, 1))))
         return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4}
-    block_m = 32 if rows <= 2048 else 64
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64 if rounded else 32, "num_warps": 4}
+    # As large as the registers allow: see benchmarks/gpu_resources.py.
+    if rows <= 2048:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8 if rounded else 4}
 
 
 def _launch(
@@ -181,11 +183,11 @@ def _launch(
     outputs = scale.shape[1]
     packed = codes.dtype == torch.uint8
     by_input, by_output = (outputs, 1) if packed else codes.stride()
-    tile = blocks(rows, columns, rounded)
+    tile = blocks(rows, rounded)
     if group_size:
         tile["BLOCK_N" if backward else "BLOCK_K"] = group_size
     added = out if residual is None else residual
-    wrap_triton(linear_kernel)[(triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
+    wrapped(linear_kernel)[(triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
         a,
         codes,
         scale,
@@ -212,7 +214,7 @@ def _launch(
     return out
 
 
-@triton_op("gaq::linear_gpu", mutates_args=())
+@operation("gaq::linear_gpu", mutates_args=())
 def linear_op(
     x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int
 ) -> Tensor:
@@ -220,7 +222,7 @@ def linear_op(
     return _launch(x, codes, scale, residual, scale.shape[1], rounded, group_size, False)
 
 
-@triton_op("gaq::linear_backward_gpu", mutates_args=())
+@operation("gaq::linear_backward_gpu", mutates_args=())
 def linear_backward_op(grad: Tensor, codes: Tensor, scale: Tensor, inputs: int, group_size: int) -> Tensor:
     """The gradient by the features, (rows, inputs)."""
     return _launch(grad, codes, scale, None, inputs, False, group_size, True)

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from gaq.kernels.gpu import interpreted
+from gaq.kernels.gpu.tracing import operation, wrapped
 from gaq.kernels.native import refuse_second_derivative
 
 __all__ = ["round_features"]
@@ -71,7 +71,7 @@ def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # 
     squares = tl.sum(references * references, axis=1)
     floor = tl.sqrt(tl.max(tl.where(i < SPANNING, squares, 0.0), axis=0)) * (32.0 * EPS)
     axes = tl.zeros([P, P], dtype=tl.float64)
-    for k in tl.static_range(SPANNING):
+    for k in range(SPANNING):
         axis = tl.sum(tl.where(i[:, None] == k, references, 0.0), axis=0)
         for again in tl.static_range(2):
             along = tl.sum(axes * axis[None, :], axis=1)
@@ -121,7 +121,7 @@ def _vectors(  # type: ignore[no-untyped-def]
         most = tl.maximum(most, tl.sum(v * v, axis=0))
         if FRAMED:
             mixing = tl.load(mixing_ptr + i[:, None] * mixing_stride + c[None, :], mask=inside, other=0.0)
-            for j in tl.static_range(D):
+            for j in range(D):
                 row = tl.load(x_ptr + at + j * row_stride + c, mask=c < channels, other=0.0).to(tl.float64)
                 mixed = tl.sum(mixing * row[None, :], axis=1)
                 references += tl.where(i[None, :] == j, mixed[:, None], 0.0)
@@ -137,7 +137,7 @@ def _vectors(  # type: ignore[no-untyped-def]
         rounded = _nearest(_divide(_root(tl.sum(v * v, axis=0)), step)) * step
         if FRAMED:
             along = tl.zeros([P, C], dtype=dtype)
-            for j in tl.static_range(D):
+            for j in range(D):
                 column = tl.sum(tl.where(i[None, :] == j, axes, 0.0), axis=1).to(dtype)
                 row = tl.load(x_ptr + at + j * row_stride + c, mask=c < channels, other=0.0)
                 along += column[:, None] * row[None, :]
@@ -160,7 +160,7 @@ def _vectors(  # type: ignore[no-untyped-def]
         square = tl.sum(point * point, axis=0)
         factor = _divide(rounded, _root(tl.maximum(square, 1.0)))
         if FRAMED:
-            for j in tl.static_range(D):
+            for j in range(D):
                 column = tl.sum(tl.where(i[None, :] == j, axes, 0.0), axis=1).to(dtype)
                 y = tl.sum(point * column[:, None], axis=0) * factor
                 tl.store(out_ptr + at + j * row_stride + c, y, mask=c < channels)
@@ -236,7 +236,7 @@ def rounding_kernel(  # type: ignore[no-untyped-def]
                     )
 
 
-@triton_op("gaq::round_features_gpu", mutates_args=())
+@operation("gaq::round_features_gpu", mutates_args=())
 def round_op(
     features: Tensor,
     ints: Tensor,
@@ -252,7 +252,7 @@ def round_op(
     rounded = torch.empty_like(features) if everything else features.clone()
     if atoms == 0 or tops.numel() == 0:
         return features.clone()
-    wrap_triton(rounding_kernel)[(atoms, tops.numel())](
+    wrapped(rounding_kernel)[(atoms, tops.numel())](
         features,
         rounded,
         ints,
