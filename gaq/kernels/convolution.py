@@ -163,7 +163,7 @@ class Graph:
     sender: Tensor
     receiver: Tensor
     tables: Tensor | None = None
-    lists: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    lists: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def by_receiver(self, atoms: int) -> tuple[Tensor, Tensor]:
         """`neighbours` of the receivers, made once."""
@@ -174,9 +174,10 @@ class Graph:
         return self._list("sender", self.sender, self.receiver, atoms)
 
     def _list(self, name: str, own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
-        if (name, atoms) not in self.lists:
-            self.lists[name, atoms] = neighbours(own, other, atoms)
-        return self.lists[name, atoms]
+        # Not by a key of both: where graphs are traced the number of atoms is a symbol, which has no hash.
+        if name not in self.lists or self.lists[name][0].shape[0] != atoms + 1:
+            self.lists[name] = neighbours(own, other, atoms)
+        return self.lists[name]
 
 
 def neighbours(own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
