@@ -335,6 +335,11 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
             kept[name] = str(error)
             continue
         block.problem, block.order, block.table_error = problem, order, table.error
+        if torch.device(device).type == "cuda":
+            # Now, because coefficients cannot be read while a graph is traced.
+            from gaq.kernels.gpu.convolution import register
+
+            register(problem, True)
         ints, reals = problem.plan(table.knots.shape[1])
         block.register_buffer("knots", knots.to(model.model_dtype).contiguous(), persistent=False)  # type: ignore[arg-type]
         block.register_buffer("plan_ints", ints, persistent=False)
