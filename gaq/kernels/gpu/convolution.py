@@ -28,16 +28,15 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path as File
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gaq.kernels import convolution as base
 from gaq.kernels import harmonics
-from gaq.kernels.gpu import why_not
+from gaq.kernels.gpu import tracing, why_not
 from gaq.kernels.native import cache_folder, refuse_second_derivative
 
 __all__ = ["convolution", "operation", "register", "source"]
@@ -476,15 +475,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def _wrapped(kernel: Any) -> Any:
-    """So that a trace sees the kernel; older versions of torch cannot wrap what the interpreter runs."""
-    return torch.library.wrap_triton(kernel) if hasattr(kernel, "cache_key") else kernel
-
-
-_register: Callable[..., Any] = getattr(torch.library, "triton_op", torch.library.custom_op)
-
-
-@_register("gaq::edge_convolution_triton", mutates_args=())
+@tracing.operation("gaq::edge_convolution_triton", mutates_args=())
 def operation(
     features: Tensor,
     vectors: Tensor,
@@ -499,7 +490,7 @@ def operation(
     kernels = _written(key)
     atoms = features.shape[0]
     message = _empty(features, kernels.ROWS_OUT * atoms, kernels.CHANNELS)
-    _wrapped(kernels.gaq_convolution)[(atoms, kernels.BLOCKS, kernels.PARTS)](
+    tracing.wrapped(kernels.gaq_convolution)[(atoms, kernels.BLOCKS, kernels.PARTS)](
         features,
         vectors,
         weights,
@@ -515,7 +506,7 @@ def operation(
     return message
 
 
-@_register("gaq::edge_convolution_triton_backward", mutates_args=())
+@tracing.operation("gaq::edge_convolution_triton_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     features: Tensor,
@@ -533,7 +524,7 @@ def _backward(
     grad_weights = _empty(weights, *weights.shape) if weights.dim() == 3 else _empty(weights, 0)
     parts = _empty(vectors, kernels.BLOCKS, count, 3)
     kernel = kernels.gaq_convolution_backward_all if of_features else kernels.gaq_convolution_backward
-    _wrapped(kernel)[(atoms, kernels.BLOCKS)](
+    tracing.wrapped(kernel)[(atoms, kernels.BLOCKS)](
         grad,
         features,
         vectors,
