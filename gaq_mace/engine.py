@@ -1,4 +1,4 @@
-"""MACE through the fused kernels: what a converted model runs by default at inference on the CPU.
+"""MACE through the fused kernels: what a converted model runs by default at inference, on the CPU and on NVIDIA cards.
 
 An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
 the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
@@ -24,7 +24,7 @@ from mace.modules.utils import get_outputs, prepare_graph
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, harmonics, native, radial, rounding
+from gaq.kernels import contraction, convolution, gpu, harmonics, native, radial, rounding
 from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.modules import original_class
@@ -177,7 +177,7 @@ def _species_product(x: Tensor, matrices: Tensor, order: _SpeciesOrder) -> Tenso
 class _Layer(torch.nn.Module):
     """One interaction and product of the model."""
 
-    # What is read from the model and never changed; tensors are buffers so that `.to` moves them.
+    # What is read from the model and never changed; tensors lie where the model's do.
     contraction_coefficients: Tensor
 
     def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
@@ -283,9 +283,10 @@ class _Layer(torch.nn.Module):
                     coupling = coupling[None]  # a scalar output has no axis of its own
                 weights = own.weights_max if degree == own.correlation else own.weights[own.correlation - 1 - degree]
                 if bool((weights != 0).any()):
-                    tensors.append((coupling, weights, rows.start))
+                    # Thousands of small steps, which a card would take one launch each.
+                    tensors.append((coupling.cpu(), weights.cpu(), rows.start))
         self.polynomial, coefficients = contraction.fold(tensors, rows_in, sum(ir.dim for _, ir in outputs))
-        self.register_buffer("contraction_coefficients", coefficients.to(dtype).contiguous())
+        self.register_buffer("contraction_coefficients", coefficients.to(own.weights_max.device, dtype).contiguous())
 
     # -- evaluation --
 
@@ -339,9 +340,9 @@ class _Layer(torch.nn.Module):
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.channels))
         return torch.cat(parts, dim=1)
 
-    def _tables(self, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _tables(self, pairs: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
-            return self.radial.tables(pairs, dtype)
+            return self.radial.tables(pairs, like.dtype, like.device)
         except ValueError as error:
             raise Unsupported(str(error)) from error
 
@@ -363,7 +364,7 @@ class _Layer(torch.nn.Module):
             sc = self._skip(x, self.in_rows, self.skip_rows, order)
         x = self.round_up(features)
         x = torch.cat([_mixed(x[:, r], getattr(self, f"up_{i}")) for i, r in enumerate(self.in_rows)], dim=1)
-        knots, density_knots = self._tables(order.pairs, x.dtype)
+        knots, density_knots = self._tables(order.pairs, x)
         message = convolution.convolution(self.problem, graph, x, vectors, knots)
         if self.message_plan is not None:
             message = rounding.round_features(message, self.message_plan, atoms)
@@ -393,10 +394,11 @@ class Engine(torch.nn.Module):
     """A MACE model as a run of fused kernels.
 
     Args:
-        model: a float or converted `ScaleShiftMACE` on the CPU, in float32 or float64.
+        model: a float or converted `ScaleShiftMACE` on the CPU or a card, in float32 or float64. An engine serves it
+            where it lies now.
 
     Raises:
-        Unsupported: for parts the kernels do not serve.
+        Unsupported: for parts the kernels do not serve, and on a card without Triton.
         gaq.kernels.native.CompilerError: where the kernels cannot be built.
     """
 
@@ -404,7 +406,11 @@ class Engine(torch.nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        native.library()
+        device = next(model.parameters()).device
+        if not gpu.chosen(device):
+            native.library()
+        elif (reason := gpu.why_not()) is not None:
+            raise Unsupported(reason)
         state = state_of(model)
         if state is not None and state.status != "converted":
             raise Unsupported("the model is in training: its weights are rounded anew in each call")
@@ -465,7 +471,7 @@ class Engine(torch.nn.Module):
         species = data["node_attrs"].argmax(dim=1)
         by_species = torch.argsort(species, stable=True)
         place = torch.empty_like(by_species)
-        place[by_species] = torch.arange(by_species.numel())
+        place[by_species] = torch.arange(by_species.numel(), device=place.device)
         counts = torch.bincount(species, minlength=self.embedding.shape[0]).tolist()
         bounds, start = [], 0
         for z, count in enumerate(counts):
@@ -548,9 +554,9 @@ _NOT_SERVED = ("compute_hessian", "compute_edge_forces", "compute_atomic_stresse
 def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
     """The engine a call of a model goes through, or None.
 
-    Only at inference on the CPU: training needs second derivatives, as do Hessians, and a graph that is traced for
-    something else has to consist of operations that are known there. Why a model is not served at all is said once,
-    in a warning.
+    Only at inference, on the CPU or an NVIDIA card: training needs second derivatives, as do Hessians, and a graph that
+    is traced for something else has to consist of operations that are known there. Why a model is not served at all is
+    said once, in a warning.
     """
     if options.get("training", False) or any(options.get(name, False) for name in _NOT_SERVED) or switched_off():
         return None
@@ -558,7 +564,7 @@ def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
     if state is None or state.status != "converted" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+    if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
         return None
     own = engine_of(model)
     return own if own is not None and own.rounds_as_deployed() else None
@@ -571,7 +577,7 @@ def serves(model: Any, options: dict[str, Any]) -> bool:
 
 def engine_of(model: Any) -> Engine | None:
     """The engine of a model, built anew when its weights have changed; None where the kernels do not serve it."""
-    key = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
+    key = tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in model.parameters())
     kept = model.__dict__.get("gaq_engine")
     if kept is None or kept[0] != key:
         engine: Engine | None = None

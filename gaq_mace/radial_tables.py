@@ -36,7 +36,8 @@ class RadialTables:
     """
 
     def __init__(self, model: Any, block: Any, paths: int, channels: int, tolerance: float) -> None:
-        self.embedding = copy.deepcopy(model.radial_embedding).double()
+        # Tables are made on the CPU, wherever the model lies: its network in float64, a few times in all.
+        self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
         self.network = self._network(block.conv_tp_weights)
         density = getattr(block, "density_fn", None)
         self.density = None if density is None else self._network(density)
@@ -47,7 +48,7 @@ class RadialTables:
         self.elements = len(self.numbers)
         self.by_species = hasattr(model.radial_embedding, "distance_transform")
         self.made: dict[int, tuple[radial.RadialTable, radial.RadialTable | None]] = {}
-        self.joined: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self.joined: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor | None]] = {}
         self._probe()
 
     @staticmethod
@@ -56,7 +57,7 @@ class RadialTables:
             raise ValueError(f"the radial network is a {original_class(network).__name__}")
         if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
             raise ValueError("the hidden layers of the radial network are rounded")
-        return copy.deepcopy(network).double()
+        return copy.deepcopy(network).cpu().double()
 
     def _probe(self) -> None:
         """Make one table now, where a model that cannot be served is told apart; both orders of a pair are the same."""
@@ -102,7 +103,7 @@ class RadialTables:
             )
         self.made[code] = weights, density
 
-    def tables(self, codes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def tables(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The knots of some pairs, one after the other: of the weights, and of the density where there is one.
 
         Returns:
@@ -111,7 +112,8 @@ class RadialTables:
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
-        if codes not in self.joined:
+        key = codes, device
+        if key not in self.joined:
             for code in codes:
                 if code not in self.made:
                     self._make(code)
@@ -123,13 +125,13 @@ class RadialTables:
                     table = self.made[code][part]
                     if table is not None and table.knots.shape[1] < finest:
                         self._refine(code, part, finest)
-            weights = torch.cat([self.made[code][0].knots for code in codes]).to(dtype)
+            weights = torch.cat([self.made[code][0].knots for code in codes]).to(device, dtype)
             densities = [table.knots for code in codes if (table := self.made[code][1]) is not None]
             # A structure that changes its species keeps what it had; the rest can be put together again.
             if len(self.joined) > 8:
                 self.joined.clear()
-            self.joined[codes] = weights, torch.cat(densities).to(dtype) if densities else None
-        return self.joined[codes]
+            self.joined[key] = weights, torch.cat(densities).to(device, dtype) if densities else None
+        return self.joined[key]
 
     def _refine(self, code: int, part: int, fewest: int) -> None:
         first, second = divmod(code, self.elements)

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--target", default="ase", help="ase (default), pair_nequip, pair_allegro or batch")
     build.add_argument("--device", default="cpu", help="cpu or cuda")
     build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
-    build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused CPU kernel")
+    build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused kernel")
     build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
     info = commands.add_parser("info", help="what a deployed file says of itself, and where its bytes are")
     info.add_argument("file")
@@ -168,20 +168,21 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _fuses(arguments: argparse.Namespace) -> bool:
-    """Whether convolutions are to go through the CPU kernel; without a compiler AOTInductor would fail as well."""
-    from gaq.kernels import native
+    """Whether convolutions are to go through the fused kernel; without a compiler AOTInductor would fail as well."""
+    from gaq.kernels import gpu, native
 
-    if arguments.plain or arguments.device != "cpu":
+    kind = arguments.device.split(":")[0]
+    if arguments.plain or kind not in ("cpu", "cuda"):
         return False
-    reason = native.why_not()
+    reason = native.why_not() if kind == "cpu" else gpu.why_not()
     if reason is not None:
         print(f"nequip-deploy: NequIP's own convolution is used: {reason}", file=sys.stderr)
     return reason is None
 
 
 @contextmanager
-def _kernels_at_hand() -> Iterator[None]:
-    """Within this context `nequip-compile` fuses convolutions, and Inductor links the kernels into what it compiles."""
+def _kernels_at_hand(device: str) -> Iterator[None]:
+    """Within this context `nequip-compile` fuses convolutions, and Inductor puts the kernels into what it compiles."""
     import os
 
     from nequip.scripts import compile as nequip_compile
@@ -191,18 +192,20 @@ def _kernels_at_hand() -> Iterator[None]:
     from gaq_nequip.fused import fuse
 
     before = os.environ.get("LIBRARY_PATH")
-    folder = str(native.static_library())
-    os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
-    options = {
-        "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS,
-        "aot_inductor.custom_op_libs": [native.STATIC_NAME],
-    }
+    options: dict[str, Any] = {}
+    if device.split(":")[0] == "cpu":  # for a card Inductor compiles the Triton kernels it sees
+        folder = str(native.static_library())
+        os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
+        options = {
+            "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS,
+            "aot_inductor.custom_op_libs": [native.STATIC_NAME],
+        }
     modify = nequip_compile.modify
 
     def modify_and_fuse(model: Any, modifiers: Any) -> Any:
         # Not a modifier by name: those of a package are the ones it was written with.
         model = modify(model, modifiers)
-        for name, reason in fuse(model).items():
+        for name, reason in fuse(model, device).items():
             print(f"nequip-deploy: {name} keeps NequIP's own convolution: {reason}", file=sys.stderr)
         return model
 
@@ -213,7 +216,7 @@ def _kernels_at_hand() -> Iterator[None]:
     finally:
         nequip_compile.modify = modify
         if before is None:
-            del os.environ["LIBRARY_PATH"]
+            os.environ.pop("LIBRARY_PATH", None)
         else:
             os.environ["LIBRARY_PATH"] = before
 
@@ -246,7 +249,7 @@ def compile_model(
         output: compiled file.
         target: of `nequip-compile`.
         device: cpu or cuda.
-        fused: whether convolutions go through the fused CPU kernel, which the file then carries.
+        fused: whether convolutions go through the fused kernel, which the file then carries.
         tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
     """
     from nequip.scripts import compile as nequip_compile
@@ -259,7 +262,7 @@ def compile_model(
         path = output.with_name("example.pt")
         _save_data(data, path)
         arguments += ["--data-path", str(path)]
-    with _tolerating(1e-3 * tolerance), _kernels_at_hand() if fused else nullcontext():
+    with _tolerating(1e-3 * tolerance), _kernels_at_hand(device) if fused else nullcontext():
         nequip_compile.main([str(source), str(output), *arguments])
     logging.disable(logging.INFO)
     if not artefact.slim(output, output):

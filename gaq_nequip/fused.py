@@ -2,9 +2,10 @@
 
 `fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
 harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
-a static library. The radial network of each block is evaluated at a few hundred lengths instead of at every edge, with
-first and second derivatives, and interpolated: the file keeps the network's integer codes and no table. Allegro's
-tensor product becomes one operation too (`gaq.kernels.product`); its scalar networks stay what they are.
+a static library or, for a card, as what Triton makes of it. The radial network of each block is evaluated at a few
+hundred lengths instead of at every edge, with first and second derivatives, and interpolated: the file keeps the
+network's integer codes and no table. On the CPU Allegro's tensor product becomes one operation too
+(`gaq.kernels.product`); its scalar networks stay what they are.
 
 Only for `nequip-deploy`: a package has to run where this package is not installed.
 """
@@ -21,7 +22,7 @@ from nequip.data import AtomicDataDict
 from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
-from gaq.kernels import convolution, harmonics, product, radial
+from gaq.kernels import convolution, gpu, harmonics, product, radial
 from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
@@ -76,17 +77,24 @@ class FusedInteractionBlock(InteractionBlock):
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
-        message = torch.ops.gaq.edge_convolution(
-            self._rows(x).contiguous(),
-            data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous(),
-            self.table(),
-            self.plan_ints,
-            self.plan_reals,
-            edges[1].contiguous(),
-            edges[0].contiguous(),
-            edges.new_empty(0),
-            self.problem.rows_out,
-        )
+        features = self._rows(x).contiguous()
+        vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
+        if gpu.chosen(x.device):
+            graph = convolution.Graph(edges[1], edges[0])
+            message = convolution.convolution(self.problem, graph, features, vectors, self.table())
+        else:
+            # With the plan as buffers, which a compiled file keeps.
+            message = torch.ops.gaq.edge_convolution(
+                features,
+                vectors,
+                self.table(),
+                self.plan_ints,
+                self.plan_reals,
+                edges[1].contiguous(),
+                edges[0].contiguous(),
+                edges.new_empty(0),
+                self.problem.rows_out,
+            )
         x = self.linear_2(self._mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
@@ -279,16 +287,18 @@ def _fuse_products(model: torch.nn.Module) -> None:
         own.__class__ = _fused_class(type(own))
 
 
-def fuse(model: torch.nn.Module) -> dict[str, str]:
+def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     """Give every interaction block the fused convolution and every contracter the fused product, in place.
 
     Args:
         model: frozen, on the CPU.
+        device: where it will run; the product is for the CPU only.
 
     Returns:
         For each block that keeps NequIP's own operations the reason.
     """
-    _fuse_products(model)
+    if torch.device(device).type == "cpu":
+        _fuse_products(model)
     weighted = [name for name, m in model.named_modules() if class_name(m) == "AttentionInteractionBlock"]
     kept = dict.fromkeys(weighted, "its messages are weighted by attention")
     blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
@@ -326,6 +336,11 @@ def fuse(model: torch.nn.Module) -> dict[str, str]:
             kept[name] = str(error)
             continue
         block.problem, block.order, block.table_error = problem, order, table.error
+        if torch.device(device).type == "cuda":
+            # Now, because coefficients cannot be read while a graph is traced.
+            from gaq.kernels.gpu.convolution import register
+
+            register(problem, True)
         ints, reals = problem.plan(table.knots.shape[1])
         block.register_buffer("knots", knots.to(model.model_dtype).contiguous(), persistent=False)  # type: ignore[arg-type]
         block.register_buffer("plan_ints", ints, persistent=False)

@@ -14,11 +14,12 @@ a tree in which each is its parent times one more feature; the derivative walks 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gaq.kernels import gpu
 from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["Polynomial", "contraction", "fold", "reference"]
@@ -41,6 +42,20 @@ class Polynomial:
     monomials: tuple[tuple[int, ...], ...]
     terms: tuple[tuple[int, int], ...]
     plan: Tensor
+    _tables: dict[torch.device, tuple[Tensor, Tensor, list[int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+        """What the GPU kernel reads, copied to a device once."""
+        if device not in self._tables:
+            from gaq.kernels.gpu import contraction as triton_twin
+
+            value = triton_twin.value_table(self.rows_out, self.monomials, self.terms)
+            derivative = triton_twin.derivative_table(self.rows_in, self.monomials, self.terms)
+            heads = triton_twin.heads_of(value, derivative)
+            self._tables[device] = (value.to(device), derivative.to(device), heads)
+        return self._tables[device]
 
     @classmethod
     def make(cls, rows_in: int, rows_out: int, occurring: list[tuple[tuple[int, ...], int]]) -> Polynomial:
@@ -148,12 +163,14 @@ def _check(polynomial: Polynomial, features: Tensor, species: Tensor, coefficien
         )
     if features.dtype != coefficients.dtype or species.dtype != torch.int64:
         raise TypeError(f"dtypes do not fit: {features.dtype}, {coefficients.dtype}, {species.dtype}")
-    if species.numel() and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
+    # Looking at them would make a card wait; its kernel gives NaN for a species it does not know.
+    looked_at = species.device.type == "cpu" and species.numel() > 0
+    if looked_at and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
         raise ValueError(f"species outside 0 to {coefficients.shape[0] - 1}")
 
 
 def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> Tensor:
-    """The polynomials of all atoms, by the C++ kernel; differentiable once, by the features.
+    """The polynomials of all atoms, by the C++ or Triton kernel; differentiable once, by the features.
 
     Args:
         polynomial: which monomials.
@@ -169,6 +186,11 @@ def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coeff
         gaq.kernels.native.CompilerError: where the kernels cannot be built.
     """
     _check(polynomial, features, species, coefficients)
+    if gpu.chosen(features.device):
+        from gaq.kernels.gpu import contraction as triton_twin
+
+        tables = polynomial.tables(features.device)
+        return triton_twin.contraction(features, species, coefficients, tables, polynomial.rows_out)
     plan = torch.cat([torch.tensor([features.shape[2]]), polynomial.plan])
     return _Contraction.apply(features, species.contiguous(), coefficients.contiguous(), plan)  # type: ignore[no-any-return]
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaq.kernels import harmonics, radial
+from gaq.kernels import gpu, harmonics, radial
 from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["C_SHIMS", "ConvolutionProblem", "Graph", "Path", "convolution", "reference"]
@@ -76,6 +76,7 @@ class ConvolutionProblem:
     harmonics: tuple[Tensor, ...]
     r_max: float
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    sources: dict[bool, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.harmonics) > MAX_L + 1:
@@ -162,6 +163,38 @@ class Graph:
     sender: Tensor
     receiver: Tensor
     tables: Tensor | None = None
+    lists: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def by_receiver(self, atoms: int) -> tuple[Tensor, Tensor]:
+        """`neighbours` of the receivers, made once."""
+        return self._list("receiver", self.receiver, self.sender, atoms)
+
+    def by_sender(self, atoms: int) -> tuple[Tensor, Tensor]:
+        """The same of the senders."""
+        return self._list("sender", self.sender, self.receiver, atoms)
+
+    def _list(self, name: str, own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
+        # Not by a key of both: where graphs are traced the number of atoms is a symbol, which has no hash.
+        if name not in self.lists or self.lists[name][0].shape[0] != atoms + 1:
+            self.lists[name] = neighbours(own, other, atoms)
+        return self.lists[name]
+
+
+def neighbours(own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
+    """Edges by the atom they belong to, as the kernels on a card read them.
+
+    Args:
+        own: atom of each edge, (edges,).
+        other: atom at its other end.
+        atoms: number of atoms.
+
+    Returns:
+        Where each atom's edges begin, (atoms + 1,), and the numbers of the edges with their other ends, (2, edges),
+        both int32. The order is stable, and nothing waits for the device.
+    """
+    ordered, order = torch.sort(own, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(atoms + 1, device=own.device, dtype=own.dtype))
+    return first.to(torch.int32), torch.stack([order, other[order]]).to(torch.int32)
 
 
 # Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
@@ -353,8 +386,13 @@ def convolution(
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
         gaq.kernels.native.CompilerError: where the kernels cannot be built.
+        RuntimeError: on a card without Triton.
     """
     _check(problem, features, vectors, weights, tabulated)
+    if gpu.chosen(features.device):
+        from gaq.kernels.gpu import convolution as device
+
+        return device.convolution(problem, graph, features, vectors, weights, tabulated)
     ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
     return _convolution(  # type: ignore[no-any-return]
         features.contiguous(),

@@ -24,6 +24,7 @@ __all__ = [
     "STATIC_NAME",
     "CompilerError",
     "available",
+    "cache_folder",
     "kernel",
     "library",
     "refuse_second_derivative",
@@ -55,7 +56,8 @@ def _compiler() -> str:
     return chosen
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
     base = os.environ.get("GAQ_CACHE")
     if base:
         return Path(base)
@@ -88,7 +90,7 @@ def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
         digest.update(part.encode() + b"\0")
     for name in (*HEADERS, *sources):
         digest.update((folder / name).read_bytes())
-    cache = _cache_folder()
+    cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,11 +10,12 @@ served: `plan` returns None and the quantizer itself has to be called.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gaq.kernels import gpu
 from gaq.kernels.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
 
@@ -48,10 +49,44 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pieces as the C++ code reads them."""
+    """The pieces as the C++ code reads them.
+
+    Attributes:
+        ints: number of pieces, row length of the mixtures, and eight integers a piece.
+        reals: largest codes of the pieces, and the mixtures.
+        copied: pieces that are left as they are.
+    """
 
     ints: Tensor
     reals: Tensor
+    copied: tuple[Piece, ...] = ()
+    _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """What the GPU kernel reads, copied to a device once: integers, largest codes, mixtures."""
+        if device not in self._tables:
+            count, stride = (int(n) for n in self.ints[:2])
+            rows = self.ints[2:].view(count, 8)
+            others = [
+                [p.scaled_offset, p.offset, p.dimension, p.channels, p.atom_stride, p.row_stride, 0, 0]
+                for p in self.copied
+            ]
+            tops = torch.cat([self.reals[:count], torch.zeros(len(others), dtype=torch.float64)])
+            every = torch.cat([rows, torch.tensor(others, dtype=torch.int64).view(-1, 8)])
+            mixing = self.reals[count:].view(-1, stride) if stride else torch.zeros(1, 1, dtype=torch.float64)
+            self._tables[device] = (every.to(device), tops.to(device), mixing.to(device))
+        return self._tables[device]
+
+    def summary(self) -> tuple[int, bool, int]:
+        """Bit d: whether irreps of d components are rounded; whether in the local frame; elements an atom."""
+        rows = self.ints[2:].view(-1, 8).tolist()
+        dimensions = 0
+        for row in rows:
+            dimensions |= 1 << row[2]
+        covered = sum(row[2] * row[3] for row in rows) + sum(p.dimension * p.channels for p in self.copied)
+        return dimensions, any(row[6] for row in rows), covered
 
 
 def merge_scalars(pieces: Sequence[Piece]) -> list[Piece] | None:
@@ -87,12 +122,14 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
         return None
     ints: list[int] = []
     tops: list[float] = []
+    copied: list[Piece] = []
     for multiplicity, piece in zip(quantizer.multiplicities, merged, strict=True):
         scalar = piece.dimension == 1
         on = quantizer.round_scalars and quantizer.scalars_enabled
         if not scalar:
             on = quantizer.round_vectors and quantizer.vectors_enabled
         if multiplicity < 0 or not on:
+            copied.append(piece)
             continue
         if piece.dimension not in COMPONENTS or not (scalar or quantizer.split):
             return None
@@ -102,7 +139,7 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
     mixing = quantizer.mixing.double().cpu()
     stride = mixing.shape[1] if mixing.dim() == 2 else 0
     reals = torch.cat([torch.tensor(tops, dtype=torch.float64), mixing.flatten()])
-    return Plan(torch.tensor([len(tops), stride, *ints], dtype=torch.int64), reals)
+    return Plan(torch.tensor([len(tops), stride, *ints], dtype=torch.int64), reals, tuple(copied))
 
 
 class _Round(torch.autograd.Function):
@@ -134,6 +171,10 @@ def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
         own: from `plan`.
         atoms: number of atoms.
     """
+    if gpu.chosen(features.device):
+        from gaq.kernels.gpu import rounding as triton_twin
+
+        return triton_twin.round_features(features, own.tables(features.device), atoms, *own.summary())
     return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
 
 

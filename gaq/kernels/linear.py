@@ -1,0 +1,184 @@
+"""Linear layers with integer weights, on features rounded to 16 bits or left in float.
+
+**Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
+`gaq.quantizers.features.FeatureQuantizer` with ranges of the atom's own. A code of 16 bits is ``256 hi + lo`` with both
+planes signed int8 (`gaq.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products of
+int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
+`MAX_INPUTS` inputs; the two are combined in 64 bits, because ``256 (hi W)`` leaves 32 bits from 512 inputs on.
+
+**Not rounded.** The features are float, and only the weights are integers (presets ``w8`` and ``w4``).
+
+The gradient by the features is that of the layer without rounding of features (straight-through): float by integer
+weights, in the precision of the features. Weights and scales have none.
+
+`reference` is the same in plain torch, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaq.kernels import gpu
+from gaq.kernels.native import refuse_second_derivative
+from gaq.packing import PLANES_MAX, split_planes, unpack_int4
+
+__all__ = ["MAX_INPUTS", "linear", "reference", "round_rows", "unpacked"]
+
+MAX_INPUTS = (1 << 31) // (128 * 128) - 1
+"""More could overflow the int32 sums of a plane: each product is at most 128 x 128."""
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 16 bits with a step for each row.
+
+    Args:
+        x: (rows, inputs).
+
+    Returns:
+        Codes in the dtype of `x`, of sizes up to 32639, and steps (rows, 1); the rounded features are their product.
+    """
+    step = x.abs().amax(1, keepdim=True).clamp_min(1e-30) * 1.000001 / PLANES_MAX
+    return torch.round(x / step), step
+
+
+def unpacked(codes: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Integer weights (inputs, outputs), int8, from those or from what `gaq.packing.pack_int4` made of them."""
+    if codes.dtype == torch.uint8:
+        return unpack_int4(codes, inputs * outputs).view(inputs, outputs)
+    return codes
+
+
+def _scales(scale: Tensor, inputs: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Scales that broadcast against (inputs, outputs)."""
+    scale = scale.to(dtype)
+    return scale.repeat_interleave(group_size, 0)[:inputs] if group_size else scale
+
+
+def _check(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int) -> None:
+    if x.dim() != 2 or scale.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"features (rows, inputs) and scales (groups, outputs), not {x.shape} and {scale.shape}")
+    inputs, outputs = x.shape[1], scale.shape[1]
+    groups = -(-inputs // group_size) if group_size else 1
+    if codes.dtype == torch.uint8:
+        fits = codes.shape == ((inputs * outputs + 1) // 2,)
+    else:
+        fits = codes.dtype == torch.int8 and codes.shape == (inputs, outputs)
+    if not fits or scale.shape[0] != groups:
+        raise ValueError(
+            f"{inputs} inputs and {outputs} outputs take int8 codes of that shape, or a row of packed uint8, and "
+            f"{groups} rows of scales, not {codes.dtype} of shape {tuple(codes.shape)} and {scale.shape[0]}"
+        )
+    if residual is not None and residual.shape != (x.shape[0], outputs):
+        raise ValueError(f"a residual of shape {(x.shape[0], outputs)}, not {tuple(residual.shape)}")
+    if rounded and inputs > MAX_INPUTS:
+        raise ValueError(f"{inputs} inputs: the sums of a plane hold {MAX_INPUTS} at most")
+    if not x.dtype.is_floating_point or (residual is not None and residual.dtype != x.dtype):
+        raise TypeError(f"features and residual in one floating dtype, not {x.dtype}")
+
+
+def _integer_product(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    rows, step = round_rows(x)
+    planes = split_planes(rows.to(torch.int32), check=False)
+    inputs = x.shape[1]
+    total = torch.zeros(x.shape[0], codes.shape[1], dtype=torch.float64)
+    for group, start in enumerate(range(0, inputs, group_size or inputs)):
+        part = slice(start, start + (group_size or inputs))
+        high, low = (plane[:, part].contiguous() for plane in planes)
+        weights = codes[part].contiguous()
+        # With one input, torch 2.13 returns garbage for some layouts.
+        product = torch._int_mm if weights.shape[0] > 1 and x.shape[0] > 0 else _small_product
+        total += (product(high, weights).double() * 256.0 + product(low, weights)) * scale[group]
+    return (total * step).to(x.dtype)
+
+
+def _small_product(plane: Tensor, weights: Tensor) -> Tensor:
+    return plane.double() @ weights.double()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.group_size, ctx.inputs = group_size, x.shape[1]
+        integers = unpacked(codes, x.shape[1], scale.shape[1])
+        if rounded:
+            out = _integer_product(x, integers, scale.double(), group_size)
+        elif group_size:
+            out = x @ (integers.to(x.dtype) * _scales(scale, x.shape[1], group_size, x.dtype))
+        else:
+            out = (x @ integers.to(x.dtype)) * scale.to(x.dtype)
+        return out if residual is None else out + residual
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        codes, scale = ctx.saved_tensors
+        if ctx.needs_input_grad[2]:
+            raise RuntimeError("the fused kernels give no gradient by the scales")
+        back = None
+        if ctx.needs_input_grad[0]:
+            integers = unpacked(codes, ctx.inputs, scale.shape[1])
+            weights = integers.to(grad.dtype) * _scales(scale, ctx.inputs, ctx.group_size, grad.dtype)
+            back = grad @ weights.T
+        return back, None, None, grad if ctx.needs_input_grad[3] else None, None, None
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    residual: Tensor | None = None,
+    rounded: bool = True,
+    group_size: int = 0,
+) -> Tensor:
+    """A linear layer; differentiable once, by the features and the residual.
+
+    Args:
+        x: features (rows, inputs), float32 or float64.
+        codes: weights (inputs, outputs), int8; or the same in four bits, from `gaq.packing.pack_int4`, uint8.
+        scale: of the weights, (groups, outputs), one row of them unless there is a group size.
+        residual: (rows, outputs), added to the result.
+        rounded: whether the features are rounded to 16 bits.
+        group_size: inputs that share a row of scales, the last group may be smaller; 0: all of them.
+
+    Returns:
+        (rows, outputs), in the dtype of the features.
+
+    Raises:
+        ValueError, TypeError: for shapes and dtypes that do not fit.
+    """
+    _check(x, codes, scale, residual, rounded, group_size)
+    if gpu.chosen(x.device):
+        from gaq.kernels.gpu import linear as triton_twin
+
+        if triton_twin.serves(x, codes, group_size):
+            return triton_twin.linear(x, codes, scale, residual, rounded, group_size)
+    if x.device.type != "cpu":
+        return reference(x, codes, scale, residual, rounded, group_size)
+    return _Linear.apply(x, codes, scale, residual, rounded, group_size)  # type: ignore[no-any-return]
+
+
+def reference(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    residual: Tensor | None = None,
+    rounded: bool = True,
+    group_size: int = 0,
+) -> Tensor:
+    """The same in plain torch, with one product of floats."""
+    _check(x, codes, scale, residual, rounded, group_size)
+    weights = unpacked(codes, x.shape[1], scale.shape[1]).to(x.dtype)
+    weights = weights * _scales(scale, x.shape[1], group_size, x.dtype)
+    if rounded:
+        with torch.no_grad():
+            rows, step = round_rows(x)
+            change = rows * step - x
+        x = x + change
+    out = x @ weights
+    return out if residual is None else out + residual

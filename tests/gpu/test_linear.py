@@ -1,0 +1,147 @@
+"""Linear layers with integer weights: the CPU's way and the Triton kernel against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaq.kernels import linear
+from gaq.kernels.gpu import linear as triton_twin
+from gaq.packing import pack_int4
+
+
+def layer(
+    seed: int, rows: int, inputs: int, outputs: int, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features (not contiguous), codes, scales and a residual (not contiguous)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(inputs, 2 * rows, generator=generator).T[::2] * torch.logspace(-3, 3, rows)[:, None]
+    if rows > 1:
+        x[1] = 0.0
+    top = 2 ** (bits - 1) - 1
+    codes = torch.randint(-top - 1, top + 1, (inputs, outputs), generator=generator, dtype=torch.int8)
+    groups = -(-inputs // group_size) if group_size else 1
+    scale = torch.rand(groups, outputs, generator=generator) + 0.5
+    return x, codes, scale, torch.randn(outputs, rows, generator=generator).T
+
+
+def exact(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, rounded: bool, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, on codes made in float32; and the weights."""
+    weights = codes.double() * linear._scales(scale, codes.shape[0], group_size, torch.float64)
+    if rounded:
+        rows, step = linear.round_rows(x)
+        return rows.double() @ weights * step, weights
+    return x.double() @ weights, weights
+
+
+shapes = st.sampled_from([(0, 5, 3), (1, 1, 1), (3, 1, 9), (17, 40, 20), (35, 70, 65), (5, 130, 1)])
+
+
+@settings(max_examples=24, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    shapes,
+    st.booleans(),
+    st.sampled_from([(8, 0), (8, 32), (4, 0), (4, 32)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_linear_is_exact(
+    seed: int, shape: tuple[int, int, int], rounded: bool, kind: tuple[int, int], added: bool, on_card: bool
+) -> None:
+    bits, group_size = kind
+    x, codes, scale, residual = layer(seed, *shape, bits, group_size)
+    stored = pack_int4(codes) if bits == 4 else codes
+    expected, weights = exact(x, codes, scale, rounded, group_size)
+    x = x.detach().requires_grad_()
+    residual = residual.detach().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GAQ_KERNELS", "triton" if on_card else "")
+        out = linear.linear(x, stored, scale, residual if added else None, rounded, group_size)
+    probe = torch.linspace(-1.0, 1.0, out.numel()).view(shape[2], shape[0]).T
+    inputs = [x, residual] if added else [x]
+    grads = torch.autograd.grad((out * probe).sum(), inputs)
+    assert out.dtype == torch.float32
+    # Errors against the sum of the sizes of what is added up.
+    size = x.detach().abs().double() @ weights.abs() + residual.detach().abs().double() + 1e-30
+    offset = residual.detach().double() if added else 0.0
+    assert bool(((out.double() - expected - offset).abs() < 4e-7 * size).all())
+    back = probe.double() @ weights.T
+    size = probe.abs().double() @ weights.abs().T + 1e-30
+    assert bool(((grads[0].double() - back).abs() < 4e-7 * size).all())
+    if added:
+        assert torch.equal(grads[1], probe)
+
+
+def test_large_sums_are_exact() -> None:
+    """256 (hi W) leaves 32 bits here; every code and weight is the largest there is."""
+    inputs = 1100
+    x = torch.ones(2, inputs)
+    x[1] = -1.0
+    codes = torch.full((inputs, 16), -128, dtype=torch.int8)
+    scale = torch.ones(1, 16)
+    out = linear.linear(x, codes, scale)
+    rows, step = linear.round_rows(x)
+    assert float(rows.abs().max()) == 32639
+    expected = (rows.double() @ codes.double()).float() * step
+    torch.testing.assert_close(out, expected, rtol=1.5e-7, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_every_element_is_written_and_nan_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+        made = usual(self, *shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    x, codes, scale, residual = layer(0, 20, 33, 70, 8, 0)
+    x = x.detach().requires_grad_()
+    for rounded in (True, False):
+        out = linear.linear(x, codes, scale, residual, rounded)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert bool(out.isfinite().all())
+        assert bool(grad.isfinite().all())
+    broken = x.detach().clone()
+    broken[3, 5], broken[4, 6] = float("nan"), float("inf")
+    out = linear.linear(broken, codes, scale)
+    assert bool(out[3:5].isnan().all())
+    assert bool(out[5:].isfinite().all())
+
+
+def test_what_is_not_served_goes_elsewhere() -> None:
+    x, codes, scale, _ = layer(0, 4, 12, 5, 8, 0)
+    assert triton_twin.serves(x, codes, 0)
+    assert not triton_twin.serves(x.double(), codes, 0)
+    assert not triton_twin.serves(x, codes, 8)
+    out = linear.linear(x.double(), codes, scale)
+    torch.testing.assert_close(out, linear.reference(x.double(), codes, scale), rtol=1e-6, atol=1e-9)
+    for rounded in (True, False):
+        y = x.detach().requires_grad_()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(linear.linear(y, codes, scale, None, rounded).sum(), y, create_graph=True)
+    with pytest.raises(ValueError, match="residual of shape"):
+        linear.linear(x, codes, scale, torch.ones(4, 4))
+    with pytest.raises(ValueError, match="rows of scales"):
+        linear.linear(x, codes, scale, None, True, 4)
+    with pytest.raises(ValueError, match="inputs"):
+        linear.linear(x[:, :3], codes, scale)
+    with pytest.raises(TypeError, match="floating"):
+        linear.linear(x.int(), codes, scale)
+    assert linear.MAX_INPUTS * 128 * 128 < 2**31
+
+
+def test_reference_is_straight_through() -> None:
+    x, codes, scale, residual = layer(0, 6, 12, 5, 8, 0)
+    x = x.double().requires_grad_()
+    out = linear.reference(x, codes, scale, residual.double())
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(grad, (codes.double() * scale).sum(1).expand_as(x))
+    assert not torch.equal(out, linear.reference(x, codes, scale, residual.double(), False))

@@ -1,0 +1,123 @@
+"""Rounding of features in Triton against the quantizer itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaq.kernels import rounding
+from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.schema import ScalarConfig, VectorConfig
+
+
+def problem(
+    channels: int, layout: tuple[tuple[int, int], ...], frame: str = "local"
+) -> tuple[FeatureQuantizer, list[rounding.Piece], int]:
+    """A quantizer, where its pieces lie in (atoms, rows, channels), and the rows; a negative one is not rounded."""
+    quantizer = FeatureQuantizer(
+        FeatureLayout(tuple((sign * channels, d) for sign, d in layout)), ScalarConfig(), VectorConfig(frame=frame), 1.0
+    )
+    quantizer.differentiable_twice = False
+    pieces, row = [], 0
+    total = sum(d for _, d in layout)
+    for _, d in layout:
+        pieces.append(rounding.Piece(d, channels, row * channels, total * channels, channels))
+        row += d
+    return quantizer, pieces, total
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["local", "fixed"]),
+    st.sampled_from([1, 5, 130]),
+    st.lists(st.tuples(st.sampled_from([1, 1, -1]), st.sampled_from([1, 3, 5, 7, 9])), min_size=1, max_size=2),
+    st.integers(0, 2),
+)
+def test_rounding_is_the_quantizer(
+    seed: int, frame: str, channels: int, layout: list[tuple[int, int]], atoms: int
+) -> None:
+    # Scalars side by side are one irrep for the quantizer, so all of them are rounded or none.
+    layout = sorted((1, d) if d == 1 else (s, d) for s, d in layout)
+    layout.sort(key=lambda piece: piece[1])
+    quantizer, pieces, total = problem(channels, tuple(layout), frame)
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    generator = torch.Generator().manual_seed(seed)
+    # Every other row of something larger: not contiguous.
+    x = torch.randn(2 * atoms, total, channels, generator=generator, dtype=torch.float64)[::2]
+    x = x.detach().requires_grad_()
+    found = rounding.round_features(x, plan, atoms)
+    expected = rounding.reference(x, quantizer, pieces, atoms) if atoms else x
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    torch.testing.assert_close(grad, expected.detach())
+
+
+@pytest.mark.parametrize("frame", ["local", "fixed"])
+def test_rounding_of_degenerate_atoms(frame: str) -> None:
+    layout = ((1, 1), (1, 1), (1, 3), (-1, 3), (1, 5), (1, 7))
+    quantizer, pieces, total = problem(6, layout, frame)
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    x = torch.randn(6, total, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] = 0.0
+    x[2, 2:5] = 0.0
+    x[3, 2:5, 1:] = 0.0  # one direction only: two axes are not spanned
+    x[4, 2:5, 2:] = 0.0  # a plane
+    x[5, 3:5] = 0.0  # along an axis of the laboratory: ties
+    found = rounding.round_features(x, plan, 6)
+    expected = rounding.reference(x, quantizer, pieces, 6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(found, x)
+    assert torch.equal(found[:, 5:8], x[:, 5:8])
+    assert bool((found[1] == 0).all())
+
+
+def test_float32_is_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gaq.kernels import native
+
+    if not native.available():
+        pytest.skip("no C++ compiler here")
+    quantizer, pieces, total = problem(32, ((1, 1), (1, 3), (1, 5), (1, 7)))
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    x = torch.randn(4, total, 32, generator=torch.Generator().manual_seed(0))
+    found = rounding.round_features(x, plan, 4)
+    monkeypatch.setenv("GAQ_KERNELS", "")
+    expected = rounding.round_features(x, plan, 4)
+    # The same codes, but for a few whose tie the arithmetic decides; none further than a step away.
+    near = torch.isclose(found, expected, rtol=0, atol=2e-6)
+    assert float(near.double().mean()) > 0.98
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer, pieces, total = problem(5, ((1, 1), (1, 3), (-1, 3), (1, 5)))
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    assert plan.tables(torch.device("cpu")) is plan.tables(torch.device("cpu"))
+    x = torch.randn(3, total, 5, dtype=torch.float64)
+    usual = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **o: usual(t, **o).fill_(float("nan")))
+    assert bool(rounding.round_features(x, plan, 3).isfinite().all())
+    # Features that lie beyond the pieces are copied.
+    wide = torch.cat([x.flatten(), torch.arange(7.0, dtype=torch.float64)])
+    found = rounding.round_features(wide, plan, 3)
+    assert torch.equal(found[-7:], wide[-7:])
+    x[1, 0, 2] = float("nan")
+    assert bool(rounding.round_features(x, plan, 3)[1].isnan().any())
+
+
+def test_the_local_frame_turns_with_the_features() -> None:
+    quantizer, pieces, total = problem(8, ((1, 3),))
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, total, 8, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    turned = torch.einsum("ij,ajc->aic", turn, x)
+    found = torch.einsum("ij,ajc->aic", turn, rounding.round_features(x, plan, 4))
+    torch.testing.assert_close(rounding.round_features(turned.contiguous(), plan, 4), found, rtol=0, atol=1e-12)
