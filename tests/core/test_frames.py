@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,24 +89,12 @@ def test_axes_are_orthonormal(dimension: int, dtype: torch.dtype) -> None:
             assert torch.allclose(axes @ axes.transpose(1, 2), whole, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def nearly_dependent(dimension: int, channels: int, missing: int, left: float) -> Tensor:
-    """Features that span the whole space, with mixtures of which the last ones hardly do."""
-    generator = torch.Generator().manual_seed(dimension)
-    x = torch.randn(200, channels, dimension, dtype=torch.float64, generator=generator)
-    mixing = mixtures(dimension, channels)[: 2 if dimension == 3 else dimension]
-    references = mixing @ x
-    kept = torch.linalg.qr(references[:, : len(mixing) - missing].transpose(1, 2)).Q
-    outside = references - (references @ kept) @ kept.transpose(1, 2)
-    outside[:, : len(mixing) - missing] = 0.0
-    return x - (1 - left) * torch.linalg.pinv(mixing) @ outside
-
-
 @PATHS
 @pytest.mark.parametrize("dimension", [3, 5, 7])
 @pytest.mark.parametrize("left", [0.0, 1e-8, 1e-6, 1e-5])
 @pytest.mark.parametrize("missing", [1, 2])
 def test_no_component_is_lost_where_mixtures_are_dependent(
-    dimension: int, left: float, missing: int, plain: bool
+    dimension: int, left: float, missing: int, plain: bool, nearly_dependent: Callable[..., Tensor]
 ) -> None:
     # Atoms in motion pass such places all the time: the determinant of the mixtures changes its sign there.
     x = nearly_dependent(dimension, 8, min(missing, 1 if dimension == 3 else 2), left)

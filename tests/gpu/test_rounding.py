@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from gaq.kernels import rounding
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
@@ -74,6 +77,17 @@ def test_rounding_of_degenerate_atoms(frame: str) -> None:
     assert not torch.equal(found, x)
     assert torch.equal(found[:, 5:8], x[:, 5:8])
     assert bool((found[1] == 0).all())
+
+
+@pytest.mark.parametrize("d", [3, 5])
+def test_no_component_is_lost_where_mixtures_are_dependent(d: int, nearly_dependent: Callable[..., Tensor]) -> None:
+    quantizer, pieces, _ = problem(8, ((1, d),))
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    for left in (0.0, 1e-7, 1e-5):
+        x = nearly_dependent(d, 8, 1, left)[:6].transpose(1, 2).float().contiguous()
+        found = rounding.round_features(x, plan, 6)
+        assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
 def test_float32_is_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

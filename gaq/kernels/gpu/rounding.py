@@ -82,6 +82,18 @@ def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # 
                 least = floor * 0.0 + 0.5
             axis = tl.where(length > least, axis / tl.maximum(length, 1e-30), 0.0)
         axes += tl.where(i[:, None] == k, axis[None, :], 0.0)
+    # Axes that are zero become directions orthogonal to the others, that no component is lost.
+    for k in range(SPANNING):
+        own = tl.sum(tl.where(i[:, None] == k, axes, 0.0), axis=0)
+        size = tl.sum(own * own, axis=0)
+        left = tl.where(i < D, 1.0 - tl.sum(axes * axes, axis=0), 0.0)
+        most = tl.max(left, axis=0)
+        best = tl.min(tl.where(left == most, i, P), axis=0)
+        column = tl.sum(tl.where(i[None, :] == best, axes, 0.0), axis=1)
+        rest = tl.where(i == best, 1.0, 0.0) - tl.sum(axes * column[:, None], axis=0)
+        rest = rest / tl.sqrt(tl.maximum(most, 1e-30))
+        rest = tl.where(size < 0.5, rest, 0.0)
+        axes += tl.where(i[:, None] == k, rest[None, :], 0.0)
     if D == 3:
         ax, ay, az = _entry(axes, 0, 0, P), _entry(axes, 0, 1, P), _entry(axes, 0, 2, P)
         bx, by, bz = _entry(axes, 1, 0, P), _entry(axes, 1, 1, P), _entry(axes, 1, 2, P)
