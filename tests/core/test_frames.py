@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from dependent_mixtures import nearly_dependent
 from torch import Tensor
 
 from gaq.config import ScalarConfig, VectorConfig
@@ -94,7 +94,7 @@ def test_axes_are_orthonormal(dimension: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("left", [0.0, 1e-8, 1e-6, 1e-5])
 @pytest.mark.parametrize("missing", [1, 2])
 def test_no_component_is_lost_where_mixtures_are_dependent(
-    dimension: int, left: float, missing: int, plain: bool, nearly_dependent: Callable[..., Tensor]
+    dimension: int, left: float, missing: int, plain: bool
 ) -> None:
     # Atoms in motion pass such places all the time: the determinant of the mixtures changes its sign there.
     x = nearly_dependent(dimension, 8, min(missing, 1 if dimension == 3 else 2), left)

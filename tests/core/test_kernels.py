@@ -6,12 +6,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dependent_mixtures import nearly_dependent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -393,9 +393,7 @@ def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> N
 @pytest.mark.parametrize("d", [3, 5, 7, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("left", [0.0, 1e-7, 1e-5, 1e-3])
-def test_rounding_loses_no_component_where_mixtures_are_dependent(
-    d: int, dtype: torch.dtype, left: float, nearly_dependent: Callable[..., Tensor]
-) -> None:
+def test_rounding_loses_no_component_where_mixtures_are_dependent(d: int, dtype: torch.dtype, left: float) -> None:
     quantizer = FeatureQuantizer(FeatureLayout(((16, d),)), ScalarConfig(), VectorConfig(), 1.0)
     quantizer.differentiable_twice = False
     plan = rounding.plan(quantizer, [rounding.Piece(d, 16, 0, 16 * d, 16)])

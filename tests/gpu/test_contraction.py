@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaq.kernels import contraction
-from gaq.kernels.gpu import contraction as triton_twin
+
+triton_twin = pytest.importorskip(
+    "gaq.kernels.gpu.contraction", reason="needs Triton: pip install '.[gpu]'", exc_type=ImportError
+)
 
 
 @st.composite

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from dependent_mixtures import nearly_dependent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gaq.kernels import rounding
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
@@ -80,7 +78,7 @@ def test_rounding_of_degenerate_atoms(frame: str) -> None:
 
 
 @pytest.mark.parametrize("d", [3, 5])
-def test_no_component_is_lost_where_mixtures_are_dependent(d: int, nearly_dependent: Callable[..., Tensor]) -> None:
+def test_no_component_is_lost_where_mixtures_are_dependent(d: int) -> None:
     quantizer, pieces, _ = problem(8, ((1, d),))
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None

@@ -17,7 +17,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
-from conftest import build_model, molecules, without_distillation
+from mace_models import VARIANTS, build_model, molecules, without_distillation
 from scipy.spatial.transform import Rotation
 
 import gaq
@@ -49,9 +49,7 @@ NEAREST = {"weights": {"rounding": "nearest"}}
 
 def made(block: str = "ours", dtype: Any = DOUBLE, seed: int = 0) -> Any:
     """A model with random weights, attention sharp enough to matter."""
-    import conftest
-
-    conftest.VARIANTS[block] = BLOCKS[block]
+    VARIANTS[block] = BLOCKS[block]
     model = build_model(block, dtype, seed)
     for module in model.modules():
         if isinstance(module, RobustAttention):

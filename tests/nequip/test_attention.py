@@ -15,7 +15,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import torch
 from ase import Atoms
 from ase.io import read
-from conftest import build_model, molecules, with_key, without_distillation
+from nequip_models import build_model, molecules, with_key, without_distillation
 from scipy.spatial.transform import Rotation
 
 import gaq

@@ -1,0 +1,97 @@
+"""Small MACE models with random weights, the same on every machine, and structures to run them on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "heads": {
+        "heads": ["Default", "other"],
+        "atomic_energies": [[-1.0, -3.0, -5.0], [-1.5, -2.5, -4.5]],
+        "atomic_inter_scale": [0.8, 1.1],
+        "atomic_inter_shift": [0.1, -0.2],
+    },
+    "l2": {"hidden_irreps": "8x0e+8x1o+8x2e"},
+    "density": {
+        "interaction_cls_first": "RealAgnosticDensityInteractionBlock",
+        "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
+    },
+    "correlation3": {"correlation": 3},
+    "residual_first": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
+    "large": {"hidden_irreps": "32x0e+32x1o", "MLP_irreps": "16x0e", "radial_MLP": [64, 64, 64], "num_bessel": 8},
+}
+
+
+def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any:
+    """A ScaleShiftMACE over H, C and O with random weights."""
+    import mace  # noqa: F401  (before e3nn)
+    import numpy as np
+    import torch
+    from e3nn import o3
+    from mace import modules
+
+    options: dict[str, Any] = {
+        "r_max": 4.0,
+        "num_bessel": 6,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 2,
+        "interaction_cls": "RealAgnosticResidualInteractionBlock",
+        "interaction_cls_first": "RealAgnosticInteractionBlock",
+        "num_interactions": 2,
+        "num_elements": 3,
+        "hidden_irreps": "8x0e+8x1o",
+        "MLP_irreps": "8x0e",
+        "gate": torch.nn.functional.silu,
+        "atomic_energies": [-1.0, -3.0, -5.0],
+        "avg_num_neighbors": 6.0,
+        "atomic_numbers": [1, 6, 8],
+        "correlation": 2,
+        "radial_type": "bessel",
+        "radial_MLP": [16, 16],
+        "atomic_inter_scale": 0.8,
+        "atomic_inter_shift": 0.1,
+        **VARIANTS[variant],
+    }
+    for key in ("hidden_irreps", "MLP_irreps"):
+        options[key] = o3.Irreps(options[key])
+    for key in ("interaction_cls", "interaction_cls_first"):
+        options[key] = modules.interaction_classes[options[key]]
+    options["atomic_energies"] = np.array(options["atomic_energies"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return modules.ScaleShiftMACE(**options)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
+    """The mapping of a preset whose calibration takes no time."""
+    return {"preset": preset, "distillation": {"steps": 0}, **keys}
+
+
+def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
+    """Four small molecules, distorted."""
+    import numpy as np
+    from ase.build import molecule
+
+    structures = [molecule(name) for name in ("CH3CH2OH", "H2O", "CH4", "CO2")]
+    generator = np.random.default_rng(seed)
+    for atoms in structures:
+        atoms.positions += generator.normal(scale=amplitude, size=atoms.positions.shape)
+    return structures
+
+
+def diamond() -> Atoms:
+    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
+    from ase.build import bulk
+
+    atoms = bulk("C", "diamond", a=3.6)
+    atoms.rattle(0.08, seed=3)
+    return atoms
