@@ -173,17 +173,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 89, 90])
     parser.add_argument("--only", default="", help="kernels whose name contains this; nothing is written")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="kernels to leave out, by full name")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, kernel, types, constants, warps in [*linears(), *others(), *convolutions(Path(folder))]:
-            if args.only not in name:
-                continue
-            for cc in args.architectures:
-                rows.append({"kernel": name, **resources(kernel, types, constants, warps, cc)})
-                print({k: v for k, v in rows[-1].items() if k != "matrix_instructions"}, flush=True)
+    # One place from run to run, or Triton's cache would not know them again.
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", tempfile.gettempdir())) / "gaq_sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, kernel, types, constants, warps in [*linears(), *others(), *convolutions(folder)]:
+        if args.only not in name or name in args.without:
+            continue
+        for cc in args.architectures:
+            rows.append({"kernel": name, **resources(kernel, types, constants, warps, cc)})
+            print({k: v for k, v in rows[-1].items() if k != "matrix_instructions"}, flush=True)
     shown = [row | {"matrix_instructions": ", ".join(row["matrix_instructions"])} for row in rows]
     print(markdown_table(shown, list(shown[0])))
     if not args.only:
