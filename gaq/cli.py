@@ -275,13 +275,14 @@ def _doctor() -> int:
     for adapter in adapters().values():
         for line in getattr(adapter, "doctor", lambda: [])():
             print(f"  {line}")
-    from gaq.kernels import native
+    from gaq.kernels import gpu, native
 
     print("kernels")
-    print("  reference        plain torch, any device, any dtype: training, Hessians, compiled files, GPU")
+    print("  reference        plain torch, any device, any dtype: training, Hessians, compiled files")
     reason = native.why_not()
     compiled = f"ready, {native.library()._name}" if reason is None else f"not here: {reason}"
     print(f"  cpu              {compiled}")
+    print(f"  cuda             {'ready, by Triton' if gpu.why_not() is None else 'not here: ' + str(gpu.why_not())}")
     print("                   converted MACE models at inference, float32 and float64; GAQ_ENGINE=0 turns it off")
     return 0
 

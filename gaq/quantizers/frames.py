@@ -42,18 +42,23 @@ def _unit(v: Tensor, floor: Tensor) -> Tensor:
     return torch.where(length > floor, v / length.clamp_min(1e-30), torch.zeros_like(v))
 
 
-def _completed(axes: list[Tensor], dimension: int) -> list[Tensor]:
-    """Axes, each (batch, dimension), with those that are zero replaced by directions orthogonal to the others."""
-    whole = torch.eye(dimension, dtype=axes[0].dtype, device=axes[0].device)
-    for k in range(len(axes)):
-        known = torch.stack(axes, 1)
-        # What the axes leave of each unit vector: rows of the projection on the rest.
-        rest = whole - torch.matmul(known.transpose(1, 2), known)
-        longest, which = rest.diagonal(0, 1, 2).max(-1, True)
-        row = rest.gather(1, which.unsqueeze(-1).expand(-1, 1, dimension)).squeeze(1)
-        missing = (axes[k] * axes[k]).sum(-1, keepdim=True) < 0.5
-        axes[k] = torch.where(missing, row / torch.sqrt(longest.clamp_min(1e-30)), axes[k])
-    return axes
+def _last_completed(axes: list[Tensor], dimension: int, floor: Tensor) -> list[Tensor]:
+    """Axes of which the last, where it is zero, is a direction orthogonal to the others.
+
+    Of the axes that can be missing only the last goes missing along a path: one number has to vanish for it, two or
+    more for others. (Completing all of them is more than Inductor compiles right, as of torch 2.13.)
+    """
+    last = axes[-1]
+    left = torch.ones_like(last)
+    for axis in axes[:-1]:
+        left = left - axis * axis
+    # The unit vector of which the axes leave most; of equal ones one has to be taken.
+    score = left * (1.0 + 1e-3 * torch.arange(dimension, dtype=last.dtype, device=last.device))
+    row = (score >= score.amax(-1, keepdim=True)).to(last.dtype)
+    for axis in axes[:-1]:
+        row = row - (row * axis).sum(-1, keepdim=True) * axis
+    missing = (last * last).sum(-1, keepdim=True) < 0.5
+    return axes[:-1] + [torch.where(missing, _unit(row, torch.zeros_like(floor)), last)]  # noqa: RUF005 (scripted)
 
 
 def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
@@ -65,7 +70,8 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
         dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
 
     Returns:
-        Axes as rows, shape (batch, 2 l + 1, 2 l + 1).
+        Axes as rows, shape (batch, 2 l + 1, 2 l + 1); where the references leave out more than one, the others of
+        those are zero.
     """
     count = 2 if dimension == 3 else dimension
     references = torch.matmul(mixing[:count], vectors)
@@ -84,7 +90,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
                 axis = axis - (axis * other).sum(-1, keepdim=True) * other
             axis = _unit(axis, torch.full_like(floor, 0.5))
         axes.append(axis)
-    axes = _completed(axes, dimension)
+    axes = _last_completed(axes, dimension, floor)
     if dimension == 3:
         # A cross product does not change sign under inversion as the others do, unless a third reference tells it to.
         third = torch.linalg.cross(axes[0], axes[1])

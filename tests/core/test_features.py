@@ -665,3 +665,16 @@ def test_compiles_as_one_graph(layout: FeatureLayout, plain: bool) -> None:
     x = random_features(layout).requires_grad_()
     compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
     assert (compiled(x) - quantizer(x)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same() -> None:
+    # With the derivative: of the forward pass alone Inductor makes other, simpler code.
+    quantizer = make(MUL_IR, {"frame": "local", "granularity": "per_atom"}, {"granularity": "per_atom"}, plain=False)
+    x = random_features(MUL_IR, 20, torch.float64).requires_grad_()
+    weight = random_features(MUL_IR, 31, torch.float64)
+
+    def layer(x: Tensor) -> Tensor:
+        return quantizer(torch.tanh(x @ weight.T @ weight)) @ weight.T
+
+    assert (torch.compile(layer, fullgraph=True)(x) - layer(x)).abs().max() < 1e-9
