@@ -220,6 +220,7 @@ class Nequip:
             from gaq_nequip.fused import fuse
 
             fuse(model, self.device)
+            model.requires_grad_(False)  # as what is compiled has it: tables of weights have no gradient
         model = model.to(self.device).eval()
 
         def bind(atoms: Any) -> Callable[[], torch.Tensor]:
