@@ -41,6 +41,7 @@ def nequip_globals() -> Iterator[None]:
 
     before = torch.get_default_dtype()
     set_global_state()
+    torch.set_default_dtype(torch.float64)  # NequIP does it once only, which may have been for other tests
     yield
     torch.set_default_dtype(before)
 
