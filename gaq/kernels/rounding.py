@@ -9,6 +9,7 @@ served: `plan` returns None and the quantizer itself has to be called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,7 @@ class Plan:
             self._tables[device] = (every.to(device), tops.to(device), mixing.to(device))
         return self._tables[device]
 
+    @functools.cached_property
     def summary(self) -> tuple[int, bool, int]:
         """Bit d: whether irreps of d components are rounded; whether in the local frame; elements an atom."""
         rows = self.ints[2:].view(-1, 8).tolist()
@@ -174,7 +176,7 @@ def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
     if gpu.chosen(features.device):
         from gaq.kernels.gpu import rounding as triton_twin
 
-        return triton_twin.round_features(features, own.tables(features.device), atoms, *own.summary())
+        return triton_twin.round_features(features, own.tables(features.device), atoms, *own.summary)
     return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
 
 
