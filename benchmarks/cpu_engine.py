@@ -4,7 +4,8 @@
 
 `time` alternates step by step between stock MACECalculator (eager, and compile_mode="default"), the engine with the
 same FP32 weights, and the engine with quantized models, on the same structures, at 1 thread and at all; the ratio is
-taken pair by pair and its median quoted. `memory` runs each size in a process of its own and reads its peak.
+taken pair by pair and its median quoted. Each timed step follows another one of the same calculator, as in a
+simulation. `memory` runs each size in a process of its own and reads its peak.
 With symmetrix installed (a C++ MACE engine), `--symmetrix DIR` puts it into the table: DIR holds what its own
 `symmetrix_extract_mace -m DIR/fp32.model -Z ...` made of the FP32 model, fp32-1-6-7.json and fp32-1-8.json.
 The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers); a
@@ -122,6 +123,9 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
                         # It wants a cell all the same, in which MACE would spend its time on empty space.
                         own_atoms = atoms.copy()
                         own_atoms.set_cell([100.0] * 3)
+                    before = own_atoms.copy()
+                    before.positions += rng.normal(scale=0.01, size=atoms.positions.shape)
+                    step(calc, before)
                     seconds = step(calc, own_atoms)
                     if repeat >= 2:
                         times[kind].append(seconds)

@@ -2,7 +2,7 @@
 
     python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
 
-The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of `quantization.training` switched off, and
+The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does switched off, and
 FP32 with the same seeds beside them. Each run leaves a row in DIR, so that processes can share the work; `--table`
 gathers what is there into results/qat_ablation.json and a figure.
 """
@@ -34,19 +34,26 @@ from gaq.adapter import adapter_for
 from gaq.physics.errors import force_and_energy_mae
 from gaq.reporting.tables import markdown_table
 
-VARIANTS: dict[str, dict[str, bool] | None] = {
+PLAIN = {"warm_start": False, "learned_scales": False, "average_rounded": False}
+BOTH = {**PLAIN, "warm_start": True, "learned_scales": True}
+ALL_FOUR = {"weights": {"first_bits": None}}
+VARIANTS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
-    "plain": {"warm_start": False, "learned_scales": False},
-    "warm": {"warm_start": True, "learned_scales": False},
-    "learned": {"warm_start": False, "learned_scales": True},
-    "both": {"warm_start": True, "learned_scales": True},
+    "plain": {"training": PLAIN, **ALL_FOUR},
+    "warm": {"training": {**PLAIN, "warm_start": True}, **ALL_FOUR},
+    "learned": {"training": {**PLAIN, "learned_scales": True}, **ALL_FOUR},
+    "both": {"training": BOTH, **ALL_FOUR},
+    "average": {"training": {**BOTH, "average_rounded": True}, **ALL_FOUR},
+    "default": {},
 }
 LABELS = {
     "fp32": "FP32",
     "plain": "straight-through rounding only",
     "warm": "+ start from calibrated rounding",
     "learned": "+ learned scales",
-    "both": "both (the default of w4*)",
+    "both": "+ both",
+    "average": "+ both, averages of rounded weights",
+    "default": "+ first interaction at 8 bits (the default)",
 }
 
 
@@ -58,7 +65,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     folder.mkdir(parents=True)
     settings = training_input(args, None if variant == "fp32" else "w4a16", seed) | {"name": name}
     if variant != "fp32":
-        settings["quantization"]["training"] = VARIANTS[variant]
+        settings["quantization"].update(VARIANTS[variant] or {})
     (folder / "train.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     command = Path(sys.executable).with_name("mace_run_train")
     start = time.perf_counter()
@@ -113,7 +120,7 @@ def table(args: argparse.Namespace) -> None:
             }
         )
     write_result("qat_ablation", rows, work=args.work, summary=summary)
-    figure, axis = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
     for place, entry in enumerate(summary):
         axis.plot(entry["force_ratio_by_seed"], [place] * len(entry["seeds"]), "o", alpha=0.5)
         axis.plot(entry["force_ratio"], place, "k|", markersize=16)

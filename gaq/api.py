@@ -13,6 +13,7 @@ import torch
 from gaq import ptq
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.config import parse_config
+from gaq.quantized import require_state
 from gaq.summary_table import format_rows
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         raise ValueError("calibration needs at least one structure; the data given holds none.")
     sample = ptq.choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
+    require_state(model).holds_scales = True
     if result is not None:
         adapter.notes(model)["distillation"] = {
             "force_rms_before_mev_per_angstrom": result.before,

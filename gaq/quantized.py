@@ -68,6 +68,8 @@ class ModelState:
         notes: anything worth keeping with the model: versions, gate results.
         resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
         pretrained: whether the float weights are those of a model trained before; not stored.
+        holds_scales: whether the scales of weights in training are somebody's who takes them from the weights when it
+            is time; if not, they are those of the present weights whenever the model is evaluated. Not stored.
     """
 
     config: QuantizationConfig
@@ -76,6 +78,7 @@ class ModelState:
     notes: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
     pretrained: bool = False
+    holds_scales: bool = False
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:
@@ -118,6 +121,8 @@ def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, Weigh
     if site.sensitive and weights.sensitive_bits is not None and weights.sensitive_bits > bits:
         bits = weights.sensitive_bits
         granularity = "per_channel" if granularity == "per_group" else granularity
+    elif site.first and weights.first_bits is not None:
+        bits = max(bits, weights.first_bits)
     return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
 
 

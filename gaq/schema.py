@@ -37,6 +37,9 @@ class WeightConfig:
         sensitive_bits: bits of the few tensors that sit where every error passes (species embeddings and
             the linear layers that act on nothing else, first radial layers, symmetric contractions, readouts);
             None gives them ``bits`` like the rest.
+        first_bits: bits of the other weights of the first interaction: the errors they make pass through all that
+            follows, and where ``bits`` are few they are the larger part of what rounding costs. None gives them
+            ``bits`` like the rest.
     """
 
     bits: int | None = 8
@@ -45,6 +48,7 @@ class WeightConfig:
     range: str = "error"
     rounding: str = "gptq"
     sensitive_bits: int | None = 16
+    first_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,21 +160,24 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a quantization-aware training of a model that is trained already goes (fine-tuning).
+    """How a quantization-aware training goes.
 
-    The presets of 4 bits have both; at 8 bits plain rounding is near enough to begin from. A model that is trained from
-    scratch has no use for either: its weights still have to find their sizes, and scales follow them from epoch to
-    epoch.
+    The first two are about models that are trained already (fine-tuning). The presets of 4 bits have both; at 8 bits
+    plain rounding is near enough to begin from. A model that is trained from scratch has no use for either: its weights
+    still have to find their sizes, and scales follow them from epoch to epoch.
 
     Attributes:
         warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
             does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
             starts near the float model and not from plain rounding.
         learned_scales: train the scales of the weights with the weights (see `gaq.learned_scales`).
+        average_rounded: where the host keeps an average of the parameters (EMA), average the rounded weights, those
+            that are deployed, and not the ones beneath the rounding (see `gaq.averaging`).
     """
 
     warm_start: bool = False
     learned_scales: bool = False
+    average_rounded: bool = True
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED = {"granularity": "per_group", "group_size": 32}
+_GROUPED = {"granularity": "per_group", "group_size": 32, "first_bits": 8}
 # Four bits are further away from the float model, and need more and longer steps to come back to it.
 _FOUR_BITS: dict[str, Any] = {
     "distillation": DistillationConfig(steps=1000, learning_rate=3e-3),

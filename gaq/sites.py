@@ -67,6 +67,7 @@ class Site:
         features: layout of its input, None where the input is not rounded.
         input_note: why the input is not rounded, or what it is.
         sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
+        first: whether it belongs to the first interaction, for `first_bits`.
         radial: whether it acts on edges, before the tensor product.
         irreps: input and output, for display.
         attention: what the key ``attention`` bounds and rounds there, in place of `features`; None where it does not
@@ -83,6 +84,7 @@ class Site:
     radial: bool
     irreps: str
     attention: AttentionSite | None = None
+    first: bool = False
 
 
 @dataclass(frozen=True)

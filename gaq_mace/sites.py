@@ -209,7 +209,8 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         elif (source := _source_of_node_feats(name, model)) is not None:
             features, note = None, f"rounded at the output of products.{source}"
         own_attention = _attention_weights(name, model)
-        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention))
+        first = name.startswith(("interactions.0.", "products.0."))
+        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention, first))
     return sites
 
 

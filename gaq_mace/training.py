@@ -12,6 +12,7 @@ import torch
 from mace.tools import torch_geometric
 from torch import Tensor
 
+from gaq.averaging import averaging_deployed
 from gaq.config import CalibrationConfig, VectorConfig, parse_config
 from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
@@ -176,7 +177,9 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     refresh_scales(model)
     set_branches(model, branches, observing=not line_search)
     try:
-        return original(*args, **kwargs)
+        average = kwargs.get("ema") if state.config.training.average_rounded else None
+        with averaging_deployed(average, "update", dict(model.named_parameters()), weight_quantizers(model)):
+            return original(*args, **kwargs)
     finally:
         set_branches(model, DEPLOYED, observing=False)
         if kwargs.get("distributed"):

@@ -216,15 +216,12 @@ def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
 def stored_state(model: torch.nn.Module) -> StoredState:
     """The quantization of a model as a checkpoint keeps it.
 
-    Scales are kept of converted weights, and those that are learned. The others of a model in training follow the
-    weights, and a checkpoint holds two sets of these, the raw and the averaged ones.
+    Of weights in training it holds the scales with which they were trained and evaluated. The averaged weights in it
+    are averages of rounded ones: a scale taken from them would not be that of the codes they are averages of.
     """
     state = require_state(model)
     stored = StoredState.of(model, dict(state.notes.get("meta", {})), weight_quantizers(model))
     stored.meta.update({"status": state.status, "config": state.config.to_dict(), "notes": state.notes})
-    if state.status == "training":
-        learned = {name for name, q in weight_quantizers(model).items() if q.scale_is_learned}
-        stored.steps = {name: step for name, step in stored.steps.items() if name in learned}
     return stored
 
 
@@ -232,14 +229,14 @@ class _QuantizedRoot:
     """What the root of a quantized model has more than NequIP's."""
 
     def train(self, mode: bool = True) -> Any:
-        """Switch between training and evaluation; in evaluation scales are held at those of the present weights."""
+        """Switch between training and evaluation; in evaluation scales are held."""
         super().train(mode)  # type: ignore[misc]
         model: Any = self
         state = state_of(model)
         if state is None:
             return self
         if not mode and state.status == "training":
-            hold_scales(model)
+            hold_scales(model, fresh=not state.holds_scales)
         for module in model.modules():
             if is_kind(module, FeatureQuantizer):
                 # Only training differentiates forces again; the rest takes the fused path.
@@ -275,6 +272,7 @@ class _QuantizedRoot:
         own.notes = dict(stored.meta.get("notes", {}))
         own.weights = dict(stored.weights)
         stored.load_ranges(model, weight_quantizers(model))
+        own.holds_scales = bool(stored.steps)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -437,8 +435,14 @@ def adopt(model: torch.nn.Module, state: Any) -> None:
     model.__dict__["gaq_state"] = state
 
 
-def hold_scales(model: torch.nn.Module) -> None:
-    """Take the scales of all weights from the weights as they are now, and hold them."""
+def hold_scales(model: torch.nn.Module, fresh: bool = True) -> None:
+    """Take the scales of weights from the weights as they are now, and hold them.
+
+    Args:
+        model: in training.
+        fresh: whether scales that are held already are to be taken anew.
+    """
     parameters = dict(model.named_parameters())
     for name, quantizer in weight_quantizers(model).items():
-        quantizer.refresh_scale(parameters[name])
+        if fresh or not quantizer.scale_is_fixed:
+            quantizer.refresh_scale(parameters[name])

@@ -155,7 +155,8 @@ class _Finder:
             # Two-body layers keep their layout: `radial_activations` rounds them all the same.
             if reason is not None and not (radial and reason in (RADIAL, TWO_BODY)):
                 features = None
-            return Site(name, module, kind, weights, features, reason or note, sensitive, radial, irreps)
+            first = bool(self.layers) and name.startswith(self.layers[0] + ".")
+            return Site(name, module, kind, weights, features, reason or note, sensitive, radial, irreps, first=first)
 
         if kind == "Linear" and hasattr(module, "irreps_in"):
             weight, features, irreps = _linear(name, module)

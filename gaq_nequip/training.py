@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning
@@ -14,6 +14,7 @@ from nequip.scripts._workflow_utils import get_workflow_state
 from nequip.utils import RankedLogger
 from torch import Tensor
 
+from gaq.averaging import averaging_deployed
 from gaq.config import ConfigError, QuantizationConfig, parse_config
 from gaq.inspection import rows as inspection_rows
 from gaq.learned_scales import ScaleLearner
@@ -21,6 +22,7 @@ from gaq.physics.rotations import random_rotation
 from gaq.ptq import warm_start
 from gaq.quantized import feature_quantizers, require_state, state_of, unquantized
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
 from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_nequip.adapter import NequIPAdapter
@@ -156,9 +158,9 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     def __init__(self) -> None:
         self._sample: list[Any] | None = None
-        self._held: list[tuple[Any, Tensor, bool]] = []
         self._branches = DEPLOYED
         self._learners: list[ScaleLearner] = []
+        self._averaging = ExitStack()
 
     # -- data --
 
@@ -191,9 +193,10 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         """Ranges and scales, before anything is evaluated."""
         for model in _quantized_models(pl_module):
             state = require_state(model)
-            hold_scales(model)
+            state.holds_scales = True
             if state.resumed:
                 continue
+            hold_scales(model)
             if state.pretrained and state.config.training.warm_start:
                 loader = trainer.datamodule.train_dataloader()
                 with _eager(model), torch.enable_grad():
@@ -206,7 +209,17 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
                 logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Scales of models that were trained before are trained, beside the optimizer that there is from now on."""
+        """Averages take in rounded weights; scales of models that were trained before are trained, beside the optimizer
+        that there is from now on."""
+        parameters: dict[str, torch.nn.Parameter] = {}
+        quantizers: dict[str, WeightQuantizer] = {}
+        for number, model in enumerate(_quantized_models(pl_module)):
+            parameters |= {f"{number}.{name}": parameter for name, parameter in model.named_parameters()}
+            quantizers |= {f"{number}.{name}": quantizer for name, quantizer in weight_quantizers(model).items()}
+        average = getattr(pl_module, "ema", None)
+        if parameters and not self._config(pl_module).training.average_rounded:
+            average = None
+        self._averaging.enter_context(averaging_deployed(average, "update_parameters", parameters, quantizers))
         for model in _quantized_models(pl_module):
             state = require_state(model)
             if not (state.pretrained and state.config.training.learned_scales):
@@ -221,6 +234,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Scales stay what they are."""
+        self._averaging.close()
         for learner in self._learners:
             learner.finish()
         self._learners = []
@@ -267,18 +281,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             self._share_ranges(pl_module)
         self._before = self._branches
         self._set(pl_module, DEPLOYED, observing=False)
-        self._held = []
-        for model in _quantized_models(pl_module):
-            if require_state(model).status == "training":
-                for quantizer in weight_quantizers(model).values():
-                    self._held.append((quantizer, quantizer.fixed_step, quantizer.scale_is_fixed))
-                hold_scales(model)
 
     def _leave(self, pl_module: Any) -> None:
-        for quantizer, step, fixed in self._held:
-            quantizer.fixed_step = step
-            quantizer.scale_is_fixed = fixed
-        self._held = []
         self._set(pl_module, self._before, observing=self._before != DEPLOYED)
 
     # The epoch hooks, since averaged weights are swapped in and out outside them.

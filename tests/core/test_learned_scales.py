@@ -13,7 +13,7 @@ from gaq.quantizers.weights import WeightLayout, WeightQuantizer
 
 
 def quantizer(bits: int = 4) -> tuple[WeightQuantizer, torch.Tensor]:
-    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     made = WeightQuantizer(WeightLayout.single((16, 8)), bits, "per_channel", 32)
     return made, weight
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from e3nn import o3
 
+import gaq
 from gaq_mace.evaluate import make_batches
+from gaq_mace.model import weight_quantizers
 from gaq_mace.sites import POSITION_FREE, bystanders, find_sites
 
 VARIANTS = ("plain", "heads", "l2", "density", "correlation3", "residual_first")
@@ -30,6 +32,21 @@ def test_trained_model_is_covered(azobenzene: Any) -> None:
     covered = {f"{site.name}.{weight.path}" for site in find_sites(model) for weight in site.weights}
     zero = {n for n, p in model.named_parameters() if p.numel() == 0 or (not p.requires_grad and not bool(p.any()))}
     assert covered == {name for name, _ in model.named_parameters()} - zero
+
+
+def test_the_first_interaction_has_more_bits_at_four(float_model: Callable[..., Any]) -> None:
+    """Its errors pass through all that follows; the few tensors at 16 bits stay there."""
+    model = gaq.prepare(float_model("plain"), "w4")
+    bits = {name: quantizer.bits for name, quantizer in weight_quantizers(model).items()}
+    sensitive = {site.name for site in find_sites(model) if site.sensitive}
+    for name, own in bits.items():
+        if name.rsplit(".", 1)[0] in sensitive:
+            assert own == 16, name
+        else:
+            assert own == (8 if name.startswith(("interactions.0.", "products.0.")) else 4), name
+    assert set(bits.values()) == {4, 8, 16}
+    plain = gaq.prepare(float_model("plain"), {"preset": "w4", "weights": {"first_bits": None}})
+    assert {quantizer.bits for quantizer in weight_quantizers(plain).values()} == {4, 16}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

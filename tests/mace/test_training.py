@@ -30,7 +30,7 @@ from gaq.config import PRESETS
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import files
 from gaq_mace.engine import disabled
-from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of
+from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of, weight_quantizers
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -246,6 +246,21 @@ def test_mapping_form(train: Any) -> None:
     assert "Epoch 1: vectors are rounded from now on" in run.log
     assert "Equivariance loss: weight 1" in run.log
     assert re.search(r"readouts\.0\.linear .*left alone by overrides", run.log)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_averages_are_of_rounded_weights(train: Any, rounded: bool) -> None:
+    """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
+    spec = {"preset": "w4", "training": {"average_rounded": rounded}}
+    run = train(quantization=spec, ema=True, ema_decay=0.0)
+    check(run, activations=False)
+    model = training_form(run, run.model)
+    parameters = dict(model.named_parameters())
+    on_grid = [
+        torch.allclose(quantizer(parameters[name]), parameters[name], rtol=1e-6, atol=0)
+        for name, quantizer in weight_quantizers(model).items()
+    ]
+    assert all(on_grid) if rounded else not any(on_grid)
 
 
 WRONG = [

@@ -18,7 +18,7 @@ from gaq.config import ConfigError
 from gaq.quantized import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
 from gaq_nequip.model import in_float64, prepare, quantized_weights
-from gaq_nequip.modules import QuantizedGraphModel, packed_weights, weight_quantizers
+from gaq_nequip.modules import QuantizedGraphModel, packed_weights, site_quantizers, weight_quantizers
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import bystanders, find_sites
 
@@ -77,7 +77,8 @@ def test_presets(
     model = quantized(preset, variant)
     weights = quantized_weights(model)
     config = state_of(model).config
-    assert {q.bits for q in weights.values()} <= {config.weights.bits, config.weights.sensitive_bits}
+    own = config.weights
+    assert {q.bits for q in weights.values()} <= {own.bits, own.sensitive_bits, own.first_bits}
     rounds = bool(feature_quantizers(model))
     assert rounds == config.rounds_activations
     energies, forces = evaluate(model, structures)
@@ -88,6 +89,18 @@ def test_presets(
     assert np.isfinite(forces).all()
     spread = max(np.abs(energies - smooth).max(), 1e-5)
     assert np.abs(after - energies).max() <= (20 * spread if rounds else 1e-4)
+
+
+def test_the_first_layer_has_more_bits_at_four(quantized: Callable[..., Any]) -> None:
+    """Its errors pass through all that follows; the few tensors at 16 bits stay there."""
+    model = quantized("w4", "plain", status="training")
+    seen = set()
+    for site in find_sites(model):
+        for quantizer in site_quantizers(site).values():
+            first = "layer0_convnet" in site.name
+            assert quantizer.bits == (16 if site.sensitive else 8 if first else 4), site.name  # type: ignore[union-attr]
+            seen.add(quantizer.bits)
+    assert seen == {4, 8, 16}
 
 
 def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], quantized: Callable[..., Any]) -> None:

@@ -164,7 +164,7 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     run = train(tmp_path, changes)
     assert run.code == 0, run.text
     model = gaq.load(run.best)
-    assert {q.bits for q in weight_quantizers(model).values()} == {4, 16}
+    assert {q.bits for q in weight_quantizers(model).values()} == {4, 8, 16}
     found = re.search(
         r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text
     )
@@ -178,6 +178,26 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     later = {name: q.fixed_step for name, q in weight_quantizers(gaq.load(again.last)).items()}
     for name, scale in scales.items():
         torch.testing.assert_close(later[name], scale, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_averages_are_of_rounded_weights(train: Callable[..., Any], tmp_path: Path, rounded: bool) -> None:
+    """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
+
+    def changes(config: Any) -> None:
+        config["quantization"] = {"preset": "w4", "training": {"average_rounded": rounded}}
+        config["training_module"] |= {"_target_": "nequip.train.EMALightningModule", "ema_decay": 0.0}
+
+    run = train(tmp_path, changes)
+    assert run.code == 0, run.text
+    model = gaq.load(run.last)
+    assert state_of(model).status == "training"
+    parameters = dict(model.named_parameters())
+    on_grid = [
+        torch.allclose(quantizer(parameters[name]), parameters[name], rtol=1e-6, atol=0)
+        for name, quantizer in weight_quantizers(model).items()
+    ]
+    assert all(on_grid) if rounded else not any(on_grid)
 
 
 @pytest.mark.slow
