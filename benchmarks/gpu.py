@@ -195,7 +195,8 @@ class Mace:
                 found = (own if own is not None else used)(data, compute_stress=False, training=compiled)
                 if kind == GRAPH and (reason := used.__dict__["gaq_engine"][1].graphs.failed) is not None:
                     raise RuntimeError(f"not recorded: {reason}")
-                return found["forces"].detach()
+                # Where it compiles, the calculator pads with an atom.
+                return found["forces"].detach()[: len(atoms)]
 
             return step
 

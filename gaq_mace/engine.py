@@ -550,6 +550,15 @@ class Engine(torch.nn.Module):
         # MACE's own modules, not registered here: they belong to the model.
         self.__dict__["model"] = model
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+        rest = [model.atomic_energies_fn, model.readouts, model.scale_shift, getattr(model, "pair_repulsion_fn", None)]
+        self.rest = [
+            (held, name)
+            for part in rest
+            if part is not None
+            for module in _python_modules(part)
+            for held in (module._parameters, module._buffers)
+            for name in held
+        ]
         self.graphs = Graphs()
         self.compositions: OrderedDict[tuple[bytes, torch.device], _Composition] = OrderedDict()
         self.last: tuple[weakref.ref[Tensor], int, _Composition] | None = None
@@ -684,17 +693,12 @@ class Engine(torch.nn.Module):
             return (lambda held: self._step({k: v.detach() for k, v in held.items()}, own, inside)), padded(given, size)
 
         # A graph reads what the rest of the model holds where it lies.
-        places = tuple(t.data_ptr() for part in self._rest() for t in (*part.parameters(), *part.buffers()))
+        places = tuple(t.data_ptr() for held, name in self.rest if (t := held[name]) is not None)
         key = (own.key, chosen, shapes, places)
         found = self.graphs(key, {**given, "edges": edges}, prepare, device)
         if found is not None and stress:
             found["stress"] = _stress(found["virials"], data["cell"])
         return found
-
-    def _rest(self) -> list[torch.nn.Module]:
-        model: Any = self.__dict__["model"]
-        parts = [model.atomic_energies_fn, model.readouts, model.scale_shift, getattr(model, "pair_repulsion_fn", None)]
-        return [part for part in parts if part is not None]
 
     def _step(self, data: dict[str, Tensor], own: _Composition, options: dict[str, bool]) -> Outputs:
         """A step; where the data have a number of `edges`, those beyond it contribute nothing."""
@@ -856,25 +860,58 @@ def serves(model: Any, options: dict[str, Any]) -> bool:
     return engine_for(model, options) is not None
 
 
+def _python_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """A module and those within, but the scripted ones: these are e3nn's code, and replaced as a whole if at all."""
+    return [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+class _Parts:
+    """The modules and parameters of a model, to see in a moment whether one of them has been replaced or changed.
+
+    To walk through all modules takes as long as a good part of a replayed step.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = _python_modules(model)
+        self.lengths = [(own, len(own)) for m in modules for own in (m._modules, m._parameters)]
+        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+        self.weights = list(model.parameters())
+
+    def complete(self) -> bool:
+        """Whether the model consists of what it did."""
+        same = all(own.get(name) is child for own, name, child in self.children)
+        same = same and all(own.get(name) is p for own, name, p in self.parameters)
+        return same and all(len(own) == length for own, length in self.lengths)
+
+    def state(self) -> tuple[Any, ...]:
+        """Where the weights lie, and what tells one state of them from another."""
+        return tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in self.weights)
+
+
 def engine_of(model: Any) -> Engine | None:
     """The engine of a model, built anew when its weights have changed; None where the kernels do not serve it."""
-    key = (_integer_linears(), *((p.device, p.data_ptr(), p._version, p.dtype) for p in model.parameters()))
     kept = model.__dict__.get("gaq_engine")
+    parts = kept[2] if kept is not None and kept[2].complete() else _Parts(model)
+    key = (_integer_linears(), *parts.state())
     if kept is None or kept[0] != key:
         engine: Engine | None = None
         try:
             engine = Engine(model)
         except (Unsupported, native.CompilerError) as error:
             _warn(error)
-        kept = (key, engine)
-        model.__dict__["gaq_engine"] = kept
+        kept = (key, engine, parts)
+    elif kept[2] is not parts:
+        kept = (*kept[:2], parts)
+    model.__dict__["gaq_engine"] = kept
     return kept[1]  # type: ignore[no-any-return]
 
 
 def give_up(model: Any, error: Unsupported) -> None:
     """A structure has shown what the engine cannot compute: say so, and keep to the reference path."""
     _warn(error)
-    model.__dict__["gaq_engine"] = (model.__dict__["gaq_engine"][0], None)
+    key, _, parts = model.__dict__["gaq_engine"]
+    model.__dict__["gaq_engine"] = (key, None, parts)
 
 
 def _warn(error: Exception) -> None:
