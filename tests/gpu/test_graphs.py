@@ -172,6 +172,28 @@ def test_what_cannot_be_recorded_is_said_once(caplog: pytest.LogCaptureFixture) 
     assert not own.serves(CPU, 4)
 
 
+def test_a_graph_that_gives_something_else_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    class Forgetful(Playback):
+        def record(self, run: Callable[[], graphs.Outputs]) -> tuple[Callable[[], None], graphs.Outputs]:
+            _, outputs = super().record(run)
+            return (lambda: outputs["sum"].zero_()), outputs
+
+    own, given, step = graphs.Graphs(Forgetful()), inputs(4, 1.0), Sums(1.0)
+    assert run(own, step, given) is None
+    assert run(own, step, given) is None
+    assert "other values of sum" in caplog.text
+    assert not own.serves(CPU, 4)
+
+
+def test_results_that_are_no_numbers_are_recorded() -> None:
+    own, given, step = graphs.Graphs(Playback()), inputs(4, 1.0), Sums(1.0)
+    given["fixed"][0] = torch.nan
+    run(own, step, given)
+    found = run(own, step, given)
+    assert bool(found["copy"][0].isnan())
+    assert own.failed is None
+
+
 def test_the_largest_step_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     own = graphs.Graphs(Playback())
     monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)

@@ -19,9 +19,11 @@ from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
 from recorded import Playback
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaq
 from gaq.adapter import adapter_for
+from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
 
@@ -71,10 +73,11 @@ def converted(model: torch.nn.Module, preset: str, structures: list[Atoms]) -> t
     return gaq.convert(prepared)
 
 
-def batch_of(model: torch.nn.Module, structures: list[Atoms]) -> dict[str, Any]:
+def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     batch: Any = next(iter(adapter_for(model).batches(model, structures, len(structures))))
     plain = batch if isinstance(batch, dict) else batch.to_dict()
-    return {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
+    found = {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -155,18 +158,23 @@ def test_edges_of_the_padding_contribute_nothing(
         atoms = own._composition(given["node_attrs"])
         theirs = own._step({name: t.clone() for name, t in given.items()}, atoms, OPTIONS)
         assert edges == 0 or float(theirs["forces"].abs().max()) > 1e-4
-        for size in (edges + 1, graphs.bucket(edges + 40)):
+        for size in (graphs.bucket(edges + 40),) if kernels else (edges + 1, graphs.bucket(edges + 40)):
             ours = own._step(engine.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS)
             agree(ours, theirs, 1e-13)
 
 
-def trajectory(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> list[int]:
-    """Steps of a crystal and of a batch of molecules by turns, each replayed and by itself; the buckets they had."""
-    crystals = [[strained(scale, seed)] for seed, scale in enumerate((1.0, 0.99, 1.03, 0.8, 0.79))]
-    frames = [crystals[0], moved(0), crystals[1], crystals[2], moved(1), crystals[3], crystals[4]]
+CRYSTALS = [[strained(scale, seed)] for seed, scale in enumerate((1.0, 0.99, 1.03, 0.8, 0.79))]
+FRAMES = [CRYSTALS[0], moved(0), CRYSTALS[1], CRYSTALS[2], moved(1), CRYSTALS[3], CRYSTALS[4]]
+"""A crystal and a batch of molecules by turns."""
+
+
+def follow(
+    model: torch.nn.Module, frames: list[list[Atoms]], monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> list[int]:
+    """Steps of a trajectory, each replayed where it is recorded, and by itself; the numbers of their edges."""
     sizes, kept = [], []
     for structures in frames:
-        data = batch_of(model, structures)
+        data = batch_of(model, structures, next(model.parameters()).dtype)
         sizes.append(data["edge_index"].shape[1])
         ours = model({k: v.clone() if torch.is_tensor(v) else v for k, v in data.items()}, **OPTIONS)
         with monkeypatch.context() as patch:
@@ -177,26 +185,43 @@ def trajectory(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, toleranc
     for ours, theirs in kept:
         agree(ours, theirs, tolerance)
         assert float(theirs["forces"].detach().abs().max()) > 1e-4
-    # The number of edges changes within a bucket, and to another one.
+    return sizes
+
+
+def changes(sizes: list[int]) -> None:
+    """The number of edges changes within a bucket, and to another one."""
     loose, tight = (
-        [size for size, frame in zip(sizes, frames, strict=True) if frame in part]
-        for part in (crystals[:3], crystals[3:])
+        [graphs.bucket(size) for size, frame in zip(sizes, FRAMES, strict=True) if frame in part]
+        for part in (CRYSTALS[:3], CRYSTALS[3:])
     )
-    assert len(set(loose)) > 1
-    assert graphs.bucket(loose[0]) == graphs.bucket(loose[1]) != graphs.bucket(tight[0]) == graphs.bucket(tight[1])
-    return [graphs.bucket(size) for size in sizes]
+    assert len(set(loose)) == len(set(tight)) == 1
+    assert loose[0] != tight[0]
+    assert len(set(sizes)) >= 5
+
+
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
+def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the CPU's kernels, where there is no card: what is tested is the padding and the buffers."""
+    monkeypatch.setenv("GAQ_KERNELS", "")
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    playback = Playback()
+    monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
+    changes(follow(small, FRAMES, monkeypatch, 1e-13))
+    assert playback.recorded == 3
+    # All but the first of each kind; and once where it is recorded, to see whether it can be.
+    assert playback.replayed == len(FRAMES) - 3 + 3
 
 
 @pytest.mark.parametrize("small", KINDS[1:], ids=["density"], indirect=True)
-def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_steps_of_radial_functions_of_the_species(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
     playback = Playback()
-    own: Any = engine.engine_of(small)
-    monkeypatch.setattr(own, "graphs", graphs.Graphs(playback))
-    sizes = trajectory(small, monkeypatch, 1e-13)
-    # All but the first of each kind.
-    assert playback.recorded == 3
-    assert playback.replayed == len(sizes) - 3
+    monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
+    sizes = follow(small, CRYSTALS[:3], monkeypatch, 1e-13)
+    assert len(set(sizes)) > 1
+    assert (playback.recorded, playback.replayed) == (1, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
@@ -205,13 +230,12 @@ def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, monk
     monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
     model = copy.deepcopy(small).to(dtype)
     # Sums by atomics are not the same from run to run, and a code of 16 bits may fall to the other side.
-    trajectory(model, monkeypatch, 1e-10 if dtype == torch.float64 else 1e-3)
+    changes(follow(model, FRAMES, monkeypatch, 1e-10 if dtype == torch.float64 else 1e-3))
     own: Any = engine.engine_of(model)
     assert own.graphs.failed is None
     assert len(own.graphs.kept) == 3
     # Nothing in a replayed step waits for the card once the atoms are known.
-    data = batch_of(model, [strained(1.0, 0)])
-    data = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in data.items()}
+    data = batch_of(model, [strained(1.0, 0)], dtype)
     model(dict(data), **OPTIONS)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -222,7 +246,43 @@ def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, monk
         torch.cuda.set_sync_debug_mode("default")
 
 
+class Asked(TorchDispatchMode):
+    """Counts operations by which the host would wait for a card, or give it something it has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal", "linalg_lu", "_det")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        name = str(func)
+        to_host = name.startswith("aten._to_copy") and (kwargs or {}).get("device") not in (None, args[0].device)
+        if to_host or any(part in name for part in self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is looked at on the CPU only.
+    monkeypatch.setattr(contraction, "has_data", lambda tensor: False)
+    own: Any = engine.Engine(small)
+    data = batch_of(small, [WATER])
+    given = engine.padded({name: data[name] for name in engine.INPUTS}, 64)
+    atoms = own._composition(given["node_attrs"])
+    own._step({name: t.clone() for name, t in given.items()}, atoms, {"compute_virials": True})
+    with Asked() as asked:
+        found = own._step(given, atoms, {"compute_virials": True})
+    assert found["forces"].isfinite().all()
+    assert asked.operations > 100
+    assert not asked.found
+
+
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
 def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAQ_KERNELS", "")
     monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
     playback = Playback()
     own: Any = engine.engine_of(small)
@@ -301,8 +361,7 @@ def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
         step = x.abs().amax(1, keepdim=True).double() / 32639
         bound = 0.51 * step * plain.final_0.double().abs().sum(0) + 1e-6 * exact.abs().max()
         assert bool(((layer._product(x, "final_0").double() - exact).abs() <= bound).all())
-    data = batch_of(model, [WATER])
-    data = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in data.items()}
+    data = batch_of(model, [WATER], torch.float32)
     theirs = by_floats(dict(data), compute_stress=True)
     ours = by_integers(dict(data), compute_stress=True)
     for key in ("energy", "forces", "node_feats"):
