@@ -189,14 +189,14 @@ def follow(
 
 
 def changes(sizes: list[int]) -> None:
-    """The number of edges changes within a bucket, and to another one."""
+    """See that the number of edges changes within a bucket, and to another one."""
     loose, tight = (
         [graphs.bucket(size) for size, frame in zip(sizes, FRAMES, strict=True) if frame in part]
         for part in (CRYSTALS[:3], CRYSTALS[3:])
     )
     assert len(set(loose)) == len(set(tight)) == 1
     assert loose[0] != tight[0]
-    assert len(set(sizes)) >= 5
+    assert len(set(sizes)) >= 4
 
 
 @pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
@@ -306,6 +306,7 @@ def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.Monkey
     assert not any(value is not None and value.requires_grad for value in found.values())
 
 
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
 def test_the_composition_is_looked_at_once(small: torch.nn.Module) -> None:
     own: Any = engine.engine_of(small)
     data = batch_of(small, [WATER, strained(1.0, 0)])
