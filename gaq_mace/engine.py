@@ -681,7 +681,7 @@ class Engine(torch.nn.Module):
             for name, t in given.items()
         )
         chosen = tuple(sorted(name for name, on in options.items() if on))
-        # The stress is computed from the virial afterwards: what inverts matrices need not be fit for recording.
+        # The stress is computed from the virial afterwards: the determinant of the cell need not be fit for recording.
         stress = options.get("compute_stress", False)
         inside = {
             **options,
@@ -796,7 +796,9 @@ def padded(data: dict[str, Tensor], size: int) -> dict[str, Tensor]:
 def _stress(virials: Tensor | None, cell: Tensor) -> Tensor:
     """As `mace.modules.utils.compute_forces_virials` has it, (graphs, 3, 3) in eV/Å³."""
     assert virials is not None
-    volume = torch.linalg.det(cell.detach().view(-1, 3, 3)).abs()
+    first, second, third = cell.detach().view(-1, 3, 3).unbind(1)
+    # Not by a determinant: libraries of linear algebra may wait for the card.
+    volume = (torch.linalg.cross(first, second) * third).sum(-1).abs()
     stress = -virials / volume.view(-1, 1, 1)
     return torch.where(torch.abs(stress) < 1e10, stress, torch.zeros_like(stress))
 
