@@ -9,6 +9,10 @@ installed. Models have random weights and are made here: MACE 128x0e+128x1o, l <
 NequIP l_max 2, 64 features, four layers, 5 A. Structures are boxes of water. A step is the model alone, energy and
 forces, without the list of neighbours; it is the median of the repeats, and memory is the peak that torch allocated.
 
+Rows named after a preset run as a user's would. Those of the quantized engine are the preset gaq once with every step
+replayed as a CUDA graph, once with every kernel launched by the host, and once with linear layers in two int8 planes.
+The launch floor is the time of a step of one molecule of water, with and without a graph, and how many kernels it has.
+
 Ceilings are measured on the same card: a copy of 1 GiB (read and written counted) and a product of matrices in float32.
 `bytes` of an operation are what it has to read and write at least, `flops` what it has to compute at least.
 """
@@ -30,6 +34,14 @@ from typing import Any
 MARGIN_SECONDS = 20.0
 STOCK, COMPILED, CUEQ, OEQ = "stock eager", "stock compiled", "cuEquivariance", "OpenEquivariance"
 FP32, PRESETS = "engine fp32", ("w8", "gaq")
+GRAPH, NO_GRAPH = "engine quantized, CUDA graph", "engine quantized, no graph"
+INT8 = "engine quantized, int8 linears"
+VARIANTS: dict[str, dict[str, str]] = {
+    GRAPH: {"GAQ_CUDA_GRAPHS": str(10**9)},
+    NO_GRAPH: {"GAQ_CUDA_GRAPHS": "0"},
+    INT8: {"GAQ_LINEAR": "int8"},
+}
+"""The preset gaq with the variables of the environment that choose how it runs."""
 
 
 def arguments() -> argparse.Namespace:
@@ -72,6 +84,19 @@ class Clock:
             self.wait()
             found.append(time.perf_counter() - start)
         return found
+
+
+GIVEN = {name: os.environ.get(name) for name in ("GAQ_CUDA_GRAPHS", "GAQ_LINEAR")}
+
+
+def as_chosen(kind: str) -> None:
+    """Set the variables of the environment that a row is about, and the others as they were given."""
+    for name, value in GIVEN.items():
+        chosen = VARIANTS.get(kind, {}).get(name, value)
+        if chosen is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = chosen
 
 
 def median(values: list[float]) -> float:
@@ -139,7 +164,7 @@ class Mace:
         package = {CUEQ: "cuequivariance_torch", OEQ: "openequivariance"}.get(kind)
         if package is not None and importlib.util.find_spec(package) is None:
             return "not installed"
-        return "needs a card" if package is not None and self.device == "cpu" else None
+        return "needs a card" if (package is not None or kind == GRAPH) and self.device == "cpu" else None
 
     def make(self, kind: str) -> Any:
         """A function of structures that returns a step: a function without arguments, that returns forces."""
@@ -149,8 +174,10 @@ class Mace:
             CUEQ: {"enable_cueq": True},
             OEQ: {"enable_oeq": True},
         }.get(kind, {})
-        if kind in PRESETS:
-            spec = {"preset": kind, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
+        as_chosen(kind)
+        if kind in PRESETS or kind in VARIANTS:
+            preset = "gaq" if kind in VARIANTS else kind
+            spec = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
             model = gaq.prepare(model, spec)
             gaq.calibrate(model, [water(3 if self.tiny else 24)], progress=False)
             model = gaq.convert(model)
@@ -166,7 +193,10 @@ class Mace:
                 data = calculator._clone_batch(batch).to_dict()
                 compiled = bool(calculator.use_compile)
                 found = (own if own is not None else used)(data, compute_stress=False, training=compiled)
-                return found["forces"].detach()
+                if kind == GRAPH and (reason := used.__dict__["gaq_engine"][1].graphs.failed) is not None:
+                    raise RuntimeError(f"not recorded: {reason}")
+                # Where it compiles, the calculator pads with an atom.
+                return found["forces"].detach()[: len(atoms)]
 
             return step
 
@@ -199,6 +229,8 @@ class Nequip:
         self.build = lambda **extra: NequIPGNNModel(**made, **extra)
 
     def missing(self, kind: str) -> str | None:
+        if kind in VARIANTS:
+            return "of MACE's engine only"
         package = {CUEQ: "cuequivariance_torch", OEQ: "openequivariance"}.get(kind)
         if package is not None and importlib.util.find_spec(package) is None:
             return "not installed"
@@ -270,14 +302,39 @@ def ceilings(clock: Clock) -> dict[str, float]:
     return found
 
 
-def launches(step: Callable[[], Any]) -> int:
-    """Kernels of one step."""
+def launches(step: Callable[[], Any]) -> dict[str, int]:
+    """Kernels of one step, and how often the host launches something for them."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if not event.key.startswith("cuda"))
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    calls = ("cudaLaunch", "cudaGraphLaunch", "cuLaunch", "cuGraphLaunch")
+    return {
+        # What is not a function of the runtime or the driver ran on the card.
+        "kernels_a_step": sum(n for key, n in counts.items() if not key.startswith(("cuda", "cuLaunch", "cuGraph"))),
+        "launches_a_step": sum(n for key, n in counts.items() if key.startswith(calls)),
+    }
+
+
+def floor(framework: Any, clock: Clock) -> list[dict[str, Any]]:
+    """A step of one molecule of water: what a step takes at least, however small the system."""
+    rows: list[dict[str, Any]] = []
+    for kind in (NO_GRAPH, GRAPH, "gaq"):
+        # Where there are no variants the preset itself is measured.
+        if framework.missing(kind) is not None or (kind == "gaq" and rows) or clock.left() < MARGIN_SECONDS:
+            continue
+        box = water(3)
+        step = framework.make(kind)(box)
+        for _ in range(1 if clock.repeats == 1 else 3):
+            step()
+        row = {"kind": kind, "atoms": len(box), "median_seconds": median(clock(step))}
+        if clock.device == "cuda":
+            row |= launches(step)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
 
 
 def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
@@ -285,7 +342,7 @@ def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dic
     rows: list[dict[str, Any]] = []
     boxes = {size: water(size) for size in options.sizes}
     expected: dict[int, torch.Tensor] = {}
-    for kind in (STOCK, FP32, *PRESETS, CUEQ, OEQ, COMPILED):
+    for kind in (STOCK, FP32, *PRESETS, *VARIANTS, CUEQ, OEQ, COMPILED):
         reason = "left out" if kind in options.without else framework.missing(kind)
         bind: Any = None
         if reason is None and clock.left() > MARGIN_SECONDS:
@@ -322,6 +379,10 @@ def one_step(
     step: Callable[[], torch.Tensor], clock: Clock, expected: dict[int, torch.Tensor], size: int, kind: str
 ) -> dict[str, Any]:
     forces = step()
+    if clock.repeats > 1:
+        # A graph is recorded the second time, and kernels are compiled the first.
+        for _ in range(2):
+            forces = step()
     found: dict[str, Any] = {}
     if kind == STOCK:
         expected[size] = forces.clone()
@@ -334,7 +395,7 @@ def one_step(
     found |= {"median_seconds": median(times), "repeats": len(times)}
     if clock.device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["kernels_a_step"] = launches(step)
+        found |= launches(step)
     return found
 
 
@@ -472,6 +533,22 @@ def shown(rows: list[dict[str, Any]], top: dict[str, float]) -> list[dict[str, s
     return table
 
 
+def launch_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, str]], list[str]]:
+    """The launch floor as a table and its columns."""
+    columns = ["launch floor", "atoms", "ms a step", "kernels", "launches"]
+    table = [
+        {
+            "launch floor": row["kind"],
+            "atoms": str(row["atoms"]),
+            "ms a step": f"{1e3 * row['median_seconds']:.2f}",
+            "kernels": str(row.get("kernels_a_step", "-")),
+            "launches": str(row.get("launches_a_step", "-")),
+        }
+        for row in rows
+    ]
+    return table, columns
+
+
 def main(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no NVIDIA card here; --device cpu --tiny tries the script without one")
@@ -483,9 +560,11 @@ def main(options: argparse.Namespace) -> None:
     framework = Mace(options) if options.framework == "mace" else Nequip(options)
     # The profile of the operations comes before the peers, lest these use up the time.
     every = operations(framework, options, clock, top) if options.framework == "mace" else []
+    least = floor(framework, clock)
     rows = steps(framework, options, clock)
     table = shown(rows, top)
     print(markdown_table(table, list(table[0])))
+    print(markdown_table(*launch_table(least)))
     if every:
         listed = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in every]
         print(markdown_table(listed, list(listed[0])))
@@ -494,7 +573,8 @@ def main(options: argparse.Namespace) -> None:
         return
     card = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
     name = f"gpu_{card}" if options.framework == "mace" else f"gpu_{card}_{options.framework}"
-    extra: dict[str, Any] = {"ceilings": top, "operations": every, "seconds": time.perf_counter() - begin}
+    extra: dict[str, Any] = {"ceilings": top, "operations": every, "launch_floor": least}
+    extra["seconds"] = time.perf_counter() - begin
     packages = ("triton", "cuequivariance-torch", "openequivariance")
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

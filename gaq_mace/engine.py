@@ -6,27 +6,37 @@ to memory (`gaq.kernels.convolution`), the symmetric contraction is a folded pol
 the radial network is a table (`gaq_mace.radial_tables`). What surrounds the interactions is MACE's own code.
 
 Atoms are sorted by species within a call, so that weights of a species act on a slice.
+
+On a card nothing in a step waits for it but the look at the species, and that only where they are not given in the same
+tensor as before. Small steps are replayed as CUDA graphs (`gaq.kernels.gpu.graphs`), with the edges padded by some
+that lie beyond the cutoff.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
+import numpy as np
 import torch
 from e3nn import o3
 from mace.modules.utils import get_outputs, prepare_graph
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, gpu, harmonics, native, radial, rounding
+from gaq.kernels import contraction, convolution, gpu, harmonics, linear, native, radial, rounding
+from gaq.kernels.gpu.graphs import Graphs, Outputs, bucket
+from gaq.packing import PLANES_MAX
 from gaq.quantized import state_of
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import QuantizedTensor
 from gaq_mace.modules import original_class
 from gaq_mace.radial_tables import RadialTables
 
@@ -38,6 +48,13 @@ INTERACTIONS = (
     "RealAgnosticDensityInteractionBlock",
     "RealAgnosticDensityResidualInteractionBlock",
 )
+COMPOSITIONS = 8
+"""Orders of atoms that are kept."""
+MOST_SPECIES = 8
+"""On a card, radial tables for all pairs of the species that are there, up to so many species; for more the pairs that
+edges join are looked up in every step."""
+INPUTS = ("positions", "edge_index", "shifts", "unit_shifts", "cell", "batch", "node_attrs", "head", "ptr")
+"""What a step reads."""
 
 
 class Unsupported(ValueError):
@@ -60,18 +77,24 @@ def _identity_or(module: torch.nn.Module) -> FeatureQuantizer | None:
     return quantizer if isinstance(quantizer, FeatureQuantizer) else None
 
 
-def _matrices(linear: o3.Linear) -> dict[int, Tensor]:
-    """For each output block the matrix (sum of input multiplicities, output multiplicity) and, in order, its inputs."""
+def _matrices(linear: o3.Linear, weight: Tensor | None = None, scaled: bool = True) -> dict[int, Tensor]:
+    """For each output block the matrix (sum of input multiplicities, output multiplicity) and, in order, its inputs.
+
+    Args:
+        linear: whose.
+        weight: something else of the layout of its weight.
+        scaled: whether the normalisation of paths is multiplied in.
+    """
     if linear.bias.numel():
         raise Unsupported("a linear layer has a bias")
     found: dict[int, list[Tensor]] = {}
     offset = 0
-    weight = linear.weight.detach().double()
+    weight = (linear.weight if weight is None else weight).detach().double().flatten()
     for ins in linear.instructions:
         rows, columns = ins.path_shape
-        block = weight[offset : offset + rows * columns].view(rows, columns) * ins.path_weight
+        block = weight[offset : offset + rows * columns].view(rows, columns)
         offset += rows * columns
-        found.setdefault(ins.i_out, []).append(block)
+        found.setdefault(ins.i_out, []).append(block * ins.path_weight if scaled else block)
     return {out: torch.cat(blocks) for out, blocks in found.items()}
 
 
@@ -82,21 +105,55 @@ def _inputs(linear: o3.Linear) -> dict[int, list[int]]:
     return found
 
 
-def _species_matrices(product: o3.FullyConnectedTensorProduct) -> dict[int, tuple[int, Tensor]]:
+def _species_matrices(
+    product: o3.FullyConnectedTensorProduct, weight: Tensor | None = None, scaled: bool = True
+) -> dict[int, tuple[int, Tensor]]:
     """For each output block its input block and the matrices (species, in, out) of a product with one-hot species."""
     found: dict[int, tuple[int, Tensor]] = {}
     offset = 0
-    weight = product.weight.detach().double()
+    weight = (product.weight if weight is None else weight).detach().double().flatten()
     for ins in product.instructions:
         shape = tuple(ins.path_shape)
         l = product.irreps_out[ins.i_out].ir.l  # noqa: E741
         size = shape[0] * shape[1] * shape[2]
-        block = weight[offset : offset + size].view(shape) * ins.path_weight / (2 * l + 1) ** 0.5
+        factor = ins.path_weight / (2 * l + 1) ** 0.5 if scaled else 1.0
+        block = weight[offset : offset + size].view(shape) * factor
         offset += size
         if ins.i_out in found:
             raise Unsupported("several input blocks of a species product share an output block")
         found[ins.i_out] = (ins.i_in1, block.permute(1, 0, 2).contiguous())
     return found
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """A matrix as `gaq.kernels.linear.linear` takes it: codes (in, out), int8, and scales (groups, out)."""
+
+    codes: Tensor
+    scale: Tensor
+    group_size: int
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, device: torch.device) -> _Integers | None:
+        """From codes and the scale of each of them, (in, out); None where the operation cannot take them."""
+        if float(codes.abs().max()) > 127:
+            return None
+        for size in (0, 128, 64, 32):
+            groups = scales.split(size or scales.shape[0])
+            if all(bool((group == group[0]).all()) for group in groups):
+                scale = torch.stack([group[0] for group in groups])
+                return cls(codes.to(device, torch.int8), scale.to(device, torch.float32), size)
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear.linear(x, self.codes, self.scale, None, True, self.group_size)
+
+
+def _rounds_all(quantizer: FeatureQuantizer | None) -> bool:
+    """Whether all that enters a layer is rounded to 16 bits, so that doing so again changes little."""
+    if quantizer is None or quantizer.scalar_top < PLANES_MAX or not quantizer.passes_through:
+        return False
+    return quantizer.round_scalars and (quantizer.round_vectors or all(d == 1 for d in quantizer.dimensions))
 
 
 def _rows(irreps: o3.Irreps) -> list[slice]:
@@ -150,28 +207,33 @@ class _Rounder:
         return _from_mul_ir(self.quantizer(_to_mul_ir(x, self.rows)), self.rows, x.shape[2])
 
 
-@dataclass
-class _SpeciesOrder:
-    """Atoms by species: which lie where, and which pairs of them the edges join."""
-
-    species: Tensor
-    bounds: list[tuple[int, int, int]]  # species, first atom, end
-    pairs: tuple[int, ...]  # as `RadialTables.code` numbers them, in the order of `Graph.tables`
+Knots = tuple[Tensor, "Tensor | None"]
+"""Radial tables of a layer, and those of its density."""
 
 
-def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
-    """(atoms, rows, in) by a matrix (in, out).
+@dataclass(frozen=True)
+class _Composition:
+    """Which atoms a structure has, and in which order: what of a step does not change while atoms only move.
 
-    As one product of all rows: torch makes one an atom of rows that are part of a longer layout, at half the speed.
+    Attributes:
+        key: the species of the atoms, as bytes.
+        species: number of each atom's species, (atoms,), as the structure has them.
+        by_species: atoms sorted by species, (atoms,); place: where each atom stands in that order.
+        ordered: species in that order.
+        bounds: species, first atom and end of each slice of equal species.
+        tables: number of the radial table of a pair of species, (species, species); None where there is one table, or
+            the edges have to be looked at.
+        knots: the tables of each layer; None where the edges have to be looked at.
     """
-    return (x.reshape(-1, x.shape[2]) @ matrix).view(x.shape[0], x.shape[1], -1)
 
-
-def _species_product(x: Tensor, matrices: Tensor, order: _SpeciesOrder) -> Tensor:
-    """(atoms, rows, in) by the matrix of each atom's species."""
-    if len(order.bounds) == 1:
-        return _mixed(x, matrices[order.bounds[0][0]])
-    return torch.cat([_mixed(x[a:b], matrices[z]) for z, a, b in order.bounds])
+    key: bytes
+    species: Tensor
+    by_species: Tensor
+    place: Tensor
+    ordered: Tensor
+    bounds: list[tuple[int, int, int]]
+    tables: Tensor | None
+    knots: list[Knots] | None
 
 
 class _Layer(torch.nn.Module):
@@ -270,6 +332,7 @@ class _Layer(torch.nn.Module):
             self.register_buffer(f"final_{out}", final[out].to(dtype))
         self.round_final = _Rounder(_identity_or(product.linear), self.out_irreps, self.channels)
         self.round_out = _Rounder(_identity_or(product), self.out_irreps, self.channels)
+        self.by_integers: dict[str, _Integers] = {}
 
     def _fold(self, product: Any, dtype: torch.dtype) -> None:
         symmetric = product.symmetric_contractions
@@ -288,7 +351,54 @@ class _Layer(torch.nn.Module):
         self.polynomial, coefficients = contraction.fold(tensors, rows_in, sum(ir.dim for _, ir in outputs))
         self.register_buffer("contraction_coefficients", coefficients.to(own.weights_max.device, dtype).contiguous())
 
+    def integers(self, name: str, own: Any, found: QuantizedTensor, divisor: float) -> None:
+        """Take the products of one of the layers through integers where its codes allow it.
+
+        Args:
+            name: of its matrices here: ``linear``, ``up``, ``skip`` or ``final``.
+            own: the layer, a module of the model.
+            found: its codes.
+            divisor: what the matrices are divided by.
+        """
+        index = found.layout.scale_index(found.granularity, found.group_size)
+        scales = found.scale.double().cpu()[index] / divisor
+        device = self.contraction_coefficients.device
+        if name == "skip":
+            sizes = _species_matrices(own, scales)
+            for out, (_, every) in _species_matrices(own, found.codes, scaled=False).items():
+                for z, (matrix, size) in enumerate(zip(every, sizes[out][1], strict=True)):
+                    self._take(f"skip_{out}.{z}", _Integers.of(matrix, size, device))
+            return
+        steps = _matrices(own, scales)
+        for out, matrix in _matrices(own, found.codes, scaled=False).items():
+            self._take(f"{name}_{out}", _Integers.of(matrix, steps[out], device))
+
+    def _take(self, name: str, integers: _Integers | None) -> None:
+        if integers is not None:
+            self.by_integers[name] = integers
+
     # -- evaluation --
+
+    def _product(self, rows: Tensor, name: str, species: int | None = None) -> Tensor:
+        """(n, in) by a matrix of the layer, of a species where it has several."""
+        integers = self.by_integers.get(name if species is None else f"{name}.{species}")
+        if integers is not None:
+            return integers(rows)
+        matrix = getattr(self, name)
+        return rows @ (matrix if species is None else matrix[species])
+
+    def _mixed(self, x: Tensor, name: str, species: int | None = None) -> Tensor:
+        """(atoms, rows, in) by a matrix of the layer.
+
+        As one product of all rows: torch makes one an atom of rows that are part of a longer layout, at half the speed.
+        """
+        return self._product(x.reshape(-1, x.shape[2]), name, species).view(x.shape[0], x.shape[1], -1)
+
+    def _species_product(self, x: Tensor, name: str, own: _Composition) -> Tensor:
+        """(atoms, rows, in) by the matrix of each atom's species."""
+        if len(own.bounds) == 1:
+            return self._mixed(x, name, own.bounds[0][0])
+        return torch.cat([self._mixed(x[a:b], name, z) for z, a, b in own.bounds])
 
     def _plan_messages(self) -> rounding.Plan | None:
         if self.message_quantizer is None:
@@ -329,18 +439,22 @@ class _Layer(torch.nn.Module):
             found.append(torch.cat(own, dim=2).reshape(atoms * d, -1))
         return found
 
-    def _skip(self, x: Tensor, rows_in: list[slice], rows_out: list[slice], order: _SpeciesOrder) -> Tensor:
+    def _skip(self, x: Tensor, rows_in: list[slice], rows_out: list[slice], own: _Composition) -> Tensor:
         """The product with the species, (atoms, rows, channels)."""
         parts = []
         for out, rows in enumerate(rows_out):
             if out in self.skip_inputs:
-                matrices = getattr(self, f"skip_{out}")
-                parts.append(_species_product(x[:, rows_in[self.skip_inputs[out]]], matrices, order))
+                parts.append(self._species_product(x[:, rows_in[self.skip_inputs[out]]], f"skip_{out}", own))
             else:  # nothing of this degree goes in
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.channels))
         return torch.cat(parts, dim=1)
 
-    def _tables(self, pairs: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor | None]:
+    def tables(self, pairs: tuple[int, ...], like: Tensor) -> Knots:
+        """Radial tables of some pairs of species.
+
+        Raises:
+            Unsupported: if one cannot be made.
+        """
         try:
             return self.radial.tables(pairs, like.dtype, like.device)
         except ValueError as error:
@@ -355,16 +469,18 @@ class _Layer(torch.nn.Module):
             edge = radial.evaluate_several(knots, lengths, self.problem.r_max, graph.tables, 1)
         return edge.new_zeros(atoms).index_add(0, graph.receiver, edge[:, 0, 0])
 
-    def forward(self, features: Tensor, graph: convolution.Graph, vectors: Tensor, order: _SpeciesOrder) -> Tensor:
+    def forward(
+        self, features: Tensor, graph: convolution.Graph, vectors: Tensor, own: _Composition, tables: Knots
+    ) -> Tensor:
         """Node features of the next layer, (atoms, rows, channels)."""
         atoms = features.shape[0]
         sc = None
         if self.residual:
             x = self.round_skip(features)
-            sc = self._skip(x, self.in_rows, self.skip_rows, order)
+            sc = self._skip(x, self.in_rows, self.skip_rows, own)
         x = self.round_up(features)
-        x = torch.cat([_mixed(x[:, r], getattr(self, f"up_{i}")) for i, r in enumerate(self.in_rows)], dim=1)
-        knots, density_knots = self._tables(order.pairs, x)
+        x = torch.cat([self._mixed(x[:, r], f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
+        knots, density_knots = tables
         message = convolution.convolution(self.problem, graph, x, vectors, knots)
         if self.message_plan is not None:
             message = rounding.round_features(message, self.message_plan, atoms)
@@ -372,7 +488,7 @@ class _Layer(torch.nn.Module):
         if self.message_plan is None:
             groups = self._round_messages(groups, atoms)
         mixed = [
-            (g @ getattr(self, f"linear_{i}")).view(atoms, 2 * l + 1, -1)
+            self._product(g, f"linear_{i}").view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
         x = torch.cat(mixed, dim=1)
@@ -380,11 +496,11 @@ class _Layer(torch.nn.Module):
             x = x / (self._density(density_knots, graph, vectors, atoms) + 1)[:, None, None]
         if not self.residual:
             x = self.round_skip(x)
-            x = self._skip(x, self.target_rows, self.skip_rows, order)
-        species = torch.zeros_like(order.species) if self.agnostic else order.species
+            x = self._skip(x, self.target_rows, self.skip_rows, own)
+        species = torch.zeros_like(own.ordered) if self.agnostic else own.ordered
         x = contraction.contraction(self.polynomial, x, species, self.contraction_coefficients)
         x = self.round_final(x)
-        x = torch.cat([_mixed(x[:, r], getattr(self, f"final_{i}")) for i, r in enumerate(self.out_rows)], dim=1)
+        x = torch.cat([self._mixed(x[:, r], f"final_{i}") for i, r in enumerate(self.out_rows)], dim=1)
         if self.use_sc and sc is not None:
             x = x + sc
         return self.round_out(x)
@@ -426,11 +542,51 @@ class Engine(torch.nn.Module):
             attributes.irreps_out.lmax,
         )
         self.layers = torch.nn.ModuleList(_Layer(model, i, sh, dtype) for i in range(len(model.interactions)))
+        if _integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
+            self._by_integers(model)
         embedding = _matrices(model.node_embedding.linear)[0]
         self.register_buffer("embedding", embedding.to(dtype))
+        self.r_max = float(model.r_max)
         # MACE's own modules, not registered here: they belong to the model.
         self.__dict__["model"] = model
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+        rest = [model.atomic_energies_fn, model.readouts, model.scale_shift, getattr(model, "pair_repulsion_fn", None)]
+        self.rest = [
+            (held, name)
+            for part in rest
+            if part is not None
+            for module in _python_modules(part)
+            for held in (module._parameters, module._buffers)
+            for name in held
+        ]
+        self.graphs = Graphs()
+        self.compositions: OrderedDict[tuple[bytes, torch.device], _Composition] = OrderedDict()
+        self.last: tuple[weakref.ref[Tensor], int, _Composition] | None = None
+
+    def _by_integers(self, model: Any) -> None:
+        from gaq_mace.model import quantized_weights
+
+        codes = quantized_weights(model)
+        before: FeatureQuantizer | None = None
+        for number, own in enumerate(self.layers):
+            layer: Any = own
+            block, product = model.interactions[number], model.products[number]
+            parts = (
+                ("linear", f"interactions.{number}.linear", block.linear),
+                ("up", f"interactions.{number}.linear_up", block.linear_up),
+                ("skip", f"interactions.{number}.skip_tp", block.skip_tp),
+                ("final", f"products.{number}.linear", product.linear),
+            )
+            for name, path, module in parts:
+                reads = _identity_or(module)
+                if reads is None and (name == "up" or (name == "skip" and layer.residual)):
+                    # Node features are rounded once, where the layer before gives them out.
+                    reads = before
+                weight = codes.get(f"{path}.weight")
+                if weight is not None and _rounds_all(reads):
+                    mean = name == "linear" and not hasattr(block, "density_fn")
+                    layer.integers(name, module, weight, float(block.avg_num_neighbors) if mean else 1.0)
+            before = _identity_or(product)
 
     def rounds_as_deployed(self) -> bool:
         """Whether the model's quantizers are all switched on, as they were when the engine was made."""
@@ -439,19 +595,113 @@ class Engine(torch.nn.Module):
             for q in self.__dict__["quantizers"]
         )
 
-    def _pairs(self, species: Tensor, edges: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
-        """The pairs of species that edges join, and the number of each edge's; of no interest to most models."""
-        tables: Any = self.layers[0].radial
-        if not tables.by_species:
-            return (0,), None
-        first, second = species[edges[0]], species[edges[1]]
-        codes = torch.minimum(first, second) * tables.elements + torch.maximum(first, second)
+    def _composition(self, attributes: Tensor) -> _Composition:
+        """What is known of a structure from its atoms, (atoms, species) as one-hot vectors."""
+        known = not attributes.is_inference()
+        if known and self.last is not None and self.last[0]() is attributes and self.last[1] == attributes._version:
+            return self.last[2]
+        species = attributes.argmax(dim=1)
+        # Here the host waits for the card.
+        listed = species.cpu().numpy()
+        key = listed.tobytes(), attributes.device
+        own = self.compositions.get(key)
+        if own is None:
+            own = self.compositions[key] = self._sorted(key[0], species, np.bincount(listed).tolist(), attributes)
+            while len(self.compositions) > COMPOSITIONS:
+                self.compositions.popitem(last=False)
+        self.compositions.move_to_end(key)
+        self.last = (weakref.ref(attributes), attributes._version, own) if known else None
+        return own
+
+    def _sorted(self, key: bytes, species: Tensor, counts: list[int], like: Tensor) -> _Composition:
+        by_species = torch.argsort(species, stable=True)
+        place = torch.empty_like(by_species)
+        place[by_species] = torch.arange(by_species.numel(), device=place.device)
+        bounds, start = [], 0
+        for z, count in enumerate(counts):
+            if count:
+                bounds.append((z, start, start + count))
+            start += count
+        radial_tables: Any = self.layers[0].radial
+        pairs: tuple[int, ...] | None = (0,)
+        tables = None
+        if radial_tables.by_species:
+            present = [z for z, _, _ in bounds]
+            pairs = None
+            # On the CPU nothing waits, and only tables of pairs that are met need be made.
+            if gpu.chosen(species.device) and 0 < len(present) <= MOST_SPECIES:
+                pairs = tuple(sorted({radial_tables.code(a, b) for a in present for b in present}))
+                numbers = torch.zeros(radial_tables.elements, radial_tables.elements, dtype=torch.int64)
+                for first in present:
+                    for second in present:
+                        numbers[first, second] = pairs.index(radial_tables.code(first, second))
+                tables = numbers.to(species.device)
+        layers: Any = self.layers
+        knots = None if pairs is None else [layer.tables(pairs, like) for layer in layers]
+        return _Composition(key, species, by_species, place, species[by_species], bounds, tables, knots)
+
+    def _tables(self, own: _Composition, edges: Tensor, like: Tensor) -> tuple[list[Knots], Tensor | None]:
+        """The radial tables of each layer, and the number of each edge's; of no interest to most models."""
+        if own.knots is not None:
+            return own.knots, None if own.tables is None else own.tables[own.species[edges[0]], own.species[edges[1]]]
+        radial_tables: Any = self.layers[0].radial
+        first, second = own.species[edges[0]], own.species[edges[1]]
+        codes = torch.minimum(first, second) * radial_tables.elements + torch.maximum(first, second)
         found, numbers = torch.unique(codes, return_inverse=True)
         # Without edges any table will do.
-        return tuple(found.tolist()) or (0,), numbers
+        pairs = tuple(found.tolist()) or (0,)
+        layers: Any = self.layers
+        return [layer.tables(pairs, like) for layer in layers], numbers
 
     def forward(self, data: dict[str, Tensor], **options: bool) -> dict[str, Tensor | None]:
-        """What `ScaleShiftMACE.forward` returns, for the same arguments."""
+        """What `ScaleShiftMACE.forward` returns, for the same arguments.
+
+        Where the step was replayed as a CUDA graph, the results are without a graph of autograd: the forces have been
+        taken.
+        """
+        own = self._composition(data["node_attrs"])
+        replayed = self._replayed(data, own, options)
+        return self._step(data, own, options) if replayed is None else replayed
+
+    def _replayed(self, data: dict[str, Tensor], own: _Composition, options: dict[str, bool]) -> Outputs | None:
+        """The results by a CUDA graph; None where the step is not one that is recorded."""
+        atoms, edges = data["positions"].shape[0], data["edge_index"].shape[1]
+        device = data["positions"].device
+        given: dict[str, Tensor] = {name: data[name] for name in INPUTS if data.get(name) is not None}
+        if own.knots is None or not atoms or not self.graphs.serves(device, edges):
+            return None
+        # Who differentiates by something else, or further, needs a graph of autograd.
+        inner = data.get("displacement") is not None or any(t.grad_fn is not None for t in given.values())
+        asked = any(t.requires_grad for name, t in given.items() if name != "positions")
+        if inner or asked or not options.get("compute_force", True) or not torch.is_grad_enabled():
+            return None
+        size = bucket(edges)
+        shapes = tuple(
+            (name, t.dtype, t.device, size if name in ("edge_index", "shifts", "unit_shifts") else t.shape)
+            for name, t in given.items()
+        )
+        chosen = tuple(sorted(name for name, on in options.items() if on))
+        # The stress is computed from the virial afterwards: the determinant of the cell need not be fit for recording.
+        stress = options.get("compute_stress", False)
+        inside = {
+            **options,
+            "compute_stress": False,
+            "compute_virials": stress or options.get("compute_virials", False),
+        }
+
+        def prepare() -> tuple[Any, dict[str, Tensor]]:
+            return (lambda held: self._step({k: v.detach() for k, v in held.items()}, own, inside)), padded(given, size)
+
+        # A graph reads what the rest of the model holds where it lies.
+        places = tuple(t.data_ptr() for held, name in self.rest if (t := held[name]) is not None)
+        key = (own.key, chosen, shapes, places)
+        found = self.graphs(key, {**given, "edges": edges}, prepare, device)
+        if found is not None and stress:
+            found["stress"] = _stress(found["virials"], data["cell"])
+        return found
+
+    def _step(self, data: dict[str, Tensor], own: _Composition, options: dict[str, bool]) -> Outputs:
+        """A step; where the data have a number of `edges`, those beyond it contribute nothing."""
         model: Any = self.__dict__["model"]
         stress = options.get("compute_stress", False)
         virials = options.get("compute_virials", False)
@@ -463,38 +713,30 @@ class Engine(torch.nn.Module):
         )
         heads = context.node_heads.to(torch.int64)
         atoms = context.num_atoms_arange
-        vectors = context.vectors
+        vectors, lengths = context.vectors, context.lengths
+        if "edges" in data:
+            vectors = self._beyond(vectors, data["edges"])
+            lengths = vectors.norm(dim=-1, keepdim=True)
         batch, graphs = data["batch"], context.num_graphs
         node_e0 = model.atomic_energies_fn(data["node_attrs"])[atoms, heads]
         e0 = scatter_sum(src=node_e0, index=batch, dim=0, dim_size=graphs).to(vectors.dtype)
 
-        species = data["node_attrs"].argmax(dim=1)
-        by_species = torch.argsort(species, stable=True)
-        place = torch.empty_like(by_species)
-        place[by_species] = torch.arange(by_species.numel(), device=place.device)
-        counts = torch.bincount(species, minlength=self.embedding.shape[0]).tolist()
-        bounds, start = [], 0
-        for z, count in enumerate(counts):
-            if count:
-                bounds.append((z, start, start + count))
-            start += count
-        edges = place[data["edge_index"]]
-        pairs, tables = self._pairs(species, data["edge_index"])
-        order = _SpeciesOrder(species[by_species], bounds, pairs)
+        edges = own.place[data["edge_index"]]
+        knots, tables = self._tables(own, data["edge_index"], vectors)
         graph = convolution.Graph(edges[0], edges[1], tables)
 
-        features = self.embedding[order.species][:, None]
+        features = self.embedding[own.ordered][:, None]
         energies, kept = [torch.zeros_like(node_e0)], []
         if hasattr(model, "pair_repulsion"):
             numbers = model.atomic_numbers
-            energies = [model.pair_repulsion_fn(context.lengths, data["node_attrs"], data["edge_index"], numbers)]
+            energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
         layer: Any
-        for layer in self.layers:
-            features = layer(features, graph, vectors, order)
-            kept.append(_to_mul_ir(features, layer.out_rows)[place])
+        for layer, own_tables in zip(self.layers, knots, strict=True):
+            features = layer(features, graph, vectors, own, own_tables)
+            kept.append(_to_mul_ir(features, layer.out_rows)[own.place])
         for i, readout in enumerate(model.readouts):
-            own = kept[-1 if len(model.readouts) == 1 else i]
-            energies.append(readout(own, heads)[atoms, heads])
+            read = kept[-1 if len(model.readouts) == 1 else i]
+            energies.append(readout(read, heads)[atoms, heads])
         interaction = model.scale_shift(torch.stack(energies, dim=0).sum(dim=0), heads)
         interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
         total = e0 + interaction_energy
@@ -527,6 +769,39 @@ class Engine(torch.nn.Module):
             "node_feats": torch.cat(kept, dim=-1),
         }
 
+    def _beyond(self, vectors: Tensor, edges: Tensor) -> Tensor:
+        """Edge vectors, with those of number `edges` and more so long that nothing is left of them, and no gradient."""
+        # Longer than the cutoff, and than the radii of two atoms together, where a pair repulsion ends.
+        far = torch.full((), 2.0 * self.r_max + 10.0, dtype=vectors.dtype, device=vectors.device)
+        counts = torch.arange(vectors.shape[0], device=vectors.device) < edges
+        return torch.where(counts[:, None], vectors, far)
+
+
+def padded(data: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The data of a step with as many edges as asked for, and the number of those that count as `edges`.
+
+    Each further one joins an atom with itself, all atoms in turn, so that no atom gets many.
+    """
+    edges, atoms = data["edge_index"].shape[1], data["positions"].shape[0]
+    device = data["edge_index"].device
+    own = torch.arange(size - edges, device=device) % atoms
+    found = {**data, "edge_index": torch.cat([data["edge_index"], own.expand(2, -1)], dim=1)}
+    for name in ("shifts", "unit_shifts"):
+        if name in data:
+            found[name] = torch.nn.functional.pad(data[name], (0, 0, 0, size - edges))
+    found["edges"] = torch.full((), edges, dtype=torch.int64, device=device)
+    return found
+
+
+def _stress(virials: Tensor | None, cell: Tensor) -> Tensor:
+    """As `mace.modules.utils.compute_forces_virials` has it, (graphs, 3, 3) in eV/Å³."""
+    assert virials is not None
+    first, second, third = cell.detach().view(-1, 3, 3).unbind(1)
+    # Not by a determinant: libraries of linear algebra may wait for the card.
+    volume = (torch.linalg.cross(first, second) * third).sum(-1).abs()
+    stress = -virials / volume.view(-1, 1, 1)
+    return torch.where(torch.abs(stress) < 1e10, stress, torch.zeros_like(stress))
+
 
 _disabled = False
 
@@ -540,6 +815,18 @@ def disabled() -> Iterator[None]:
         yield
     finally:
         _disabled = before
+
+
+def _integer_linears() -> bool:
+    """Whether ``GAQ_LINEAR=int8`` asks for integer products of a model's linear layers on a card.
+
+    Raises:
+        ValueError: for a value that is not known.
+    """
+    wanted = os.environ.get("GAQ_LINEAR", "float")
+    if wanted not in ("float", "int8"):
+        raise ValueError(f"GAQ_LINEAR: int8, or float as if it were not set, not {wanted!r}")
+    return wanted == "int8"
 
 
 def switched_off() -> bool:
@@ -575,25 +862,58 @@ def serves(model: Any, options: dict[str, Any]) -> bool:
     return engine_for(model, options) is not None
 
 
+def _python_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """A module and those within, but the scripted ones: these are e3nn's code, and replaced as a whole if at all."""
+    return [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+class _Parts:
+    """The modules and parameters of a model, to see in a moment whether one of them has been replaced or changed.
+
+    To walk through all modules takes as long as a good part of a replayed step.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = _python_modules(model)
+        self.lengths = [(own, len(own)) for m in modules for own in (m._modules, m._parameters)]
+        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+        self.weights = list(model.parameters())
+
+    def complete(self) -> bool:
+        """Whether the model consists of what it did."""
+        same = all(own.get(name) is child for own, name, child in self.children)
+        same = same and all(own.get(name) is p for own, name, p in self.parameters)
+        return same and all(len(own) == length for own, length in self.lengths)
+
+    def state(self) -> tuple[Any, ...]:
+        """Where the weights lie, and what tells one state of them from another."""
+        return tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in self.weights)
+
+
 def engine_of(model: Any) -> Engine | None:
     """The engine of a model, built anew when its weights have changed; None where the kernels do not serve it."""
-    key = tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in model.parameters())
     kept = model.__dict__.get("gaq_engine")
+    parts = kept[2] if kept is not None and kept[2].complete() else _Parts(model)
+    key = (_integer_linears(), *parts.state())
     if kept is None or kept[0] != key:
         engine: Engine | None = None
         try:
             engine = Engine(model)
         except (Unsupported, native.CompilerError) as error:
             _warn(error)
-        kept = (key, engine)
-        model.__dict__["gaq_engine"] = kept
+        kept = (key, engine, parts)
+    elif kept[2] is not parts:
+        kept = (*kept[:2], parts)
+    model.__dict__["gaq_engine"] = kept
     return kept[1]  # type: ignore[no-any-return]
 
 
 def give_up(model: Any, error: Unsupported) -> None:
     """A structure has shown what the engine cannot compute: say so, and keep to the reference path."""
     _warn(error)
-    model.__dict__["gaq_engine"] = (model.__dict__["gaq_engine"][0], None)
+    key, _, parts = model.__dict__["gaq_engine"]
+    model.__dict__["gaq_engine"] = (key, None, parts)
 
 
 def _warn(error: Exception) -> None:

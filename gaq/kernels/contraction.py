@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu
+from gaq.kernels.gpu.tracing import has_data
 from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["Polynomial", "contraction", "fold", "reference"]
@@ -45,6 +46,13 @@ class Polynomial:
     _tables: dict[torch.device, tuple[Tensor, Tensor, list[int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _plans: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def plan_of(self, channels: int) -> Tensor:
+        """`plan` with the channels in its first place, put together once."""
+        if channels not in self._plans:
+            self._plans[channels] = torch.cat([torch.tensor([channels]), self.plan])
+        return self._plans[channels]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
         """What the GPU kernel reads, copied to a device once."""
@@ -164,7 +172,7 @@ def _check(polynomial: Polynomial, features: Tensor, species: Tensor, coefficien
     if features.dtype != coefficients.dtype or species.dtype != torch.int64:
         raise TypeError(f"dtypes do not fit: {features.dtype}, {coefficients.dtype}, {species.dtype}")
     # Looking at them would make a card wait; its kernel gives NaN for a species it does not know.
-    looked_at = species.device.type == "cpu" and species.numel() > 0
+    looked_at = species.device.type == "cpu" and has_data(species) and species.numel() > 0
     if looked_at and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
         raise ValueError(f"species outside 0 to {coefficients.shape[0] - 1}")
 
@@ -191,7 +199,7 @@ def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coeff
 
         tables = polynomial.tables(features.device)
         return triton_twin.contraction(features, species, coefficients, tables, polynomial.rows_out)
-    plan = torch.cat([torch.tensor([features.shape[2]]), polynomial.plan])
+    plan = polynomial.plan_of(features.shape[2])
     return _Contraction.apply(features, species.contiguous(), coefficients.contiguous(), plan)  # type: ignore[no-any-return]
 
 

@@ -121,11 +121,15 @@ def evaluate(knots: Tensor, lengths: Tensor, r_max: float) -> Tensor:
     step = r_max / (knots.shape[1] - 1)
     position = lengths / step
     index = position.detach().long().clamp(0, knots.shape[1] - 2)
-    t = (position - index)[:, None, None]
     low, high = knots[:, index].transpose(0, 1), knots[:, index + 1].transpose(0, 1)
-    weights = hermite(t, step)
-    value = sum(weights[k] * low[:, :, k] + weights[3 + k] * high[:, :, k] for k in range(3))
-    return value * (lengths < r_max)[:, None, None]
+    return _between(low, high, position - index, step) * (lengths < r_max)[:, None, None]
+
+
+def _between(low: Tensor, high: Tensor, t: Tensor, step: float) -> Tensor:
+    """The spline from its knots below and above, (edges, paths, 3, channels), at 0 <= t <= 1, (edges,)."""
+    weights = hermite(t[:, None, None], step)
+    terms = [weights[k] * low[:, :, k] + weights[3 + k] * high[:, :, k] for k in range(3)]
+    return terms[0] + terms[1] + terms[2]
 
 
 def evaluate_several(knots: Tensor, lengths: Tensor, r_max: float, tables: Tensor, paths: int) -> Tensor:
@@ -138,11 +142,13 @@ def evaluate_several(knots: Tensor, lengths: Tensor, r_max: float, tables: Tenso
         tables: of each edge, (edges,).
         paths: of one table.
     """
-    value = lengths.new_zeros(lengths.shape[0], paths, knots.shape[3])
-    for number, table in enumerate(knots.split(paths)):
-        own = (tables == number).nonzero()[:, 0]
-        value = value.index_add(0, own, evaluate(table, lengths[own], r_max))
-    return value
+    # Without asking which edges a table has, for which the host would have to wait for a card.
+    several = knots.view(-1, paths, *knots.shape[1:])
+    step = r_max / (knots.shape[1] - 1)
+    position = lengths / step
+    index = position.detach().long().clamp(0, knots.shape[1] - 2)
+    low, high = several[tables, :, index], several[tables, :, index + 1]
+    return _between(low, high, position - index, step) * (lengths < r_max)[:, None, None]
 
 
 def hermite(t: Tensor, step: float) -> list[Tensor]:

@@ -26,14 +26,19 @@ def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    polynomials(),
-    st.integers(0, 7),
-    st.sampled_from([1, 7, 8, 20]),
-    st.integers(1, 4),
-    st.sampled_from([torch.float64, torch.float32]),
+    made=polynomials(),
+    atoms=st.integers(0, 7),
+    channels=st.sampled_from([1, 7, 8, 20]),
+    species=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
 )
 def test_contraction_is_the_reference(
-    made: tuple[contraction.Polynomial, int], atoms: int, channels: int, species: int, dtype: torch.dtype
+    device: torch.device,
+    made: tuple[contraction.Polynomial, int],
+    atoms: int,
+    channels: int,
+    species: int,
+    dtype: torch.dtype,
 ) -> None:
     polynomial, seed = made
     generator = torch.Generator().manual_seed(seed)
@@ -43,24 +48,29 @@ def test_contraction_is_the_reference(
     kinds = torch.randint(0, species, (2 * atoms,), generator=generator)[::2]
     coefficients = torch.randn(species, len(polynomial.terms), channels, generator=generator, dtype=torch.float64)
     results = []
-    for function, kind in ((contraction.contraction, dtype), (contraction.reference, torch.float64)):
-        x = features.detach().to(kind).requires_grad_()
-        out = function(polynomial, x, kinds, coefficients.to(kind))
+    cpu = torch.device("cpu")
+    for function, kind, place in (
+        (contraction.contraction, dtype, device),
+        (contraction.reference, torch.float64, cpu),
+    ):
+        x = features.detach().to(place, kind).requires_grad_()
+        out = function(polynomial, x, kinds.to(place), coefficients.to(place, kind))
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=kind).view(out.transpose(1, 2).shape).transpose(1, 2)
-        results.append([out.detach().double(), *(g.double() for g in torch.autograd.grad((out * probe).sum(), [x]))])
+        (grad,) = torch.autograd.grad((out * probe.to(place)).sum(), [x])
+        results.append([t.detach().cpu().double() for t in (out, grad)])
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for ours, theirs in zip(*results, strict=True):
         scale = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
-def cubic(channels: int) -> tuple[contraction.Polynomial, torch.Tensor]:
+def cubic(channels: int, device: torch.device) -> tuple[contraction.Polynomial, torch.Tensor]:
     """All monomials up to degree 3 of three features, in two outputs; two species."""
     monomials = [m for n in (1, 2, 3) for m in _sorted_tuples(n, 3)]
     polynomial = contraction.Polynomial.make(3, 2, [(m, o) for m in monomials for o in range(2)])
     generator = torch.Generator().manual_seed(0)
     shape = (2, len(polynomial.terms), channels)
-    return polynomial, torch.randn(shape, generator=generator, dtype=torch.float64)
+    return polynomial, torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
 
 def _sorted_tuples(degree: int, rows: int, least: int = 0) -> list[tuple[int, ...]]:
@@ -69,7 +79,7 @@ def _sorted_tuples(degree: int, rows: int, least: int = 0) -> list[tuple[int, ..
     return [(m, *rest) for m in range(least, rows) for rest in _sorted_tuples(degree - 1, rows, m)]
 
 
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
@@ -81,9 +91,9 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_twin, "blocks", lambda atoms, channels: (2, 4))
     # The last output and the last feature occur in no term.
     polynomial = contraction.Polynomial.make(3, 3, [((0, 1), 0), ((0,), 1)])
-    x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
-    coefficients = torch.randn(1, 2, 7, dtype=torch.float64)
-    species = torch.zeros(5, dtype=torch.int64)
+    x = torch.randn(5, 3, 7, dtype=torch.float64, device=device, requires_grad=True)
+    coefficients = torch.randn(1, 2, 7, dtype=torch.float64, device=device)
+    species = torch.zeros(5, dtype=torch.int64, device=device)
     out = contraction.contraction(polynomial, x, species, coefficients)
     torch.testing.assert_close(out, contraction.reference(polynomial, x, species, coefficients))
     assert bool((out[:, 2] == 0).all())
@@ -92,39 +102,39 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool((grad[:, 2] == 0).all())
 
 
-def test_the_gradient_is_that_of_an_energy() -> None:
+def test_the_gradient_is_that_of_an_energy(device: torch.device) -> None:
     """The derivative of the gradient, by central differences of the kernel's own, is symmetric."""
-    polynomial, coefficients = cubic(2)
+    polynomial, coefficients = cubic(2, device)
     generator = torch.Generator().manual_seed(1)
-    centre = torch.randn(3, 2, generator=generator, dtype=torch.float64)
-    probe = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+    centre = torch.randn(3, 2, generator=generator, dtype=torch.float64).to(device)
+    probe = torch.randn(2, 2, generator=generator, dtype=torch.float64).to(device)
     step = 1e-4
     # An atom for each displacement: row m is moved forwards in atom m, backwards in atom 3 + m, in both channels.
-    shift = step * torch.eye(3, dtype=torch.float64)[:, :, None]
+    shift = step * torch.eye(3, dtype=torch.float64, device=device)[:, :, None]
     x = torch.cat([centre + shift, centre - shift]).requires_grad_()
-    out = contraction.contraction(polynomial, x, torch.ones(6, dtype=torch.int64), coefficients)
+    out = contraction.contraction(polynomial, x, torch.ones(6, dtype=torch.int64, device=device), coefficients)
     (grad,) = torch.autograd.grad((out * probe).sum(), x)
     jacobian = (grad[:3] - grad[3:]) / (2 * step)
     assert float(jacobian.abs().max()) > 1.0
     torch.testing.assert_close(jacobian, jacobian.transpose(0, 1), rtol=0, atol=1e-8 * float(jacobian.abs().max()))
 
 
-def test_species_that_do_not_exist() -> None:
-    polynomial, coefficients = cubic(3)
+def test_species_that_do_not_exist(device: torch.device) -> None:
+    polynomial, coefficients = cubic(3, torch.device("cpu"))
     x = torch.ones(3, 3, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="species outside 0 to 1"):
         contraction.contraction(polynomial, x, torch.tensor([0, 2, 1]), coefficients)
     # On a card nobody looks at them beforehand.
-    tables = polynomial.tables(x.device)
-    out = triton_twin.contraction(x, torch.tensor([0, 2, -1]), coefficients, tables, 2)
+    x, coefficients, species = x.to(device), coefficients.to(device), torch.tensor([0, 2, -1], device=device)
+    out = triton_twin.contraction(x, species, coefficients, polynomial.tables(x.device), 2)
     assert bool(out[0].isfinite().all())
     assert bool(out[1:].isnan().all())
 
 
-def test_tables_are_made_once_and_gradients_once_only() -> None:
-    polynomial, coefficients = cubic(3)
-    x = torch.ones(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    species = torch.zeros(2, dtype=torch.int64)
+def test_tables_are_made_once_and_gradients_once_only(device: torch.device) -> None:
+    polynomial, coefficients = cubic(3, device)
+    x = torch.ones(2, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    species = torch.zeros(2, dtype=torch.int64, device=device)
     out = contraction.contraction(polynomial, x, species, coefficients)
     assert polynomial.tables(x.device) is polynomial.tables(x.device)
     with pytest.raises(RuntimeError, match="differentiable once"):

@@ -48,29 +48,38 @@ shapes = st.sampled_from([(0, 5, 3), (1, 1, 1), (3, 1, 9), (17, 40, 20), (35, 70
 
 @settings(max_examples=24, deadline=None)
 @given(
-    st.integers(0, 2**31),
-    shapes,
-    st.booleans(),
-    st.sampled_from([(8, 0), (8, 32), (4, 0), (4, 32)]),
-    st.booleans(),
-    st.booleans(),
+    seed=st.integers(0, 2**31),
+    shape=shapes,
+    rounded=st.booleans(),
+    kind=st.sampled_from([(8, 0), (8, 32), (4, 0), (4, 32)]),
+    added=st.booleans(),
+    on_card=st.booleans(),
 )
 def test_linear_is_exact(
-    seed: int, shape: tuple[int, int, int], rounded: bool, kind: tuple[int, int], added: bool, on_card: bool
+    device: torch.device,
+    seed: int,
+    shape: tuple[int, int, int],
+    rounded: bool,
+    kind: tuple[int, int],
+    added: bool,
+    on_card: bool,
 ) -> None:
     bits, group_size = kind
     x, codes, scale, residual = layer(seed, *shape, bits, group_size)
     stored = pack_int4(codes) if bits == 4 else codes
     expected, weights = exact(x, codes, scale, rounded, group_size)
-    x = x.detach().requires_grad_()
-    residual = residual.detach().requires_grad_()
+    place = device if on_card else torch.device("cpu")
+    on_place, added_there = (t.detach().to(place).requires_grad_() for t in (x, residual))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GAQ_KERNELS", "triton" if on_card else "")
-        out = linear.linear(x, stored, scale, residual if added else None, rounded, group_size)
+        out = linear.linear(
+            on_place, stored.to(place), scale.to(place), added_there if added else None, rounded, group_size
+        )
     probe = torch.linspace(-1.0, 1.0, out.numel()).view(shape[2], shape[0]).T
-    inputs = [x, residual] if added else [x]
-    grads = torch.autograd.grad((out * probe).sum(), inputs)
+    inputs = [on_place, added_there] if added else [on_place]
+    grads = [grad.cpu() for grad in torch.autograd.grad((out * probe.to(place)).sum(), inputs)]
     assert out.dtype == torch.float32
+    out = out.detach().cpu()
     # Errors against the sum of the sizes of what is added up.
     size = x.detach().abs().double() @ weights.abs() + residual.detach().abs().double() + 1e-30
     offset = residual.detach().double() if added else 0.0
@@ -82,14 +91,14 @@ def test_linear_is_exact(
         assert torch.equal(grads[1], probe)
 
 
-def test_large_sums_are_exact() -> None:
+def test_large_sums_are_exact(device: torch.device) -> None:
     """256 (hi W) leaves 32 bits here; every code and weight is the largest there is."""
     inputs = 1100
     x = torch.ones(2, inputs)
     x[1] = -1.0
     codes = torch.full((inputs, 16), -128, dtype=torch.int8)
     scale = torch.ones(1, 16)
-    out = linear.linear(x, codes, scale)
+    out = linear.linear(x.to(device), codes.to(device), scale.to(device)).cpu()
     rows, step = linear.round_rows(x)
     assert float(rows.abs().max()) == 32639
     expected = (rows.double() @ codes.double()).float() * step
@@ -97,7 +106,7 @@ def test_large_sums_are_exact() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_every_element_is_written_and_nan_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written_and_nan_stays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
@@ -105,7 +114,7 @@ def test_every_element_is_written_and_nan_stays(monkeypatch: pytest.MonkeyPatch)
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    x, codes, scale, residual = layer(0, 20, 33, 70, 8, 0)
+    x, codes, scale, residual = (t.to(device) for t in layer(0, 20, 33, 70, 8, 0))
     x = x.detach().requires_grad_()
     for rounded in (True, False):
         out = linear.linear(x, codes, scale, residual, rounded)
@@ -119,8 +128,8 @@ def test_every_element_is_written_and_nan_stays(monkeypatch: pytest.MonkeyPatch)
     assert bool(out[5:].isfinite().all())
 
 
-def test_what_is_not_served_goes_elsewhere() -> None:
-    x, codes, scale, _ = layer(0, 4, 12, 5, 8, 0)
+def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
+    x, codes, scale, _ = (t.to(device) for t in layer(0, 4, 12, 5, 8, 0))
     assert triton_twin.serves(x, codes, 0)
     assert not triton_twin.serves(x.double(), codes, 0)
     assert not triton_twin.serves(x, codes, 8)
@@ -131,7 +140,7 @@ def test_what_is_not_served_goes_elsewhere() -> None:
         with pytest.raises(RuntimeError, match="differentiable once"):
             torch.autograd.grad(linear.linear(y, codes, scale, None, rounded).sum(), y, create_graph=True)
     with pytest.raises(ValueError, match="residual of shape"):
-        linear.linear(x, codes, scale, torch.ones(4, 4))
+        linear.linear(x, codes, scale, torch.ones(4, 4, device=device))
     with pytest.raises(ValueError, match="rows of scales"):
         linear.linear(x, codes, scale, None, True, 4)
     with pytest.raises(ValueError, match="inputs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,9 +18,13 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
+from recorded import Playback
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaq
 from gaq.adapter import adapter_for
+from gaq.kernels import contraction
+from gaq.kernels.gpu import graphs
 from gaq_mace import engine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +73,11 @@ def converted(model: torch.nn.Module, preset: str, structures: list[Atoms]) -> t
     return gaq.convert(prepared)
 
 
-def batch_of(model: torch.nn.Module, structures: list[Atoms]) -> dict[str, Any]:
+def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     batch: Any = next(iter(adapter_for(model).batches(model, structures, len(structures))))
     plain = batch if isinstance(batch, dict) else batch.to_dict()
-    return {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
+    found = {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -97,3 +103,279 @@ def test_the_engine_is_the_reference(
             ours[key].detach(), theirs[key].detach(), rtol=0, atol=2e-6 * scale, msg=lambda m, k=key: f"{k}: {m}"
         )
     assert float(theirs["forces"].abs().max()) > 1e-3
+
+
+def strained(scale: float, seed: int) -> Atoms:
+    """A crystal under strain, moved at random; how many neighbours there are depends on both."""
+    atoms = CRYSTAL.copy()
+    atoms.set_cell(atoms.cell * scale, scale_atoms=True)
+    atoms.rattle(0.02, seed=seed)
+    atoms.symbols[1] = "O"
+    return atoms
+
+
+def moved(seed: int) -> list[Atoms]:
+    found = [WATER.copy(), Atoms("C", positions=[[0, 0, 0]])]
+    for atoms in found:
+        atoms.rattle(0.05, seed=seed)
+    return found
+
+
+def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        if value is None:
+            assert ours[key] is None, key
+            continue
+        assert ours[key].shape == value.shape, key
+        scale = max(1.0, float(value.detach().abs().max())) if value.numel() else 1.0
+        torch.testing.assert_close(
+            ours[key].detach(), value.detach(), rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+OPTIONS = {"compute_stress": True, "compute_virials": True}
+KINDS = [("", {}), ("Density", {"distance_transform": "Agnesi", "pair_repulsion": True})]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["plain", "density"])
+def small(request: pytest.FixtureRequest) -> torch.nn.Module:
+    kind, options = request.param
+    structures = [WATER, CRYSTAL]
+    return converted(make(kind, "3x0e+3x1o", 1, 2, **options), "gaq", structures).to(DEVICE)
+
+
+@pytest.mark.parametrize("kernels", ["triton", ""])
+def test_edges_of_the_padding_contribute_nothing(
+    small: torch.nn.Module, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAQ_KERNELS", kernels)
+    own: Any = engine.Engine(small)
+    for structures in ([WATER], [strained(0.97, 1), *moved(1)], [LONELY]):
+        data = batch_of(small, structures)
+        given = {name: data[name] for name in engine.INPUTS}
+        edges = given["edge_index"].shape[1]
+        atoms = own._composition(given["node_attrs"])
+        theirs = own._step({name: t.clone() for name, t in given.items()}, atoms, OPTIONS)
+        assert edges == 0 or float(theirs["forces"].abs().max()) > 1e-4
+        for size in (graphs.bucket(edges + 40),) if kernels else (edges + 1, graphs.bucket(edges + 40)):
+            ours = own._step(engine.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS)
+            agree(ours, theirs, 1e-13)
+
+
+CRYSTALS = [[strained(scale, seed)] for seed, scale in enumerate((1.0, 0.99, 1.03, 0.8, 0.79))]
+FRAMES = [CRYSTALS[0], moved(0), CRYSTALS[1], CRYSTALS[2], moved(1), CRYSTALS[3], CRYSTALS[4]]
+"""A crystal and a batch of molecules by turns."""
+
+
+def follow(
+    model: torch.nn.Module, frames: list[list[Atoms]], monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> list[int]:
+    """Steps of a trajectory, each replayed where it is recorded, and by itself; the numbers of their edges."""
+    sizes, kept = [], []
+    for structures in frames:
+        data = batch_of(model, structures, next(model.parameters()).dtype)
+        sizes.append(data["edge_index"].shape[1])
+        ours = model({k: v.clone() if torch.is_tensor(v) else v for k, v in data.items()}, **OPTIONS)
+        with monkeypatch.context() as patch:
+            patch.setenv("GAQ_CUDA_GRAPHS", "0")
+            theirs = model(data, **OPTIONS)
+        kept.append((ours, theirs))
+    # After all of them, so that what a later step overwrites is seen.
+    for ours, theirs in kept:
+        agree(ours, theirs, tolerance)
+        assert float(theirs["forces"].detach().abs().max()) > 1e-4
+    return sizes
+
+
+def changes(sizes: list[int]) -> None:
+    """See that the number of edges changes within a bucket, and to another one."""
+    loose, tight = (
+        [graphs.bucket(size) for size, frame in zip(sizes, FRAMES, strict=True) if frame in part]
+        for part in (CRYSTALS[:3], CRYSTALS[3:])
+    )
+    assert len(set(loose)) == len(set(tight)) == 1
+    assert loose[0] != tight[0]
+    assert len(set(sizes)) >= 4
+
+
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
+def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the CPU's kernels, where there is no card: what is tested is the padding and the buffers."""
+    monkeypatch.setenv("GAQ_KERNELS", "")
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    playback = Playback()
+    monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
+    changes(follow(small, FRAMES, monkeypatch, 1e-13))
+    assert playback.recorded == 3
+    # All but the first of each kind; and once where it is recorded, to see whether it can be.
+    assert playback.replayed == len(FRAMES) - 3 + 3
+
+
+@pytest.mark.parametrize("small", KINDS[1:], ids=["density"], indirect=True)
+def test_replayed_steps_of_radial_functions_of_the_species(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    playback = Playback()
+    monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
+    sizes = follow(small, CRYSTALS[:3], monkeypatch, 1e-13)
+    assert len(set(sizes)) > 1
+    assert (playback.recorded, playback.replayed) == (1, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    model = copy.deepcopy(small).to(dtype)
+    # Sums by atomics are not the same from run to run, and a code of 16 bits may fall to the other side.
+    changes(follow(model, FRAMES, monkeypatch, 1e-10 if dtype == torch.float64 else 1e-3))
+    own: Any = engine.engine_of(model)
+    assert own.graphs.failed is None
+    assert len(own.graphs.kept) == 3
+    # Nothing in a replayed step waits for the card once the atoms are known.
+    data = batch_of(model, [strained(1.0, 0)], dtype)
+    model(dict(data), **OPTIONS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(dict(data), **OPTIONS)
+        monkeypatch.setenv("GAQ_CUDA_GRAPHS", "0")
+        model(dict(data), compute_virials=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Asked(TorchDispatchMode):
+    """Counts operations by which the host would wait for a card, or give it something it has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal", "linalg_lu", "_det")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        name = str(func)
+        to_host = name.startswith("aten._to_copy") and (kwargs or {}).get("device") not in (None, args[0].device)
+        if to_host or any(part in name for part in self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is looked at on the CPU only.
+    monkeypatch.setattr(contraction, "has_data", lambda tensor: False)
+    own: Any = engine.Engine(small)
+    data = batch_of(small, [WATER])
+    given = engine.padded({name: data[name] for name in engine.INPUTS}, 64)
+    atoms = own._composition(given["node_attrs"])
+    own._step({name: t.clone() for name, t in given.items()}, atoms, {"compute_virials": True})
+    with Asked() as asked:
+        found = own._step(given, atoms, {"compute_virials": True})
+    assert found["forces"].isfinite().all()
+    assert asked.operations > 100
+    assert not asked.found
+
+
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
+def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAQ_KERNELS", "")
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    playback = Playback()
+    own: Any = engine.engine_of(small)
+    monkeypatch.setattr(own, "graphs", graphs.Graphs(playback))
+    # Energies alone keep their graph of autograd, as do positions that depend on something else.
+    for _ in range(2):
+        energy = small(batch_of(small, [WATER]), compute_force=False)["energy"]
+        assert energy.requires_grad
+        data = batch_of(small, [WATER])
+        shift = torch.zeros(3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        data["positions"] = data["positions"] + shift
+        small(data)
+    monkeypatch.setenv("GAQ_CUDA_GRAPHS", "3")
+    for _ in range(2):
+        small(batch_of(small, [WATER]))
+    assert playback.recorded == 0
+    monkeypatch.delenv("GAQ_CUDA_GRAPHS")
+    for _ in range(2):
+        found = small(batch_of(small, [WATER]))
+    assert playback.recorded == 1
+    assert not any(value is not None and value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
+def test_the_composition_is_looked_at_once(small: torch.nn.Module) -> None:
+    own: Any = engine.engine_of(small)
+    data = batch_of(small, [WATER, strained(1.0, 0)])
+    first = own._composition(data["node_attrs"])
+    assert own._composition(data["node_attrs"]) is first
+    assert own._composition(data["node_attrs"].clone()) is first
+    # Changed in place it is another one, as it is in another order.
+    data["node_attrs"][[0, 1]] = data["node_attrs"][[1, 0]]
+    other = own._composition(data["node_attrs"])
+    assert other.key != first.key
+    assert other.bounds == first.bounds
+    for i in range(2 * engine.COMPOSITIONS):
+        own._composition(torch.eye(3, dtype=torch.float64, device=DEVICE)[[0] * (i + 1)])
+    assert len(own.compositions) == engine.COMPOSITIONS
+
+
+def test_structures_of_many_species_look_at_their_edges(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_SPECIES", 1)
+    own: Any = engine.Engine(small)
+    data = batch_of(small, [WATER, LONELY])
+    found = own(dict(data), **OPTIONS)
+    agree(found, engine.engine_of(small)(dict(data), **OPTIONS), 1e-13)
+    by_species = own.layers[0].radial.by_species
+    assert (own._composition(data["node_attrs"]).knots is None) == by_species
+
+
+def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of a float32 model on its integer codes, against those of floats."""
+    model = converted(make("", "32x0e+32x1o", 1, 2), "gaq", [WATER]).float().to(DEVICE)
+    by_floats: Any = engine.engine_of(model)
+    assert not any(layer.by_integers for layer in by_floats.layers)
+    monkeypatch.setenv("GAQ_LINEAR", "int8")
+    by_integers: Any = engine.engine_of(model)
+    assert by_integers is not by_floats
+    generator = torch.Generator().manual_seed(0)
+    for number, (layer, plain) in enumerate(zip(by_integers.layers, by_floats.layers, strict=True)):
+        # What acts on the species embedding has weights of 16 bits.
+        served = {"linear", "skip", "final"} | ({"up"} if number else set())
+        assert {name.split("_")[0] for name in layer.by_integers} == served
+        for name, integers in layer.by_integers.items():
+            whole, _, species = name.partition(".")
+            matrix = getattr(plain, whole)
+            matrix = matrix[int(species)] if species else matrix
+            scale = integers.scale
+            if integers.group_size:
+                scale = scale.repeat_interleave(integers.group_size, 0)[: len(matrix)]
+            torch.testing.assert_close(integers.codes * scale, matrix, rtol=1e-6, atol=0)
+        x = torch.randn(5, layer.channels, generator=generator).to(DEVICE)
+        exact = x.double() @ plain.final_0.double()
+        # Half a step for each input.
+        step = x.abs().amax(1, keepdim=True).double() / 32639
+        bound = 0.51 * step * plain.final_0.double().abs().sum(0) + 1e-6 * exact.abs().max()
+        assert bool(((layer._product(x, "final_0").double() - exact).abs() <= bound).all())
+    data = batch_of(model, [WATER], torch.float32)
+    theirs = by_floats(dict(data), compute_stress=True)
+    ours = by_integers(dict(data), compute_stress=True)
+    for key in ("energy", "forces", "node_feats"):
+        scale = max(1.0, float(theirs[key].detach().abs().max()))
+        # Steps of 1/32639 of the largest feature, in a few layers one after the other.
+        torch.testing.assert_close(ours[key].detach(), theirs[key].detach(), rtol=0, atol=3e-4 * scale)
+    assert not torch.equal(ours["node_feats"], theirs["node_feats"])
+    # What is in float64, or not rounded to 16 bits, stays with floats.
+    for other in (
+        converted(make("", "4x0e", 1, 2), "gaq", [WATER]),
+        converted(make("", "4x0e", 1, 2), "w8", [WATER]).float(),
+    ):
+        assert not any(layer.by_integers for layer in engine.Engine(other.to(DEVICE)).layers)
+    monkeypatch.setenv("GAQ_LINEAR", "int4")
+    with pytest.raises(ValueError, match="GAQ_LINEAR"):
+        engine.engine_of(model)

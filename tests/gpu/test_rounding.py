@@ -31,14 +31,14 @@ def problem(
 
 @settings(max_examples=6, deadline=None)
 @given(
-    st.integers(0, 2**31),
-    st.sampled_from(["local", "fixed"]),
-    st.sampled_from([1, 5, 130]),
-    st.lists(st.tuples(st.sampled_from([1, 1, -1]), st.sampled_from([1, 3, 5, 7, 9])), min_size=1, max_size=2),
-    st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+    frame=st.sampled_from(["local", "fixed"]),
+    channels=st.sampled_from([1, 5, 130]),
+    layout=st.lists(st.tuples(st.sampled_from([1, 1, -1]), st.sampled_from([1, 3, 5, 7, 9])), min_size=1, max_size=2),
+    atoms=st.integers(0, 2),
 )
 def test_rounding_is_the_quantizer(
-    seed: int, frame: str, channels: int, layout: list[tuple[int, int]], atoms: int
+    device: torch.device, seed: int, frame: str, channels: int, layout: list[tuple[int, int]], atoms: int
 ) -> None:
     # Scalars side by side are one irrep for the quantizer, so all of them are rounded or none.
     layout = sorted((1, d) if d == 1 else (s, d) for s, d in layout)
@@ -49,16 +49,16 @@ def test_rounding_is_the_quantizer(
     generator = torch.Generator().manual_seed(seed)
     # Every other row of something larger: not contiguous.
     x = torch.randn(2 * atoms, total, channels, generator=generator, dtype=torch.float64)[::2]
-    x = x.detach().requires_grad_()
+    expected = (rounding.reference(x, quantizer, pieces, atoms) if atoms else x).to(device)
+    x = x.detach().to(device).requires_grad_()
     found = rounding.round_features(x, plan, atoms)
-    expected = rounding.reference(x, quantizer, pieces, atoms) if atoms else x
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
 
 
 @pytest.mark.parametrize("frame", ["local", "fixed"])
-def test_rounding_of_degenerate_atoms(frame: str) -> None:
+def test_rounding_of_degenerate_atoms(device: torch.device, frame: str) -> None:
     layout = ((1, 1), (1, 1), (1, 3), (-1, 3), (1, 5), (1, 7))
     quantizer, pieces, total = problem(6, layout, frame)
     plan = rounding.plan(quantizer, pieces)
@@ -69,7 +69,7 @@ def test_rounding_of_degenerate_atoms(frame: str) -> None:
     x[3, 2:5, 1:] = 0.0  # one direction only: two axes are not spanned
     x[4, 2:5, 2:] = 0.0  # a plane
     x[5, 3:5] = 0.0  # along an axis of the laboratory: ties
-    found = rounding.round_features(x, plan, 6)
+    found = rounding.round_features(x.to(device), plan, 6).cpu()
     expected = rounding.reference(x, quantizer, pieces, 6)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert not torch.equal(found, x)
@@ -78,17 +78,17 @@ def test_rounding_of_degenerate_atoms(frame: str) -> None:
 
 
 @pytest.mark.parametrize("d", [3, 5])
-def test_no_component_is_lost_where_mixtures_are_dependent(d: int) -> None:
+def test_no_component_is_lost_where_mixtures_are_dependent(device: torch.device, d: int) -> None:
     quantizer, pieces, _ = problem(8, ((1, d),))
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
     for left in (0.0, 1e-7, 1e-5):
-        x = nearly_dependent(d, 8, 1, left)[:6].transpose(1, 2).float().contiguous()
+        x = nearly_dependent(d, 8, 1, left)[:6].transpose(1, 2).float().contiguous().to(device)
         found = rounding.round_features(x, plan, 6)
         assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
-def test_float32_is_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from gaq.kernels import native
 
     if not native.available():
@@ -97,7 +97,7 @@ def test_float32_is_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
     x = torch.randn(4, total, 32, generator=torch.Generator().manual_seed(0))
-    found = rounding.round_features(x, plan, 4)
+    found = rounding.round_features(x.to(device), plan, 4).cpu()
     monkeypatch.setenv("GAQ_KERNELS", "")
     expected = rounding.round_features(x, plan, 4)
     # The same codes, but for a few whose tie the arithmetic decides; none further than a step away.
@@ -106,30 +106,30 @@ def test_float32_is_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
 
 
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, pieces, total = problem(5, ((1, 1), (1, 3), (-1, 3), (1, 5)))
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
-    assert plan.tables(torch.device("cpu")) is plan.tables(torch.device("cpu"))
-    x = torch.randn(3, total, 5, dtype=torch.float64)
+    assert plan.tables(device) is plan.tables(device)
+    x = torch.randn(3, total, 5, dtype=torch.float64, device=device)
     usual = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, **o: usual(t, **o).fill_(float("nan")))
     assert bool(rounding.round_features(x, plan, 3).isfinite().all())
     # Features that lie beyond the pieces are copied.
-    wide = torch.cat([x.flatten(), torch.arange(7.0, dtype=torch.float64)])
+    wide = torch.cat([x.flatten(), torch.arange(7.0, dtype=torch.float64, device=device)])
     found = rounding.round_features(wide, plan, 3)
     assert torch.equal(found[-7:], wide[-7:])
     x[1, 0, 2] = float("nan")
     assert bool(rounding.round_features(x, plan, 3)[1].isnan().any())
 
 
-def test_the_local_frame_turns_with_the_features() -> None:
+def test_the_local_frame_turns_with_the_features(device: torch.device) -> None:
     quantizer, pieces, total = problem(8, ((1, 3),))
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(4, total, 8, generator=generator, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    x = torch.randn(4, total, 8, generator=generator, dtype=torch.float64).to(device)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0].to(device)
     turned = torch.einsum("ij,ajc->aic", turn, x)
     found = torch.einsum("ij,ajc->aic", turn, rounding.round_features(x, plan, 4))
     torch.testing.assert_close(rounding.round_features(turned.contiguous(), plan, 4), found, rtol=0, atol=1e-12)

@@ -274,6 +274,25 @@ def test_changed_weights_make_a_new_engine() -> None:
     assert "gaq_engine" not in copy.deepcopy(model).__dict__
 
 
+def test_replaced_parts_make_a_new_engine() -> None:
+    model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
+    first = engine.engine_of(model)
+    assert engine.engine_of(model) is first
+    readout = model.readouts[0]
+    readout.linear.weight = torch.nn.Parameter(2.0 * readout.linear.weight.detach())
+    second = engine.engine_of(model)
+    assert second is not first
+    model.readouts[0] = copy.deepcopy(readout)
+    third = engine.engine_of(model)
+    assert third is not second
+    ours, theirs = both(model, STRUCTURES[:1])
+    agree(ours, theirs, 1e-6)
+    assert engine.engine_of(model) is third
+    # What is added makes none.
+    model.add_module("note", torch.nn.Identity())
+    assert engine.engine_of(model) is third
+
+
 def test_what_is_not_served_says_so_and_runs() -> None:
     model = converted(
         make("RealAgnosticInteractionBlock", "8x0e", 2, 2, second="RealAgnosticAttResidualInteractionBlock"),

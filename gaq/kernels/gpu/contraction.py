@@ -148,8 +148,8 @@ def derivative_table(
 
 
 def blocks(atoms: int, channels: int) -> tuple[int, int]:
-    """Atoms and channels of a tile."""
-    if interpreted():
+    """Atoms and channels of a tile; the same for any number of atoms where it is a symbol of a trace."""
+    if interpreted() and not isinstance(atoms, torch.SymInt):
         return triton.next_power_of_2(max(atoms, 1)), triton.next_power_of_2(channels)
     block_c = min(128, triton.next_power_of_2(channels))
     return max(1, 512 // block_c), block_c

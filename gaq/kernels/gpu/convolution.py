@@ -34,10 +34,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gaq.kernels import convolution as base
 from gaq.kernels import harmonics
 from gaq.kernels.gpu import tracing, why_not
 from gaq.kernels.native import cache_folder, refuse_second_derivative
+from gaq.kernels.problem import ConvolutionProblem, Graph, Path
 
 __all__ = ["convolution", "operation", "register", "source"]
 
@@ -84,7 +84,7 @@ class _Source:
         tabulated: whether weights are knots of tables.
     """
 
-    def __init__(self, problem: base.ConvolutionProblem, tabulated: bool) -> None:
+    def __init__(self, problem: ConvolutionProblem, tabulated: bool) -> None:
         self.problem, self.tabulated = problem, tabulated
         self.lines: list[str] = []
         self.depth = 0
@@ -172,7 +172,7 @@ class _Source:
         for m, p in enumerate(self.sh[degree]):
             self.put(f"y{degree}_{m} = {_polynomial(p)}")
 
-    def matrix(self, path: base.Path) -> dict[tuple[int, int], list[tuple[float, str]]]:
+    def matrix(self, path: Path) -> dict[tuple[int, int], list[tuple[float, str]]]:
         """B[m3, m1] as sums of harmonics, those of degree 0 as numbers (with an empty name)."""
         found: dict[tuple[int, int], list[tuple[float, str]]] = {}
         for m1, m2, m3 in path.coefficients.nonzero().tolist():
@@ -183,7 +183,7 @@ class _Source:
                 found.setdefault((m3, m1), []).append((c, f"y{path.edge_degree}_{m2}"))
         return found
 
-    def put_matrix(self, number: int, path: base.Path) -> dict[tuple[int, int], str]:
+    def put_matrix(self, number: int, path: Path) -> dict[tuple[int, int], str]:
         """Names, or numbers, of the elements of B that are not zero."""
         names = {}
         for (m3, m1), parts in self.matrix(path).items():
@@ -416,7 +416,7 @@ def launch(channels: int, rows: int) -> tuple[int, int]:
     return block, max(1, block // (64 if rows <= 2 * SUMS else 32))
 
 
-def source(problem: base.ConvolutionProblem, tabulated: bool) -> str:
+def source(problem: ConvolutionProblem, tabulated: bool) -> str:
     """Python source of the kernels of a problem."""
     return _Source(problem, tabulated).text()
 
@@ -449,7 +449,7 @@ def _folder() -> File:
     return folder
 
 
-def register(problem: base.ConvolutionProblem, tabulated: bool) -> str:
+def register(problem: ConvolutionProblem, tabulated: bool) -> str:
     """Name of the kernels of a problem, written to the cache folder where they are not there yet.
 
     Raises:
@@ -567,8 +567,8 @@ operation.register_autograd(_differentiate, setup_context=_setup)
 
 
 def convolution(
-    problem: base.ConvolutionProblem,
-    graph: base.Graph,
+    problem: ConvolutionProblem,
+    graph: Graph,
     features: Tensor,
     vectors: Tensor,
     weights: Tensor,

@@ -156,12 +156,16 @@ def serves(x: Tensor, codes: Tensor, group_size: int) -> bool:
 
 
 def blocks(rows: int, rounded: bool) -> dict[str, int]:
-    """Sizes of the tiles; small ones where there are few rows, so that more of the card has work."""
-    if interpreted():
+    """Sizes of the tiles; small ones where there are few rows, so that more of the card has work.
+
+    In a trace the rows are a symbol, and a decision on them would hold for these rows only.
+    """
+    symbol = isinstance(rows, torch.SymInt)
+    if interpreted() and not symbol:
         block_m = min(128, max(16, triton.next_power_of_2(max(rows, 1))))
         return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4}
     # As large as the registers allow: see benchmarks/gpu_resources.py.
-    if rows <= 2048:
+    if symbol or rows <= 2048:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8 if rounded else 4}
 
