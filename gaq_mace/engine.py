@@ -870,7 +870,7 @@ def _python_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
 class _Parts:
     """The modules and parameters of a model, to see in a moment whether one of them has been replaced or changed.
 
-    To walk through all modules takes as long as a good part of a replayed step.
+    A walk through all modules in every step would be most of what a replayed step leaves to the host.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -1,8 +1,9 @@
 """The operations of `gaq.kernels` in Triton, for NVIDIA cards.
 
-One file an operation, called by the function of the same name in `gaq.kernels`: callers never choose. Without a card
-they run through Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is imported), on tensors of the CPU:
-that is what the tests do, with ``GAQ_KERNELS=triton``.
+One file an operation, called by the function of the same name in `gaq.kernels`: callers never choose. (`graphs` replays
+whole steps, `tracing` registers the operations.) Without a card they run through Triton's interpreter
+(``TRITON_INTERPRET=1``, set before triton is imported), on tensors of the CPU: that is what the tests do, with
+``GAQ_KERNELS=triton``.
 """
 
 from __future__ import annotations
