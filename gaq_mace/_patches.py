@@ -7,7 +7,8 @@
 ``train``                     activation ranges are calibrated before the first epoch
 ``train_one_epoch``           the schedule of the branches; the equivariance loss
 ``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
-``create_error_table``        prints the same weights without quantization beside the table
+``create_error_table``        prints the same weights without quantization beside the table, and compresses the
+                              files that have been written just before
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
 ==========================  ==============================================================
 
@@ -162,8 +163,9 @@ def _patch_scripts_utils(module: Any) -> None:
                 "only: without the key `quantization` this run trains a float model."
             )
         if spec is not None:
-            from gaq_mace.training import start
+            from gaq_mace.training import start, writes
 
+            writes(args.name, args.model_dir, args.checkpoints_dir)
             try:
                 start(model, spec, pretrained=getattr(args, "foundation_model", None) is not None and not packed)
             except ValueError as error:

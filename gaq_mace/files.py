@@ -12,6 +12,7 @@ model that holds the dequantized weights. Where it is installed, the state set a
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import operator
@@ -346,6 +347,25 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def compress_packed(folder: str | Path, name: str) -> None:
+    """Compress the packed models that MACE's training command has written, as `save` does with its own.
+
+    Args:
+        folder: where they lie.
+        name: that their names begin with.
+    """
+    from gaq_mace._patches import is_packed
+
+    for path in Path(folder).glob(f"{glob.escape(name)}*.model"):
+        if is_packed(str(path)):
+            part = path.with_name(path.name + ".part")
+            try:
+                deflate(path, part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 _NAMES: dict[str, dict[str, Any]] = {

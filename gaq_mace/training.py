@@ -22,6 +22,7 @@ from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_mace.adapter import MACEAdapter
+from gaq_mace.files import compress_packed
 from gaq_mace.inspection import rows
 from gaq_mace.model import (
     feature_quantizers,
@@ -209,7 +210,19 @@ def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             reference = original(*args, **{**kwargs, "log_wandb": False})
         logging.info("The same weights without quantization (FP32 against the quantized table that follows):")
         logging.info("\n" + str(reference))
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            for name, folder in _written:
+                compress_packed(folder, name)
     return table
+
+
+_written: list[tuple[str, str]] = []
+"""Names and folders of the models that the run in progress writes before its error tables."""
+
+
+def writes(name: str, *folders: str | None) -> None:
+    """Say where the run that begins writes models: MACE does not compress them."""
+    _written[:] = [(name, folder) for folder in folders if folder is not None]
 
 
 class EquivarianceLoss(torch.nn.Module):

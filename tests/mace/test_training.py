@@ -219,6 +219,9 @@ def check(
         assert re.search("Activation ranges calibrated on|Quantization ranges taken from the checkpoint", run.log)
     assert run.log.count("The same weights without quantization") >= 1
     model = files.load(run.model)
+    for written in (run.model, *(run.folder / "checkpoints").glob("*.model")):
+        with zipfile.ZipFile(written) as archive:
+            assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}, written
     assert state_of(model).status == "converted"
     assert bool(feature_quantizers(model)) == activations
     assert (run.folder / f"{run.settings['name']}_compiled.model").is_file() == compiled
