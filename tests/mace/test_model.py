@@ -277,7 +277,7 @@ def test_override_with_presets(float_model: Callable[..., Any], structures: list
     bits = {name: tensor.bits for name, tensor in quantized_weights(model).items()}
     assert bits["interactions.0.linear_up.weight"] == 16, "it acts on species embeddings only"
     assert bits["interactions.0.linear.weight"] == 8, "the first interaction has more bits where the rest has 4"
-    assert bits["interactions.0.conv_tp_weights.layer1.weight"] == 4
+    assert bits["interactions.0.conv_tp_weights.layer1.weight"] == 8
     assert bits["interactions.1.linear_up.weight"] == 6, "the later pattern wins"
     assert bits["products.0.linear.weight"] == 8
     assert bits["readouts.0.linear.weight"] == 8
