@@ -349,6 +349,11 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def _is_compressed(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
+
+
 def compress_packed(folder: str | Path, name: str) -> None:
     """Compress the packed models that MACE's training command has written, as `save` does with its own.
 
@@ -359,7 +364,7 @@ def compress_packed(folder: str | Path, name: str) -> None:
     from gaq_mace._patches import is_packed
 
     for path in Path(folder).glob(f"{glob.escape(name)}*.model"):
-        if is_packed(str(path)):
+        if is_packed(str(path)) and not _is_compressed(path):
             part = path.with_name(path.name + ".part")
             try:
                 deflate(path, part)

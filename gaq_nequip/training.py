@@ -216,9 +216,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for number, model in enumerate(_quantized_models(pl_module)):
             parameters |= {f"{number}.{name}": parameter for name, parameter in model.named_parameters()}
             quantizers |= {f"{number}.{name}": quantizer for name, quantizer in weight_quantizers(model).items()}
-        average = getattr(pl_module, "ema", None)
-        if parameters and not self._config(pl_module).training.average_rounded:
-            average = None
+        rounded = self._config(pl_module).training.average_rounded
+        average = getattr(pl_module, "ema", None) if rounded else None
         self._averaging.enter_context(averaging_deployed(average, "update_parameters", parameters, quantizers))
         for model in _quantized_models(pl_module):
             state = require_state(model)
@@ -231,6 +230,10 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             for optimizer in trainer.optimizers[:1]:
                 learner.attach(optimizer)
             self._learners.append(learner)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The host's average is its own again."""
+        self._averaging.close()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Scales stay what they are."""

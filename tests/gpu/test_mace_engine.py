@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
+from mace_models import agree
 from recorded import Playback
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,19 +120,6 @@ def moved(seed: int) -> list[Atoms]:
     for atoms in found:
         atoms.rattle(0.05, seed=seed)
     return found
-
-
-def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    assert set(ours) == set(theirs)
-    for key, value in theirs.items():
-        if value is None:
-            assert ours[key] is None, key
-            continue
-        assert ours[key].shape == value.shape, key
-        scale = max(1.0, float(value.detach().abs().max())) if value.numel() else 1.0
-        torch.testing.assert_close(
-            ours[key].detach(), value.detach(), rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}"
-        )
 
 
 OPTIONS = {"compute_stress": True, "compute_virials": True}

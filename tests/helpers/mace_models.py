@@ -95,3 +95,19 @@ def diamond() -> Atoms:
     atoms = bulk("C", "diamond", a=3.6)
     atoms.rattle(0.08, seed=3)
     return atoms
+
+
+def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    """All outputs of a model are those of another way to compute them, within a share of the largest."""
+    import torch
+
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        if value is None:
+            assert ours[key] is None, key
+            continue
+        assert ours[key].shape == value.shape, key
+        assert ours[key].dtype == value.dtype, key
+        own, value = ours[key].detach(), value.detach()
+        scale = max(1.0, float(value.abs().max())) if value.numel() else 1.0
+        torch.testing.assert_close(own, value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")

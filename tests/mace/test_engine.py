@@ -18,6 +18,7 @@ from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
 from mace.calculators import MACECalculator
+from mace_models import agree
 
 import gaq
 from gaq.kernels import native
@@ -138,18 +139,6 @@ def both(model: torch.nn.Module, structures: list[Atoms], **options: bool) -> tu
         else:
             found.append(model(own, training=False, **options))
     return found[0], found[1]
-
-
-def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    assert set(ours) == set(theirs)
-    for key, value in theirs.items():
-        if value is None:
-            assert ours[key] is None, key
-            continue
-        assert ours[key].shape == value.shape, key
-        assert ours[key].dtype == value.dtype, key
-        scale = max(1.0, float(value.detach().abs().max())) if value.numel() else 1.0
-        torch.testing.assert_close(ours[key], value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("preset", ["w8", "gaq", "w4a8"])
