@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,10 @@ def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
 
 
 def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None, **extra: Any) -> Path:
-    """Write ``results/<name>.json`` with the rows and what they were measured on; `work` is shown as DIR."""
+    """Write ``results/<name>.json`` with the rows and what they were measured on.
+
+    In the command `work` is shown as DIR, and the folder of a model elsewhere on this machine as MODEL.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     command = shlex.join([Path(sys.executable).name, *sys.argv]).replace(str(ROOT) + "/", "")
@@ -40,7 +44,7 @@ def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None
         "rows": rows,
         "hardware": hardware(),
         "versions": versions(),
-        "command": command.replace(str(SHARED), "../shared"),
+        "command": re.sub(r"--model /\S*/", "--model MODEL/", command.replace(str(SHARED), "../shared")),
         "date": datetime.date.today().isoformat(),
         **extra,
     }
