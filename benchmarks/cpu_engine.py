@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import flops
 import mace
 import numpy as np
 import torch
@@ -179,18 +180,14 @@ def machine_limits() -> dict[str, float]:
 
 
 def floating_point_operations(engine: Engine, atoms: int, edges: int) -> dict[str, float]:
-    """Additions and multiplications over channels that the kernels have to do at least, in units of 1e9."""
+    """What each kind of kernel has to compute at least in a step (see flops.py), in units of 1e9."""
     forward = backward = polynomial = polynomial_back = 0.0
+    layer: Any
     for layer in engine.layers:
-        problem: Any = layer.problem
-        for path in problem.paths:
-            d1, d3 = 2 * problem.blocks[path.block] + 1, 2 * problem.groups[path.group] + 1
-            # The radial weight takes 6 fused multiply-adds, its slope as many again.
-            forward += edges * problem.channels * 2 * (6 + d1 / 2 + d1 * d3)
-            backward += edges * problem.channels * 2 * (12 + d1 / 2 + 2 * d1 * d3 + 2 * d1)
-        nodes, terms = len(layer.polynomial.monomials), len(layer.polynomial.terms)  # type: ignore[union-attr,arg-type]
-        polynomial += atoms * problem.channels * (nodes + 2 * terms)
-        polynomial_back += atoms * problem.channels * (nodes + 2 * terms + 4 * nodes)
+        ahead, back = flops.of_convolution(layer.problem, edges)
+        forward, backward = forward + ahead, backward + back
+        ahead, back = flops.of_contraction(layer.polynomial, atoms, layer.problem.channels)
+        polynomial, polynomial_back = polynomial + ahead, polynomial_back + back
     return {
         "GeneratedBackwardFor_gaq_edge_convolution_default": forward / 1e9,
         "gaq::edge_convolution_backward": backward / 1e9,

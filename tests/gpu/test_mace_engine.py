@@ -27,6 +27,7 @@ from gaq.adapter import adapter_for
 from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
+from gaq_mace.engine import compositions, replays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -141,13 +142,13 @@ def test_edges_of_the_padding_contribute_nothing(
     own: Any = engine.Engine(small)
     for structures in ([WATER], [strained(0.97, 1), *moved(1)], [LONELY]):
         data = batch_of(small, structures)
-        given = {name: data[name] for name in engine.INPUTS}
+        given = {name: data[name] for name in replays.INPUTS}
         edges = given["edge_index"].shape[1]
-        atoms = own._composition(given["node_attrs"])
+        atoms = own.compositions(given["node_attrs"])
         theirs = own._step({name: t.clone() for name, t in given.items()}, atoms, OPTIONS)
         assert edges == 0 or float(theirs["forces"].abs().max()) > 1e-4
         for size in (graphs.bucket(edges + 40),) if kernels else (edges + 1, graphs.bucket(edges + 40)):
-            ours = own._step(engine.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS)
+            ours = own._step(replays.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS)
             agree(ours, theirs, 1e-13)
 
 
@@ -258,8 +259,8 @@ def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch:
     monkeypatch.setattr(contraction, "has_data", lambda tensor: False)
     own: Any = engine.Engine(small)
     data = batch_of(small, [WATER])
-    given = engine.padded({name: data[name] for name in engine.INPUTS}, 64)
-    atoms = own._composition(given["node_attrs"])
+    given = replays.padded({name: data[name] for name in replays.INPUTS}, 64)
+    atoms = own.compositions(given["node_attrs"])
     own._step({name: t.clone() for name, t in given.items()}, atoms, {"compute_virials": True})
     with Asked() as asked:
         found = own._step(given, atoms, {"compute_virials": True})
@@ -298,29 +299,29 @@ def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.Monkey
 def test_the_composition_is_looked_at_once(small: torch.nn.Module) -> None:
     own: Any = engine.engine_of(small)
     data = batch_of(small, [WATER, strained(1.0, 0)])
-    first = own._composition(data["node_attrs"])
-    assert own._composition(data["node_attrs"]) is first
-    assert own._composition(data["node_attrs"].clone()) is first
+    first = own.compositions(data["node_attrs"])
+    assert own.compositions(data["node_attrs"]) is first
+    assert own.compositions(data["node_attrs"].clone()) is first
     # Changed in place it is another one, as it is in another order.
     data["node_attrs"][[0, 1]] = data["node_attrs"][[1, 0]]
-    other = own._composition(data["node_attrs"])
+    other = own.compositions(data["node_attrs"])
     assert other.key != first.key
     assert other.bounds == first.bounds
-    for i in range(2 * engine.COMPOSITIONS):
-        own._composition(torch.eye(3, dtype=torch.float64, device=DEVICE)[[0] * (i + 1)])
-    assert len(own.compositions) == engine.COMPOSITIONS
+    for i in range(2 * compositions.COMPOSITIONS):
+        own.compositions(torch.eye(3, dtype=torch.float64, device=DEVICE)[[0] * (i + 1)])
+    assert len(own.compositions.kept) == compositions.COMPOSITIONS
 
 
 def test_structures_of_many_species_look_at_their_edges(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MOST_SPECIES", 1)
+    monkeypatch.setattr(compositions, "MOST_SPECIES", 1)
     own: Any = engine.Engine(small)
     data = batch_of(small, [WATER, LONELY])
     found = own(dict(data), **OPTIONS)
     agree(found, engine.engine_of(small)(dict(data), **OPTIONS), 1e-13)
     by_species = own.layers[0].radial.by_species
-    assert (own._composition(data["node_attrs"]).knots is None) == by_species
+    assert (own.compositions(data["node_attrs"]).knots is None) == by_species
 
 
 def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:

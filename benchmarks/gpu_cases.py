@@ -1,0 +1,51 @@
+"""What benchmarks/gpu.py measures: kinds of models, by the names of their rows, and boxes of water."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.build import molecule
+
+STOCK, COMPILED, CUEQ, OEQ = "stock eager", "stock compiled", "cuEquivariance", "OpenEquivariance"
+FP32, PRESETS = "engine fp32", ("w8", "gaq")
+GRAPH, NO_GRAPH = "engine quantized, CUDA graph", "engine quantized, no graph"
+INT8 = "engine quantized, int8 linears"
+VARIANTS: dict[str, dict[str, str]] = {
+    GRAPH: {"GAQ_CUDA_GRAPHS": str(10**9)},
+    NO_GRAPH: {"GAQ_CUDA_GRAPHS": "0"},
+    INT8: {"GAQ_LINEAR": "int8"},
+}
+"""The preset gaq with the variables of the environment that choose how it runs."""
+
+GIVEN = {name: os.environ.get(name) for name in ("GAQ_CUDA_GRAPHS", "GAQ_LINEAR")}
+
+
+def as_chosen(kind: str) -> None:
+    """Set the variables of the environment that a row is about, and the others as they were given."""
+    for name, value in GIVEN.items():
+        chosen = VARIANTS.get(kind, {}).get(name, value)
+        if chosen is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = chosen
+
+
+def water(atoms: int) -> Any:
+    """A periodic box of water at 1 g/cm³, turned at random on a grid of whole layers; about as many atoms as asked."""
+    rng = np.random.default_rng(0)
+    molecules = max(1, round(atoms / 3))
+    side = round(molecules ** (1 / 3)) or 1
+    layers = max(1, round(molecules / side**2))
+    spacing = (18.015 / 6.02214e23) ** (1 / 3) * 1e8
+    box = Atoms(cell=np.array([side, side, layers]) * spacing, pbc=True)
+    for i in range(side * side * layers):
+        one = molecule("H2O")
+        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        place = np.array([i % side, i // side % side, i // side**2]) + 0.5
+        one.translate(place * spacing - one.get_center_of_mass())
+        box += one
+    box.wrap()
+    return box

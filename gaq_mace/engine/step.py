@@ -1,0 +1,160 @@
+"""The engine of a model: its layers in a row, and around them MACE's own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+from e3nn import o3
+from mace.modules.utils import get_outputs, prepare_graph
+from mace.tools.scatter import scatter_sum
+from torch import Tensor
+
+from gaq.kernels import convolution, gpu, harmonics, native
+from gaq.kernels.gpu.graphs import Graphs, Outputs
+from gaq.quantized import state_of
+from gaq.quantizers.features import FeatureQuantizer
+from gaq_mace.engine.compositions import Composition, Compositions
+from gaq_mace.engine.integers import integer_linears, through_integers
+from gaq_mace.engine.layer import Layer
+from gaq_mace.engine.layouts import to_mul_ir
+from gaq_mace.engine.reading import Unsupported, matrices_of
+from gaq_mace.engine.replays import beyond, held_by, replayed
+
+__all__ = ["Engine"]
+
+
+class Engine(torch.nn.Module):
+    """A MACE model as a run of fused kernels.
+
+    Args:
+        model: a float or converted `ScaleShiftMACE` on the CPU or a card, in float32 or float64. An engine serves it
+            where it lies now.
+
+    Raises:
+        Unsupported: for parts the kernels do not serve, and on a card without Triton.
+        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+    """
+
+    embedding: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        device = next(model.parameters()).device
+        if not gpu.chosen(device):
+            native.library()
+        elif (reason := gpu.why_not()) is not None:
+            raise Unsupported(reason)
+        state = state_of(model)
+        if state is not None and state.status != "converted":
+            raise Unsupported("the model is in training: its weights are rounded anew in each call")
+        for part in ("joint_embedding", "embedding_readout"):
+            if hasattr(model, part):
+                raise Unsupported(f"the model has a {part}")
+        dtype = next(model.parameters()).dtype
+        attributes = model.spherical_harmonics
+        sh = harmonics.fit(
+            lambda d: o3.spherical_harmonics(
+                attributes.irreps_out, d, normalize=attributes.normalize, normalization=attributes.normalization
+            ),
+            attributes.irreps_out.lmax,
+        )
+        self.layers = torch.nn.ModuleList(Layer(model, i, sh, dtype) for i in range(len(model.interactions)))
+        if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
+            through_integers(self.layers, model)
+        embedding = matrices_of(model.node_embedding.linear)[0]
+        self.register_buffer("embedding", embedding.to(dtype))
+        self.r_max = float(model.r_max)
+        # MACE's own modules, not registered here: they belong to the model.
+        self.__dict__["model"] = model
+        self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
+        self.rest = held_by(model)
+        self.graphs = Graphs()
+        self.compositions = Compositions(self.layers)
+
+    def rounds_as_deployed(self) -> bool:
+        """Whether the model's quantizers are all switched on, as they were when the engine was made."""
+        return all(
+            q.scalars_enabled and q.vectors_enabled and q.vector_range_factor == 1.0 and not q.observing
+            for q in self.__dict__["quantizers"]
+        )
+
+    def forward(self, data: dict[str, Tensor], **options: bool) -> dict[str, Tensor | None]:
+        """What `ScaleShiftMACE.forward` returns, for the same arguments.
+
+        Where the step was replayed as a CUDA graph, the results are without a graph of autograd: the forces have been
+        taken.
+        """
+        own = self.compositions(data["node_attrs"])
+        found = replayed(self.graphs, self._step, self.rest, data, own, options)
+        return self._step(data, own, options) if found is None else found
+
+    def _step(self, data: dict[str, Tensor], own: Composition, options: dict[str, bool]) -> Outputs:
+        """A step; where the data have a number of `edges`, those beyond it contribute nothing."""
+        model: Any = self.__dict__["model"]
+        stress = options.get("compute_stress", False)
+        virials = options.get("compute_virials", False)
+        context = prepare_graph(
+            data,
+            compute_virials=virials,
+            compute_stress=stress,
+            compute_displacement=options.get("compute_displacement", False),
+        )
+        heads = context.node_heads.to(torch.int64)
+        atoms = context.num_atoms_arange
+        vectors, lengths = context.vectors, context.lengths
+        if "edges" in data:
+            vectors = beyond(vectors, data["edges"], self.r_max)
+            lengths = vectors.norm(dim=-1, keepdim=True)
+        batch, graphs = data["batch"], context.num_graphs
+        node_e0 = model.atomic_energies_fn(data["node_attrs"])[atoms, heads]
+        e0 = scatter_sum(src=node_e0, index=batch, dim=0, dim_size=graphs).to(vectors.dtype)
+
+        edges = own.place[data["edge_index"]]
+        knots, tables = self.compositions.tables(own, data["edge_index"], vectors)
+        graph = convolution.Graph(edges[0], edges[1], tables)
+
+        features = self.embedding[own.ordered][:, None]
+        energies, kept = [torch.zeros_like(node_e0)], []
+        if hasattr(model, "pair_repulsion"):
+            numbers = model.atomic_numbers
+            energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
+        layer: Any
+        for layer, own_tables in zip(self.layers, knots, strict=True):
+            features = layer(features, graph, vectors, own, own_tables)
+            kept.append(to_mul_ir(features, layer.out_rows)[own.place])
+        for i, readout in enumerate(model.readouts):
+            read = kept[-1 if len(model.readouts) == 1 else i]
+            energies.append(readout(read, heads)[atoms, heads])
+        interaction = model.scale_shift(torch.stack(energies, dim=0).sum(dim=0), heads)
+        interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
+        total = e0 + interaction_energy
+        node_energy = node_e0.clone().double() + interaction.clone().double()
+        forces, virial, stresses, hessian, edge_forces = get_outputs(
+            energy=interaction_energy,
+            positions=context.positions,
+            displacement=context.displacement,
+            vectors=vectors,
+            cell=context.cell,
+            training=False,
+            compute_force=options.get("compute_force", True),
+            compute_virials=virials,
+            compute_stress=stress,
+            compute_hessian=False,
+            compute_edge_forces=False,
+        )
+        return {
+            "energy": total,
+            "node_energy": node_energy,
+            "interaction_energy": interaction_energy,
+            "forces": forces,
+            "edge_forces": edge_forces,
+            "virials": virial,
+            "stress": stresses,
+            "atomic_virials": None,
+            "atomic_stresses": None,
+            "hessian": hessian,
+            "displacement": context.displacement,
+            "node_feats": torch.cat(kept, dim=-1),
+        }
