@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 TARGETS = (
+    "mace.calculators.mace",
     "mace.modules.models",
     "mace.tools.arg_parser",
     "mace.tools.scripts_utils",

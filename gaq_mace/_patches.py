@@ -10,10 +10,11 @@
 ``create_error_table``        prints the same weights without quantization beside the table, and compresses the
                               files that have been written just before
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
+``_atoms_to_batch``           the calculator keeps the neighbour lists of quantized models over some steps
 ==========================  ==============================================================
 
-Without the key ``quantization`` and that name each of them is the original. Imports stay inside the functions: this
-module is loaded while MACE's own are half imported.
+Without the key ``quantization``, that name and quantized models each of them is the original. Imports stay inside the
+functions: this module is loaded while MACE's own are half imported.
 """
 
 from __future__ import annotations
@@ -242,7 +243,23 @@ def _patch_models(module: Any) -> None:
     module.MACE.__setstate__ = __setstate__
 
 
+def _patch_calculator(module: Any) -> None:
+    original = module.MACECalculator._atoms_to_batch
+
+    @functools.wraps(original)
+    def _atoms_to_batch(self: Any, atoms: Any) -> Any:
+        # Where they were never imported no model is quantized.
+        if "gaq_mace.model" not in sys.modules:
+            return original(self, atoms)
+        from gaq_mace import neighbours
+
+        return neighbours.atoms_to_batch(self, atoms, original)
+
+    module.MACECalculator._atoms_to_batch = _atoms_to_batch
+
+
 _PATCHES = {
+    "mace.calculators.mace": _patch_calculator,
     "mace.modules.models": _patch_models,
     "mace.tools.arg_parser": _patch_arg_parser,
     "mace.tools.scripts_utils": _patch_scripts_utils,
