@@ -123,6 +123,7 @@ def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, Weigh
         granularity = "per_channel" if granularity == "per_group" else granularity
     elif site.first and weights.first_bits is not None:
         bits = max(bits, weights.first_bits)
+        granularity = "per_channel" if granularity == "per_group" and bits == 16 else granularity
     return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
 
 

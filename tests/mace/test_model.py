@@ -279,7 +279,7 @@ def test_override_with_presets(float_model: Callable[..., Any], structures: list
     assert bits["interactions.0.linear.weight"] == 8, "the first interaction has more bits where the rest has 4"
     assert bits["interactions.0.conv_tp_weights.layer1.weight"] == 8
     assert bits["interactions.1.linear_up.weight"] == 6, "the later pattern wins"
-    assert bits["products.0.linear.weight"] == 8
+    assert bits["products.0.linear.weight"] == 16, "it belongs to the first interaction"
     assert bits["readouts.0.linear.weight"] == 8
     assert bits["readouts.1.linear_1.weight"] == 16
     assert not any(name.startswith("interactions.0.") for name in feature_quantizers(model))
