@@ -79,6 +79,7 @@ _BITS: dict[str, tuple[int, ...]] = {
     "weights.bits": _WEIGHT_BITS,
     "weights.sensitive_bits": _WEIGHT_BITS,
     "weights.first_bits": _WEIGHT_BITS,
+    "weights.mixing_bits": _WEIGHT_BITS,
     "scalars.bits": _ACTIVATION_BITS,
     "vectors.magnitude_bits": _ACTIVATION_BITS,
     "vectors.direction_bits": _ACTIVATION_BITS,

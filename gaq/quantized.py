@@ -121,8 +121,8 @@ def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, Weigh
     if site.sensitive and weights.sensitive_bits is not None and weights.sensitive_bits > bits:
         bits = weights.sensitive_bits
         granularity = "per_channel" if granularity == "per_group" else granularity
-    elif site.first and weights.first_bits is not None:
-        bits = max(bits, weights.first_bits)
+    elif (own := weights.first_bits if site.first else weights.mixing_bits if site.mixing else None) is not None:
+        bits = max(bits, own)
         granularity = "per_channel" if granularity == "per_group" and bits == 16 else granularity
     return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
 

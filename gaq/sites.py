@@ -68,6 +68,7 @@ class Site:
         input_note: why the input is not rounded, or what it is.
         sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
         first: whether it belongs to the first interaction, for `first_bits`.
+        mixing: whether all that passes through its interaction passes through it, for `mixing_bits`.
         radial: whether it acts on edges, before the tensor product.
         irreps: input and output, for display.
         attention: what the key ``attention`` bounds and rounds there, in place of `features`; None where it does not
@@ -85,6 +86,7 @@ class Site:
     irreps: str
     attention: AttentionSite | None = None
     first: bool = False
+    mixing: bool = False
 
 
 @dataclass(frozen=True)

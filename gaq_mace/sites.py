@@ -139,6 +139,13 @@ def _edge_weights(name: str, module: torch.nn.Module) -> Site | None:
     return None
 
 
+def _is_hidden(name: str, model: torch.nn.Module) -> bool:
+    """Whether a layer of a network is not its last one."""
+    network, leaf = name.rsplit(".", 1)
+    children = model.get_submodule(network).named_children()
+    return leaf != [own for own, module in children if isinstance(module, _Layer | torch.nn.Linear)][-1]
+
+
 def find_sites(model: torch.nn.Module) -> list[Site]:
     """Every module of a MACE model that holds weights or node features to round, in order."""
     sites: list[Site] = []
@@ -209,8 +216,16 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         elif (source := _source_of_node_feats(name, model)) is not None:
             features, note = None, f"rounded at the output of products.{source}"
         own_attention = _attention_weights(name, model)
-        first = name.startswith(("interactions.0.", "products.0."))
-        sites.append(Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention, first))
+        layer = name.split(".")[1] if name.startswith(("interactions.", "products.")) else None
+        # Products with species grow with their number: in models of many they are most of the weights.
+        first = layer == "0" and kind != "tensor_product"
+        if layer == "0":
+            mixing = kind == "tensor_product"
+        else:
+            mixing = layer is not None and (_is_hidden(name, model) if radial else kind == "linear")
+        sites.append(
+            Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention, first, mixing)
+        )
     return sites
 
 

@@ -133,6 +133,12 @@ class _Finder:
             return TWO_BODY
         return None
 
+    def is_hidden(self, name: str) -> bool:
+        """Whether a layer of a network is not its last one."""
+        network = name.rsplit(".", 1)[0]
+        layers = [own for own, module in self.modules.items() if class_name(module) == "ScalarLinearLayer"]
+        return name != [own for own in layers if own.rsplit(".", 1)[0] == network][-1]
+
     def sites(self) -> Iterator[Site]:
         for name, module in self.modules.items():
             yield from self._of(name, module, class_name(module))
@@ -155,8 +161,17 @@ class _Finder:
             # Two-body layers keep their layout: `radial_activations` rounds them all the same.
             if reason is not None and not (radial and reason in (RADIAL, TWO_BODY)):
                 features = None
-            first = bool(self.layers) and name.startswith(self.layers[0] + ".")
-            return Site(name, module, kind, weights, features, reason or note, sensitive, radial, irreps, first=first)
+            in_first = bool(self.layers) and name.startswith(self.layers[0] + ".")
+            # Products with types grow with their number: in models of many they are most of the weights.
+            first = in_first and kind != "tensor_product"
+            if in_first:
+                mixing = kind == "tensor_product"
+            else:
+                mixing = _layer_of(name) is not None and (self.is_hidden(name) if radial else kind == "linear")
+            note = reason or note
+            return Site(
+                name, module, kind, weights, features, note, sensitive, radial, irreps, first=first, mixing=mixing
+            )
 
         if kind == "Linear" and hasattr(module, "irreps_in"):
             weight, features, irreps = _linear(name, module)

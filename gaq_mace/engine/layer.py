@@ -51,7 +51,6 @@ class Layer(torch.nn.Module):
         if hasattr(block, "conv_fusion"):
             raise Unsupported(f"interactions.{number} brings a convolution kernel of its own")
         self.residual = "Residual" in name
-        self.first = number == 0
         tp = block.conv_tp
         self.channels = multiplicity(tp.irreps_in1, f"input features of interactions.{number}")
         multiplicity(tp.irreps_out, f"messages of interactions.{number}")
@@ -81,8 +80,6 @@ class Layer(torch.nn.Module):
             float(model.r_max),
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
-        self.message_rows = rows_of(tp.irreps_out)
-        self.messages = tp.irreps_out
         for group in range(len(self.target)):
             own = [self.path_blocks[p] for p in self.problem.group_paths(group)]
             if not own or own != linear_in.get(group):
