@@ -89,14 +89,18 @@ class Nequip:
             given = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GAQ_KERNELS")}
             # Its own comparison has an absolute bound, made for trained models; the table has the difference.
             given["NEQUIP_SKIP_AOTI_MODEL_CHECK"] = "1"
-            seconds = max(1.0, self.end - time.perf_counter() - MARGIN_SECONDS)
+            begin = time.perf_counter()
+            seconds = max(1.0, self.end - begin - MARGIN_SECONDS)
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=given, cwd=folder)
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"nequip-compile took longer than the {seconds:.0f} s that were left") from error
             if done.returncode != 0 or not path.is_file():
-                said = [line for line in done.stderr.splitlines() if line.strip()]
-                raise RuntimeError(f"nequip-compile: {said[-1].strip()[:200] if said else 'nothing written'}")
+                said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing written"]
+                # Hints, or the rest of what a C++ compiler printed, may come after the reason.
+                reason = next((line for line in reversed(said) if "rror:" in line), said[-1])
+                raise RuntimeError(f"nequip-compile: {reason[:200]}")
+            print(f"nequip-compile: {time.perf_counter() - begin:.0f} s", flush=True)
             return load_compiled_model(str(path), self.device)[0]  # type: ignore[no-any-return]
 
     def write_checkpoint(self, path: Path) -> None:

@@ -5,10 +5,13 @@
 
 Each file is compiled once, FP32 by the stock command, the others by `nequip-deploy`'s own function, and kept in the
 working directory; `_fused` are those with the CPU kernels inside, which `nequip-deploy` makes by default. Of these,
-`fp32_fused` is the float model, which tells what the kernels bring from what quantization brings: for this comparison
-only, since `nequip-deploy` takes no float model. Before anything is timed its energies and forces are held against
-those of stock's file. Time is that on the wall of the model alone, without neighbour list, on azobenzene and a dense
-periodic box of it: nothing else may run on the machine.
+`fp32_fused` is the float model, which tells what the kernels bring by themselves: for this comparison only, since
+`nequip-deploy` takes no float model. Its energies and forces are held against those of stock's file before anything is
+timed. What NequIP's quantized files gain beyond it is not of quantization alone either: their self-connection is folded
+by atom type, which is exact.
+
+Time is that on the wall of the model alone, without neighbour list, on azobenzene and a dense periodic box of it:
+nothing else may run on the machine.
 `--architecture` makes a checkpoint of the size of a general model with the stock command (a few steps of training:
 values do not matter for time): NequIP l_max 2, 4 layers, 64 features; Allegro l_max 2, 2 layers, 64 scalar and 32
 tensor features.
