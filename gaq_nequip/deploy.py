@@ -240,23 +240,32 @@ def _tolerating(force: float) -> Iterator[None]:
 
 
 def compile_model(
-    source: Path, output: Path, target: str, device: str, fused: bool = False, tolerance: float = 0.0
+    source: Path,
+    output: Path,
+    target: str,
+    device: str,
+    fused: bool = False,
+    tolerance: float = 0.0,
+    frozen: bool = True,
 ) -> None:
     """NequIP's own compilation with the weights frozen to integers, then slimmed; writes `output`.
 
     Args:
-        source: quantized checkpoint or package.
+        source: quantized checkpoint or package; a float one if not `frozen`.
         output: compiled file.
         target: of `nequip-compile`.
         device: cpu or cuda.
         fused: whether convolutions go through the fused kernel, which the file then carries.
         tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
+        frozen: whether weights are stored as integers. A float model has none to store, and keeps its own.
     """
     from nequip.scripts import compile as nequip_compile
 
     from gaq_nequip import artefact, files
 
-    arguments = ["--mode", "aotinductor", "--device", device, "--target", target, "--modifiers", "enable_GAQInt8"]
+    arguments = ["--mode", "aotinductor", "--device", device, "--target", target]
+    if frozen:
+        arguments += ["--modifiers", "enable_GAQInt8"]
     data = _with_cell(files.example_data(source))
     if data is not None:
         path = output.with_name("example.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,29 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     structures = list(read(trained.folder / "test.xyz", ":"))
     expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), structures)
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: Path) -> None:
+    """What benchmarks compare quantized files with: the kernels and the float weights, in float32 the same function."""
+    from ase.io import read
+    from test_files import by_calculator
+
+    from gaq.kernels import native
+    from gaq_nequip import files
+
+    if not native.available():
+        pytest.skip("no C++ compiler here")
+    path = tmp_path / "float.nequip.pt2"
+    deploy.compile_model(trained_float.best, path, "ase", "cpu", fused=True, frozen=False)
+    assert "gaq_preset" not in artefact.metadata(path)
+    with zipfile.ZipFile(path) as archive:
+        library = next(name for name in archive.namelist() if name.endswith(".so"))
+        assert b"torch.ops.gaq.edge_convolution" in archive.read(library)
+    structures = list(read(trained_float.folder / "test.xyz", ":"))
+    expected = by_calculator(adapter_for_file(trained_float.best).calculator(trained_float.best), structures)
+    found = by_calculator(files.CompiledModel(path, "cpu").calculator(), structures)
+    assert np.allclose(found, expected, atol=5e-5)
 
 
 @pytest.mark.slow
