@@ -7,8 +7,8 @@ Each file is compiled once, FP32 by the stock command, the others by `nequip-dep
 working directory; `_fused` are those with the CPU kernels inside, which `nequip-deploy` makes by default. Of these,
 `fp32_fused` is the float model, which tells what the kernels bring by themselves: for this comparison only, since
 `nequip-deploy` takes no float model. Its energies and forces are held against those of stock's file before anything is
-timed. What NequIP's quantized files gain beyond it is not of quantization alone either: their self-connection is folded
-by atom type, which is exact.
+timed. NequIP's quantized files have their self-connection folded by atom type besides, which is exact and no
+quantization: `w8_fused_unfolded` goes without.
 
 Time is that on the wall of the model alone, without neighbour list, on azobenzene and a dense periodic box of it:
 nothing else may run on the machine.
@@ -27,8 +27,10 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,10 +42,10 @@ from nequip_presets import training_input
 import gaq
 from gaq.config import parse_config
 from gaq.reporting.tables import markdown_table
-from gaq_nequip import artefact, deploy, files
+from gaq_nequip import artefact, deploy, files, freeze
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
-KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "gaq_fused")
+KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -108,12 +110,14 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
         nequip_compile.main(arguments)
         return path
     structures = read(args.data, ":16")
-    preset = name.removesuffix("_fused")
+    preset = name.split("_")[0]
     spec = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
     gaq.save(model, args.work / f"{name}.ckpt")
     tolerance = deploy.default_tolerance(parse_config(preset)) if parse_config(preset).rounds_activations else 0.0
-    deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
+    no_fold = mock.patch.object(freeze, "_foldable", return_value=None)
+    with no_fold if name.endswith("_unfolded") else nullcontext():
+        deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
     return path
 
 
