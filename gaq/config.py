@@ -312,7 +312,13 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
     if override is None:
         return None
     if isinstance(override, Mapping) and "preset" not in override:
-        changed: QuantizationConfig = _merge(dataclasses.replace(config, overrides={}), override, path)
+        weights = override.get("weights")
+        base = dataclasses.replace(config, overrides={})
+        if isinstance(weights, Mapping) and "bits" in weights:
+            # Bits that are named for some modules are what these have, wherever they stand in the model.
+            own = dataclasses.replace(config.weights, sensitive_bits=None, first_bits=None, mixing_bits=None)
+            base = dataclasses.replace(base, weights=own)
+        changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)
         return changed
     return parse_config(override, path=path)
@@ -322,7 +328,7 @@ def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -
     """The configuration of each module after ``overrides``; None where a module is to be left alone.
 
     An override that names a preset starts from that preset; a mapping without one changes the configuration it
-    stands in. Later patterns win over earlier ones.
+    stands in, and the bits of weights it names are those of all it matches. Later patterns win over earlier ones.
 
     Raises:
         ConfigError: if a pattern matches no module, with the names it could have matched.

@@ -37,12 +37,12 @@ class WeightConfig:
         sensitive_bits: bits of the few tensors that sit where every error passes (species embeddings and
             the linear layers that act on nothing else, first radial layers, symmetric contractions, readouts);
             None gives them ``bits`` like the rest.
-        first_bits: bits of the other weights of the first interaction, but for products with species, whose size grows
-            with their number: the errors they make pass through all that follows, and are the larger part of what
-            rounding costs. None gives them ``bits`` like the rest.
-        mixing_bits: bits of those products, and of the weights of later interactions that act on everything that passes
-            through: linear layers of node features, and hidden layers of radial networks. None gives them ``bits`` like
-            the rest.
+        first_bits: bits of the other weights of the first interaction: the errors they make pass through all that
+            follows, and are the larger part of what rounding costs. Its product with species is among them while it is
+            no larger than the rest of them. None gives them ``bits`` like the rest.
+        mixing_bits: bits of the weights of later interactions that act on everything that passes through, linear layers
+            of node features and hidden layers of radial networks, and of that product where there are many species.
+            None gives them ``bits`` like the rest.
     """
 
     bits: int | None = 8
@@ -158,7 +158,7 @@ class DistillationConfig:
 
     steps: int = 300
     batch_size: int = 5
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     max_structures: int = 1000
 
 
@@ -231,7 +231,7 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED = {"granularity": "per_group", "group_size": 32, "first_bits": 8, "mixing_bits": 8}
+_GROUPED = {"granularity": "per_group", "group_size": 32, "first_bits": 8, "mixing_bits": 6}
 # Four bits are further away from the float model, and need more and longer steps to come back to it.
 _FOUR_BITS: dict[str, Any] = {
     "distillation": DistillationConfig(steps=1000, learning_rate=3e-3),

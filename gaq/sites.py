@@ -4,14 +4,16 @@ An adapter finds the sites of a model and says how their weights and inputs lie;
 same in every framework.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import WeightLayout
 
-__all__ = ["POSITION_FREE", "RADIAL", "ROUNDED", "AttentionSite", "Bystander", "Site", "WeightSite"]
+__all__ = ["POSITION_FREE", "RADIAL", "ROUNDED", "AttentionSite", "Bystander", "Site", "WeightSite", "settle_first"]
 
 POSITION_FREE = "does not depend on positions"
 ROUNDED = "rounded where the preset says so"
@@ -67,7 +69,7 @@ class Site:
         features: layout of its input, None where the input is not rounded.
         input_note: why the input is not rounded, or what it is.
         sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
-        first: whether it belongs to the first interaction, for `first_bits`.
+        first: whether it belongs to the first interaction, for `first_bits`; see `settle_first`.
         mixing: whether all that passes through its interaction passes through it, for `mixing_bits`.
         radial: whether it acts on edges, before the tensor product.
         irreps: input and output, for display.
@@ -87,6 +89,23 @@ class Site:
     attention: AttentionSite | None = None
     first: bool = False
     mixing: bool = False
+
+
+def settle_first(sites: Sequence[Site]) -> list[Site]:
+    """Decide where the products with species of the first interaction belong, which adapters mark as both.
+
+    Their size grows with the number of species. While they are the smaller part of the weights of that interaction they
+    are of it (`first_bits`); where species are many they would be most of the model, and are with what all passes
+    through (`mixing_bits`).
+    """
+    products = [site for site in sites if site.first and site.mixing]
+    others = [site for site in sites if site.first and not site.mixing]
+    small = _weights_in(products) <= _weights_in(others)
+    return [replace(site, first=small, mixing=not small) if site.first and site.mixing else site for site in sites]
+
+
+def _weights_in(sites: Sequence[Site]) -> int:
+    return sum(math.prod(weight.layout.shape) for site in sites for weight in site.weights)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite
+from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 
 __all__ = ["bystanders", "find_sites"]
 
@@ -217,16 +217,15 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
             features, note = None, f"rounded at the output of products.{source}"
         own_attention = _attention_weights(name, model)
         layer = name.split(".")[1] if name.startswith(("interactions.", "products.")) else None
-        # Products with species grow with their number: in models of many they are most of the weights.
-        first = layer == "0" and kind != "tensor_product"
-        if layer == "0":
+        first = layer == "0"
+        if first:
             mixing = kind == "tensor_product"
         else:
             mixing = layer is not None and (_is_hidden(name, model) if radial else kind == "linear")
         sites.append(
             Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention, first, mixing)
         )
-    return sites
+    return settle_first(sites)
 
 
 _REASONS = {

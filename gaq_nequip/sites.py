@@ -30,7 +30,7 @@ import torch
 
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite
+from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 
 __all__ = ["TENSOR_TRACK", "bystanders", "class_name", "find_sites"]
 
@@ -161,10 +161,8 @@ class _Finder:
             # Two-body layers keep their layout: `radial_activations` rounds them all the same.
             if reason is not None and not (radial and reason in (RADIAL, TWO_BODY)):
                 features = None
-            in_first = bool(self.layers) and name.startswith(self.layers[0] + ".")
-            # Products with types grow with their number: in models of many they are most of the weights.
-            first = in_first and kind != "tensor_product"
-            if in_first:
+            first = bool(self.layers) and name.startswith(self.layers[0] + ".")
+            if first:
                 mixing = kind == "tensor_product"
             else:
                 mixing = _layer_of(name) is not None and (self.is_hidden(name) if radial else kind == "linear")
@@ -244,7 +242,7 @@ class _Finder:
 
 def find_sites(model: torch.nn.Module) -> list[Site]:
     """Every module of a NequIP or Allegro model that holds weights or features to round, in order."""
-    return list(_Finder(model).sites())
+    return settle_first(list(_Finder(model).sites()))
 
 
 _REASONS = {

@@ -68,7 +68,7 @@ def test_presets_are_what_their_names_say() -> None:
 
 def test_all_forms_of_a_mapping_give_the_same(tmp_path: Path) -> None:
     expected = parse_config(MAPPING)
-    assert expected.weights == WeightConfig(bits=5, granularity="per_channel", first_bits=8)
+    assert expected.weights == WeightConfig(bits=5, granularity="per_channel", first_bits=8, mixing_bits=6)
     assert expected.scalars == ScalarConfig(bits=None)
     assert expected.vectors == VectorConfig(magnitude_bits=10, direction_bits=12, magnitude="log")
     # What is not named stays as in the preset.
@@ -241,7 +241,7 @@ def test_a_flag_is_true_or_false(value: Any) -> None:
     assert parse_config({"radial_activations": True}).radial_activations
 
 
-@pytest.mark.parametrize("key", ["bits", "sensitive_bits", "first_bits"])
+@pytest.mark.parametrize("key", ["bits", "sensitive_bits", "first_bits", "mixing_bits"])
 @pytest.mark.parametrize("bits", [-8, 0, 1, 9, 12, 15, 17, 32])
 def test_impossible_weight_widths(key: str, bits: int) -> None:
     text = message({"weights": {key: bits}})
