@@ -36,7 +36,7 @@ from gaq.reporting.tables import markdown_table
 
 PLAIN = {"warm_start": False, "learned_scales": False, "average_rounded": False}
 BOTH = {**PLAIN, "warm_start": True, "learned_scales": True}
-ALL_FOUR = {"weights": {"first_bits": None}}
+ALL_FOUR = {"weights": {"first_bits": None, "mixing_bits": None}}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
     "plain": {"training": PLAIN, **ALL_FOUR},
@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "learned": {"training": {**PLAIN, "learned_scales": True}, **ALL_FOUR},
     "both": {"training": BOTH, **ALL_FOUR},
     "average": {"training": {**BOTH, "average_rounded": True}, **ALL_FOUR},
+    "first": {"weights": {"mixing_bits": None}},
     "default": {},
 }
 LABELS = {
@@ -53,7 +54,8 @@ LABELS = {
     "learned": "+ learned scales",
     "both": "+ both",
     "average": "+ both, averages of rounded weights",
-    "default": "+ first interaction at 8 bits (the default)",
+    "first": "+ first interaction at 8 bits",
+    "default": "+ 6 bits for what all passes through (the default)",
 }
 
 
