@@ -21,6 +21,8 @@ import yaml
 from common import SHARED
 from presets import Framework, main, run_name
 
+from gaq_nequip.deploy import packed_bytes
+
 
 def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
     """The YAML of a fine-tuning run, made of the one the model was trained with; FP32 has all but the last key."""
@@ -79,6 +81,13 @@ def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path
     return folder / "out" / "last.ckpt"
 
 
+def forms(model: torch.nn.Module) -> dict[str, Any]:
+    """Sizes of the weights with the self-connection as it is, and folded by type as it is stored in packages."""
+    return {
+        f"{name}_weight_bytes": packed_bytes(model, fold)[0] for name, fold in (("unfolded", False), ("folded", True))
+    }
+
+
 def float_package_bytes(args: argparse.Namespace) -> int:
     """Size of the package that the stock command makes of the float model."""
     path: Path = args.work / "fp32.nequip.zip"
@@ -99,5 +108,6 @@ if __name__ == "__main__":
             suffix=".nequip.zip",
             train_model=train_model,
             float_bytes=float_package_bytes,
+            more=forms,
         )
     )

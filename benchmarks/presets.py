@@ -41,6 +41,7 @@ class Framework:
         suffix: of quantized files.
         train_model: ``(arguments, preset or None, seed) -> path of the trained model``, by the stock command.
         float_bytes: ``(arguments) -> size`` of the float file to compare with.
+        more: ``(converted model) -> entries`` of its row besides those of every framework.
     """
 
     doc: str
@@ -51,6 +52,7 @@ class Framework:
     suffix: str
     train_model: Callable[[argparse.Namespace, str | None, int], Path]
     float_bytes: Callable[[argparse.Namespace], int]
+    more: Callable[[torch.nn.Module], dict[str, Any]] = lambda model: {}
 
 
 def arguments(framework: Framework) -> argparse.Namespace:
@@ -122,8 +124,9 @@ def ptq(framework: Framework, args: argparse.Namespace, train: list[Any], test: 
         path = args.work / f"ptq_{preset}{framework.suffix}"
         gaq.save(gaq.convert(model), path)
         seconds = time.time() - start
+        more = framework.more(model)
         row = measure(gaq.load(path), reference, test, path, args.frames)
-        store(args.work, f"ptq_{preset}", {**row, "seconds_to_quantize": seconds})
+        store(args.work, f"ptq_{preset}", {**row, **more, "seconds_to_quantize": seconds})
 
 
 def qat(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None:
@@ -207,6 +210,9 @@ def table(framework: Framework, args: argparse.Namespace) -> None:
             row = {"scheme": preset, "training": training, **row, "size_ratio": size / row["file_bytes"]}
             if weights and "weight_bytes" in row:
                 row["weight_ratio"] = weights / row["weight_bytes"]
+            for form in ("folded", "unfolded"):
+                if weights and f"{form}_weight_bytes" in row:
+                    row[f"{form}_weight_ratio"] = weights / row[f"{form}_weight_bytes"]
             if training == "qat" and preset in args.repeat:
                 row["force_ratio_by_seed"] = ratios_by_seed(args, preset)
             row["nve"] = load_json(args.work / f"nve_{key}.json") or None

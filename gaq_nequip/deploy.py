@@ -329,25 +329,33 @@ def float_weight_bytes(model: Any) -> int:
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-def _table(model: Any, source: Path, deployed: Path, check: Check | None, compare: str | None) -> str:
+def packed_bytes(model: Any, fold: bool) -> tuple[int, int]:
+    """Bytes of the codes and scales of a quantized model with what stays float, and how many numbers are packed.
+
+    Args:
+        model: quantized; it is not changed.
+        fold: whether the self-connection is folded by type, as in compiled files.
+    """
     import copy
 
     from gaq.quantized import is_kind
-    from gaq_nequip import artefact
     from gaq_nequip.freeze import freeze
     from gaq_nequip.packed import PackedWeight
 
-    def packed(fold: bool) -> tuple[int, int]:
-        frozen = freeze(copy.deepcopy(model), fold=fold)
-        weights = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
-        rest = 4 * sum(p.numel() for p in frozen.parameters())
-        return sum(m.bytes for m in weights) + rest, sum(m.numel for m in weights)
+    frozen = freeze(copy.deepcopy(model), fold=fold)
+    weights = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
+    rest = 4 * sum(p.numel() for p in frozen.parameters())
+    return sum(m.bytes for m in weights) + rest, sum(m.numel for m in weights)
+
+
+def _table(model: Any, source: Path, deployed: Path, check: Check | None, compare: str | None) -> str:
+    from gaq_nequip import artefact
 
     rows: list[tuple[str, str, str]] = []
     total = float_weight_bytes(model)
     if total:
-        plain, _ = packed(fold=False)
-        folded, numbers = packed(fold=True)
+        plain, _ = packed_bytes(model, fold=False)
+        folded, numbers = packed_bytes(model, fold=True)
         rows.append(("weights, float32", _kib(total), ""))
         rows.append(("weights, codes and scales", _kib(plain), f"{total / plain:.2f}x smaller"))
         if folded != plain:
