@@ -4,7 +4,8 @@
 bits         bytes                                                   unpacked dtype
 ===========  ======================================================  ===============
 2, 3, 4      two codes a byte, the first in the low four bits        int8
-5 to 8       one code a byte                                         int8
+5, 6, 7      a stream of bits, the lowest of the first code first    int8
+8            one code a byte                                         int8
 9 to 16      all high planes, then all low planes, a byte each       int16
 ===========  ======================================================  ===============
 
@@ -123,7 +124,7 @@ def packed_bytes(numel: int, bits: int) -> int:
     _check_bits(bits)
     if bits <= 4:
         return (numel + 1) // 2
-    return numel if bits <= 8 else 2 * numel
+    return (numel * bits + 7) // 8 if bits <= 8 else 2 * numel
 
 
 def pack(codes: IntegerArray, bits: int) -> Tensor:
@@ -147,7 +148,10 @@ def pack(codes: IntegerArray, bits: int) -> Tensor:
     flat = _integers(codes, *_code_range(bits), f"{bits}-bit packing").reshape(-1)
     if bits <= 4:
         return pack_int4(flat)
-    if bits <= 8:
+    if bits < 8:
+        ones = np.unpackbits(flat.to(torch.int8).view(torch.uint8).cpu().numpy()[:, None], axis=1, bitorder="little")
+        return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
+    if bits == 8:
         return flat.to(torch.int8).view(torch.uint8)
     return torch.cat(split_planes(flat, check=False)).view(torch.uint8)
 
@@ -172,7 +176,13 @@ def unpack(packed: IntegerArray, bits: int, shape: Sequence[int]) -> Tensor:
     data = _bytes(packed, packed_bytes(numel, bits), f"shape {tuple(shape)} with {bits} bits a code")
     if bits <= 4:
         codes = unpack_int4(data, numel)
-    elif bits <= 8:
+    elif bits < 8:
+        ones = np.unpackbits(data.cpu().numpy(), bitorder="little", count=numel * bits).reshape(numel, bits)
+        low = torch.from_numpy(np.packbits(ones, axis=1, bitorder="little")).view(torch.int8).reshape(-1)
+        # Two's complement of so many bits.
+        sign = 1 << (bits - 1)
+        codes = (low ^ sign) - sign
+    elif bits == 8:
         codes = data.view(torch.int8)
     else:
         planes = data.view(torch.int8)

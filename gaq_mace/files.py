@@ -416,10 +416,11 @@ def _save_safetensors(packed: Packed, path: Path) -> None:
     tensors: dict[str, Tensor] = {f"plain:{name}": t.contiguous() for name, t in packed.plain.items()}
     table = {}
     for name, q in packed.quantized.items():
-        tensors[f"codes:{name}"] = pack(q.codes, _pool_bits(q.bits))
+        tensors[f"codes:{name}"] = pack(q.codes, q.bits)
         tensors[f"scale:{name}"] = q.scale.to(torch.bfloat16) if q.bits <= 8 else q.scale
         table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
-    tensors.update({f"range:{name}": t for name, t in packed.ranges.items()})
+    # Ranges of the atom's own were never observed, and are not stored.
+    tensors.update({f"range:{name}": t for name, t in packed.ranges.items() if bool(t.any())})
     header = {
         "meta": packed.meta,
         "config": _config_to_json(packed.config),
@@ -447,7 +448,7 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
     weights = {}
     for name, (bits, granularity, group_size, shape) in header["weights"].items():
-        codes = unpack(tensors[f"codes:{name}"], _pool_bits(bits), shape)
+        codes = unpack(tensors[f"codes:{name}"], bits, shape)
         scale = tensors[f"scale:{name}"].float()
         layout: WeightLayout = layouts[name]
         state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))

@@ -73,6 +73,8 @@ def test_numpy_goes_in_as_well(bits: int) -> None:
 def test_bytes_are_pinned() -> None:
     assert pack_int4(torch.tensor([1, -2, 7, -8, 3])).tolist() == [0xE1, 0x87, 0x03]
     assert pack(torch.tensor([1, -2, 127, -128]), 8).tolist() == [1, 254, 127, 128]
+    # 000001, 111110, 011111, 100000, each from its lowest bit on.
+    assert pack(torch.tensor([1, -2, 31, -32]), 6).tolist() == [0b10000001, 0b11111111, 0b10000001]
     # Both high planes first: 300 = 256 + 44, -300 = -256 - 44, 255 = 256 - 1.
     assert pack(torch.tensor([300, -300, 255]), 12).tolist() == [1, 255, 1, 44, 212, 255]
 
@@ -149,7 +151,7 @@ def test_unsupported_bits_are_named(bits: int) -> None:
         unpack(torch.zeros(2, dtype=torch.uint8), bits, (2,))
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(4, 4), (8, 7), (16, 14)])
+@pytest.mark.parametrize(("bits", "expected"), [(4, 4), (5, 5), (6, 6), (7, 7), (8, 7), (16, 14)])
 def test_wrong_number_of_bytes_is_named(bits: int, expected: int) -> None:
     for count in (expected - 1, expected + 1, 0):
         with pytest.raises(ValueError, match=rf"takes {expected} bytes, got {count}"):
@@ -174,5 +176,5 @@ def test_wrong_dtypes_are_named() -> None:
 
 
 def test_damaged_bytes_are_noticed_where_the_format_allows() -> None:
-    with pytest.raises(ValueError, match="unpacking 5-bit codes takes codes from -16 to 15, got 100"):
-        unpack(torch.tensor([100, 0], dtype=torch.uint8), 5, (2,))
+    with pytest.raises(ValueError, match="unpacking 12-bit codes takes codes from -2048 to 2047, got 25600"):
+        unpack(torch.tensor([100, 0, 0, 0], dtype=torch.uint8), 12, (2,))

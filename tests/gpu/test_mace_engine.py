@@ -334,8 +334,8 @@ def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_integers is not by_floats
     generator = torch.Generator().manual_seed(0)
     for number, (layer, plain) in enumerate(zip(by_integers.layers, by_floats.layers, strict=True)):
-        # What acts on the species embedding has weights of 16 bits.
-        served = {"linear", "skip", "final"} | ({"up"} if number else set())
+        # The weights of the first interaction have 16 bits.
+        served = {"linear", "skip", "final", "up"} if number else set()
         assert {name.split("_")[0] for name in layer.by_integers} == served
         for name, integers in layer.by_integers.items():
             whole, _, species = name.partition(".")
