@@ -164,7 +164,7 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     run = train(tmp_path, changes)
     assert run.code == 0, run.text
     model = gaq.load(run.best)
-    assert {q.bits for q in weight_quantizers(model).values()} == {4, 8, 16}
+    assert {q.bits for q in weight_quantizers(model).values()} == {4, 6, 8, 16}
     found = re.search(
         r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text
     )
