@@ -188,7 +188,7 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
     from nequip.scripts import compile as nequip_compile
     from torch._inductor import config as inductor
 
-    from gaq.kernels import convolution, native, product
+    from gaq.kernels import convolution, native, product, rounding
     from gaq_nequip.fused import fuse
 
     before = os.environ.get("LIBRARY_PATH")
@@ -197,7 +197,7 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
         folder = str(native.static_library())
         os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
         options = {
-            "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS,
+            "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS,
             "aot_inductor.custom_op_libs": [native.STATIC_NAME],
         }
     modify = nequip_compile.modify

@@ -5,7 +5,8 @@ harmonics and the sum over neighbours become one operation (`gaq.kernels.convolu
 a static library or, for a card, as what Triton makes of it. The radial network of each block is evaluated at a few
 hundred lengths instead of at every edge, with first and second derivatives, and interpolated: the file keeps the
 network's integer codes and no table. On the CPU Allegro's tensor product becomes one operation too
-(`gaq.kernels.product`); its scalar networks stay what they are.
+(`gaq.kernels.product`), and so does the rounding of vectors (`gaq.kernels.rounding`); scalar networks and the rounding
+of scalars stay what they are.
 
 Only for `nequip-deploy`: a package has to run where this package is not installed.
 """
@@ -22,7 +23,9 @@ from nequip.data import AtomicDataDict
 from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
-from gaq.kernels import convolution, gpu, harmonics, product, radial
+from gaq.kernels import convolution, gpu, harmonics, product, radial, rounding
+from gaq.quantized import is_kind
+from gaq.quantizers.features import FeatureQuantizer
 from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
@@ -256,12 +259,22 @@ class FusedProduct:
         )
 
 
+class FusedRounding:
+    """What a `FeatureQuantizer` does differently when it is one operation; see `_fuse_rounding`."""
+
+    plan_ints: Tensor
+    plan_reals: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rounding.rounded(x.contiguous(), self.plan_ints, self.plan_reals)
+
+
 _FUSED: dict[type, type] = {}
 
 
-def _fused_class(kind: type) -> type:
+def _fused_class(own: type, kind: type) -> type:
     if kind not in _FUSED:
-        _FUSED[kind] = type(f"Fused{kind.__name__}", (FusedProduct, kind), {})
+        _FUSED[kind] = type(f"Fused{kind.__name__}", (own, kind), {})
     return _FUSED[kind]
 
 
@@ -284,21 +297,37 @@ def _fuse_products(model: torch.nn.Module) -> None:
         own.rows_out = problem.rows_out
         for name, tensor in zip(("plan_ints", "plan_reals"), problem.plan, strict=True):
             own.register_buffer(name, tensor, persistent=False)
-        own.__class__ = _fused_class(type(own))
+        own.__class__ = _fused_class(FusedProduct, type(own))
+
+
+def _fuse_rounding(model: torch.nn.Module) -> None:
+    """Make the rounding of vectors one operation, in place, where the kernel can do it."""
+    for module in [m for m in model.modules() if is_kind(m, FeatureQuantizer)]:
+        quantizer: Any = module
+        vectors = any(m > 0 and d > 1 for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True))
+        if not (vectors and quantizer.round_vectors and quantizer.vectors_enabled):
+            continue  # a compiler joins the rounding of scalars with what stands around it
+        plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+        if plan is None:
+            continue
+        for name, tensor in (("plan_ints", plan.ints), ("plan_reals", plan.reals)):
+            quantizer.register_buffer(name, tensor, persistent=False)
+        quantizer.__class__ = _fused_class(FusedRounding, type(quantizer))
 
 
 def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
-    """Give every interaction block the fused convolution and every contracter the fused product, in place.
+    """Give every interaction block the fused convolution, contracters and roundings theirs, in place.
 
     Args:
         model: frozen, on the CPU.
-        device: where it will run; the product is for the CPU only.
+        device: where it will run; the product and the rounding are for the CPU only.
 
     Returns:
         For each block that keeps NequIP's own operations the reason.
     """
     if torch.device(device).type == "cpu":
         _fuse_products(model)
+        _fuse_rounding(model)
     weighted = [name for name, m in model.named_modules() if class_name(m) == "AttentionInteractionBlock"]
     kept = dict.fromkeys(weighted, "its messages are weighted by attention")
     blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]

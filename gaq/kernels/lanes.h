@@ -1,4 +1,4 @@
-// One SIMD register of 64 bytes (two or four where the machine has shorter ones), with loads and stores of tails.
+// One SIMD register, with loads and stores of tails.
 
 #pragma once
 
@@ -7,16 +7,15 @@
 
 namespace {
 
-template <typename T> struct Lanes;
-template <> struct Lanes<float> {
-  static constexpr int width = 16;
-  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
-  typedef float value __attribute__((vector_size(64)));
-};
-template <> struct Lanes<double> {
-  static constexpr int width = 8;
-  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
-  typedef double value __attribute__((vector_size(64)));
+// Of 64 bytes, which a compiler takes apart where registers are shorter: sums of products are the faster for it.
+#ifndef GAQ_BYTES
+#define GAQ_BYTES 64
+#endif
+
+template <typename T> struct Lanes {
+  static constexpr int width = GAQ_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(GAQ_BYTES), aligned(sizeof(T)), may_alias));
+  typedef T value __attribute__((vector_size(GAQ_BYTES)));
 };
 
 template <typename T> using Vec = typename Lanes<T>::value;
@@ -33,23 +32,22 @@ template <typename T> inline void store(T* p, Vec<T> v, int64_t left) {
   else
     std::memcpy(p, &v, left * sizeof(T));
 }
-template <typename T> inline T sum(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < Lanes<T>::width; ++i) s += v[i];
-  return s;
+// By halves: a compiler keeps the order of a loop's additions.
+template <typename T, int N> inline T halved(const T* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef T half __attribute__((vector_size(N / 2 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    const half s = *reinterpret_cast<const half*>(v) + *reinterpret_cast<const half*>(v + N / 2);
+    T rest[N / 2];
+    std::memcpy(rest, &s, sizeof(rest));
+    return halved<T, N / 2>(rest);
+  }
 }
-template <> inline float sum<float>(Vec<float> v) {
-  typedef float half __attribute__((vector_size(32)));
-  typedef float quarter __attribute__((vector_size(16)));
-  half a, b;
-  std::memcpy(&a, &v, 32);
-  std::memcpy(&b, reinterpret_cast<char*>(&v) + 32, 32);
-  a += b;
-  quarter c, d;
-  std::memcpy(&c, &a, 16);
-  std::memcpy(&d, reinterpret_cast<char*>(&a) + 16, 16);
-  c += d;
-  return (c[0] + c[1]) + (c[2] + c[3]);
+template <typename T> inline T sum(Vec<T> v) {
+  T flat[Lanes<T>::width];
+  std::memcpy(flat, &v, sizeof(v));
+  return halved<T, Lanes<T>::width>(flat);
 }
 
 }  // namespace

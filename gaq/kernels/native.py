@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 SOURCES = ("convolution.cpp", "product.cpp", "contraction.cpp", "rounding.cpp")
-SHIM_SOURCES = ("convolution.cpp", "product.cpp", "shims.cpp")
+SHIM_SOURCES = ("convolution.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
 HEADERS = ("edges.h", "lanes.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
@@ -128,7 +128,7 @@ STATIC_NAME = "gaqkernels"
 
 @functools.cache
 def static_library() -> Path:
-    """Folder of a static library (``-lgaqkernels``) with the operations on edges as AOTInductor calls them.
+    """Folder of a static library (``-lgaqkernels``) with the operations as AOTInductor calls them.
 
     Raises:
         CompilerError: if there is no compiler, or it fails.

@@ -1,4 +1,4 @@
-// Rounding of node features, scalars by ruler and vectors by magnitude and direction code, on CPU. See rounding.py.
+// Rounding of features of nodes or edges, scalars by ruler and vectors by magnitude and direction code, on CPU. See rounding.py.
 
 #include <algorithm>
 #include <cmath>
@@ -6,6 +6,14 @@
 #include <limits>
 #include <vector>
 
+// What is longer than a register is compared element by element, and there is much to compare here.
+#ifdef __AVX512F__
+#define GAQ_BYTES 64
+#elif defined(__AVX__)
+#define GAQ_BYTES 32
+#else
+#define GAQ_BYTES 16
+#endif
 #include "lanes.h"
 
 namespace {
@@ -33,7 +41,7 @@ template <typename T> inline T largest(Vec<T> v) {
 struct Piece {
   int64_t scaled_offset, offset;  // of the first element: scaled_offset * atoms + offset
   int64_t dimension, channels, atom_stride, row_stride;
-  int64_t framed, levels;
+  int64_t framed, levels, channel_stride;
 };
 
 template <typename T> T limit(T size) { return std::max(size, T(1e-30)) * T(1.000001); }
@@ -60,17 +68,34 @@ inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
   }
 }
 
+// Sums of the components of x over channels with fixed factors, one for each axis: v[k][m].
+template <typename T>
+void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, int count, double v[MAX_D][MAX_D]) {
+  constexpr int W = Lanes<double>::width;
+  typedef T Narrow __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
+  const int d = int(p.dimension);
+  for (int m = 0; m < d; ++m) {
+    const T* row = x + m * p.row_stride;
+    Vec<double> totals[MAX_D] = {};
+    int64_t c = 0;
+    for (; c + W <= p.channels; c += W) {
+      const Narrow narrow = *reinterpret_cast<const Narrow*>(row + c);
+      const Vec<double> values = __builtin_convertvector(narrow, Vec<double>);
+      for (int k = 0; k < count; ++k) totals[k] += load(mixing + k * mixing_stride + c, W) * values;
+    }
+    for (int k = 0; k < count; ++k) {
+      v[k][m] = sum<double>(totals[k]);
+      for (int64_t tail = c; tail < p.channels; ++tail) v[k][m] += mixing[k * mixing_stride + tail] * double(row[tail]);
+    }
+  }
+}
+
 // Orthonormal axes that turn with the features: Gram and Schmidt on fixed mixtures of the channels.
 template <typename T>
 void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T axes[MAX_D][MAX_D]) {
   const int d = int(p.dimension), count = d == 3 ? 3 : d;
   double v[MAX_D][MAX_D], a[MAX_D][MAX_D] = {};
-  for (int k = 0; k < count; ++k)
-    for (int m = 0; m < d; ++m) {
-      double s = 0;
-      for (int64_t c = 0; c < p.channels; ++c) s += mixing[k * mixing_stride + c] * double(x[m * p.row_stride + c]);
-      v[k][m] = s;
-    }
+  mixtures(p, x, mixing, mixing_stride, count, v);
   const int spanning = d == 3 ? 2 : d;
   double size = 0;
   for (int k = 0; k < spanning; ++k) {
@@ -82,6 +107,8 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
   for (int k = 0; k < spanning; ++k) {
     double axis[MAX_D];
     std::copy(v[k], v[k] + d, axis);
+    double before = 0;
+    for (int m = 0; m < d; ++m) before += axis[m] * axis[m];
     for (int pass = 0; pass < 2; ++pass) {
       for (int j = 0; j < k; ++j) {
         double s = 0;
@@ -92,7 +119,10 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
       for (int m = 0; m < d; ++m) length += axis[m] * axis[m];
       length = std::sqrt(length);
       const double least = pass == 0 ? floor : 0.5;
-      for (int m = 0; m < d; ++m) axis[m] = length > least ? axis[m] / std::max(length, 1e-30) : 0.0;
+      const double factor = length > least ? 1 / std::max(length, 1e-30) : 0.0;
+      for (int m = 0; m < d; ++m) axis[m] *= factor;
+      // What is left of a mixture is orthogonal to the digits it has; where little is left these are few.
+      if (length * length > 0.01 * before) break;
     }
     std::copy(axis, axis + d, a[k]);
   }
@@ -182,25 +212,50 @@ void scalars(const Piece& p, const T* x, T top, T* out) {
 }
 
 template <typename T>
+void one(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
+  switch (p.dimension) {
+    case 1: scalars(p, x, top, out); break;
+    case 3: vectors<T, 3>(p, x, mixing, mixing_stride, top, out); break;
+    case 5: vectors<T, 5>(p, x, mixing, mixing_stride, top, out); break;
+    case 7: vectors<T, 7>(p, x, mixing, mixing_stride, top, out); break;
+    case 9: vectors<T, 9>(p, x, mixing, mixing_stride, top, out); break;
+  }
+}
+
+template <typename T>
 void round(const int64_t* ints, const double* reals, int64_t atoms, const T* x, T* out, int64_t threads) {
   const int64_t pieces = ints[0], mixing_stride = ints[1];
   const Piece* piece = reinterpret_cast<const Piece*>(ints + 2);
   const double* tops = reals;
   const double* mixing = reals + pieces;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t a = 0; a < atoms; ++a)
-    for (int64_t i = 0; i < pieces; ++i) {
-      const Piece& p = piece[i];
-      const int64_t at = p.scaled_offset * atoms + p.offset + a * p.atom_stride;
-      const T top = T(tops[i]);
-      switch (p.dimension) {
-        case 1: scalars(p, x + at, top, out + at); break;
-        case 3: vectors<T, 3>(p, x + at, mixing, mixing_stride, top, out + at); break;
-        case 5: vectors<T, 5>(p, x + at, mixing, mixing_stride, top, out + at); break;
-        case 7: vectors<T, 7>(p, x + at, mixing, mixing_stride, top, out + at); break;
-        case 9: vectors<T, 9>(p, x + at, mixing, mixing_stride, top, out + at); break;
+  int64_t scattered = 0;
+  for (int64_t i = 0; i < pieces; ++i)
+    if (piece[i].channel_stride != 1) scattered = std::max(scattered, piece[i].dimension * piece[i].channels);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    // Channels side by side, for pieces that have them elsewhere.
+    std::vector<T> gathered(scattered), done(scattered);
+#pragma omp for schedule(static)
+    for (int64_t a = 0; a < atoms; ++a)
+      for (int64_t i = 0; i < pieces; ++i) {
+        const Piece& p = piece[i];
+        const int64_t at = p.scaled_offset * atoms + p.offset + a * p.atom_stride;
+        const T top = T(tops[i]);
+        if (p.channel_stride == 1) {
+          one(p, x + at, mixing, mixing_stride, top, out + at);
+          continue;
+        }
+        Piece own = p;
+        own.row_stride = p.channels;
+        for (int64_t c = 0; c < p.channels; ++c)
+          for (int64_t m = 0; m < p.dimension; ++m)
+            gathered[m * p.channels + c] = x[at + c * p.channel_stride + m * p.row_stride];
+        one(own, gathered.data(), mixing, mixing_stride, top, done.data());
+        for (int64_t c = 0; c < p.channels; ++c)
+          for (int64_t m = 0; m < p.dimension; ++m)
+            out[at + c * p.channel_stride + m * p.row_stride] = done[m * p.channels + c];
       }
-    }
+  }
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
-"""Rounding of node features where they lie, in the layout of the kernels.
+"""Rounding of features of nodes or edges where they lie, in the layout of the kernels or of their host.
 
 The values are those of `gaq.quantizers.features.FeatureQuantizer` with ranges of each atom's own; the gradient passes
 unchanged, as it does there from 14 bits on. What has coarser steps, static ranges or a tabulated codebook is not
 served: `plan` returns None and the quantizer itself has to be called.
 
-`reference` is that call, with the features brought into the quantizer's layout and back.
+`reference` is that call, with the features brought into the quantizer's layout and back. `rounded` is an operation of
+torch for the host's own layout, which a compiled file carries as a static library (`shims.cpp`): what a compiler makes
+of the quantizer's plain operations takes several passes over memory.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +23,18 @@ from gaq.kernels import gpu
 from gaq.kernels.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
 
-__all__ = ["Piece", "Plan", "plan", "reference", "round_features"]
+__all__ = ["C_SHIMS", "Piece", "Plan", "own_layout", "plan", "reference", "round_features", "rounded"]
 
 COMPONENTS = (1, 3, 5, 7, 9)
+WORDS = 9
+"""Integers of a piece in a plan."""
 SERIAL = 1 << 15
 """Features that one thread rounds in some ten microseconds."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where the features of one irrep lie in a tensor, in elements; channels are adjacent.
+    """Where the features of one irrep lie in a tensor, in elements.
 
     Attributes:
         dimension: 2l + 1.
@@ -46,6 +51,7 @@ class Piece:
     atom_stride: int
     row_stride: int
     scaled_offset: int = 0
+    channel_stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Plan:
     """The pieces as the C++ code reads them.
 
     Attributes:
-        ints: number of pieces, row length of the mixtures, and eight integers a piece.
+        ints: number of pieces, row length of the mixtures, and `WORDS` integers a piece.
         reals: largest codes of the pieces, and the mixtures.
         copied: pieces that are left as they are.
     """
@@ -69,13 +75,15 @@ class Plan:
         """What the GPU kernel reads, copied to a device once: integers, largest codes, mixtures."""
         if device not in self._tables:
             count, stride = (int(n) for n in self.ints[:2])
-            rows = self.ints[2:].view(count, 8)
+            rows = self.ints[2:].view(count, WORDS)
+            if any(p.channel_stride != 1 for p in self.copied) or bool((rows[:, -1] != 1).any()):
+                raise ValueError("the GPU kernel rounds features whose channels lie side by side")
             others = [
                 [p.scaled_offset, p.offset, p.dimension, p.channels, p.atom_stride, p.row_stride, 0, 0]
                 for p in self.copied
             ]
             tops = torch.cat([self.reals[:count], torch.zeros(len(others), dtype=torch.float64)])
-            every = torch.cat([rows, torch.tensor(others, dtype=torch.int64).view(-1, 8)])
+            every = torch.cat([rows[:, :-1], torch.tensor(others, dtype=torch.int64).view(-1, 8)])
             mixing = self.reals[count:].view(-1, stride) if stride else torch.zeros(1, 1, dtype=torch.float64)
             self._tables[device] = (every.to(device), tops.to(device), mixing.to(device))
         return self._tables[device]
@@ -83,7 +91,7 @@ class Plan:
     @functools.cached_property
     def summary(self) -> tuple[int, bool, int]:
         """Bit d: whether irreps of d components are rounded; whether in the local frame; elements an atom."""
-        rows = self.ints[2:].view(-1, 8).tolist()
+        rows = self.ints[2:].view(-1, WORDS).tolist()
         dimensions = 0
         for row in rows:
             dimensions |= 1 << row[2]
@@ -96,7 +104,8 @@ def merge_scalars(pieces: Sequence[Piece]) -> list[Piece] | None:
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
-        if last is not None and last.dimension == piece.dimension == 1:
+        side_by_side = piece.channel_stride == 1
+        if last is not None and last.dimension == piece.dimension == 1 and side_by_side:
             if piece.offset != last.offset + last.channels or piece.scaled_offset != last.scaled_offset:
                 return None
             merged[-1] = Piece(
@@ -115,7 +124,7 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
         pieces: where each irrep of its layout lies, in its order.
     """
     merged = merge_scalars(pieces)
-    served = quantizer.passes_through and not quantizer.differentiable_twice and not quantizer.channels_first
+    served = quantizer.passes_through and not quantizer.differentiable_twice
     if merged is None or not served or quantizer.logarithmic or quantizer.direction_table.numel():
         return None
     if [(abs(m), d) for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True)] != [
@@ -136,7 +145,7 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
         if piece.dimension not in COMPONENTS or not (scalar or quantizer.split):
             return None
         ints += [piece.scaled_offset, piece.offset, piece.dimension, piece.channels, piece.atom_stride]
-        ints += [piece.row_stride, int(quantizer.local_frame), quantizer.levels]
+        ints += [piece.row_stride, int(quantizer.local_frame), quantizer.levels, piece.channel_stride]
         tops.append(quantizer.scalar_top if scalar else quantizer.magnitude_top / quantizer.vector_range_factor)
     mixing = quantizer.mixing.double().cpu()
     stride = mixing.shape[1] if mixing.dim() == 2 else 0
@@ -144,21 +153,42 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
     return Plan(torch.tensor([len(tops), stride, *ints], dtype=torch.int64), reals, tuple(copied))
 
 
+def own_layout(quantizer: FeatureQuantizer) -> list[Piece]:
+    """Where the irreps lie in the layout the quantizer is called with."""
+    total = sum(
+        d if quantizer.channels_first else abs(m) * d
+        for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True)
+    )
+    if quantizer.channels_first:
+        atom_stride, channel_stride = total * abs(quantizer.multiplicities[0]), total
+    else:
+        atom_stride, channel_stride = total, None
+    pieces = []
+    offset = 0
+    for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True):
+        pieces.append(Piece(d, abs(m), offset, atom_stride, 1, channel_stride=channel_stride or d))
+        offset += d if quantizer.channels_first else abs(m) * d
+    return pieces
+
+
+def _call(features: Tensor, ints: Tensor, reals: Tensor, atoms: int) -> Tensor:
+    result = features.clone()
+    kernel("round", features.dtype)(
+        ints.data_ptr(),
+        reals.data_ptr(),
+        atoms,
+        features.data_ptr(),
+        result.data_ptr(),
+        # Threads cost more than they bring where there is little to round.
+        min(torch.get_num_threads(), 1 + features.numel() // SERIAL),
+    )
+    return result
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor, own: Plan, atoms: int) -> Tensor:  # type: ignore[override]
-        features = features.contiguous()
-        rounded = features.clone()
-        kernel("round", features.dtype)(
-            own.ints.data_ptr(),
-            own.reals.data_ptr(),
-            atoms,
-            features.data_ptr(),
-            rounded.data_ptr(),
-            # Threads cost more than they bring where there is little to round.
-            min(torch.get_num_threads(), 1 + features.numel() // SERIAL),
-        )
-        return rounded
+        return _call(features.contiguous(), own.ints, own.reals, atoms)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -180,13 +210,48 @@ def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
     return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("gaq::rounded", mutates_args=(), device_types="cpu")
+def _rounded(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
+    return _call(features.contiguous(), ints.contiguous(), reals.contiguous(), features.shape[0])
+
+
+@_rounded.register_fake
+def _rounded_fake(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+def _pass(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None
+
+
+_rounded.register_autograd(_pass)
+
+C_SHIMS = {
+    torch.ops.gaq.rounded.default: [
+        "AOTITorchError aoti_torch_cpu_rounded(AtenTensorHandle features, AtenTensorHandle ints, "
+        "AtenTensorHandle reals, AtenTensorHandle* ret0)"
+    ]
+}
+"""For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""
+
+
+def rounded(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
+    """Rounded features, on the CPU, as an operation that can be traced and compiled; the gradient passes unchanged.
+
+    Args:
+        features: (atoms or edges, ...), float32 or float64, in the layout `own_layout` tells.
+        ints, reals: of the `plan` made from it.
+    """
+    return torch.ops.gaq.rounded(features, ints, reals)  # type: ignore[no-any-return]
+
+
 def reference(features: Tensor, quantizer: FeatureQuantizer, pieces: Sequence[Piece], atoms: int) -> Tensor:
     """The same through the quantizer itself."""
     flat = features.reshape(-1)
     places = []
     for piece in pieces:
         atom = torch.arange(atoms)[:, None, None] * piece.atom_stride
-        channel = torch.arange(piece.channels)[None, :, None]
+        channel = torch.arange(piece.channels)[None, :, None] * piece.channel_stride
         row = torch.arange(piece.dimension)[None, None, :] * piece.row_stride
         places.append((piece.scaled_offset * atoms + piece.offset + atom + channel + row).reshape(atoms, -1))
     index = torch.cat(places, dim=1)

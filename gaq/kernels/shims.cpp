@@ -1,8 +1,10 @@
-// The operations on edges as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
-// that it runs where this package is not installed, in C++ hosts too. See convolution.py and product.py.
+// The operations on edges and features as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
+// that it runs where this package is not installed, in C++ hosts too. See convolution.py,
+// product.py and rounding.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
@@ -18,7 +20,8 @@ extern "C" {
   void gaq_product_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*, const T*,   \
                           const T*, T*, int64_t);                                                                \
   void gaq_product_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*,    \
-                                   const T*, const T*, const T*, T*, T*, int64_t);
+                                   const T*, const T*, const T*, T*, T*, int64_t);                        \
+  void gaq_round_##NAME(const int64_t*, const double*, int64_t, const T*, T*, int64_t);
 GAQ_DECLARE(float32, float)
 GAQ_DECLARE(float64, double)
 }
@@ -180,6 +183,28 @@ AOTITorchError aoti_torch_cpu_edge_product_backward(AtenTensorHandle grad, AtenT
                               (const int64_t*)a.data, (const T*)v.data, (const T*)u.data, (const T*)w.data,         \
                               (const T*)g.data, (T*)gv.data, (T*)gu.data, omp_get_max_threads());
   if (v.dtype == aoti_torch_dtype_float64()) {
+    GAQ_CALL(float64, double)
+  } else {
+    GAQ_CALL(float32, float)
+  }
+#undef GAQ_CALL
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_rounded(AtenTensorHandle features, AtenTensorHandle ints, AtenTensorHandle reals,
+                                      AtenTensorHandle* ret0) {
+  View x, i, d, out;
+  GAQ_CHECK(x.read(features));
+  GAQ_CHECK(i.read(ints));
+  GAQ_CHECK(d.read(reals));
+  GAQ_CHECK(make(x.dimensions, x.sizes, x.dtype, ret0, &out));
+  std::memcpy(out.data, x.data, x.bytes());
+  // Threads cost more than they bring where there is little to round.
+  const int64_t element = x.dtype == aoti_torch_dtype_float64() ? 8 : 4;
+  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), 1 + x.bytes() / element / (1 << 15));
+#define GAQ_CALL(NAME, T) \
+  gaq_round_##NAME((const int64_t*)i.data, (const double*)d.data, x.sizes[0], (const T*)x.data, (T*)out.data, threads);
+  if (x.dtype == aoti_torch_dtype_float64()) {
     GAQ_CALL(float64, double)
   } else {
     GAQ_CALL(float32, float)

@@ -390,6 +390,65 @@ def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> N
     torch.testing.assert_close(grad, expected.detach())
 
 
+@pytest.mark.parametrize(
+    ("layout", "frame"),
+    [
+        # NequIP's: the components of a channel side by side, scalars of two pieces merged, one piece nobody reads.
+        (FeatureLayout(((4, 1), (3, 1), (20, 3), (-5, 3), (20, 5), (6, 7))), "local"),
+        (FeatureLayout(((4, 1), (20, 3), (17, 9))), "fixed"),
+        # Allegro's: all components of a channel side by side, scalars of both parities apart.
+        (FeatureLayout(((20, 1), (20, 1), (20, 3), (20, 3), (20, 5)), channels_first=True), "local"),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, threads: int) -> None:
+    quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(frame=frame), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+    assert plan is not None
+    shape = [sum(abs(m) * d for m, d in layout.pieces)]
+    if layout.channels_first:
+        shape = [20, sum(d for _, d in layout.pieces)]
+    generator = torch.Generator().manual_seed(0)
+    # Enough of them for two threads.
+    x = torch.randn(400, *shape, generator=generator, dtype=torch.float64)
+    x[3] = 0.0
+    x.requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = rounding.rounded(x, plan.ints, plan.reals)
+    finally:
+        torch.set_num_threads(before)
+    expected = quantizer(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(found, x)
+    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    torch.testing.assert_close(grad, expected.detach())
+    # Nothing to round.
+    assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
+
+
+def test_rounding_can_be_traced() -> None:
+    quantizer = FeatureQuantizer(FeatureLayout(((4, 1), (4, 3))), ScalarConfig(), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+    assert plan is not None
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    # Not of the gradient: that of the step function is zero or infinite, ours is one.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.gaq.rounded.default, (x, plan.ints, plan.reals), test_utils=checks)
+
+
+def test_the_gpu_kernel_refuses_channels_that_lie_apart() -> None:
+    quantizer = FeatureQuantizer(FeatureLayout(((4, 3),)), ScalarConfig(), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+    assert plan is not None
+    with pytest.raises(ValueError, match="side by side"):
+        plan.tables(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("d", [3, 5, 7, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("left", [0.0, 1e-7, 1e-5, 1e-3])

@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 from e3nn import o3
 
-from gaq.kernels import convolution, native, product
+from gaq.kernels import convolution, native, product, rounding
 from gaq_nequip.fused import FusedInteractionBlock, FusedProduct, fuse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
@@ -140,7 +140,9 @@ def test_shims_are_those_of_the_library() -> None:
 
     archive = native.static_library() / f"lib{native.STATIC_NAME}.a"
     symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
-    for declaration in (text for texts in (convolution.C_SHIMS | product.C_SHIMS).values() for text in texts):
+    for declaration in (
+        text for texts in (convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS).values() for text in texts
+    ):
         name = declaration.split("(")[0].split()[-1]
         assert f" T {name}\n" in symbols
 
