@@ -22,20 +22,28 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: ``cpu``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
+    """The machine: ``cpu``, ``instructions``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
 
-    ``torch_threads`` is None without torch; ``gpu`` is None without a CUDA device.
+    ``instructions`` (as torch names them, ``AVX2`` or ``AVX512``) and ``torch_threads`` are None without torch; ``gpu``
+    is None without a CUDA device.
     """
-    threads, gpu = None, None
+    threads, instructions, gpu = None, None, None
     try:
         import torch
     except ImportError:
         pass
     else:
         threads = torch.get_num_threads()
+        instructions = torch.backends.cpu.get_cpu_capability()
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_name()
-    return {"cpu": _cpu_name(), "cores": _usable_cores(), "torch_threads": threads, "gpu": gpu}
+    return {
+        "cpu": _cpu_name(),
+        "instructions": instructions,
+        "cores": _usable_cores(),
+        "torch_threads": threads,
+        "gpu": gpu,
+    }
 
 
 def _cpu_name() -> str:

@@ -197,7 +197,7 @@ class TestEnvironment:
 
     def test_hardware(self):
         machine = hardware()
-        assert set(machine) == {"cpu", "cores", "torch_threads", "gpu"}
+        assert set(machine) == {"cpu", "instructions", "cores", "torch_threads", "gpu"}
         assert machine["cpu"]
         assert machine["cores"] >= 1
 
