@@ -3,8 +3,9 @@
     python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
 
 The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does switched off, and
-FP32 with the same seeds beside them. Each run leaves a row in DIR, so that processes can share the work; `--table`
-gathers what is there into results/qat_ablation.json and a figure.
+FP32 with the same seeds beside them; `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run
+leaves a row in DIR, so that processes can share the work; `--table` gathers what is there into
+results/qat_ablation.json and a figure.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "average": {"training": {**BOTH, "average_rounded": True}, **ALL_FOUR},
     "first": {"weights": {"mixing_bits": None}},
     "default": {},
+    "after": None,
 }
 LABELS = {
     "fp32": "FP32",
@@ -56,11 +58,14 @@ LABELS = {
     "average": "+ both, averages of rounded weights",
     "first": "+ first interaction at 8 bits",
     "default": "+ 6 bits for what all passes through (the default)",
+    "after": "FP32, and the default by post-training",
 }
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """One run of the stock command; what it cost and how well its model does on the test structures."""
+    if variant == "after":
+        return rounded_afterwards(args, seed)
     name = f"{variant}_{seed}"
     folder: Path = args.work / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -75,6 +80,21 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
         subprocess.run([command, "--config", "train.yml"], cwd=folder, stdout=log, stderr=log, check=True)
     seconds = time.perf_counter() - start
     model = gaq.load(folder / f"{name}.model")
+    return row_of(args, model, variant, seed, seconds) | {"seconds_per_epoch": epoch_seconds(folder / "log.txt")}
+
+
+def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The FP32 run of a seed, trained first if its model is not there, rounded without labels."""
+    trained = args.work / f"fp32_{seed}" / f"fp32_{seed}.model"
+    if not trained.exists():
+        train(args, "fp32", seed)
+    start = time.perf_counter()
+    model = gaq.quantize(gaq.load(trained), read(args.train, ":"), "w4a16", progress=False)
+    return row_of(args, model, "after", seed, time.perf_counter() - start)
+
+
+def row_of(args: argparse.Namespace, model: Any, variant: str, seed: int, seconds: float) -> dict[str, Any]:
+    """A model's errors on the test structures, and what it cost."""
     errors = force_and_energy_mae(adapter_for(model).potential(model, 50), spaced(read(args.test, ":"), args.frames))
     return {
         "variant": variant,
@@ -83,7 +103,6 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
         "force_mae_mev_per_angstrom": errors.force_mae_mev_per_angstrom,
         "energy_mae_mev_per_atom": errors.energy_mae_mev_per_atom,
         "seconds": seconds,
-        "seconds_per_epoch": epoch_seconds(folder / "log.txt"),
     }
 
 
