@@ -235,7 +235,7 @@ def figure(means: list[dict[str, Any]], path: Path) -> None:
             axis.bar(places, [row[key] for row in own.values()], 0.25, yerr=errors, label=scheme, color=f"C{i}")
         axis.set_xticks(np.arange(len(blocks)) + 0.25, blocks, fontsize=8)
         axis.set_ylabel(label)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=len(SCHEMES), frameon=False)
     axes[1].set_yscale("log")
     drawing.tight_layout()
     drawing.savefig(path, dpi=130)
