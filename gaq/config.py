@@ -73,20 +73,21 @@ _CHOICES = {
     "vectors.frame": FRAMES,
     "vectors.magnitude": MAGNITUDES,
 }
-_WEIGHT_BITS = (*range(2, 9), 16)
-_ACTIVATION_BITS = tuple(range(2, 17))
+_ALL_BITS = tuple(range(2, 17))
 _BITS: dict[str, tuple[int, ...]] = {
-    "weights.bits": _WEIGHT_BITS,
-    "weights.sensitive_bits": _WEIGHT_BITS,
-    "weights.first_bits": _WEIGHT_BITS,
-    "weights.mixing_bits": _WEIGHT_BITS,
-    "scalars.bits": _ACTIVATION_BITS,
-    "vectors.magnitude_bits": _ACTIVATION_BITS,
-    "vectors.direction_bits": _ACTIVATION_BITS,
-    "attention.bits": _ACTIVATION_BITS,
+    "weights.bits": _ALL_BITS,
+    "weights.sensitive_bits": _ALL_BITS,
+    "weights.first_bits": _ALL_BITS,
+    "weights.mixing_bits": _ALL_BITS,
+    "weights.species_bits": _ALL_BITS,
+    "scalars.bits": _ALL_BITS,
+    "vectors.magnitude_bits": _ALL_BITS,
+    "vectors.direction_bits": _ALL_BITS,
+    "attention.bits": _ALL_BITS,
 }
 _MINIMUM: dict[str, float] = {
     "weights.group_size": 2,
+    "weights.compression": 2.0,
     "vectors.start_epoch": 0,
     "vectors.anneal_epochs": 0,
     "attention.gate_limit": 1e-3,
@@ -316,7 +317,8 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
         base = dataclasses.replace(config, overrides={})
         if isinstance(weights, Mapping) and "bits" in weights:
             # Bits that are named for some modules are what these have, wherever they stand in the model.
-            own = dataclasses.replace(config.weights, sensitive_bits=None, first_bits=None, mixing_bits=None)
+            groups = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits", "compression")
+            own = dataclasses.replace(config.weights, **dict.fromkeys(groups))  # type: ignore[arg-type]
             base = dataclasses.replace(base, weights=own)
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)

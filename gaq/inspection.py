@@ -52,7 +52,7 @@ def rows(
                 total += weight.numel() * weight.element_size()
             else:
                 total += packed_bytes(tensor.codes.numel(), tensor.bits)
-                total += tensor.scale.numel() * (2 if tensor.bits <= 8 else 4)
+                total += 2 * tensor.scale.numel()
         scales = torch.cat([q.scale for q in present]) if present else torch.zeros(0)
         shares = sorted({f"int{q.bits} {q.granularity}" for q in present})
         if present:

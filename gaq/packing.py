@@ -3,10 +3,10 @@
 ===========  ======================================================  ===============
 bits         bytes                                                   unpacked dtype
 ===========  ======================================================  ===============
-2, 3, 4      two codes a byte, the first in the low four bits        int8
-5, 6, 7      a stream of bits, the lowest of the first code first    int8
+4            two codes a byte, the first in the low four bits        int8
 8            one code a byte                                         int8
-9 to 16      all high planes, then all low planes, a byte each       int16
+16           all high planes, then all low planes, a byte each       int16
+other        a stream of bits, the lowest of the first code first    int8 or int16
 ===========  ======================================================  ===============
 
 **Planes.** A code of up to 16 bits is ``256 * hi + lo`` with *both* planes signed int8, so that either can
@@ -122,9 +122,7 @@ def packed_bytes(numel: int, bits: int) -> int:
         ValueError: unsupported ``bits``.
     """
     _check_bits(bits)
-    if bits <= 4:
-        return (numel + 1) // 2
-    return (numel * bits + 7) // 8 if bits <= 8 else 2 * numel
+    return (numel * bits + 7) // 8
 
 
 def pack(codes: IntegerArray, bits: int) -> Tensor:
@@ -146,14 +144,15 @@ def pack(codes: IntegerArray, bits: int) -> Tensor:
     """
     _check_bits(bits)
     flat = _integers(codes, *_code_range(bits), f"{bits}-bit packing").reshape(-1)
-    if bits <= 4:
+    if bits == 4:
         return pack_int4(flat)
-    if bits < 8:
-        ones = np.unpackbits(flat.to(torch.int8).view(torch.uint8).cpu().numpy()[:, None], axis=1, bitorder="little")
-        return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
     if bits == 8:
         return flat.to(torch.int8).view(torch.uint8)
-    return torch.cat(split_planes(flat, check=False)).view(torch.uint8)
+    if bits == 16:
+        return torch.cat(split_planes(flat, check=False)).view(torch.uint8)
+    pairs = flat.cpu().numpy().astype("<i2").view(np.uint8).reshape(-1, 2)
+    ones = np.unpackbits(pairs, axis=1, bitorder="little")
+    return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
 
 
 def unpack(packed: IntegerArray, bits: int, shape: Sequence[int]) -> Tensor:
@@ -168,27 +167,28 @@ def unpack(packed: IntegerArray, bits: int, shape: Sequence[int]) -> Tensor:
         Codes of that shape, int8 for up to 8 bits and int16 above.
 
     Raises:
-        ValueError: wrong dtype, a number of bytes that does not fit the shape, a code that ``bits`` bits
-            cannot have made, or unsupported ``bits``.
+        ValueError: wrong dtype, a number of bytes that does not fit the shape, or unsupported ``bits``.
     """
     _check_bits(bits)
     numel = math.prod(shape)
     data = _bytes(packed, packed_bytes(numel, bits), f"shape {tuple(shape)} with {bits} bits a code")
-    if bits <= 4:
+    if bits == 4:
         codes = unpack_int4(data, numel)
-    elif bits < 8:
-        ones = np.unpackbits(data.cpu().numpy(), bitorder="little", count=numel * bits).reshape(numel, bits)
-        low = torch.from_numpy(np.packbits(ones, axis=1, bitorder="little")).view(torch.int8).reshape(-1)
-        # Two's complement of so many bits.
-        sign = 1 << (bits - 1)
-        codes = (low ^ sign) - sign
     elif bits == 8:
         codes = data.view(torch.int8)
-    else:
+    elif bits == 16:
         planes = data.view(torch.int8)
         # The conversion to int16 undoes the wrapping of the high plane above PLANES_MAX.
         codes = join_planes(planes[:numel], planes[numel:]).to(torch.int16)
-    return _integers(codes, *_code_range(bits), f"unpacking {bits}-bit codes").reshape(tuple(shape))
+    else:
+        ones = np.unpackbits(data.cpu().numpy(), bitorder="little", count=numel * bits).reshape(numel, bits)
+        filled = np.zeros((numel, 16), dtype=np.uint8)
+        filled[:, :bits] = ones
+        wide = np.packbits(filled, axis=1, bitorder="little").view("<i2").reshape(-1).astype(np.int32)
+        # Two's complement of so many bits.
+        sign = 1 << (bits - 1)
+        codes = torch.from_numpy((wide ^ sign) - sign).to(torch.int8 if bits < 8 else torch.int16)
+    return codes.reshape(tuple(shape))
 
 
 def _check_bits(bits: int) -> None:

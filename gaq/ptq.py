@@ -206,10 +206,12 @@ def distill(
     for p in parameters.values():
         p.requires_grad_(False)
     groups = []
-    for weight, factor, mean in zip(weights, factors, typical, strict=True):
+    for weight, quantizer, factor, mean in zip(weights, quantizers.values(), factors, typical, strict=True):
         size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
-        groups.append({"params": [weight.requires_grad_(True)], "lr": config.learning_rate * size})
-        groups.append({"params": [factor], "lr": 0.1 * config.learning_rate * mean})
+        # A code changes when its weight has moved by about a step, and steps double with every bit less.
+        rate = config.learning_rate * 2.0 ** max(8 - quantizer.bits, 0)
+        groups.append({"params": [weight.requires_grad_(True)], "lr": rate * size})
+        groups.append({"params": [factor], "lr": 0.1 * rate * mean})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.steps, 1), eta_min=0.0)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import gaq
+from gaq.bits import bits_of, granularity_of, group_of
 from gaq.quantizers.attention import BoundedGate, GridQuantizer
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
 from gaq.schema import QuantizationConfig
 from gaq.sites import Site
@@ -31,6 +33,7 @@ __all__ = [
     "is_kind",
     "require_state",
     "same_grid",
+    "settle_codes",
     "state_of",
     "unquantized",
     "weight_quantizers",
@@ -114,16 +117,14 @@ def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
 def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, WeightQuantizer]:
     """New quantizers for the weights of a site, by `WeightSite.path`."""
     weights = config.weights
-    bits = weights.bits
-    if bits is None:
+    if weights.bits is None:
         return {}
-    granularity = weights.granularity
-    if site.sensitive and weights.sensitive_bits is not None and weights.sensitive_bits > bits:
-        bits = weights.sensitive_bits
-        granularity = "per_channel" if granularity == "per_group" else granularity
-    elif (own := weights.first_bits if site.first else weights.mixing_bits if site.mixing else None) is not None:
-        bits = max(bits, own)
-        granularity = "per_channel" if granularity == "per_group" and bits == 16 else granularity
+    group = group_of(site, weights)
+    bits = bits_of(group, weights)
+    if group == "species":
+        assert site.embedding is not None
+        return {w.path: SpeciesWeightQuantizer(w.layout, bits, site.embedding) for w in site.weights}
+    granularity = granularity_of(bits, weights)
     return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
 
 
@@ -167,6 +168,13 @@ def finish_features(model: torch.nn.Module) -> None:
         quantizer.scalars_enabled = quantizer.vectors_enabled = True
         quantizer.vector_range_factor = 1.0
         quantizer.differentiable_twice = False
+
+
+def settle_codes(model: torch.nn.Module) -> None:
+    """Say that the weights of a model are codes now: they are not chosen anew."""
+    for module in model.modules():
+        if is_kind(module, SpeciesWeightQuantizer):
+            module.settle()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class WeightConfig:
     """How weights are stored.
 
     Attributes:
-        bits: 2 to 8, or 16 (two int8 planes); None leaves all weights in float.
+        bits: 2 to 16 (more than 8: two int8 planes); None leaves all weights in float.
         granularity: one scale per tensor, per output channel, or per group of inputs.
         group_size: inputs that share a scale when the granularity is ``per_group``.
         range: ``absmax`` (the largest weight sets the scale) or ``error`` (the scale that minimises
@@ -43,6 +43,12 @@ class WeightConfig:
         mixing_bits: bits of the weights of later interactions that act on everything that passes through, linear layers
             of node features and hidden layers of radial networks, and of that product where there are many species.
             None gives them ``bits`` like the rest.
+        species_bits: NequIP: bits of the self-connection, where the embedding it meets has at least four times as many
+            numbers as there are species: its codes are chosen together (`gaq.quantizers.species`), so that few bits
+            serve. None rounds it like the rest.
+        compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
+            weights stay this many times smaller than FP32 (`gaq.bits`; of MACE, whose files hold more than weights,
+            the file). A group whose bits are given keeps them.
     """
 
     bits: int | None = 8
@@ -53,6 +59,8 @@ class WeightConfig:
     sensitive_bits: int | None = 16
     first_bits: int | None = None
     mixing_bits: int | None = None
+    species_bits: int | None = None
+    compression: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,8 @@ class DistillationConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: structures per step.
-        learning_rate: of Adam, on the weights, relative to their root mean square.
+        learning_rate: of Adam, on the weights, relative to their root mean square; at 8 bits or more, and twice as much
+            for every bit less.
         max_structures: at most this many of the structures given serve as teacher input.
     """
 
@@ -231,15 +240,15 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED = {"granularity": "per_group", "group_size": 32, "first_bits": 8, "mixing_bits": 6}
+_GROUPED = {"granularity": "per_group", "group_size": 32, "sensitive_bits": None, "species_bits": 3, "compression": 7.0}
 # Four bits are further away from the float model, and need more and longer steps to come back to it.
 _FOUR_BITS: dict[str, Any] = {
-    "distillation": DistillationConfig(steps=1000, learning_rate=3e-3),
+    "distillation": DistillationConfig(steps=1000),
     "training": TrainingConfig(warm_start=True, learned_scales=True),
 }
 
 # With the sensitive tensors it makes nine tenths of the error of 8 bits; see benchmarks/sensitivity.py.
-_FIRST = WeightConfig(first_bits=16)
+_FIRST = WeightConfig(first_bits=16, species_bits=6)
 
 PRESETS: dict[str, QuantizationConfig] = {
     "w8a16": QuantizationConfig(preset="w8a16", weights=_FIRST),
@@ -248,7 +257,7 @@ PRESETS: dict[str, QuantizationConfig] = {
         weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
         **_FOUR_BITS,
     ),
-    "w8": dataclasses.replace(_weight_only(8, first_bits=16), preset="w8"),
+    "w8": dataclasses.replace(_weight_only(8, first_bits=16, species_bits=6), preset="w8"),
     "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4", **_FOUR_BITS),
     "w8a8": QuantizationConfig(
         preset="w8a8",

@@ -75,6 +75,9 @@ class Site:
         irreps: input and output, for display.
         attention: what the key ``attention`` bounds and rounds there, in place of `features`; None where it does not
             apply.
+        embedding: module with the embeddings of the species as ``weight``, shape (species, size), where its weights act
+            on products of features with these and have so many more numbers than species that their codes can be chosen
+            together; see `gaq.quantizers.species`.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Site:
     attention: AttentionSite | None = None
     first: bool = False
     mixing: bool = False
+    embedding: torch.nn.Module | None = None
 
 
 def settle_first(sites: Sequence[Site]) -> list[Site]:

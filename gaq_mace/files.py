@@ -238,7 +238,7 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     placed: dict[str, tuple[int, int, torch.dtype, int]] = {}
     for name, tensor in packed.quantized.items():
         bits = _pool_bits(tensor.bits)
-        kind = torch.bfloat16 if tensor.bits <= 8 else torch.float32
+        kind = torch.bfloat16 if torch.equal(tensor.scale, tensor.scale.bfloat16().float()) else torch.float32
         start = sum(t.numel() for t in scales[kind])
         scales[kind].append(tensor.scale.to(kind))
         placed[name] = (bits, pools[bits].add(tensor.codes), kind, start)
@@ -417,7 +417,7 @@ def _save_safetensors(packed: Packed, path: Path) -> None:
     table = {}
     for name, q in packed.quantized.items():
         tensors[f"codes:{name}"] = pack(q.codes, q.bits)
-        tensors[f"scale:{name}"] = q.scale.to(torch.bfloat16) if q.bits <= 8 else q.scale
+        tensors[f"scale:{name}"] = q.scale.to(torch.bfloat16)
         table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
     # Ranges of the atom's own were never observed, and are not stored.
     tensors.update({f"range:{name}": t for name, t in packed.ranges.items() if bool(t.any())})

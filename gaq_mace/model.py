@@ -7,6 +7,7 @@ class of its root, which packs itself when pickled and carries its configuration
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import gaq
 from gaq import quantized
+from gaq.bits import settle_bits
 from gaq.config import ConfigError, parse_config, resolve_overrides
 from gaq.quantized import (
     FORMAT,
@@ -161,6 +163,17 @@ def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> 
             module.configure(config.attention)
 
 
+FILE_OVERHEAD = 4096
+"""Bytes of a file besides codes and scales: names, configuration, and what codes of 9 to 15 bits take more than these."""
+
+
+def _file_bytes(model: torch.nn.Module) -> int:
+    """Size of the file of a float model in single precision."""
+    buffer = io.BytesIO()
+    torch.save(copy.deepcopy(model).float(), buffer)
+    return buffer.tell()
+
+
 def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     """Insert quantizers into a MACE model, in place.
 
@@ -186,6 +199,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     resolved = resolve_overrides(config, [site.name for site in sites])
     if all(c is None for c in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
+    config, resolved = settle_bits(config, sites, resolved, lambda: _file_bytes(model), FILE_OVERHEAD)
     _configure_attention(model, config)
     parameters = dict(model.named_parameters())
     for site in sites:

@@ -10,6 +10,7 @@ import torch
 
 import gaq
 from gaq import inspection, quantized
+from gaq.bits import settle_bits
 from gaq.config import ConfigError, QuantizationConfig, parse_config, resolve_overrides
 from gaq.quantized import (
     FORMAT,
@@ -19,6 +20,7 @@ from gaq.quantized import (
     finish_features,
     is_kind,
     require_state,
+    settle_codes,
     state_of,
 )
 from gaq.quantizers.attention import RobustAttention
@@ -97,6 +99,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     if all(c is None for c in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
     parameters = dict(model.named_parameters())
+    config, resolved = settle_bits(config, sites, resolved, lambda: sum(4 * p.numel() for p in parameters.values()))
     for site in sites:
         own = resolved[site.name]
         if own is None:
@@ -138,6 +141,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         quantizer.fix_scale(parameters[name], scale=tensor.scale)
         parameters[name].copy_(tensor.dequantize().to(parameters[name]))
         state.weights[name] = FixedWeight(tensor.bits, tensor.granularity, tensor.group_size, tensor.scale)
+    settle_codes(model)
     finish_features(model)
     state.status = "converted"
     return model

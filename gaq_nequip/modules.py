@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.quantized import StoredState, is_kind, require_state, same_grid, state_of
+from gaq.quantized import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.sites import Site
@@ -269,6 +269,8 @@ class _QuantizedRoot:
             )
         own.resumed = True
         own.status = stored.meta["status"]
+        if own.status != "training":
+            settle_codes(model)
         own.notes = dict(stored.meta.get("notes", {}))
         own.weights = dict(stored.weights)
         stored.load_ranges(model, weight_quantizers(model))

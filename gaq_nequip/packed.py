@@ -16,7 +16,8 @@ __all__ = ["PackedWeight"]
 class PackedWeight(torch.nn.Module):
     """Stands where a `gaq.quantizers.weights.WeightQuantizer` stood, with the codes of the weight it rounded.
 
-    The codes are buffers, never parameters: int8, two 4-bit codes a byte in uint8, or int16; the scales are bfloat16.
+    The codes are buffers, never parameters: int8 or int16 where they have 8 or 16 bits, else packed (`gaq.packing`) in
+    uint8; the scales are bfloat16.
     ``codes * scale`` is exact in float32 and float64, so that both give the weights that were trained.
 
     Args:
@@ -37,10 +38,10 @@ class PackedWeight(torch.nn.Module):
         segments = tensor.layout.segments(tensor.granularity, tensor.group_size)
         self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
         flat = tensor.codes.reshape(-1).cpu()
-        if tensor.bits <= 4:
-            codes = pack(flat, 4)
+        if tensor.bits in (8, 16):
+            codes = flat.to(torch.int8 if tensor.bits == 8 else torch.int16)
         else:
-            codes = flat.to(torch.int8 if tensor.bits <= 8 else torch.int16)
+            codes = pack(flat, tensor.bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", tensor.scale.reshape(-1).to(torch.bfloat16).cpu())
 
@@ -50,12 +51,21 @@ class PackedWeight(torch.nn.Module):
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale))
 
     def integers(self) -> Tensor:
-        """The codes, flat, int8 or int16."""
-        if self.bits > 4:
+        """The codes, flat, in a type of integers that holds them."""
+        if self.bits in (8, 16):
             return self.codes
-        nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]
-        # Two's complement of four bits: 8 ... 15 stand for -8 ... -1.
-        return (nibbles ^ 8).to(torch.int8) - 8
+        if self.bits == 4:
+            nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]
+            # Two's complement of four bits: 8 ... 15 stand for -8 ... -1.
+            return (nibbles ^ 8).to(torch.int8) - 8
+        # A stream of bits: eight codes lie in as many bytes as a code has bits.
+        whole = -(-self.numel // 8)
+        stream = torch.nn.functional.pad(self.codes, (0, whole * self.bits - self.codes.numel()))
+        ones = (stream.view(-1, 1) >> torch.arange(8, device=stream.device, dtype=torch.uint8)) & 1
+        powers = 2 ** torch.arange(self.bits, device=stream.device, dtype=torch.int32)
+        wide = (ones.view(-1, self.bits) * powers).sum(1, dtype=torch.int32)[: self.numel]
+        sign = 1 << (self.bits - 1)
+        return (wide ^ sign) - sign
 
     def tensor(self) -> QuantizedTensor:
         """Codes and scales as they were given."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ _TWO_BODY_PARTS = (
     "first_layer_env_embed",
 )
 _FIRST_RADIAL = ("edge_mlp.mlp.0", "edge_key", "basis_linear.mlp.0", "basis_linear.mlp.weights", "class_embed")
+FEW = 4
+"""Types are few where the embedding has at least this many numbers for each of them."""
+
 _READOUTS = ("per_atom_energy_readout", "edge_readout")
 
 
@@ -139,6 +143,18 @@ class _Finder:
         layers = [own for own, module in self.modules.items() if class_name(module) == "ScalarLinearLayer"]
         return name != [own for own in layers if own.rsplit(".", 1)[0] == network][-1]
 
+    def embedding(self, product: Any) -> torch.nn.Module | None:
+        """The table of type embeddings that a self-connection multiplies with, if types are few beside its columns."""
+        embeds = [m for m in self.modules.values() if class_name(m) == "NodeTypeEmbed"]
+        if len(embeds) != 1 or embeds[0].do_categorical_graph_field_embed:
+            return None
+        modes = {instruction.connection_mode for instruction in product.instructions}
+        table: Any = embeds[0].embed_module
+        size = int(table.embedding_dim)
+        scalars = all(ir.l == 0 for _, ir in product.irreps_in2) and int(product.irreps_in2.dim) == size
+        few = FEW * int(table.num_embeddings) <= size
+        return table if few and scalars and modes == {"uvw"} else None
+
     def sites(self) -> Iterator[Site]:
         for name, module in self.modules.items():
             yield from self._of(name, module, class_name(module))
@@ -177,7 +193,8 @@ class _Finder:
                 yield site("linear", (weight,), features, ROUNDED, irreps)
         elif kind == "FullyConnectedTensorProduct" and module.internal_weights and module.weight_numel > 0:
             weight, features, irreps = _tensor_product(name, module)
-            yield site("tensor_product", (weight,), features, ROUNDED, irreps)
+            own = site("tensor_product", (weight,), features, ROUNDED, irreps)
+            yield replace(own, embedding=self.embedding(module) if name.endswith(".conv.sc") else None)
         elif kind == "ScalarLinearLayer":
             shape = (int(module.in_features), int(module.out_features))
             weight = WeightSite("", "weight", WeightLayout.single(shape, 0))

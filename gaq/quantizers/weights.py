@@ -115,6 +115,11 @@ class WeightLayout:
                 add(block.offset + groups * group_size * math.prod(columns), (rest, *columns), 0)
         return segments
 
+    def scales(self, granularity: str, group_size: int) -> int:
+        """Number of scales."""
+        last = self.segments(granularity, group_size)[-1]
+        return last.scale_offset + math.prod(last.scale_shape)
+
     def scale_index(self, granularity: str, group_size: int) -> Tensor:
         """For each weight the number of its scale, shape (numel,), int64."""
         index = torch.empty(self.numel, dtype=torch.int64)
@@ -214,7 +219,7 @@ class WeightQuantizer(torch.nn.Module):
 
     Args:
         layout: of the weight.
-        bits: 2 to 8, or 16.
+        bits: 2 to 16.
         granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
         group_size: inputs a scale for ``per_group``.
     """
@@ -237,7 +242,7 @@ class WeightQuantizer(torch.nn.Module):
         self.scale_is_learned = False
         segments = layout.segments(granularity, group_size)
         self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
-        self.groups = segments[-1].scale_offset + math.prod(segments[-1].scale_shape)
+        self.groups = layout.scales(granularity, group_size)
         # None of these is persistent: the state dict of a model keeps the host's own keys.
         self.register_buffer("range_ratio", torch.ones(self.groups), persistent=False)
         self.register_buffer("fixed_step", torch.ones(self.groups), persistent=False)

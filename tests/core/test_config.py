@@ -68,7 +68,9 @@ def test_presets_are_what_their_names_say() -> None:
 
 def test_all_forms_of_a_mapping_give_the_same(tmp_path: Path) -> None:
     expected = parse_config(MAPPING)
-    assert expected.weights == WeightConfig(bits=5, granularity="per_channel", first_bits=8, mixing_bits=6)
+    assert expected.weights == WeightConfig(
+        bits=5, granularity="per_channel", sensitive_bits=None, species_bits=3, compression=7.0
+    )
     assert expected.scalars == ScalarConfig(bits=None)
     assert expected.vectors == VectorConfig(magnitude_bits=10, direction_bits=12, magnitude="log")
     # What is not named stays as in the preset.
@@ -95,7 +97,7 @@ def test_dictionary_round_trips(spec: Any) -> None:
 
 def test_null_means_float() -> None:
     config = parse_config({"weights": None})
-    assert config.weights == WeightConfig(bits=None, first_bits=16)
+    assert config.weights == WeightConfig(bits=None, first_bits=16, species_bits=6)
     assert config.scalars == ScalarConfig()
     assert parse_config({"vectors": None}).vectors == VectorConfig(magnitude_bits=None)
     assert parse_config({"weights": {"bits": None, "sensitive_bits": None}}).weights.sensitive_bits is None
@@ -241,12 +243,12 @@ def test_a_flag_is_true_or_false(value: Any) -> None:
     assert parse_config({"radial_activations": True}).radial_activations
 
 
-@pytest.mark.parametrize("key", ["bits", "sensitive_bits", "first_bits", "mixing_bits"])
-@pytest.mark.parametrize("bits", [-8, 0, 1, 9, 12, 15, 17, 32])
+@pytest.mark.parametrize("key", ["bits", "sensitive_bits", "first_bits", "mixing_bits", "species_bits"])
+@pytest.mark.parametrize("bits", [-8, 0, 1, 17, 32])
 def test_impossible_weight_widths(key: str, bits: int) -> None:
     text = message({"weights": {key: bits}})
     assert text.startswith(f"quantization.weights.{key}: {bits} bits cannot be stored")
-    assert "choose one of 2, 3, 4, 5, 6, 7, 8, 16 or null" in text
+    assert "choose one of 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 or null" in text
 
 
 @pytest.mark.parametrize("key", ["scalars.bits", "vectors.magnitude_bits", "vectors.direction_bits", "attention.bits"])
@@ -342,7 +344,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "is not valid YAML"),
         (b"", "expected a preset name or a mapping, got None"),
         (b"- w8\n", "expected a preset name or a mapping, got ['w8']"),
-        (b"weights: {bits: 9}", "quantization.weights.bits: 9 bits cannot be stored"),
+        (b"weights: {bits: 17}", "quantization.weights.bits: 17 bits cannot be stored"),
     ):
         file = tmp_path / "wrong.yml"
         file.write_bytes(content)
@@ -366,8 +368,8 @@ def test_everything_null() -> None:
 
 
 def test_configurations_made_in_python_are_checked_too() -> None:
-    made = QuantizationConfig(weights=WeightConfig(bits=9))
-    assert message(made).startswith("quantization.weights.bits: 9 bits cannot be stored")
+    made = QuantizationConfig(weights=WeightConfig(bits=17))
+    assert message(made).startswith("quantization.weights.bits: 17 bits cannot be stored")
     made = QuantizationConfig(vectors=VectorConfig(codebook="geodesic"))
     assert "too large to search" in message(made)
     assert "'mine' is not a preset" in message(QuantizationConfig(preset="mine"))
@@ -391,7 +393,7 @@ def test_overrides_are_a_mapping(wrong: Any) -> None:
         ({"bits": 8}, "quantization.overrides['a.*'].bits: unknown key."),
         ({"weights": {"bit": 8}}, "quantization.overrides['a.*'].weights.bit: unknown key. Did you mean 'bits'?"),
         ({"weights": {"bits": "8"}}, "quantization.overrides['a.*'].weights.bits: expected int or null, got '8'."),
-        ({"weights": {"bits": 9}}, "quantization.overrides['a.*'].weights.bits: 9 bits cannot be stored"),
+        ({"weights": {"bits": 17}}, "quantization.overrides['a.*'].weights.bits: 17 bits cannot be stored"),
         ({"scalars": {"bits": 1}}, "quantization.overrides['a.*'].scalars.bits: 1 bits cannot be stored"),
         ({"vectors": {"scheme": "md"}}, "quantization.overrides['a.*'].vectors.scheme: 'md' is not one of mddq, "),
         ({"calibration": {"frames": 0}}, "quantization.overrides['a.*'].calibration.frames: 0 is too small"),

@@ -78,7 +78,8 @@ def test_presets(
     weights = quantized_weights(model)
     config = state_of(model).config
     own = config.weights
-    assert {q.bits for q in weights.values()} <= {own.bits, own.sensitive_bits, own.first_bits, own.mixing_bits}
+    groups = {own.bits, own.sensitive_bits, own.first_bits, own.mixing_bits, own.species_bits}
+    assert {q.bits for q in weights.values()} <= groups
     rounds = bool(feature_quantizers(model))
     assert rounds == config.rounds_activations
     energies, forces = evaluate(model, structures)

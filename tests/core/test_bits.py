@@ -1,0 +1,127 @@
+"""Which weights have how many bits, and how a size is shared among them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gaq.bits import GROUPS, HIGHEST_LEVEL, LAGS, bits_of, granularity_of, group_of, settle_bits, spend, weight_bytes
+from gaq.config import PRESETS, parse_config, resolve_overrides
+from gaq.quantizers.weights import WeightLayout
+from gaq.schema import WeightConfig
+from gaq.sites import Site, WeightSite
+
+W4 = PRESETS["w4"].weights
+
+
+def _site(name: str, shape: tuple[int, int], group: str = "rest", embedding: torch.nn.Module | None = None) -> Site:
+    weights = (WeightSite("", "weight", WeightLayout.single(shape, 0)),)
+    flags = {"first": group == "first", "mixing": group == "mixing"}
+    module = torch.nn.Identity()
+    sensitive = group == "sensitive"
+    return Site(name, module, "linear", weights, None, "", sensitive, False, "", **flags, embedding=embedding)
+
+
+def _model(scale: int = 1) -> list[Site]:
+    sizes = {"sensitive": 20, "first": 200, "mixing": 300, "rest": 500}
+    return [_site(group, (64 * scale, n), group) for group, n in sizes.items()]
+
+
+def _bits(weights: WeightConfig) -> list[int]:
+    return [bits_of(group, weights) for group in GROUPS]
+
+
+def test_groups() -> None:
+    table = torch.nn.Embedding(3, 64)
+    for group in GROUPS:
+        assert group_of(_site("a", (64, 8), group), W4) == group
+        assert group_of(_site("a", (64, 8), group, table), W4) == "species"
+        # Without bits of their own such products are as they stand.
+        assert group_of(_site("a", (64, 8), group, table), WeightConfig()) == group
+    assert bits_of("species", W4) == 3
+    assert [bits_of(g, PRESETS["gaq"].weights) for g in (*GROUPS, "species")] == [16, 16, 8, 8, 6]
+    assert bits_of("first", WeightConfig(bits=8, first_bits=4)) == 8
+
+
+def test_scales_are_shared_by_groups_at_few_bits_only() -> None:
+    assert [granularity_of(b, W4) for b in (3, 4, 5, 6, 8, 16)] == ["per_group"] * 3 + ["per_channel"] * 3
+    assert granularity_of(4, WeightConfig(granularity="per_tensor")) == "per_tensor"
+
+
+def test_bytes_of_codes_and_scales() -> None:
+    site = _site("a", (64, 8))
+    assert weight_bytes([site], WeightConfig(bits=6)) == 64 * 8 * 6 // 8 + 2 * 8
+    assert weight_bytes([site], dataclasses.replace(W4, compression=None)) == 64 * 8 // 2 + 2 * 16
+    product = _site("a", (64, 8), embedding=torch.nn.Embedding(3, 64))
+    assert weight_bytes([product, site], W4) == 64 * 8 * 3 // 8 + 2 * 8 + 64 * 8 // 2 + 2 * 16
+
+
+@given(st.floats(1.5, 12.0))
+def test_as_many_bits_as_fit(ratio: float) -> None:
+    sites = _model()
+    total = sum(4 * site.weights[0].layout.numel for site in sites)
+    found = spend(sites, W4, total / ratio)
+    assert found.compression is None
+    bits = _bits(found)
+    least = weight_bytes(sites, dataclasses.replace(W4, compression=None))
+    assert weight_bytes(sites, found) <= max(total / ratio, least)
+    level = max(bits[0] - 4, 0)
+    # The groups keep their distances, but for what was left over.
+    for group, own in zip(GROUPS, bits, strict=True):
+        assert own - (4 + max(level - LAGS[group], 0)) in (-1, 0, 1), (group, bits)
+    assert level <= HIGHEST_LEVEL + 1
+    if level < HIGHEST_LEVEL and bits != [4, 4, 4, 4]:
+        more = dataclasses.replace(found, bits=bits[3] + 1, **{f"{g}_bits": b + 1 for g, b in zip(GROUPS[:3], bits)})
+        assert weight_bytes(sites, more) > total / ratio
+
+
+def test_examples() -> None:
+    sites = _model()
+    total = sum(4 * site.weights[0].layout.numel for site in sites)
+    expected = {1: [12, 10, 9, 8], 3: [12, 10, 9, 8], 4: [11, 9, 8, 6], 5: [10, 8, 6, 5], 7: [7, 4, 4, 4], 20: [4] * 4}
+    for ratio, bits in expected.items():
+        assert _bits(spend(sites, W4, total / ratio)) == bits
+    # What is given stays, and the others share the rest.
+    fixed = dataclasses.replace(W4, sensitive_bits=16, first_bits=8)
+    assert _bits(spend(sites, fixed, total / 5)) == [16, 8, 6, 4]
+
+
+def test_overrides_have_a_budget_of_their_own() -> None:
+    sites = [*_model(), _site("other", (64, 100))]
+    names = [site.name for site in sites]
+    total = sum(4 * site.weights[0].layout.numel for site in sites)
+
+    def settle(spec: object) -> tuple[WeightConfig, dict[str, WeightConfig | None]]:
+        config = parse_config(spec)
+        resolved = resolve_overrides(config, names)
+        top, own = settle_bits(config, sites, resolved, lambda: float(total))
+        return top.weights, {name: None if c is None else c.weights for name, c in own.items()}
+
+    top, own = settle({"preset": "w4", "overrides": {"other": None}})
+    assert own["other"] is None and own["rest"] == top and top.compression is None
+    expected = spend(_model(), W4, (total - 4 * 6400) / 7)
+    assert top == expected
+    top, own = settle({"preset": "gaq", "overrides": {"other": "w4"}})
+    assert top == PRESETS["gaq"].weights and own["other"] == spend([sites[-1]], W4, 4 * 6400 / 7)
+    top, own = settle({"preset": "w4", "overrides": {"other": {"weights": {"bits": 5}}}})
+    assert own["other"] == dataclasses.replace(
+        W4, bits=5, sensitive_bits=None, first_bits=None, mixing_bits=None, species_bits=None, compression=None
+    )
+    # Nothing to settle: nothing is asked for.
+    config = parse_config("gaq")
+
+    def never() -> float:
+        raise AssertionError
+
+    same, _ = settle_bits(config, sites, resolve_overrides(config, names), never)
+    assert same is config
+
+
+def test_a_size_can_be_asked_for_in_any_preset() -> None:
+    assert parse_config({"preset": "gaq", "weights": {"compression": 5}}).weights.compression == 5.0
+    with pytest.raises(ValueError, match="weights.compression: 1"):
+        parse_config({"weights": {"compression": 1}})
