@@ -56,6 +56,7 @@ SCHEMES = ("mddq", "components")
 CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
 FRAMES = ("local", "fixed")
 MAGNITUDES = ("linear", "log")
+TIMES = ("throughout", "at_end")
 
 
 class ConfigError(ValueError):
@@ -72,6 +73,7 @@ _CHOICES = {
     "vectors.codebook": CODEBOOKS,
     "vectors.frame": FRAMES,
     "vectors.magnitude": MAGNITUDES,
+    "training.round_weights": TIMES,
 }
 _ALL_BITS = tuple(range(2, 17))
 _BITS: dict[str, tuple[int, ...]] = {

@@ -35,6 +35,7 @@ __all__ = [
     "distill",
     "gptq",
     "observe_ranges",
+    "round_at_end",
     "sensitivity_scan",
     "warm_start",
 ]
@@ -209,7 +210,7 @@ def distill(
     for weight, quantizer, factor, mean in zip(weights, quantizers.values(), factors, typical, strict=True):
         size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
         # A code changes when its weight has moved by about a step, and steps double with every bit less.
-        rate = config.learning_rate * 2.0 ** max(8 - quantizer.bits, 0)
+        rate = config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
         groups.append({"params": [weight.requires_grad_(True)], "lr": rate * size})
         groups.append({"params": [factor], "lr": 0.1 * rate * mean})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -302,6 +303,38 @@ def warm_start(
     Returns:
         Lines for the log.
     """
+    return _calibrate_together(
+        adapter, model, structures, config, "Warm start", "training.warm_start: false leaves it out"
+    )
+
+
+def round_at_end(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
+) -> list[str]:
+    """`calibrate_weights` of weights that were trained in float; the scales they end with are held afterwards.
+
+    Processes that train together all do the same, and end with the weights of the first.
+
+    Returns:
+        Lines for the log.
+    """
+    for quantizer in adapter.weight_quantizers(model).values():
+        quantizer.scale_is_fixed = False
+    lines = _calibrate_together(adapter, model, structures, config, "Weights rounded", "the float model: as trained")
+    parameters = dict(model.named_parameters())
+    for name, quantizer in adapter.weight_quantizers(model).items():
+        quantizer.refresh_scale(parameters[name])
+    return lines
+
+
+def _calibrate_together(
+    adapter: Adapter,
+    model: torch.nn.Module,
+    structures: Sequence[Any],
+    config: QuantizationConfig,
+    what: str,
+    note: str,
+) -> list[str]:
     start = time.perf_counter()
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not shared or torch.distributed.get_rank() == 0
@@ -317,9 +350,9 @@ def warm_start(
     if result is None:
         return []
     return [
-        f"Warm start: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated rounding, "
+        f"{what}: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated rounding, "
         f"{result.after:.2f} after {result.steps} steps of self-distillation on {result.structures} training "
-        f"structures ({time.perf_counter() - start:.0f} s, no labels; training.warm_start: false leaves it out)"
+        f"structures ({time.perf_counter() - start:.0f} s, no labels; {note})"
     ]
 
 

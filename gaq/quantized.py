@@ -1,6 +1,7 @@
 """What quantized models of every framework share: their state, their quantizers, the codes of their weights."""
 
 import base64
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from gaq.sites import Site
 
 __all__ = [
     "FORMAT",
+    "UNFINISHED",
     "FixedWeight",
     "ModelFileError",
     "ModelState",
@@ -32,10 +34,12 @@ __all__ = [
     "fixed_codes",
     "is_kind",
     "require_state",
+    "round_weights",
     "same_grid",
     "settle_codes",
     "state_of",
     "unquantized",
+    "warn_if_unfinished",
     "weight_quantizers",
 ]
 
@@ -43,6 +47,12 @@ Kind = TypeVar("Kind", bound=torch.nn.Module)
 
 FORMAT = 1
 """Version of the stored form; a file of a later one is refused."""
+
+
+UNFINISHED = "weights_unrounded"
+"""Note in the state of a model from a run that rounds its weights at its end, and has not ended."""
+
+logger = logging.getLogger(__name__)
 
 
 class ModelFileError(ValueError):
@@ -99,6 +109,16 @@ def require_state(model: torch.nn.Module) -> ModelState:
     if state is None:
         raise ValueError("this model is not quantized: call gaq.prepare(model, 'gaq') first.")
     return state
+
+
+def warn_if_unfinished(state: ModelState) -> None:
+    """Say so where weights are about to be rounded as a run that was cut off has left them."""
+    if state.status == "training" and state.notes.get(UNFINISHED):
+        logger.warning(
+            "The run this checkpoint is of rounds its weights when it is over, and it is not: they are now rounded to "
+            "nearest, which costs accuracy. Let the run end (restart it), or train with "
+            "`training: {round_weights: throughout}`."
+        )
 
 
 def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
@@ -168,6 +188,13 @@ def finish_features(model: torch.nn.Module) -> None:
         quantizer.scalars_enabled = quantizer.vectors_enabled = True
         quantizer.vector_range_factor = 1.0
         quantizer.differentiable_twice = False
+
+
+def round_weights(model: torch.nn.Module, rounded: bool) -> None:
+    """Switch the rounding of all weights of a model on or off."""
+    for module in model.modules():
+        if is_kind(module, WeightQuantizer):
+            module.enabled = rounded
 
 
 def settle_codes(model: torch.nn.Module) -> None:

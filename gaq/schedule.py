@@ -63,10 +63,16 @@ def describe_schedule(config: QuantizationConfig) -> list[str]:
         f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
         f"vectors {_bits(vectors.magnitude_bits)}"
     ]
-    branches = [("weights", config.weights.bits), ("scalars", config.scalars.bits)]
+    late = config.rounds_weights_at_end
+    branches = [("weights", None if late else config.weights.bits), ("scalars", config.scalars.bits)]
     at_once = " and ".join(name for name, bits in branches if bits is not None)
     if at_once:
         lines.append(f"{at_once.capitalize()} are rounded from the first epoch")
+    if late:
+        lines.append(
+            "Weights are trained in float and rounded when training is over, by calibration on the training structures "
+            "(training.round_weights: throughout rounds them all the while)"
+        )
     if vectors.magnitude_bits is not None:
         annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
         lines.append(

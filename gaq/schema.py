@@ -175,11 +175,15 @@ class DistillationConfig:
 class TrainingConfig:
     """How a quantization-aware training goes.
 
-    The first two are about models that are trained already (fine-tuning). The presets of 4 bits have both; at 8 bits
-    plain rounding is near enough to begin from. A model that is trained from scratch has no use for either: its weights
-    still have to find their sizes, and scales follow them from epoch to epoch.
+    `warm_start` and `learned_scales` are about weights that are rounded throughout, and about models that are trained
+    already (fine-tuning). A model that is trained from scratch has no use for either: its weights still have to find
+    their sizes, and scales follow them from epoch to epoch.
 
     Attributes:
+        round_weights: ``throughout``, or ``at_end``: features are rounded in training, weights once it is over, by
+            calibration on the training structures with the forces of the weights just trained as labels (with
+            ``weights.rounding`` and ``distillation``). The presets of 4 bits do the latter: labels leave gradients that
+            keep weights hopping over thresholds, those forces do not.
         warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
             does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
             starts near the float model and not from plain rounding.
@@ -188,6 +192,7 @@ class TrainingConfig:
             that are deployed, and not the ones beneath the rounding (see `gaq.averaging`).
     """
 
+    round_weights: str = "throughout"
     warm_start: bool = False
     learned_scales: bool = False
     average_rounded: bool = True
@@ -226,6 +231,11 @@ class QuantizationConfig:
         return plain
 
     @property
+    def rounds_weights_at_end(self) -> bool:
+        """Whether weights are rounded when training is over, and not before."""
+        return self.weights.bits is not None and self.training.round_weights == "at_end"
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether anything that depends on positions is rounded."""
         attention = self.attention is not None and self.attention.bits is not None
@@ -240,11 +250,17 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED = {"granularity": "per_group", "group_size": 32, "sensitive_bits": None, "species_bits": 3, "compression": 7.0}
+_GROUPED = {
+    "granularity": "per_group",
+    "group_size": 32,
+    "sensitive_bits": None,
+    "species_bits": 3,
+    "compression": 7.0,
+}
 # Four bits are further away from the float model, and need more and longer steps to come back to it.
 _FOUR_BITS: dict[str, Any] = {
     "distillation": DistillationConfig(steps=1000),
-    "training": TrainingConfig(warm_start=True, learned_scales=True),
+    "training": TrainingConfig(round_weights="at_end", warm_start=True, learned_scales=True),
 }
 
 # With the sensitive tensors it makes nine tenths of the error of 8 bits; see benchmarks/sensitivity.py.

@@ -88,10 +88,18 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # An engine belongs to the weights it was made from.
-        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
+        # An engine belongs to the weights it was made from, and what is left to do to the model of a run.
+        own = {key: value for key, value in self.__dict__.items() if key not in ("gaq_engine", "gaq_finish")}
         torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
         return new
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; after a training whose weights are rounded at its end, that is done to what was loaded."""
+        loaded = super().load_state_dict(*args, **kwargs)
+        finish = self.__dict__.get("gaq_finish")
+        if finish is not None:
+            finish(self)
+        return loaded
 
     def get_extra_state(self) -> Tensor:
         """Configuration and ranges, as bytes, so that checkpoints and rebuilt models keep them."""
@@ -164,7 +172,7 @@ def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> 
 
 
 FILE_OVERHEAD = 4096
-"""Bytes of a file besides codes and scales: names, configuration, and what codes of 9 to 15 bits take more than these."""
+"""Bytes of a file besides codes and scales: names, configuration, and what codes of 9 to 15 bits take beyond these."""
 
 
 def _file_bytes(model: torch.nn.Module) -> int:
@@ -312,6 +320,8 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
     _configure_attention(model, config)
     sites = find_sites(model)
     resolved = resolve_overrides(config, [site.name for site in sites])
+    # The bits of the model itself are stored, those of its overrides follow from their sites.
+    _, resolved = settle_bits(config, sites, resolved, lambda: 0.0)
     for site in sites:
         own = resolved[site.name]
         if own is None:

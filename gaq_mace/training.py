@@ -16,8 +16,8 @@ from gaq.averaging import averaging_deployed
 from gaq.config import CalibrationConfig, VectorConfig, parse_config
 from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
-from gaq.ptq import warm_start
-from gaq.quantized import require_state
+from gaq.ptq import round_at_end, warm_start
+from gaq.quantized import require_state, round_weights
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
@@ -128,12 +128,14 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if state is None:
         return original(*args, **kwargs)
     optimizer = kwargs["optimizer"]
+    late = state.config.rounds_weights_at_end
+    model.__dict__.pop("gaq_finish", None)
     if state.resumed:
         logging.info("Quantization ranges taken from the checkpoint")
     else:
         # The weights may have come from a float checkpoint since the quantizers were made.
         search_ranges(model)
-        if state.pretrained and state.config.training.warm_start:
+        if state.pretrained and state.config.training.warm_start and not late:
             data = kwargs["train_loader"].dataset
             for line in warm_start(_TrainingData(kwargs["device"]), model, data, state.config):
                 logging.info(line)
@@ -144,17 +146,43 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     set_branches(model, DEPLOYED, observing=False)
     learner = None
     # A line search needs the same function at every step.
-    if state.pretrained and state.config.training.learned_scales and not isinstance(optimizer, torch.optim.LBFGS):
+    learned = state.pretrained and state.config.training.learned_scales and not late
+    if learned and not isinstance(optimizer, torch.optim.LBFGS):
         if not state.resumed:
             refresh_scales(model)
         learner = ScaleLearner(weight_quantizers(model))
         learner.attach(optimizer)
+    round_weights(model, not late)
     try:
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if late:
+            model.__dict__["gaq_finish"] = _Finish(kwargs["train_loader"].dataset, kwargs["device"])
+        return result
     finally:
+        round_weights(model, True)
         set_branches(model, DEPLOYED, observing=False)
         if learner is not None:
             learner.finish()
+
+
+class _Finish:
+    """Rounds the weights that MACE loads when training is over: those of the best epoch, or of the best of a stage.
+
+    Args:
+        dataset: the training structures, as MACE has them.
+        device: of the model.
+    """
+
+    def __init__(self, dataset: Any, device: torch.device) -> None:
+        self.dataset = dataset
+        self.device = device
+
+    def __call__(self, model: torch.nn.Module) -> None:
+        """Calibrate the rounding of a model's weights."""
+        search_ranges(model)
+        with torch.enable_grad():
+            for line in round_at_end(_TrainingData(self.device), model, self.dataset, require_state(model).config):
+                logging.info(line)
 
 
 def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

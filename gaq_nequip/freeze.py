@@ -19,7 +19,7 @@ from nequip.data import AtomicDataDict
 from nequip.nn.embedding.node import NodeTypeEmbed
 from torch import Tensor
 
-from gaq.quantized import finish_features, is_kind, require_state
+from gaq.quantized import finish_features, is_kind, require_state, warn_if_unfinished
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
 from gaq.sites import Site
 from gaq_nequip.modules import site_quantizers
@@ -183,6 +183,7 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
     state = require_state(model)
     if state.status == "frozen":
         return model
+    warn_if_unfinished(state)
     model.eval()
     finish_features(model)
     state.notes["float_weight_bytes"] = 4 * sum(p.numel() for p in model.parameters())

@@ -22,6 +22,7 @@ from gaq.quantized import (
     require_state,
     settle_codes,
     state_of,
+    warn_if_unfinished,
 )
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor
@@ -135,6 +136,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     state = require_state(model)
     if state.status != "training":
         return model
+    warn_if_unfinished(state)
     parameters = dict(model.named_parameters())
     for name, quantizer in modules.weight_quantizers(model).items():
         tensor = quantizer.quantized(parameters[name])

@@ -193,8 +193,8 @@ class _Finder:
                 yield site("linear", (weight,), features, ROUNDED, irreps)
         elif kind == "FullyConnectedTensorProduct" and module.internal_weights and module.weight_numel > 0:
             weight, features, irreps = _tensor_product(name, module)
-            own = site("tensor_product", (weight,), features, ROUNDED, irreps)
-            yield replace(own, embedding=self.embedding(module) if name.endswith(".conv.sc") else None)
+            product = site("tensor_product", (weight,), features, ROUNDED, irreps)
+            yield replace(product, embedding=self.embedding(module) if name.endswith(".conv.sc") else None)
         elif kind == "ScalarLinearLayer":
             shape = (int(module.in_features), int(module.out_features))
             weight = WeightSite("", "weight", WeightLayout.single(shape, 0))

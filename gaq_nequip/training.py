@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -19,14 +20,14 @@ from gaq.config import ConfigError, QuantizationConfig, parse_config
 from gaq.inspection import rows as inspection_rows
 from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
-from gaq.ptq import warm_start
-from gaq.quantized import feature_quantizers, require_state, state_of, unquantized
+from gaq.ptq import round_at_end, warm_start
+from gaq.quantized import UNFINISHED, feature_quantizers, require_state, round_weights, state_of, unquantized
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_nequip.adapter import NequIPAdapter
-from gaq_nequip.model import graph_models, prepare, quantized_weights
+from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
 from gaq_nequip.modules import hold_scales, weight_quantizers
 from gaq_nequip.sites import find_sites
 
@@ -194,10 +195,14 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in _quantized_models(pl_module):
             state = require_state(model)
             state.holds_scales = True
+            late = state.config.rounds_weights_at_end
+            round_weights(model, not late)
+            if late:
+                state.notes[UNFINISHED] = True
             if state.resumed:
                 continue
             hold_scales(model)
-            if state.pretrained and state.config.training.warm_start:
+            if state.pretrained and state.config.training.warm_start and not state.config.rounds_weights_at_end:
                 loader = trainer.datamodule.train_dataloader()
                 with _eager(model), torch.enable_grad():
                     data = _TrainingData(loader.collate_fn, pl_module.device)
@@ -221,7 +226,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._averaging.enter_context(averaging_deployed(average, "update_parameters", parameters, quantizers))
         for model in _quantized_models(pl_module):
             state = require_state(model)
-            if not (state.pretrained and state.config.training.learned_scales):
+            training = state.config.training
+            if not (state.pretrained and training.learned_scales) or state.config.rounds_weights_at_end:
                 continue
             if getattr(model, "is_compile_graph_model", False):
                 logger.info("Scales are not trained in a train-time compiled model: they follow the weights")
@@ -241,6 +247,60 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for learner in self._learners:
             learner.finish()
         self._learners = []
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Round weights that were trained in float, in every checkpoint that the run has kept.
+
+        What training goes on from stays in them: where NequIP averages, the averaged weights alone are rounded.
+        """
+        models = _quantized_models(pl_module)
+        if not self._config(pl_module).rounds_weights_at_end:
+            return
+        for model in models:
+            round_weights(model, True)
+        # The last and the best checkpoint are often the same, and so is often what is in memory.
+        done: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+        def finished(given: dict[str, Tensor]) -> dict[str, Tensor]:
+            for before, after in done:
+                if before.keys() == given.keys() and all(torch.equal(before[key], given[key]) for key in before):
+                    return after
+            pl_module.load_state_dict(given)
+            self._finish(trainer, pl_module)
+            done.append((given, _copy(pl_module.state_dict())))
+            return done[-1][1]
+
+        present = _copy(pl_module.state_dict())
+        for path in _kept_checkpoints(trainer):
+            stored = torch.load(path, map_location=pl_module.device, weights_only=False)
+            stored["state_dict"] = finished(_copy(stored["state_dict"]))
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                part = path.with_name(path.name + ".part")
+                torch.save(stored, part)
+                part.replace(path)
+            trainer.strategy.barrier()
+            logger.info(f"The weights in {path} are rounded")
+        pl_module.load_state_dict(finished(present))
+
+    @staticmethod
+    def _finish(trainer: Any, module: Any) -> None:
+        """Round the weights of a training module: the averaged ones where there are any."""
+        average = getattr(module, "ema", None)
+        if average is not None:
+            average.swap_parameters(module.model)
+        loader = trainer.datamodule.train_dataloader()
+        data = _TrainingData(loader.collate_fn, module.device)
+        for model in _quantized_models(module):
+            state = require_state(model)
+            search_ranges(model)
+            model.train()
+            with _eager(model), torch.enable_grad():
+                for line in round_at_end(data, model, loader.dataset, state.config):
+                    logger.info(line)
+            state.notes.pop(UNFINISHED, None)
+        if average is not None:
+            average.swap_parameters(module.model)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """The branches of this epoch; ranges and scales for the weights as they are."""
@@ -344,6 +404,19 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
                 logger.info(line)
             self._float_errors = []
         self._leave(pl_module)
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def _kept_checkpoints(trainer: Any) -> list[Path]:
+    """The files that a run's callbacks have kept."""
+    names: dict[str, None] = {}
+    for callback in trainer.checkpoint_callbacks:
+        for name in (callback.best_model_path, callback.last_model_path, *callback.best_k_models):
+            names.setdefault(str(name))
+    return [Path(name) for name in names if name and Path(name).is_file()]
 
 
 def add_equivariance_loss(module: Any, batch: Any, loss: Any) -> Any:

@@ -11,9 +11,9 @@ into these; chosen together they bring in next to none (our derivation):
 - What no species sees of W, its part orthogonal to all embeddings, is left out. The largest weight, and with it the
   step, becomes smaller.
 - One v after the other is rounded, and the error made so far in the W_t is corrected by the next: the code is that
-  nearest to :math:`W[v] + \langle r, a[v] \rangle / |a[v]|^2`, which makes the new error r least. Those with the largest
-  :math:`|a[v]|` come first, so that the last corrections are the finest. It is the error feedback of sigma-delta
-  converters, in T dimensions.
+  nearest to :math:`W[v] + \langle r, a[v] \rangle / |a[v]|^2`, which makes the new error r least. Those with the
+  largest :math:`|a[v]|` come first, so that the last corrections are the finest. It is the error feedback of
+  sigma-delta converters, in T dimensions.
 
 The gradient of what is trained lies in the part the species see by itself: it passes straight through.
 
@@ -29,7 +29,6 @@ from torch import Tensor
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
 
 __all__ = ["SpeciesWeightQuantizer", "chosen_codes", "seen_part"]
-
 
 
 def seen_part(weights: Tensor, table: Tensor) -> Tensor:
@@ -82,9 +81,7 @@ def _operations() -> tuple[Any, Any]:
 
         for function, schema in ((seen_part, "(Tensor a, Tensor b) -> Tensor"), (chosen_codes, None)):
             schema = schema or "(Tensor a, Tensor b, float top) -> Tensor"
-            made = torch.library.custom_op(
-                f"gaq::{function.__name__}", function, mutates_args=(), schema=schema
-            )
+            made = torch.library.custom_op(f"gaq::{function.__name__}", function, mutates_args=(), schema=schema)
             made.register_fake(same_shape)
     return torch.ops.gaq.seen_part.default, torch.ops.gaq.chosen_codes.default
 
@@ -107,6 +104,8 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         super().__init__(layout, bits, "per_channel", 0)
         self.__dict__["embedding"] = embedding
         self.settled = False
+        # As measured; tests/core/test_species_weights.py.
+        self.effective_bits = bits + 4
         size = int(embedding.weight.shape[1])  # type: ignore[union-attr,index]
         numbers = torch.arange(layout.numel)
         blocks = [

@@ -222,6 +222,9 @@ class WeightQuantizer(torch.nn.Module):
         bits: 2 to 16.
         granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
         group_size: inputs a scale for ``per_group``.
+
+    Attributes:
+        effective_bits: how finely what the weights come to is resolved, as bits of plain rounding.
     """
 
     range_ratio: Tensor
@@ -237,6 +240,7 @@ class WeightQuantizer(torch.nn.Module):
         self.granularity = granularity
         self.group_size = group_size
         self.top = float(largest_code(bits))
+        self.effective_bits = bits
         self.enabled = True
         self.scale_is_fixed = False
         self.scale_is_learned = False

@@ -93,16 +93,38 @@ def test_presets(
 
 
 def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any]) -> None:
-    """Few bits only where there are many weights; the few tensors at 16 bits stay there."""
-    model = quantized("w4", "plain", status="training")
+    """Few bits only where there are many weights; a self-connection that meets few types needs the fewest."""
+    model = quantized("w4", "wide", status="training")
+    own = state_of(model).config.weights
+    assert own.compression is None
+    expected = {
+        "sensitive": own.sensitive_bits,
+        "first": own.first_bits,
+        "mixing": own.mixing_bits,
+        "rest": own.bits,
+        "species": 3,
+    }
+    assert expected["sensitive"] >= expected["first"] >= expected["mixing"] >= expected["rest"] >= 4
     seen = set()
     for site in find_sites(model):
         for quantizer in site_quantizers(site).values():
-            first = "layer0_convnet" in site.name
-            expected = 16 if site.sensitive else 8 if first else 6 if "linear_" in site.name else 4
-            assert quantizer.bits == expected, site.name  # type: ignore[union-attr]
-            seen.add(quantizer.bits)
-    assert seen == {4, 6, 8, 16}
+            group = "rest"
+            if site.name.endswith(".sc"):
+                group = "species"
+            elif site.sensitive:
+                group = "sensitive"
+            elif "layer0_convnet" in site.name:
+                group = "first"
+            elif "linear_" in site.name:
+                group = "mixing"
+            assert quantizer.bits == expected[group], site.name  # type: ignore[union-attr]
+            assert (type(quantizer).__name__ == "SpeciesWeightQuantizer") == (group == "species")
+            seen.add(group)
+    assert seen == set(expected)
+    alike = quantized({"preset": "w8", "weights": {"species_bits": None}}, "wide", status="training")
+    assert {type(q).__name__ for site in find_sites(alike) for q in site_quantizers(site).values()} == {
+        "WeightQuantizer"
+    }
 
 
 def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], quantized: Callable[..., Any]) -> None:
@@ -230,7 +252,7 @@ def test_summary_names_every_module(quantized: Callable[..., Any]) -> None:
     assert "int16 per_channel" in text
 
 
-@pytest.mark.parametrize("bits", [3, 4, 7, 8, 16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 7, 8, 9, 13, 16])
 def test_packed_weights_are_exact(bits: int) -> None:
     from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
 
@@ -241,7 +263,8 @@ def test_packed_weights_are_exact(bits: int) -> None:
     for dtype in (torch.float32, torch.float64):
         rounded = quantizer(weight.to(dtype))
         assert torch.equal(packed(torch.empty(0, dtype=dtype)), rounded)
-    assert packed.codes.dtype == (torch.uint8 if bits <= 4 else torch.int8 if bits <= 8 else torch.int16)
+    assert packed.codes.dtype == {8: torch.int8, 16: torch.int16}.get(bits, torch.uint8)
+    assert packed.codes.numel() * packed.codes.element_size() == -(-35 * bits // 8)
     assert torch.equal(packed.tensor().codes, quantizer.quantized(weight).codes)
 
 
