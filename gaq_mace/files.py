@@ -213,12 +213,15 @@ class _Pool:
     def expression(self) -> Any:
         """Integers as the reader will compute them, from bytes and stock functions only."""
         codes = torch.cat(self.parts)
-        data = pack(codes, self.bits)
         if self.bits == 4:
-            low = Call(operator.and_, data, 15)
-            high = Call(operator.rshift, data, 4)
-            nibbles = Call(_method("flatten"), Call(torch.stack, (low, high), 1))
-            return Call(operator.sub, Call(operator.xor, Call(_method("char"), nibbles), 8), 8)
+            return Call(operator.sub, Call(operator.xor, _nibbles(pack(codes, 4)), 8), 8)
+        if self.bits == 12:
+            # The last four bits of a code are noise, the rest is not: apart, the latter can be compressed.
+            codes = torch.cat((codes, codes.new_zeros(self.length % 2)))
+            fours = _nibbles(pack(((codes & 15) ^ 8) - 8, 4))
+            high = Call(_method("short"), (codes >> 4).to(torch.int8))
+            return Call(operator.add, Call(operator.mul, high, 16), Call(_method("short"), fours))
+        data = pack(codes, self.bits)
         planes = data.view(torch.int8)
         if self.bits == 8:
             return planes
@@ -226,14 +229,23 @@ class _Pool:
         return Call(operator.add, Call(operator.mul, high, 256), planes[self.length :].clone())
 
 
+def _nibbles(data: Tensor) -> Any:
+    """The expression that gives the four-bit halves of bytes, low ones first, from 0 to 15."""
+    halves = (Call(operator.and_, data, 15), Call(operator.rshift, data, 4))
+    return Call(_method("char"), Call(_method("flatten"), Call(torch.stack, halves, 1)))
+
+
+_POOLS = (4, 8, 12, 16)
+
+
 def _pool_bits(bits: int) -> int:
-    return 4 if bits <= 4 else 8 if bits <= 8 else 16
+    return next(n for n in _POOLS if bits <= n)
 
 
 def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     """The value of ``__reduce_ex__`` that stores a quantized model packed."""
     packed = take_apart(model)
-    pools = {bits: _Pool(bits) for bits in (4, 8, 16)}
+    pools = {bits: _Pool(bits) for bits in _POOLS}
     scales: dict[torch.dtype, list[Tensor]] = {torch.bfloat16: [], torch.float32: []}
     placed: dict[str, tuple[int, int, torch.dtype, int]] = {}
     for name, tensor in packed.quantized.items():

@@ -171,8 +171,11 @@ def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> 
             module.configure(config.attention)
 
 
-FILE_OVERHEAD = 4096
-"""Bytes of a file besides codes and scales: names, configuration, and what codes of 9 to 15 bits take beyond these."""
+FILE_OVERHEAD = 3500
+"""Bytes of a file besides codes and scales: names and configuration."""
+
+CODING_LOSS = 0.03
+"""Share by which compressed codes and scales in a file are larger than their bits, at most as measured."""
 
 
 def _file_bytes(model: torch.nn.Module) -> int:
@@ -207,7 +210,9 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     resolved = resolve_overrides(config, [site.name for site in sites])
     if all(c is None for c in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
-    config, resolved = settle_bits(config, sites, resolved, lambda: _file_bytes(model), FILE_OVERHEAD)
+    config, resolved = settle_bits(
+        config, sites, resolved, lambda: (1 - CODING_LOSS) * _file_bytes(model), FILE_OVERHEAD
+    )
     _configure_attention(model, config)
     parameters = dict(model.named_parameters())
     for site in sites:

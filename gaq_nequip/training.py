@@ -259,11 +259,11 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in models:
             round_weights(model, True)
         # The last and the best checkpoint are often the same, and so is often what is in memory.
-        done: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        done: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-        def finished(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        def finished(given: dict[str, Any]) -> dict[str, Any]:
             for before, after in done:
-                if before.keys() == given.keys() and all(torch.equal(before[key], given[key]) for key in before):
+                if before.keys() == given.keys() and all(_same(before[key], given[key]) for key in before):
                     return after
             pl_module.load_state_dict(given)
             self._finish(trainer, pl_module)
@@ -406,7 +406,12 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._leave(pl_module)
 
 
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _same(one: Any, other: Any) -> bool:
+    """Whether two entries of a state are equal; the extra states of some modules are no tensors."""
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 

@@ -57,6 +57,7 @@ BASE: dict[str, Any] = {
     "plot": False,
 }
 GAQ = {"preset": "gaq", "vectors": {"start_epoch": 1, "anneal_epochs": 1}}
+THROUGHOUT = {"round_weights": "throughout"}
 
 
 def labelled(names: Sequence[str], count: int, seed: int) -> list[Atoms]:
@@ -210,10 +211,12 @@ def check(
 ) -> None:
     """What every successful quantized run owes its user."""
     assert run.code == 0, run.log[-4000:]
-    table = run.log.split("Quantized layers:")[1].split("rounded from the first epoch")[0]
+    late = "Weights are trained in float" in run.log
+    table = re.split("rounded from the first epoch|Weights are trained", run.log.split("Quantized layers:")[1])[0]
     assert re.search(r"interactions\.0\.linear_up .*int\d+ per_", table)
     assert re.search(r"products\.0\.symmetric_contractions .*int\d+ per_", table)
-    assert "rounded from the first epoch" in run.log
+    assert late or "rounded from the first epoch" in run.log
+    assert late == ("Weights rounded: RMS force difference to the float model" in run.log)
     if activations:
         assert "Vectors (l > 0) are rounded from epoch" in run.log
         assert re.search("Activation ranges calibrated on|Quantization ranges taken from the checkpoint", run.log)
@@ -229,7 +232,8 @@ def check(
         assert run.model.stat().st_size < stock.model.stat().st_size / 4
     if errors:
         check_errors(run, run.model)
-        check_same(run, run.model)
+        if not late:
+            check_same(run, run.model)
 
 
 def test_scalar_form(train: Any, stock: Run) -> None:
@@ -254,7 +258,7 @@ def test_mapping_form(train: Any) -> None:
 @pytest.mark.parametrize("rounded", [True, False])
 def test_averages_are_of_rounded_weights(train: Any, rounded: bool) -> None:
     """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
-    spec = {"preset": "w4", "training": {"average_rounded": rounded}}
+    spec = {"preset": "w4", "training": {**THROUGHOUT, "average_rounded": rounded}}
     run = train(quantization=spec, ema=True, ema_decay=0.0)
     check(run, activations=False)
     model = training_form(run, run.model)
@@ -270,7 +274,7 @@ WRONG = [
     ({"quantization": "w9"}, "quantization: 'w9' is not a preset"),
     ({"quantization": True}, "quantization: 'True' is not a preset"),
     ({"quantization": {"weihgts": {"bits": 8}}}, "quantization.weihgts: unknown key. Did you mean 'weights'?"),
-    ({"quantization": {"weights": {"bits": 9}}}, "quantization.weights.bits: 9 bits cannot be stored"),
+    ({"quantization": {"weights": {"bits": 17}}}, "quantization.weights.bits: 17 bits cannot be stored"),
     ({"quantization": {"vectors": {"codebook": "cube"}}}, "quantization.vectors.codebook: 'cube' is not one of"),
     ({"quantisation": "gaq"}, "unrecognized arguments: --quantisation=gaq"),
     ({"quantization": "gaq", "lora": True}, "quantization cannot be combined with lora"),
@@ -411,6 +415,15 @@ def test_stress(train: Any) -> None:
 
 
 @pytest.mark.slow
+def test_two_stages_are_each_rounded_at_the_end(train: Any, stock: Run) -> None:
+    spec = {"preset": "w4", "distillation": {"steps": 10, "batch_size": 2}}
+    run = train(quantization=spec, swa=True, start_swa=2, max_num_epochs=4, ema=True)
+    check(run, stock, activations=False)
+    assert run.log.count("Weights rounded: RMS") == 2
+    check_errors(run, run.folder / "tiny_stagetwo.model", which=1)
+
+
+@pytest.mark.slow
 def test_two_stages(train: Any, stock: Run) -> None:
     run = train(quantization=GAQ, swa=True, start_swa=2, max_num_epochs=4, ema=True)
     check(run, stock)
@@ -512,7 +525,7 @@ def test_fine_tuning(preset: str, dtype: str, train: Any, stock: Run) -> None:
 
 
 def test_fine_tuning_starts_from_calibrated_rounding(train: Any, stock: Run) -> None:
-    preset = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}}
+    preset = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}, "training": THROUGHOUT}
     options = {"foundation_model": str(stock.model), "ema": True}
     run = train(quantization=preset, max_num_epochs=2, **options)
     check(run, activations=False)
@@ -528,13 +541,28 @@ def test_fine_tuning_starts_from_calibrated_rounding(train: Any, stock: Run) -> 
     assert "Warm start" not in again.log
     initial = re.search(r"Initial: head: Default, loss= *([\d.]+)", again.log)[1]
     assert f"Epoch 1: head: Default, loss={initial}" in run.log
-    plain = train(name="plain", max_num_epochs=1, quantization={**preset, "training": {"warm_start": False}}, **options)
+    cold = {**preset, "training": {**THROUGHOUT, "warm_start": False}}
+    plain = train(name="plain", max_num_epochs=1, quantization=cold, **options)
     assert plain.code == 0, plain.log[-3000:]
     assert "Warm start" not in plain.log
 
 
+def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> None:
+    """The run is that of FP32 step by step, its best weights are rounded by calibration, and that is what is saved."""
+    run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}})
+    check(run, stock, activations=False)
+    assert losses(run) == losses(stock)
+    (found,) = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log)
+    assert float(found[1]) <= float(found[0])
+    frames = read(run.folder / "test.xyz", ":")
+    _, rounded = results(run.model, frames, "float32")
+    _, exact = results(stock.model, frames, "float32")
+    difference = np.sqrt(np.mean((np.concatenate(rounded) - np.concatenate(exact)) ** 2))
+    assert 0 < 1e3 * difference < 2 * float(found[1]) + 1
+
+
 def test_training_from_scratch_lets_scales_follow_the_weights(train: Any) -> None:
-    run = train(quantization="w4", max_num_epochs=1)
+    run = train(quantization={"preset": "w4", "training": THROUGHOUT}, max_num_epochs=1)
     check(run, activations=False)
     assert "Warm start" not in run.log
     model = training_form(run, run.model)
@@ -633,7 +661,7 @@ def test_two_processes_start_warm_and_learn_scales(stock: Run, tmp_path: Path) -
     write_data(tmp_path)
     (tmp_path / "distributed.py").write_text(textwrap.dedent(DISTRIBUTED))
     command = ("torchrun", "--nproc_per_node=2", "--standalone", "distributed.py")
-    quantization = {"preset": "w4", "distillation": {"steps": 4}}
+    quantization = {"preset": "w4", "distillation": {"steps": 4}, "training": THROUGHOUT}
     settings = {**BASE, "quantization": quantization, "foundation_model": str(stock.model), "batch_size": 2}
     run = execute(tmp_path, {**settings, "distributed": True, "launcher": "torchrun"}, command)
     assert "Warm start: RMS force difference" in run.log

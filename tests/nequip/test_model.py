@@ -92,7 +92,7 @@ def test_presets(
     assert np.abs(after - energies).max() <= (20 * spread if rounds else 1e-4)
 
 
-def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any]) -> None:
+def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], float_model: Callable[..., Any]) -> None:
     """Few bits only where there are many weights; a self-connection that meets few types needs the fewest."""
     model = quantized("w4", "wide", status="training")
     own = state_of(model).config.weights
@@ -121,7 +121,7 @@ def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any]) -> 
             assert (type(quantizer).__name__ == "SpeciesWeightQuantizer") == (group == "species")
             seen.add(group)
     assert seen == set(expected)
-    alike = quantized({"preset": "w8", "weights": {"species_bits": None}}, "wide", status="training")
+    alike = gaq.prepare(float_model("wide"), {"preset": "w8", "weights": {"species_bits": None}})
     assert {type(q).__name__ for site in find_sites(alike) for q in site_quantizers(site).values()} == {
         "WeightQuantizer"
     }

@@ -17,8 +17,10 @@ import torch
 import yaml
 
 import gaq
-from gaq.quantized import feature_quantizers, state_of
+from gaq.adapter import adapter_for
+from gaq.quantized import UNFINISHED, feature_quantizers, state_of
 from gaq_nequip.evaluate import NequIPPotential
+from gaq_nequip.freeze import freeze
 from gaq_nequip.modules import weight_quantizers
 
 
@@ -158,13 +160,16 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     def changes(config: Any) -> None:
         with_key("w4a16", start_epoch=0, anneal_epochs=0)(config)
         config["quantization"]["distillation"] = {"steps": 40, "batch_size": 2}
+        config["quantization"]["training"] = {"round_weights": "throughout"}
         target = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": str(trained_float.best)}
         config["training_module"]["model"] = target
 
     run = train(tmp_path, changes)
     assert run.code == 0, run.text
     model = gaq.load(run.best)
-    assert {q.bits for q in weight_quantizers(model).values()} == {4, 6, 8, 16}
+    own = state_of(model).config.weights
+    bits = {own.bits, own.mixing_bits, own.first_bits, own.sensitive_bits}
+    assert bits <= {q.bits for q in weight_quantizers(model).values()} <= bits | {3}
     found = re.search(
         r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text
     )
@@ -180,12 +185,64 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
         torch.testing.assert_close(later[name], scale, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("module", ["NequIPLightningModule", "EMALightningModule"])
+def test_weights_are_rounded_when_training_is_over(
+    train: Callable[..., Any], structures: list[Any], tmp_path: Path, module: str
+) -> None:
+    """Validation is that of FP32; what the run has kept is rounded by calibration, and can be gone on from."""
+
+    def plain(config: Any) -> None:
+        config["training_module"]["_target_"] = f"nequip.train.{module}"
+
+    def changes(config: Any) -> None:
+        plain(config)
+        config["quantization"] = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}}
+
+    (tmp_path / "float").mkdir()
+    exact = train(tmp_path / "float", plain)
+    run = train(tmp_path, changes)
+    assert (exact.code, run.code) == (0, 0), run.text
+    assert validation_errors(run) == validation_errors(exact)
+    found = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text)
+    assert found
+    assert all(float(after) <= float(before) for before, after in found)
+    assert re.search(r"The weights in .*last\.ckpt are rounded", run.text)
+    rounded, unrounded = gaq.load(run.last), gaq.load(exact.last)
+    potential = adapter_for(unrounded).potential
+    ours, theirs = (np.concatenate(potential(m, 8)(structures)[1]) for m in (rounded, unrounded))
+    assert 0 < 1e3 * np.sqrt(np.mean((ours - theirs) ** 2)) < 3 * max(float(after) for _, after in found) + 1
+    stored = [torch.load(r.last, map_location="cpu", weights_only=False)["state_dict"] for r in (run, exact)]
+    if module.startswith("EMA"):
+        # Training goes on from what it would have gone on from.
+        for key in ("layer0_convnet.conv.linear_2.weight", "type_embed.embed_module.weight"):
+            one, other = (next(v for k, v in state.items() if k.endswith(key)) for state in stored)
+            assert torch.equal(one, other)
+    again = train(tmp_path, changes, "trainer.max_epochs=3", f"++ckpt_path={run.last}", "hydra.run.dir=again")
+    assert again.code == 0, again.text
+    assert "Weights rounded" in (tmp_path / "again" / "train.log").read_text()
+
+
+def test_a_run_that_was_cut_off_is_named(float_model: Callable[..., Any], caplog: Any) -> None:
+    for finish in (gaq.convert, freeze):
+        model = gaq.prepare(float_model(), "w4")
+        with caplog.at_level("WARNING"):
+            finish(model)
+        assert not caplog.text
+        model = gaq.prepare(float_model(), "w4")
+        state_of(model).notes[UNFINISHED] = True
+        with caplog.at_level("WARNING"):
+            finish(model)
+        assert "The run this checkpoint is of rounds its weights when it is over" in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.parametrize("rounded", [True, False])
 def test_averages_are_of_rounded_weights(train: Callable[..., Any], tmp_path: Path, rounded: bool) -> None:
     """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
 
     def changes(config: Any) -> None:
-        config["quantization"] = {"preset": "w4", "training": {"average_rounded": rounded}}
+        training = {"round_weights": "throughout", "average_rounded": rounded}
+        config["quantization"] = {"preset": "w4", "weights": {"species_bits": None}, "training": training}
         config["training_module"] |= {"_target_": "nequip.train.EMALightningModule", "ema_decay": 0.0}
 
     run = train(tmp_path, changes)
