@@ -2,7 +2,7 @@
 
     python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
 
-The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does switched off, and
+The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does switched off or changed, and
 FP32 with the same seeds beside them; `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run
 leaves a row in DIR, so that processes can share the work; `--table` gathers what is there into
 results/qat_ablation.json and a figure.
@@ -35,19 +35,27 @@ from gaq.adapter import adapter_for
 from gaq.physics.errors import force_and_energy_mae
 from gaq.reporting.tables import markdown_table
 
-PLAIN = {"warm_start": False, "learned_scales": False, "average_rounded": False}
+PLAIN = {"round_weights": "throughout", "warm_start": False, "learned_scales": False, "average_rounded": False}
 BOTH = {**PLAIN, "warm_start": True, "learned_scales": True}
-ALL_FOUR = {"weights": {"first_bits": None, "mixing_bits": None}}
+AVERAGE = {**BOTH, "average_rounded": True}
+# Bits that are given, not those a size allows; distillation as it was tuned for them.
+GIVEN = {"compression": None, "sensitive_bits": 16}
+COARSE = {"distillation": {"learning_rate": 3e-3 / 16}}
+FOUR = {"weights": GIVEN, **COARSE}
+FIRST = {"weights": {**GIVEN, "first_bits": 8}, **COARSE}
+MIXING = {"weights": {**GIVEN, "first_bits": 8, "mixing_bits": 6}, **COARSE}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
-    "plain": {"training": PLAIN, **ALL_FOUR},
-    "warm": {"training": {**PLAIN, "warm_start": True}, **ALL_FOUR},
-    "learned": {"training": {**PLAIN, "learned_scales": True}, **ALL_FOUR},
-    "both": {"training": BOTH, **ALL_FOUR},
-    "average": {"training": {**BOTH, "average_rounded": True}, **ALL_FOUR},
-    "first": {"weights": {"mixing_bits": None}},
+    "plain": {"training": PLAIN, **FOUR},
+    "warm": {"training": {**PLAIN, "warm_start": True}, **FOUR},
+    "learned": {"training": {**PLAIN, "learned_scales": True}, **FOUR},
+    "both": {"training": BOTH, **FOUR},
+    "average": {"training": AVERAGE, **FOUR},
+    "first": {"training": AVERAGE, **FIRST},
+    "mixing": {"training": AVERAGE, **MIXING},
+    "after": MIXING,
+    "throughout": {"training": AVERAGE},
     "default": {},
-    "after": None,
 }
 LABELS = {
     "fp32": "FP32",
@@ -57,8 +65,10 @@ LABELS = {
     "both": "+ both",
     "average": "+ both, averages of rounded weights",
     "first": "+ first interaction at 8 bits",
-    "default": "+ 6 bits for what all passes through (the default)",
-    "after": "FP32, and the default by post-training",
+    "mixing": "+ 6 bits for what all passes through",
+    "after": "the same bits, FP32 rounded after training",
+    "throughout": "bits by size, rounded throughout",
+    "default": "bits by size, rounded at the end (the default)",
 }
 
 
@@ -89,7 +99,7 @@ def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     if not trained.exists():
         train(args, "fp32", seed)
     start = time.perf_counter()
-    model = gaq.quantize(gaq.load(trained), read(args.train, ":"), "w4a16", progress=False)
+    model = gaq.quantize(gaq.load(trained), read(args.train, ":"), {"preset": "w4a16", **MIXING}, progress=False)
     return row_of(args, model, "after", seed, time.perf_counter() - start)
 
 

@@ -27,8 +27,8 @@ LAGS = {"sensitive": 0, "first": 2, "mixing": 3, "rest": 4}
 GROUPS = tuple(LAGS)
 SPARE = ("first", "mixing", "sensitive", "rest")
 """Who is given one bit more first, where there is not enough for all."""
-HIGHEST_LEVEL = 8
-"""Bits the sensitive tensors get at most above ``bits``: from 4 bits, 12, and 8 for the rest. No file asks for more."""
+HIGHEST_LEVEL = 10
+"""Bits the sensitive tensors get at most above ``bits``: from 4 bits, 14, and 10 for the rest."""
 GROUPED_BITS = 5
 """Up to here a scale a group of inputs is worth its bytes: two a group of 32 are half a bit a weight."""
 

@@ -36,7 +36,7 @@ from mace.tools.scripts_utils import extract_config_mace_model
 from torch import Tensor
 
 from gaq.archive import deflate
-from gaq.packing import pack, unpack
+from gaq.packing import pack, packed_bytes, unpack
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
 from gaq_mace.model import (
     FixedWeight,
@@ -427,14 +427,15 @@ def _save_safetensors(packed: Packed, path: Path) -> None:
 
     tensors: dict[str, Tensor] = {f"plain:{name}": t.contiguous() for name, t in packed.plain.items()}
     table = {}
+    # All in two tensors, in the order of the table: an entry each would make the header as large as some models.
     for name, q in packed.quantized.items():
-        tensors[f"codes:{name}"] = pack(q.codes, q.bits)
-        tensors[f"scale:{name}"] = q.scale.to(torch.bfloat16)
         table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
+    tensors["codes"] = torch.cat([pack(q.codes, q.bits) for q in packed.quantized.values()])
+    tensors["scales"] = torch.cat([q.scale.to(torch.bfloat16) for q in packed.quantized.values()])
     # Ranges of the atom's own were never observed, and are not stored.
     tensors.update({f"range:{name}": t for name, t in packed.ranges.items() if bool(t.any())})
     header = {
-        "meta": packed.meta,
+        "meta": {key: value for key, value in packed.meta.items() if key != "checked"},
         "config": _config_to_json(packed.config),
         "dtype": str(packed.dtype).removeprefix("torch."),
         "weights": table,
@@ -458,11 +459,17 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
     model = build(_config_from_json(header["config"]), getattr(torch, header["dtype"]))
     layouts = _layouts(model)
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
+    parameters = {name for name, _ in model.named_parameters()}
+    header["meta"]["checked"] = sorted([*header["weights"], *(name for name in state if name in parameters)])
     weights = {}
+    begin = first = 0
     for name, (bits, granularity, group_size, shape) in header["weights"].items():
-        codes = unpack(tensors[f"codes:{name}"], bits, shape)
-        scale = tensors[f"scale:{name}"].float()
         layout: WeightLayout = layouts[name]
+        end = begin + packed_bytes(layout.numel, bits)
+        last = first + layout.scales(granularity, group_size)
+        codes = unpack(tensors["codes"][begin:end], bits, shape)
+        scale = tensors["scales"][first:last].float()
+        begin, first = end, last
         state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))
         weights[name] = FixedWeight(bits, granularity, group_size, scale)
     model.load_state_dict(state, strict=False)

@@ -44,9 +44,9 @@ def _quantizer(bits: int, layout: WeightLayout, embedding: torch.nn.Module, weig
     return quantizer
 
 
-@pytest.mark.parametrize(("bits", "gain"), [(3, 12.0), (4, 12.0), (6, 12.0), (8, 12.0)])
+@pytest.mark.parametrize(("bits", "gain"), [(3, 190), (4, 217), (6, 276), (8, 284)])
 def test_species_see_far_less_of_the_rounding(bits: int, gain: float) -> None:
-    """Measured: 16 times less at 3 and 4 bits, 18 at 6, 20 at 8: four bits."""
+    """For embeddings drawn at random; those of trained models are less even."""
     weight, layout = _weight()
     embedding = _embedding()
     table = embedding.weight.detach()
@@ -56,7 +56,7 @@ def test_species_see_far_less_of_the_rounding(bits: int, gain: float) -> None:
         (_folded(rounded, layout, table) - _folded(weight, layout, table)).pow(2).mean().sqrt()
         for rounded in (plain(weight), _quantizer(bits, layout, embedding, weight)(weight))
     ]
-    assert float(errors[0] / errors[1]) > gain
+    assert float(errors[0] / errors[1]) == pytest.approx(gain, rel=0.2)
 
 
 @settings(deadline=None, max_examples=20)
