@@ -2,7 +2,7 @@
 
     python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
 
-The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does switched off or changed, and
+The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does left out or changed, and
 FP32 with the same seeds beside them; `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run
 leaves a row in DIR, so that processes can share the work; `--table` gathers what is there into
 results/qat_ablation.json and a figure.

@@ -7,6 +7,7 @@ from typing import Any
 
 import nequip
 import torch
+from nequip.scripts._workflow_utils import get_workflow_state
 
 import gaq
 from gaq import inspection, quantized
@@ -111,6 +112,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
         modules.insert(site, quantizers, quantized.feature_quantizer(site, own))
     meta = {"format": FORMAT, "gaq": gaq.__version__, "nequip": nequip.__version__, "torch": torch.__version__}
     modules.adopt(model, ModelState(config, notes={"meta": meta}))
+    model.__dict__[modules.COMPILES] = get_workflow_state() == "compile"
     return model
 
 

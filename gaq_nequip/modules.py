@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from gaq.quantized import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.sites import Site
 from gaq_nequip.packed import PackedWeight
@@ -130,6 +131,9 @@ _CLASSES: dict[str, type] = {
     "convnet": QuantizedConvNet,
     "gate": QuantizedGate,
 }
+COMPILES = "gaq_compiles"
+"""Attribute of a model that is built to be compiled and not to be trained."""
+
 _ALLEGRO_KINDS = ("contracter", "tensor_track", "env_weighter")
 
 
@@ -237,6 +241,8 @@ class _QuantizedRoot:
             return self
         if not mode and state.status == "training":
             hold_scales(model, fresh=not state.holds_scales)
+            if model.__dict__.get(COMPILES):
+                settle_species(model)
         for module in model.modules():
             if is_kind(module, FeatureQuantizer):
                 # Only training differentiates forces again; the rest takes the fused path.
@@ -435,6 +441,18 @@ def adopt(model: torch.nn.Module, state: Any) -> None:
     """Make a model a quantized one, with this state."""
     model.__class__ = _ROOTS[getattr(type(model), "gaq_host_class", type(model).__name__)]
     model.__dict__["gaq_state"] = state
+
+
+@torch.no_grad()
+def settle_species(model: torch.nn.Module) -> None:
+    """Round the weights whose codes are chosen together for good, in place: a compiled file cannot choose any."""
+    parameters = dict(model.named_parameters())
+    for name, quantizer in weight_quantizers(model).items():
+        if is_kind(quantizer, SpeciesWeightQuantizer) and not quantizer.settled:
+            tensor = quantizer.quantized(parameters[name])
+            quantizer.fix_scale(parameters[name], scale=tensor.scale)
+            parameters[name].copy_(tensor.dequantize().to(parameters[name]))
+            quantizer.settle()
 
 
 def hold_scales(model: torch.nn.Module, fresh: bool = True) -> None:
