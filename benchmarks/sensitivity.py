@@ -2,7 +2,7 @@
 
     python benchmarks/sensitivity.py [--model MODEL] [--frames 20] [--name NAME]
 
-Works for models of either framework. `first_bits` and `mixing_bits` of the presets follow from what this shows.
+Works for models of either framework. `gaq.bits` and the presets follow from what this shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import gaq
 from gaq.adapter import adapter_for
 from gaq.reporting.tables import markdown_table
 
-SPEC = {"preset": "w8", "weights": {"sensitive_bits": None, "first_bits": None, "mixing_bits": None}}
+ALIKE = dict.fromkeys(("sensitive_bits", "first_bits", "mixing_bits", "species_bits"))
+SPEC = {"preset": "w8", "weights": ALIKE}
 
 
 def groups(model: torch.nn.Module) -> dict[str, str]:
