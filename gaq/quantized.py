@@ -45,8 +45,11 @@ __all__ = [
 
 Kind = TypeVar("Kind", bound=torch.nn.Module)
 
-FORMAT = 1
-"""Version of the stored form; a file of a later one is refused."""
+FORMAT = 2
+"""Version of the stored form; a file of a later one is refused.
+
+2: safetensors files hold all codes in one tensor and all scales in another.
+"""
 
 
 UNFINISHED = "weights_unrounded"

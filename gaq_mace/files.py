@@ -456,6 +456,8 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
         raise ModelFileError("a safetensors file, but not one written by gaq.")
     header = json.loads(metadata["gaq"])
     check_format(header["meta"])
+    if int(header["meta"].get("format", 0)) < 2:
+        raise ModelFileError("a form of before format 2, with a tensor a weight; quantize the float model again.")
     model = build(_config_from_json(header["config"]), getattr(torch, header["dtype"]))
     layouts = _layouts(model)
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}

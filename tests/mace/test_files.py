@@ -374,6 +374,14 @@ def test_newer_format(
     refuse(path, "format 99", "pip install -U gaq")
 
 
+def test_earlier_safetensors(quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_model, "FORMAT", 1)
+        gaq.save(quantized("w8"), path)
+    refuse(path, "before format 2", "quantize the float model again")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_truncated(quantized: Callable[..., Any], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
