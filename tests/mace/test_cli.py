@@ -188,7 +188,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
         ("{weights: {bitz: 8}}", ("quantization.weights.bitz", "unknown key")),
         ("{weights: {bits: eight}}", ("quantization.weights.bits", "expected int")),
         ("{weights: 8}", ("quantization.weights", "expected a mapping")),
-        ("{weights: {bits: 9}}", ("quantization.weights.bits", "9 bits cannot be stored")),
+        ("{weights: {bits: 17}}", ("quantization.weights.bits", "17 bits cannot be stored")),
         ("{scalars: {bits: 1}}", ("quantization.scalars.bits", "1 bits")),
         ("{vectors: {codebook: cube}}", ("quantization.vectors.codebook", "octahedral")),
         ("{calibration: {headroom: 0.5}}", ("quantization.calibration.headroom", "too small")),

@@ -72,7 +72,7 @@ def test_key_of_the_model_is_the_same(train: Callable[..., Any], trained: Any, t
     [
         (with_key("gak"), ("quantization: 'gak' is not a preset", "Did you mean 'gaq'?")),
         (with_key({"weights": {"bitz": 8}}), ("quantization.weights.bitz: unknown key", "Did you mean 'bits'?")),
-        (with_key({"weights": {"bits": 9}}), ("quantization.weights.bits: 9 bits cannot be stored",)),
+        (with_key({"weights": {"bits": 17}}), ("quantization.weights.bits: 17 bits cannot be stored",)),
         (with_key({"overrides": {"*sc2": None}}), ("quantization.overrides['*sc2']: matches no module",)),
         (with_model_key({"scalar": 8}), ("quantization.scalar: unknown key", "Did you mean 'scalars'?")),
         (lambda c: c.update(quantisation="gaq"), ("quantisation: unknown key. Did you mean 'quantization'?",)),
