@@ -266,8 +266,9 @@ def test_override_leaves_modules_alone(float_model: Callable[..., Any], structur
 
 
 def test_override_with_presets(float_model: Callable[..., Any], structures: list[Any]) -> None:
+    given = {"compression": None, "sensitive_bits": 16, "first_bits": 8}
     overrides = {
-        "interactions.*": "w4",
+        "interactions.*": {"preset": "w4", "weights": given},
         "interactions.1.*": {"preset": "w8a8", "weights": {"bits": 6, "rounding": "nearest"}},
         "readouts.0.*": {"preset": "w8", "weights": {"sensitive_bits": None}},
     }
@@ -283,6 +284,11 @@ def test_override_with_presets(float_model: Callable[..., Any], structures: list
     assert bits["readouts.0.linear.weight"] == 8
     assert bits["readouts.1.linear_1.weight"] == 16
     assert not any(name.startswith("interactions.0.") for name in feature_quantizers(model))
+    # A preset that goes by size is held to it among the modules it is for.
+    small = gaq.prepare(float_model(), {"preset": "gaq", "overrides": {"interactions.*": "w4"}})
+    bits = {name: quantizer.bits for name, quantizer in weight_quantizers(small).items()}
+    assert {own for name, own in bits.items() if name.startswith("interactions.")} == {4}
+    assert bits["products.0.linear.weight"] == 16
 
 
 def test_override_errors(float_model: Callable[..., Any]) -> None:
