@@ -261,6 +261,9 @@ def test_gptq_rounds_each_species_by_its_own_inputs() -> None:
 
 # Self-distillation.
 
+RATE = 1e-2 / 16
+"""At the four bits of these models 1e-2: it doubles with every bit less than eight."""
+
 
 def prepared(adapter: Any, bits: int = 4, **options: Any) -> PairPotential:
     model = PairPotential(bits, **options)
@@ -273,7 +276,7 @@ def test_distillation_reproduces_the_forces_of_the_float_model(adapter: Any) -> 
     fresh = structures(60, seed=1)
     target = exact_forces(adapter, model, fresh)
     before = rms(forces(adapter, model, fresh) - target)
-    config = DistillationConfig(steps=300, learning_rate=1e-2)
+    config = DistillationConfig(steps=300, learning_rate=RATE)
     result = ptq.distill(adapter, model, structures(60), config, progress=False)
     after = rms(forces(adapter, model, fresh) - target)
     # 34 to 2 meV/Å, on the structures held out and on others.
@@ -288,7 +291,7 @@ def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> 
     for quantizer in model.features:
         quantizer.scalars_enabled = quantizer.vectors_enabled = False
     data = structures(60)
-    config = DistillationConfig(steps=40, learning_rate=3e-3, max_structures=40)
+    config = DistillationConfig(steps=40, learning_rate=0.3 * RATE, max_structures=40)
     held = held_out(data, config)
     assert len(held) == 4
     target = exact_forces(adapter, model, held)
@@ -309,7 +312,7 @@ def test_distillation_leaves_everything_else_as_it_was(adapter: Any) -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ranges = [q.ranges() for q in model.features]
-    ptq.distill(adapter, model, structures(20), DistillationConfig(steps=20, learning_rate=1e-2), progress=False)
+    ptq.distill(adapter, model, structures(20), DistillationConfig(steps=20, learning_rate=RATE), progress=False)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
     for name, p in model.named_parameters():
@@ -334,7 +337,7 @@ def test_distillation_keeps_the_best_it_saw(adapter: Any) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rounded = forces(adapter, model, structures(10))
     result = ptq.distill(
-        adapter, model, structures(20), DistillationConfig(steps=40, learning_rate=30.0), progress=False
+        adapter, model, structures(20), DistillationConfig(steps=40, learning_rate=3000 * RATE), progress=False
     )
     assert result.after == result.before
     for name, p in model.named_parameters():
@@ -366,7 +369,7 @@ def test_distillation_is_reproducible(adapter: Any) -> None:
 def test_a_teacher_labels_where_the_weights_were_already_rounded(adapter: Any) -> None:
     model = prepared(adapter)
     data = structures(60)
-    config = DistillationConfig(steps=100, learning_rate=1e-2)
+    config = DistillationConfig(steps=100, learning_rate=RATE)
     teacher = copy.deepcopy(model)
     held = held_out(data, config)
     target = exact_forces(adapter, model, held)
@@ -388,7 +391,7 @@ def test_distillation_serves_channels_of_very_different_size(adapter: Any) -> No
         model.quiet.weight[::4] *= 1e3
         model.loud.weight[::4] *= 1e3
     start = model.mix.quantizer.current_scale(model.mix.weight)
-    config = DistillationConfig(steps=200, learning_rate=1e-2)
+    config = DistillationConfig(steps=200, learning_rate=RATE)
     result = ptq.distill(adapter, model, structures(60), config, progress=False)
     assert result.before / result.after > 4
     # No scale went astray, of however small a channel.
