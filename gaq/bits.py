@@ -4,7 +4,8 @@ Rounding costs most where all that follows takes in the error. Sites therefore b
 ``sensitive`` tensors, the rest of the ``first`` interaction, those that are ``mixing`` what passes through a later one,
 and the ``rest``; a ``species`` product is on its own, for its codes are chosen together (`gaq.quantizers.species`).
 
-With `WeightConfig.compression` the groups share what a size allows. The squared force error of a tensor of n weights is
+With `WeightConfig.compression` the groups share what a size allows; with ``least_compression`` they do where the bits
+they have are too many for it. The squared force error of a tensor of n weights is
 e² / 4^b at b bits, so at given size the sum is least where ``b = c + log2(e² / n) / 2``, one c for all (our derivation,
 reverse water-filling). e as `benchmarks/sensitivity.py` measures it makes the groups differ by `LAGS`, in MACE and
 NequIP alike within a bit.
@@ -85,11 +86,11 @@ def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> Weight
 
     Args:
         sites: with weights.
-        weights: with ``compression``; the groups whose bits are given keep them.
+        weights: the groups whose bits are given keep them.
         budget: bytes for all codes and scales.
 
     Returns:
-        The same with the bits of every group set and ``compression`` None. Where not even ``bits`` for all fit, that.
+        The same with the bits of every group set, and no compression asked for. Where not even ``bits`` for all fit, that.
     """
     given = {group: getattr(weights, f"{group}_bits", None) for group in GROUPS if group != "rest"}
     open_groups = [group for group in GROUPS if given.get(group) is None]
@@ -102,12 +103,24 @@ def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> Weight
         level += 1
     best = _at_level(level, open_groups, weights)
     if level == HIGHEST_LEVEL:
-        return dataclasses.replace(best, compression=None)
+        return _settled(best)
     # What is left is less than one more bit for all: perhaps it is enough for some.
     for group in sorted(open_groups, key=SPARE.index):
         if (more := bits_of(group, best) + 1) <= 16 and fits(tried := _with_bits({group: more}, best)):
             best = tried
-    return dataclasses.replace(best, compression=None)
+    return _settled(best)
+
+
+def _settled(weights: WeightConfig) -> WeightConfig:
+    return dataclasses.replace(weights, compression=None, least_compression=None)
+
+
+def _at_least(sites: Sequence[Site], weights: WeightConfig, budget: float) -> WeightConfig:
+    """The bits as they are, or where they do not fit, as `spend` gives them."""
+    if weight_bytes(sites, weights) <= budget:
+        return _settled(weights)
+    shared = {f"{group}_bits": None for group in GROUPS if group != "rest"}
+    return spend(sites, dataclasses.replace(weights, **shared), budget)  # type: ignore[arg-type]
 
 
 def settle_bits(
@@ -117,33 +130,36 @@ def settle_bits(
     float_bytes: Callable[[], float],
     overhead: int = 0,
 ) -> tuple[QuantizationConfig, dict[str, QuantizationConfig | None]]:
-    """Replace ``weights.compression`` by bits, in a configuration and in what it says of each module.
+    """Replace what is asked of the size by bits, in a configuration and in what it says of each module.
 
     Args:
         config: of the model.
         sites: of the model.
         resolved: the configuration of each site, as `gaq.config.resolve_overrides` gives it.
         float_bytes: size of the float model. Modules for which an override names a preset with ``compression`` are held
-            to it among themselves.
+            to it among themselves; ``least_compression`` is for the model as a whole.
         overhead: bytes of the quantized model besides codes and scales.
 
     Returns:
-        Both without ``compression``.
+        Both without ``compression`` and ``least_compression``.
     """
-    if config.weights.compression is None and not config.overrides:
-        return config, dict(resolved)
     done: dict[int, QuantizationConfig] = {}
     for own in resolved.values():
-        if own is None or own.weights.compression is None or own.weights.bits is None or id(own) in done:
+        if own is None or own.weights.bits is None or id(own) in done:
+            continue
+        weights = own.weights
+        ratio = weights.compression or (weights.least_compression if own is config else None)
+        if ratio is None:
+            done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
             continue
         mine = [site for site in sites if resolved[site.name] is own and site.weights]
         others = [site for site in sites if resolved[site.name] is not own]
         if own is config:
-            budget = (float_bytes() - _float_bytes(others)) / own.weights.compression - overhead
+            budget = (float_bytes() - _float_bytes(others)) / ratio - overhead
         else:
-            budget = _float_bytes(mine) / own.weights.compression
-        weights = spend(mine, own.weights, budget)
-        done[id(own)] = dataclasses.replace(own, weights=weights)
+            budget = _float_bytes(mine) / ratio
+        choose = _at_least if weights.compression is None else spend
+        done[id(own)] = dataclasses.replace(own, weights=choose(mine, weights, budget))
     return done.get(id(config), config), {
         name: own if own is None else done.get(id(own), own) for name, own in resolved.items()
     }

@@ -87,9 +87,11 @@ _BITS: dict[str, tuple[int, ...]] = {
     "vectors.direction_bits": _ALL_BITS,
     "attention.bits": _ALL_BITS,
 }
+_BITS_OF_GROUPS = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits")
 _MINIMUM: dict[str, float] = {
     "weights.group_size": 2,
     "weights.compression": 2.0,
+    "weights.least_compression": 2.0,
     "vectors.start_epoch": 0,
     "vectors.anneal_epochs": 0,
     "attention.gate_limit": 1e-3,
@@ -293,6 +295,9 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
             f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
         )
     base = _preset(spec.get("preset", "gaq"), f"{path}.preset")
+    weights = spec.get("weights")
+    if isinstance(weights, Mapping) and any(name in weights for name in ("bits", *_BITS_OF_GROUPS)):
+        base = dataclasses.replace(base, weights=dataclasses.replace(base.weights, least_compression=None))
     config: QuantizationConfig = _merge(base, spec, path)
     _check_consistency(config, path)
     return config
@@ -319,7 +324,7 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
         base = dataclasses.replace(config, overrides={})
         if isinstance(weights, Mapping) and "bits" in weights:
             # Bits that are named for some modules are what these have, wherever they stand in the model.
-            groups = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits", "compression")
+            groups = (*_BITS_OF_GROUPS, "compression", "least_compression")
             own = dataclasses.replace(config.weights, **dict.fromkeys(groups))  # type: ignore[arg-type]
             base = dataclasses.replace(base, weights=own)
         changed: QuantizationConfig = _merge(base, override, path)

@@ -49,6 +49,9 @@ class WeightConfig:
         compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
             weights stay this many times smaller than FP32 (`gaq.bits`; of MACE, whose files hold more than weights,
             the file). A group whose bits are given keeps them.
+        least_compression: where these bits would leave the model less than this many times smaller than FP32, they
+            follow from that size instead, as with ``compression`` (models of many elements). Bits that are given turn
+            it off.
     """
 
     bits: int | None = 8
@@ -61,6 +64,7 @@ class WeightConfig:
     mixing_bits: int | None = None
     species_bits: int | None = None
     compression: float | None = None
+    least_compression: float | None = None
 
 
 @dataclass(frozen=True)
@@ -264,20 +268,20 @@ _FOUR_BITS: dict[str, Any] = {
 }
 
 # With the sensitive tensors it makes nine tenths of the error of 8 bits; see benchmarks/sensitivity.py.
-_FIRST = WeightConfig(first_bits=16, species_bits=6)
+_EIGHT_BITS: dict[str, Any] = {"first_bits": 16, "species_bits": 6, "least_compression": 4.0}
 
 PRESETS: dict[str, QuantizationConfig] = {
-    "w8a16": QuantizationConfig(preset="w8a16", weights=_FIRST),
+    "w8a16": QuantizationConfig(preset="w8a16", weights=WeightConfig(**_EIGHT_BITS)),
     "w4a16": QuantizationConfig(
         preset="w4a16",
         weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
         **_FOUR_BITS,
     ),
-    "w8": dataclasses.replace(_weight_only(8, first_bits=16, species_bits=6), preset="w8"),
+    "w8": dataclasses.replace(_weight_only(8, **_EIGHT_BITS), preset="w8"),
     "w4": dataclasses.replace(_weight_only(4, **_GROUPED), preset="w4", **_FOUR_BITS),
     "w8a8": QuantizationConfig(
         preset="w8a8",
-        weights=_FIRST,
+        weights=WeightConfig(**_EIGHT_BITS),
         scalars=ScalarConfig(bits=8),
         vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
     ),

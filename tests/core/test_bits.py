@@ -115,21 +115,55 @@ def test_overrides_have_a_budget_of_their_own() -> None:
     assert own["rest"] == top
     expected = spend(_model(), W4, (total - 4 * 6400) / 7)
     assert top == expected
-    top, own = settle({"preset": "gaq", "overrides": {"other": "w4"}})
-    assert top == PRESETS["gaq"].weights
+    top, own = settle({"preset": "gaq", "weights": {"first_bits": 16}, "overrides": {"other": "w4"}})
+    assert top == dataclasses.replace(PRESETS["gaq"].weights, least_compression=None)
     assert own["other"] == spend([sites[-1]], W4, 4 * 6400 / 7)
     top, own = settle({"preset": "w4", "overrides": {"other": {"weights": {"bits": 5}}}})
     assert own["other"] == dataclasses.replace(
         W4, bits=5, sensitive_bits=None, first_bits=None, mixing_bits=None, species_bits=None, compression=None
     )
     # Nothing to settle: nothing is asked for.
-    config = parse_config("gaq")
+    config = parse_config({"weights": {"bits": 8}})
 
     def never() -> float:
         raise AssertionError
 
     same, _ = settle_bits(config, sites, resolve_overrides(config, names), never)
-    assert same is config
+    assert same == config
+
+
+def test_bits_give_way_to_a_least_size() -> None:
+    """Where 16 bits for some leave the model too large, all bits follow from the size."""
+    sites = _model()
+    names = [site.name for site in sites]
+    total = sum(4 * site.weights[0].layout.numel for site in sites)
+    own = PRESETS["gaq"].weights
+    actual = total / weight_bytes(sites, own)
+    assert actual == pytest.approx(3.2, abs=0.1)
+
+    def settle(spec: object) -> WeightConfig:
+        config = parse_config(spec)
+        return settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total))[0].weights
+
+    def least(ratio: float) -> dict[str, object]:
+        return {"weights": {"least_compression": ratio}}
+
+    assert settle(least(actual - 0.01)) == dataclasses.replace(own, least_compression=None)
+    smaller = settle(least(actual + 0.2))
+    assert weight_bytes(sites, smaller) <= total / (actual + 0.2)
+    assert _bits(smaller) == [13, 11, 9, 8]
+    assert smaller.species_bits == 6
+    # Not even 8 bits for all: no fewer.
+    assert _bits(settle(least(5.0))) == [8, 8, 8, 8]
+    # Bits that somebody names are what they get; what an override is for has no size of its own.
+    assert settle({"weights": {"first_bits": 16}}).first_bits == 16
+    assert parse_config({"preset": "w8", "weights": {"sensitive_bits": 16}}).weights.least_compression is None
+    config = parse_config({"preset": "w4", "overrides": {"rest": "gaq"}})
+    _, resolved = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total))
+    assert resolved["rest"] is not None
+    assert resolved["rest"].weights == dataclasses.replace(own, least_compression=None)
+    with pytest.raises(ValueError, match=r"weights\.least_compression: 1"):
+        parse_config(least(1))
 
 
 def test_a_size_can_be_asked_for_in_any_preset() -> None:
