@@ -23,6 +23,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "correlation3": {"correlation": 3},
     "residual_first": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
     "large": {"hidden_irreps": "32x0e+32x1o", "MLP_irreps": "16x0e", "radial_MLP": [64, 64, 64], "num_bessel": 8},
+    # As many elements as foundation models have.
+    "elements": {
+        "hidden_irreps": "64x0e",
+        "correlation": 3,
+        "num_elements": 89,
+        "atomic_energies": [-1.0] * 89,
+        "atomic_numbers": list(range(1, 90)),
+        "interaction_cls_first": "RealAgnosticResidualInteractionBlock",
+    },
 }
 
 

@@ -202,6 +202,20 @@ def test_size(
     assert ratio >= (7.0 if preset.startswith("w4") else 4.0)
 
 
+@pytest.mark.parametrize(("preset", "least"), [("gaq", 4.0), ("w4", 7.0)])
+def test_size_with_many_elements(float_model: Callable[..., Any], tmp_path: Path, preset: str, least: float) -> None:
+    """Bits give way where most weights belong to tensors that are sensitive."""
+    torch.save(float_model("elements"), tmp_path / "float.model")
+
+    def ratio(spec: Any) -> float:
+        gaq.save(gaq.convert(gaq.prepare(float_model("elements"), spec)), tmp_path / "own.model")
+        return (tmp_path / "float.model").stat().st_size / (tmp_path / "own.model").stat().st_size
+
+    assert least <= ratio(preset) < 1.2 * least
+    if preset == "gaq":
+        assert ratio({"preset": preset, "weights": {"least_compression": None}}) < least
+
+
 @pytest.mark.parametrize(
     "preset", ["w4a16", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("gaq", "w8", "w4"))]
 )
