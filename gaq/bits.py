@@ -90,7 +90,8 @@ def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> Weight
         budget: bytes for all codes and scales.
 
     Returns:
-        The same with the bits of every group set, and no compression asked for. Where not even ``bits`` for all fit, that.
+        The same with the bits of every group set, and no compression asked for. Where not even ``bits`` for all fit,
+        these.
     """
     given = {group: getattr(weights, f"{group}_bits", None) for group in GROUPS if group != "rest"}
     open_groups = [group for group in GROUPS if given.get(group) is None]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
-from gaq.archive import deflate
+import gaq
+from gaq.archive import bare_source, deflate
+
+ROOT = Path(gaq.__file__).parent.parent
+MODULES = sorted(p for package in ("gaq", "gaq_nequip") for p in (ROOT / package).rglob("*.py"))
 
 
 def test_what_is_in_an_archive_stays(tmp_path: Path) -> None:
@@ -26,3 +32,66 @@ def test_what_is_in_an_archive_stays(tmp_path: Path) -> None:
     assert target.stat().st_size < 0.6 * path.stat().st_size
     deflate(path, path)
     assert torch.load(path).keys() == state.keys()
+
+
+def _without_docstrings(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            for statement in statements if isinstance(statements, list) else []:
+                if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                    text = statement.value.value
+                    statement.value = ast.Constant("" if isinstance(text, str) else text)
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_without_comments_is_the_same_code(path: Path) -> None:
+    source = path.read_text()
+    bare = bare_source(source)
+    assert _without_docstrings(bare) == _without_docstrings(source)
+    # Line numbers in tracebacks are those of the source.
+    before, after = (
+        [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)] for text in (source, bare)
+    )
+    assert before == after
+    assert len(source.splitlines()) == len(bare.splitlines())
+
+
+def test_all_kinds_of_strings_and_comments() -> None:
+    source = (
+        '"""Module."""\n'
+        "# a comment\n"
+        "x = 1  # beside code\n"
+        'y = """not a\n'
+        '# docstring"""\n'
+        "def f():\n"
+        '    r"""Long,\n'
+        "\n"
+        '    raw."""  # and a comment\n'
+        "    return '# no comment'\n"
+        "x = [  # of a list\n"
+        "    'text',\n"
+        "    # inside\n"
+        "]\n"
+        '"""About x."""\n'
+        "if x: 'alone'\n"
+    )
+    assert bare_source(source) == (
+        '""\n\nx = 1\ny = """not a\n# docstring"""\ndef f():\n    ""\n\n\n    return \'# no comment\'\nx = [\n'
+        "    'text',\n\n]\n\"\"\nif x: 'alone'\n"
+    )
+
+
+def test_own_modules_alone_lose_comments(tmp_path: Path) -> None:
+    text = '"""What it is for."""\nx = 1  # one\n'
+    with zipfile.ZipFile(tmp_path / "before.zip", "w") as archive:
+        for name in ("root/gaq/a.py", "root/nequip/gaq/a.py", "root/gaqother/a.py", "root/gaq/a.txt"):
+            archive.writestr(name, text)
+    deflate(tmp_path / "before.zip", tmp_path / "after.zip")
+    with zipfile.ZipFile(tmp_path / "after.zip") as archive:
+        found = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert found.pop("root/gaq/a.py") == '""\nx = 1\n'
+    assert len(found) == 3
+    assert set(found.values()) == {text}
