@@ -15,7 +15,9 @@ into these; chosen together they bring in next to none (our derivation):
   largest :math:`|a[v]|` come first, so that the last corrections are the finest. It is the error feedback of
   sigma-delta converters, in T dimensions.
 - Then two v at a time are moved by a step each where that makes r smaller: differences and sums of two embeddings are
-  shorter than embeddings, and there are many.
+  shorter than embeddings, and there are many. At few bits, the shortest of these are combined in turn, to moves of up
+  to 16 codes: each doubling makes the shortest some five times shorter. 32 codes of 3 bits are 7^32 choices for the T
+  numbers of each output, so that there are some that come very near.
 
 The gradient of what is trained lies in the part the species see by itself: it passes straight through.
 
@@ -47,21 +49,55 @@ def seen_part(weights: Tensor, table: Tensor) -> Tensor:
     return torch.linalg.pinv(rows, rtol=1e-9) @ (rows @ weights.double())
 
 
-PAIRS = 64
-"""Pairs of numbers of an embedding whose codes are moved together; more gain nothing."""
+MOVES = 64
+"""Combinations of each kind that are tried; more gain nothing."""
+PARTS = 256
+"""Combinations of which longer ones are made."""
+FEW = 7
+"""Largest code (4 bits) up to which combinations go beyond pairs: where steps are small, pairs leave little."""
 
 
-def _short_pairs(rows: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
-    """Pairs with the shortest sums or differences of embeddings, longest first, and the signs of their second parts."""
-    size = rows.shape[1]
-    first, second = torch.triu_indices(size, size, 1, device=rows.device)
-    sums = torch.cat((first, first)), torch.cat((second, second))
-    signs = torch.cat((torch.ones_like(first), -torch.ones_like(first))).to(rows.dtype)
-    lengths = (rows[:, sums[0]] + signs * rows[:, sums[1]]).norm(dim=0)
+def _shortest(rows: Tensor, parts: Tensor, count: int) -> Tensor:
+    """Sums and differences of two combinations of embeddings whose lengths are the least, shortest first.
+
+    Args:
+        rows: embeddings, shape (T, V).
+        parts: integers, shape (V, n), a combination a column.
+        count: how many.
+
+    Returns:
+        Integers up to 2, shape (V, count) or fewer columns.
+    """
+    one, other = torch.triu_indices(parts.shape[1], parts.shape[1], 1, device=rows.device)
+    vectors = rows @ parts
+    both = vectors[:, one], vectors[:, other]
+    lengths = torch.cat(((both[0] + both[1]).norm(dim=0), (both[0] - both[1]).norm(dim=0)))
     # Of embeddings that are equal, moving one against the other changes nothing.
     lengths = torch.where(lengths > 1e-9 * rows.norm(), lengths, torch.full_like(lengths, torch.inf))
-    chosen = torch.argsort(lengths)[: min(PAIRS, int(torch.isfinite(lengths).sum()))].flip(0)
-    return list(zip(sums[0][chosen].tolist(), sums[1][chosen].tolist(), strict=True)), signs[chosen]
+    order = torch.argsort(lengths)[: min(8 * count, int(torch.isfinite(lengths).sum()))]
+    pair = order % one.numel()
+    sign = torch.where(order < one.numel(), 1.0, -1.0).to(rows.dtype)
+    found = parts[:, one[pair]] + sign * parts[:, other[pair]]
+    found = found[:, found.abs().amax(0) <= 2]
+    # Some come about in several ways, perhaps with the other sign.
+    leading = (found != 0).to(torch.uint8).argmax(0, keepdim=True)
+    found = found * found.gather(0, leading).sign()
+    _, which = torch.unique(found, dim=1, return_inverse=True)
+    at = torch.arange(found.shape[1], device=rows.device)
+    first = torch.full_like(at, found.shape[1]).scatter_reduce(0, which, at, "amin")
+    return found[:, torch.sort(first[first < found.shape[1]]).values[:count]]
+
+
+def _short_sums(rows: Tensor, top: float) -> Tensor:
+    """Moves of codes that change little: combinations of embeddings with short sums, the longest first."""
+    if top > FEW:
+        return _shortest(rows, torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device), MOVES).flip(1)
+    parts = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    levels = []
+    for _ in range(4):
+        parts = _shortest(rows, parts, PARTS)
+        levels.append(parts[:, :MOVES].flip(1))
+    return torch.cat(levels, 1)
 
 
 def chosen_codes(wanted: Tensor, table: Tensor, top: float) -> Tensor:
@@ -84,15 +120,17 @@ def chosen_codes(wanted: Tensor, table: Tensor, top: float) -> Tensor:
         correction = seen @ error / squares[v] if squares[v] > 0 else torch.zeros_like(x[v])
         codes[v] = torch.round(x[v] + correction).clamp(-top, top)
         error += torch.outer(seen, x[v] - codes[v])
-    pairs, signs = _short_pairs(rows)
-    for (one, other), sign in zip(pairs, signs, strict=True):
-        together = rows[:, one] + sign * rows[:, other]
+    for move in _short_sums(rows, top).unbind(1):
+        moved = move.nonzero().squeeze(1)
+        by = move[moved].unsqueeze(1)
+        together = rows @ move
         steps = torch.round(together @ error / (together @ together))
-        partner = sign * codes[other]
-        least = torch.maximum(-top - codes[one], -top - partner)
-        steps = torch.minimum(torch.maximum(steps, least), torch.minimum(top - codes[one], top - partner))
-        codes[one] += steps
-        codes[other] += sign * steps
+        # Whole steps that leave every code within its range.
+        present = by.sign() * codes[moved]
+        least = ((-top - present) / by.abs()).ceil().amax(0)
+        most = ((top - present) / by.abs()).floor().amin(0)
+        steps = torch.minimum(torch.maximum(steps, least), most)
+        codes[moved] += by * steps
         error -= torch.outer(together, steps)
     return codes
 
