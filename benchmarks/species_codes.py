@@ -1,6 +1,6 @@
 """What codes that are chosen together save: the self-connections of a NequIP model alone rounded, each way.
 
-    python benchmarks/species_codes.py [--model MODEL] [--frames 60] [--bits 3 4 6 8]
+    python benchmarks/species_codes.py [--model MODEL] [--frames 60] [--bits 2 3 4 6 8]
 
 Forces are compared with those of the float model, right after rounding: nothing is calibrated or trained.
 """
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=SHARED / "models/nequip_azobenzene.ckpt")
     parser.add_argument("--data", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
     parser.add_argument("--frames", type=int, default=60)
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 6, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
