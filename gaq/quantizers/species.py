@@ -70,22 +70,22 @@ def _shortest(rows: Tensor, parts: Tensor, count: int) -> Tensor:
     """
     one, other = torch.triu_indices(parts.shape[1], parts.shape[1], 1, device=rows.device)
     vectors = rows @ parts
-    both = vectors[:, one], vectors[:, other]
-    lengths = torch.cat(((both[0] + both[1]).norm(dim=0), (both[0] - both[1]).norm(dim=0)))
+    first, second = vectors[:, one], vectors[:, other]
+    squares = torch.cat(((first + second).square().sum(0), (first - second).square().sum(0)))
     # Of embeddings that are equal, moving one against the other changes nothing.
-    lengths = torch.where(lengths > 1e-9 * rows.norm(), lengths, torch.full_like(lengths, torch.inf))
-    order = torch.argsort(lengths)[: min(8 * count, int(torch.isfinite(lengths).sum()))]
+    squares = torch.where(squares > (1e-9 * rows.norm()) ** 2, squares, torch.full_like(squares, torch.inf))
+    order = torch.topk(squares, min(8 * count, int(torch.isfinite(squares).sum())), largest=False).indices
     pair = order % one.numel()
     sign = torch.where(order < one.numel(), 1.0, -1.0).to(rows.dtype)
     found = parts[:, one[pair]] + sign * parts[:, other[pair]]
     found = found[:, found.abs().amax(0) <= 2]
-    # Some come about in several ways, perhaps with the other sign.
-    leading = (found != 0).to(torch.uint8).argmax(0, keepdim=True)
-    found = found * found.gather(0, leading).sign()
-    _, which = torch.unique(found, dim=1, return_inverse=True)
+    # Some come about in several ways, perhaps with the other sign: numbers drawn at random tell them apart.
+    drawn = torch.rand(len(rows.T), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names = (1e9 * (drawn.to(rows) @ found).abs()).round()
+    _, which = torch.unique(names, return_inverse=True)
     at = torch.arange(found.shape[1], device=rows.device)
-    first = torch.full_like(at, found.shape[1]).scatter_reduce(0, which, at, "amin")
-    return found[:, torch.sort(first[first < found.shape[1]]).values[:count]]
+    earliest = torch.full_like(at, found.shape[1]).scatter_reduce(0, which, at, "amin")
+    return found[:, torch.sort(earliest[earliest < found.shape[1]]).values[:count]]
 
 
 def _short_sums(rows: Tensor, top: float) -> Tensor:
