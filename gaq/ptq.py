@@ -11,7 +11,8 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.quantizers.weights import gptq_round
+from gaq.quantizers.weights import WeightQuantizer, gptq_round
 from gaq.schema import DistillationConfig, QuantizationConfig
 
 if TYPE_CHECKING:
@@ -150,6 +151,20 @@ def _force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[_Lab
     return 1000.0 * math.sqrt(float(total) / max(count, 1))
 
 
+@contextmanager
+def _exact_features(adapter: Adapter, model: torch.nn.Module) -> Iterator[None]:
+    """Within this context features are not rounded."""
+    features = list(adapter.feature_quantizers(model).values())
+    flags = [(q.scalars_enabled, q.vectors_enabled) for q in features]
+    for q in features:
+        q.scalars_enabled = q.vectors_enabled = False
+    try:
+        yield
+    finally:
+        for q, (scalars, vectors) in zip(features, flags, strict=True):
+            q.scalars_enabled, q.vectors_enabled = scalars, vectors
+
+
 def distill(
     adapter: Adapter,
     model: torch.nn.Module,
@@ -165,7 +180,8 @@ def distill(
     learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
     float model's forces plus that of the energy per atom; no reference labels enter. Activations
     are left exact meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones,
-    observed on weights that are still far off, would saturate.
+    observed on weights that are still far off, would saturate. Weights whose rounding is ``negligible`` are left
+    exact too while they move.
 
     The best weights, judged on one structure in ten that is held out, are kept.
 
@@ -180,7 +196,7 @@ def distill(
             `model` are not (after calibrated rounding).
 
     Returns:
-        The RMS force difference to the float model before and after.
+        The RMS force difference to the float model before and after, all weights rounded.
     """
     chosen = choose(structures, config.max_structures, seed)
     held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
@@ -192,38 +208,57 @@ def distill(
     for name, quantizer in quantizers.items():
         if not quantizer.scale_is_fixed:
             quantizer.fix_scale(parameters[name])
-    features = list(adapter.feature_quantizers(model).values())
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in features]
-    for q in features:
-        q.scalars_enabled = q.vectors_enabled = False
+    with _exact_features(adapter, model):
+        before, after = _descend(adapter, model, quantizers, training, validation, config, seed, progress)
+    return DistillationResult(before, after, config.steps, len(chosen) - held)
 
+
+def _descend(
+    adapter: Adapter,
+    model: torch.nn.Module,
+    quantizers: Mapping[str, WeightQuantizer],
+    training: Sequence[_Labelled],
+    validation: Sequence[_Labelled],
+    config: DistillationConfig,
+    seed: int,
+    progress: bool,
+) -> tuple[float, float]:
+    """The steps of `distill`; returns the RMS force difference before and after them."""
+    parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in quantizers]
     # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
     # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
-    starts = [q.fixed_step.detach().clone() for q in quantizers.values()]
+    negligible = {name: q for name, q in quantizers.items() if q.negligible and q.enabled}
+    learned = {name: q for name, q in quantizers.items() if name not in negligible}
+    starts = [q.fixed_step.detach().clone() for q in learned.values()]
     typical = [float(start.mean()) for start in starts]
     factors = [torch.full_like(start, mean).requires_grad_(True) for start, mean in zip(starts, typical, strict=True)]
     requires = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(False)
     groups = []
-    for weight, quantizer, factor, mean in zip(weights, quantizers.values(), factors, typical, strict=True):
+    rates = {}
+    for (name, quantizer), weight in zip(quantizers.items(), weights, strict=True):
         size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
         # A code changes when its weight has moved by about a step, and steps double with every bit less.
-        rate = config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
-        groups.append({"params": [weight.requires_grad_(True)], "lr": rate * size})
-        groups.append({"params": [factor], "lr": 0.1 * rate * mean})
+        rates[name] = config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
+        groups.append({"params": [weight.requires_grad_(True)], "lr": rates[name] * size})
+    for name, factor, mean in zip(learned, factors, typical, strict=True):
+        groups.append({"params": [factor], "lr": 0.1 * rates[name] * mean})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.steps, 1), eta_min=0.0)
 
     def apply_scales() -> None:
-        for quantizer, start, factor, mean in zip(quantizers.values(), starts, factors, typical, strict=True):
+        for quantizer, start, factor, mean in zip(learned.values(), starts, factors, typical, strict=True):
             quantizer.fixed_step = start * (factor / mean)
 
     def snapshot() -> list[Tensor]:
         return [t.detach().clone() for t in (*weights, *factors)]
 
-    before = best = _force_rms(adapter, model, validation)
+    before = _force_rms(adapter, model, validation)
+    for quantizer in negligible.values():
+        quantizer.enabled = False
+    best = _force_rms(adapter, model, validation) if negligible else before
     kept = snapshot()
     generator = np.random.default_rng(seed)
     order: list[int] = []
@@ -256,11 +291,12 @@ def distill(
                 tensor.copy_(value)
                 tensor.grad = None
             apply_scales()
+        for name, quantizer in negligible.items():
+            quantizer.enabled = True
+            quantizer.refresh_scale(parameters[name])
         for name, p in parameters.items():
             p.requires_grad_(requires[name])
-        for q, (scalars, vectors) in zip(features, flags, strict=True):
-            q.scalars_enabled, q.vectors_enabled = scalars, vectors
-    return DistillationResult(before, best, config.steps, len(chosen) - held)
+    return before, _force_rms(adapter, model, validation) if negligible else best
 
 
 def calibrate_weights(

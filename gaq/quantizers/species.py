@@ -173,6 +173,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         self.settled = False
         # At least that, as measured on trained models; benchmarks/species_codes.py.
         self.effective_bits = bits + 5
+        self.negligible = self.top <= FEW
         size = int(embedding.weight.shape[1])  # type: ignore[union-attr,index]
         numbers = torch.arange(layout.numel)
         blocks = [

@@ -225,6 +225,7 @@ class WeightQuantizer(torch.nn.Module):
 
     Attributes:
         effective_bits: how finely what the weights come to is resolved, as bits of plain rounding.
+        negligible: whether what this rounding costs is so far below that of all others that these need not adapt to it.
     """
 
     range_ratio: Tensor
@@ -241,6 +242,7 @@ class WeightQuantizer(torch.nn.Module):
         self.group_size = group_size
         self.top = float(largest_code(bits))
         self.effective_bits = bits
+        self.negligible = False
         self.enabled = True
         self.scale_is_fixed = False
         self.scale_is_learned = False
