@@ -303,6 +303,40 @@ def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> 
     assert result.after < result.before
 
 
+def test_weights_whose_rounding_is_negligible_move_exactly(adapter: Any) -> None:
+    """They train without rounding, and all are rounded in what is reported and left behind."""
+    model = prepared(adapter, feature_bits=(16, 16))
+    for quantizer in model.features:
+        quantizer.scalars_enabled = quantizer.vectors_enabled = False
+    close = WeightQuantizer(WeightLayout.single((12, 32)), 14, "per_channel", 32)
+    close.negligible = True
+    model.up.quantizer = close
+    data = structures(60)
+    config = DistillationConfig(steps=40, learning_rate=RATE)
+    held = held_out(data, config)
+    target = exact_forces(adapter, model, held)
+    seen = []
+    forward = model.up.quantizer.forward
+
+    def watched(weight: Tensor) -> Tensor:
+        seen.append(close.enabled)
+        return forward(weight)
+
+    close.forward = watched  # type: ignore[method-assign]
+    weight = model.up.weight.detach().clone()
+    result = ptq.distill(adapter, model, data, config, progress=False)
+    # Labels; the first error; steps and their errors; the last error.
+    enabled = [i for i, on in enumerate(seen) if on]
+    assert seen.count(False) > 40
+    assert enabled[-1] == len(seen) - 1
+    assert close.enabled
+    assert not torch.equal(model.up.weight, weight)
+    largest = model.up.weight.abs().amax(0)
+    assert torch.allclose(close.current_scale(model.up.weight), largest / close.top, rtol=0.01, atol=0.0)
+    assert result.after == pytest.approx(rms(forces(adapter, model, held) - target), rel=1e-4)
+    assert result.after < 0.5 * result.before
+
+
 def test_distillation_leaves_everything_else_as_it_was(adapter: Any) -> None:
     model = prepared(adapter)
     model.scale.requires_grad_(False)
