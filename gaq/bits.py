@@ -130,6 +130,7 @@ def settle_bits(
     resolved: Mapping[str, QuantizationConfig | None],
     float_bytes: Callable[[], float],
     overhead: int = 0,
+    of_a_file: bool = True,
 ) -> tuple[QuantizationConfig, dict[str, QuantizationConfig | None]]:
     """Replace what is asked of the size by bits, in a configuration and in what it says of each module.
 
@@ -140,6 +141,7 @@ def settle_bits(
         float_bytes: size of the float model. Modules for which an override names a preset with ``compression`` are held
             to it among themselves; ``least_compression`` is for the model as a whole.
         overhead: bytes of the quantized model besides codes and scales.
+        of_a_file: whether these are sizes of files, which ``least_compression`` is about.
 
     Returns:
         Both without ``compression`` and ``least_compression``.
@@ -149,7 +151,7 @@ def settle_bits(
         if own is None or own.weights.bits is None or id(own) in done:
             continue
         weights = own.weights
-        ratio = weights.compression or (weights.least_compression if own is config else None)
+        ratio = weights.compression or (weights.least_compression if own is config and of_a_file else None)
         if ratio is None:
             done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
             continue

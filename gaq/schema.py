@@ -49,9 +49,9 @@ class WeightConfig:
         compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
             weights stay this many times smaller than FP32 (`gaq.bits`; of MACE, whose files hold more than weights,
             the file). A group whose bits are given keeps them.
-        least_compression: where these bits would leave the model less than this many times smaller than FP32, they
-            follow from that size instead, as with ``compression`` (models of many elements). Bits that are given turn
-            it off.
+        least_compression: MACE: where these bits would leave the file less than this many times smaller than FP32's,
+            they follow from that size instead, as with ``compression`` (models of many elements). Bits that are given
+            turn it off. Of NequIP's packages weights are the smaller part.
     """
 
     bits: int | None = 8

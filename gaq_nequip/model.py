@@ -101,7 +101,9 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
     if all(c is None for c in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
     parameters = dict(model.named_parameters())
-    config, resolved = settle_bits(config, sites, resolved, lambda: sum(4 * p.numel() for p in parameters.values()))
+    config, resolved = settle_bits(
+        config, sites, resolved, lambda: sum(4 * p.numel() for p in parameters.values()), of_a_file=False
+    )
     for site in sites:
         own = resolved[site.name]
         if own is None:

@@ -153,6 +153,11 @@ def test_bits_give_way_to_a_least_size() -> None:
     assert weight_bytes(sites, smaller) <= total / (actual + 0.2)
     assert _bits(smaller) == [13, 11, 9, 8]
     assert smaller.species_bits == 6
+    # It is about files.
+    config = parse_config(least(actual + 0.2))
+    _, own_bits = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total), of_a_file=False)
+    assert own_bits["rest"] is not None
+    assert own_bits["rest"].weights == dataclasses.replace(own, least_compression=None)
     # Not even 8 bits for all: no fewer.
     assert _bits(settle(least(5.0))) == [8, 8, 8, 8]
     # Bits that somebody names are what they get; what an override is for has no size of its own.
