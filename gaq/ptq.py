@@ -226,10 +226,10 @@ def _descend(
     """The steps of `distill`; returns the RMS force difference before and after them."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in quantizers]
-    # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
-    # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
     negligible = {name: q for name, q in quantizers.items() if q.negligible and q.enabled}
     learned = {name: q for name, q in quantizers.items() if name not in negligible}
+    # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
+    # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
     starts = [q.fixed_step.detach().clone() for q in learned.values()]
     typical = [float(start.mean()) for start in starts]
     factors = [torch.full_like(start, mean).requires_grad_(True) for start, mean in zip(starts, typical, strict=True)]

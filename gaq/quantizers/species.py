@@ -90,9 +90,9 @@ def _shortest(rows: Tensor, parts: Tensor, count: int) -> Tensor:
 
 def _short_sums(rows: Tensor, top: float) -> Tensor:
     """Moves of codes that change little: combinations of embeddings with short sums, the longest first."""
-    if top > FEW:
-        return _shortest(rows, torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device), MOVES).flip(1)
     parts = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if top > FEW:
+        return _shortest(rows, parts, MOVES).flip(1)
     levels = []
     for _ in range(4):
         parts = _shortest(rows, parts, PARTS)
