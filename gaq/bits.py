@@ -151,18 +151,16 @@ def settle_bits(
         if own is None or own.weights.bits is None or id(own) in done:
             continue
         weights = own.weights
-        ratio = weights.compression or (weights.least_compression if own is config and of_a_file else None)
-        if ratio is None:
-            done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
-            continue
-        mine = [site for site in sites if resolved[site.name] is own and site.weights]
-        others = [site for site in sites if resolved[site.name] is not own]
-        if own is config:
-            budget = (float_bytes() - _float_bytes(others)) / ratio - overhead
-        else:
-            budget = _float_bytes(mine) / ratio
-        choose = _at_least if weights.compression is None else spend
-        done[id(own)] = dataclasses.replace(own, weights=choose(mine, weights, budget))
+        ratio, least = weights.compression, weights.least_compression if own is config and of_a_file else None
+        if ratio is not None or least is not None:
+            mine = [site for site in sites if resolved[site.name] is own and site.weights]
+            others = [site for site in sites if resolved[site.name] is not own]
+            size, besides = (float_bytes() - _float_bytes(others), overhead) if own is config else (_float_bytes(mine), 0)
+            if ratio is not None:
+                weights = spend(mine, weights, size / ratio - besides)
+            if least is not None:
+                weights = _at_least(mine, weights, size / least - besides)
+        done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
     return done.get(id(config), config), {
         name: own if own is None else done.get(id(own), own) for name, own in resolved.items()
     }

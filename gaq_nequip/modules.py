@@ -395,7 +395,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
                 found.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
                 found.append((module.differentiable_twice, getattr(module, "calibrated", True)))
             elif is_kind(module, WeightQuantizer):
-                found.append((module.enabled, module.scale_is_fixed))
+                found.append((module.enabled, module.scale_is_fixed, getattr(module, "held", False)))
         return tuple(found)
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
@@ -447,8 +447,8 @@ def adopt(model: torch.nn.Module, state: Any) -> None:
 def settle_species(model: torch.nn.Module) -> None:
     """Round the weights whose codes are chosen together for good, in place: a compiled file cannot choose any."""
     parameters = dict(model.named_parameters())
-    for name, quantizer in weight_quantizers(model).items():
-        if is_kind(quantizer, SpeciesWeightQuantizer) and not quantizer.settled:
+    for name, quantizer in species_quantizers(model).items():
+        if not quantizer.settled:
             tensor = quantizer.quantized(parameters[name])
             quantizer.fix_scale(parameters[name], scale=tensor.scale)
             parameters[name].copy_(tensor.dequantize().to(parameters[name]))
@@ -466,3 +466,28 @@ def hold_scales(model: torch.nn.Module, fresh: bool = True) -> None:
     for name, quantizer in weight_quantizers(model).items():
         if fresh or not quantizer.scale_is_fixed:
             quantizer.refresh_scale(parameters[name])
+
+
+def species_quantizers(model: torch.nn.Module) -> dict[str, SpeciesWeightQuantizer]:
+    """The quantizers of weights whose codes are chosen together, by the names of their parameters."""
+    return {n: q for n, q in weight_quantizers(model).items() if is_kind(q, SpeciesWeightQuantizer)}
+
+
+def hold_codes(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Round weights whose codes are chosen together as they are rounded now, without choosing anew in every step.
+
+    Returns:
+        What was held before, for `release_codes`.
+    """
+    parameters = dict(model.named_parameters())
+    before = {}
+    for name, quantizer in species_quantizers(model).items():
+        before[name] = quantizer.offset
+        quantizer.hold(parameters[name])
+    return before
+
+
+def release_codes(model: torch.nn.Module, before: Mapping[str, Tensor] | None = None) -> None:
+    """Choose codes for the weights as they are from now on, or go back to what was held before."""
+    for name, quantizer in species_quantizers(model).items():
+        quantizer.release((before or {}).get(name))

@@ -28,7 +28,7 @@ from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule,
 from gaq.summary_table import format_rows
 from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
-from gaq_nequip.modules import hold_scales, weight_quantizers
+from gaq_nequip.modules import hold_codes, hold_scales, release_codes, weight_quantizers
 from gaq_nequip.sites import find_sites
 
 __all__ = ["QuantizationCallback", "add_equivariance_loss", "calibrate_on", "is_quantized", "start"]
@@ -150,11 +150,11 @@ class _TrainingData(NequIPAdapter):
 class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     """The schedule of the branches, the ranges of activations and the scales of weights, epoch by epoch.
 
-    At the start of an epoch ranges are observed on a sample of the training data and scales are taken from the
-    weights; both then hold still, but for ranges that prove too small. Validation, testing and what is saved always
-    see the fully rounded model, with the scales of the weights that are evaluated (the averaged ones, where NequIP
-    averages). All of it follows from the weights and the epoch, so that a run continued from a checkpoint goes on as it
-    would have.
+    At the start of an epoch ranges are observed on a sample of the training data, scales are taken from the weights and
+    codes that are chosen together are chosen; all then hold still, but for ranges that prove too small. Validation,
+    testing and what is saved always see the fully rounded model, with the scales of the weights that are evaluated (the
+    averaged ones, where NequIP averages). All of it follows from the weights and the epoch, so that a run continued
+    from a checkpoint goes on as it would have.
     """
 
     def __init__(self) -> None:
@@ -162,6 +162,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._branches = DEPLOYED
         self._learners: list[ScaleLearner] = []
         self._averaging = ExitStack()
+        self._held: list[dict[str, Tensor]] = []
 
     # -- data --
 
@@ -244,6 +245,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Scales stay what they are."""
         self._averaging.close()
+        for model in _quantized_models(pl_module):
+            release_codes(model)
         for learner in self._learners:
             learner.finish()
         self._learners = []
@@ -311,6 +314,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in _quantized_models(pl_module):
             require_state(model).status = "training"
             hold_scales(model)
+            hold_codes(model)
             if epoch > 0:
                 calibrate_on(model, self._batches(trainer, pl_module))
         self._set(pl_module, branch_state(config.vectors, epoch), observing=True)
@@ -344,8 +348,11 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             self._share_ranges(pl_module)
         self._before = self._branches
         self._set(pl_module, DEPLOYED, observing=False)
+        self._held = [hold_codes(model) for model in _quantized_models(pl_module)]
 
     def _leave(self, pl_module: Any) -> None:
+        for model, held in zip(_quantized_models(pl_module), self._held, strict=True):
+            release_codes(model, held)
         self._set(pl_module, self._before, observing=self._before != DEPLOYED)
 
     # The epoch hooks, since averaged weights are swapped in and out outside them.

@@ -15,11 +15,13 @@ into these; chosen together they bring in next to none (our derivation):
   largest :math:`|a[v]|` come first, so that the last corrections are the finest. It is the error feedback of
   sigma-delta converters, in T dimensions.
 - Then two v at a time are moved by a step each where that makes r smaller: differences and sums of two embeddings are
-  shorter than embeddings, and there are many. At few bits, the shortest of these are combined in turn, to moves of up
-  to 16 codes: each doubling makes the shortest some five times shorter. 32 codes of 3 bits are 7^32 choices for the T
-  numbers of each output, so that there are some that come very near.
+  shorter than embeddings, and there are many. The shortest of these are combined in turn, to moves of up to 16 codes:
+  each doubling makes the shortest some five times shorter. 32 codes of 3 bits are 7^32 choices for the T numbers of
+  each output, so that there are some that come very near.
 
-The gradient of what is trained lies in the part the species see by itself: it passes straight through.
+The gradient of what is trained lies in the part the species see by itself: it passes straight through. From 3 bits on
+what species see of the rounding is so little that it need not be found anew in every step of a training: `hold` keeps
+the difference to the weights until it is called again.
 
 This module is embedded in packages: it imports nothing but torch and the core.
 """
@@ -53,8 +55,6 @@ MOVES = 64
 """Combinations of each kind that are tried; more gain nothing."""
 PARTS = 256
 """Combinations of which longer ones are made."""
-FEW = 7
-"""Largest code (4 bits) up to which combinations go beyond pairs: where steps are small, pairs leave little."""
 
 
 def _shortest(rows: Tensor, parts: Tensor, count: int) -> Tensor:
@@ -88,11 +88,9 @@ def _shortest(rows: Tensor, parts: Tensor, count: int) -> Tensor:
     return found[:, torch.sort(earliest[earliest < found.shape[1]]).values[:count]]
 
 
-def _short_sums(rows: Tensor, top: float) -> Tensor:
+def _short_sums(rows: Tensor) -> Tensor:
     """Moves of codes that change little: combinations of embeddings with short sums, the longest first."""
     parts = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    if top > FEW:
-        return _shortest(rows, parts, MOVES).flip(1)
     levels = []
     for _ in range(4):
         parts = _shortest(rows, parts, PARTS)
@@ -120,7 +118,7 @@ def chosen_codes(wanted: Tensor, table: Tensor, top: float) -> Tensor:
         correction = seen @ error / squares[v] if squares[v] > 0 else torch.zeros_like(x[v])
         codes[v] = torch.round(x[v] + correction).clamp(-top, top)
         error += torch.outer(seen, x[v] - codes[v])
-    for move in _short_sums(rows, top).unbind(1):
+    for move in _short_sums(rows).unbind(1):
         moved = move.nonzero().squeeze(1)
         by = move[moved].unsqueeze(1)
         together = rows @ move
@@ -166,6 +164,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
     """
 
     order: Tensor
+    offset: Tensor
 
     def __init__(self, layout: WeightLayout, bits: int, embedding: torch.nn.Module) -> None:
         super().__init__(layout, bits, "per_channel", 0)
@@ -173,7 +172,8 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         self.settled = False
         # At least that, as measured on trained models; benchmarks/species_codes.py.
         self.effective_bits = bits + 5
-        self.negligible = self.top <= FEW
+        self.negligible = bits > 2
+        self.held = False
         size = int(embedding.weight.shape[1])  # type: ignore[union-attr,index]
         numbers = torch.arange(layout.numel)
         blocks = [
@@ -181,6 +181,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
             for b in layout.blocks
         ]
         self.register_buffer("order", torch.cat(blocks, 1), persistent=False)
+        self.register_buffer("offset", torch.zeros(0), persistent=False)
 
     def table(self) -> Tensor:
         """The embeddings as the model computes with them, shape (species, size), detached."""
@@ -231,10 +232,25 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         chosen = _operations()[1](x[self.order], self.table(), self.top)
         return torch.zeros_like(x).index_put((self.order,), chosen.to(x.dtype))
 
+    @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Round as for this weight until `release`, where that is as good as choosing codes anew."""
+        self.release()
+        if self.negligible and self.enabled:
+            self.offset = (self.forward(weight) - weight).reshape(-1)
+            self.held = True
+
+    def release(self, offset: Tensor | None = None) -> None:
+        """Choose the codes for each weight again, or go back to an `offset` that was held before."""
+        self.held = offset is not None and offset.numel() > 0
+        self.offset = offset if offset is not None else self.offset.new_zeros(0)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight, same shape and dtype; its gradient passes straight through."""
         if not self.enabled:
             return weight
+        if self.held:
+            return weight + self.offset.to(weight.dtype).view(weight.shape)
         rounded = self.codes(weight) * self.spread(self.current_scale(weight))
         # The difference is exactly zero and carries the gradient.
         return rounded.detach().view(weight.shape) + (weight - weight.detach())
