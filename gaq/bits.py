@@ -155,7 +155,9 @@ def settle_bits(
         if ratio is not None or least is not None:
             mine = [site for site in sites if resolved[site.name] is own and site.weights]
             others = [site for site in sites if resolved[site.name] is not own]
-            size, besides = (float_bytes() - _float_bytes(others), overhead) if own is config else (_float_bytes(mine), 0)
+            whole = own is config
+            size = float_bytes() - _float_bytes(others) if whole else _float_bytes(mine)
+            besides = overhead if whole else 0
             if ratio is not None:
                 weights = spend(mine, weights, size / ratio - besides)
             if least is not None:
