@@ -43,7 +43,7 @@ def test_groups() -> None:
         # Without bits of their own such products are as they stand.
         assert group_of(_site("a", (64, 8), group, table), WeightConfig()) == group
     assert bits_of("species", W4) == 3
-    assert [bits_of(g, PRESETS["gaq"].weights) for g in (*GROUPS, "species")] == [16, 16, 8, 8, 6]
+    assert [bits_of(g, PRESETS["gaq"].weights) for g in (*GROUPS, "species")] == [16, 16, 8, 8, 4]
     assert bits_of("first", WeightConfig(bits=8, first_bits=4)) == 8
 
 
@@ -116,14 +116,15 @@ def test_overrides_have_a_budget_of_their_own() -> None:
     expected = spend(_model(), W4, (total - 4 * 6400) / 7)
     assert top == expected
     top, own = settle({"preset": "gaq", "weights": {"first_bits": 16}, "overrides": {"other": "w4"}})
-    assert top == dataclasses.replace(PRESETS["gaq"].weights, least_compression=None)
+    gaq = PRESETS["gaq"].weights
+    assert top == dataclasses.replace(gaq, mixing_bits=8, compression=None, least_compression=None)
     assert own["other"] == spend([sites[-1]], W4, 4 * 6400 / 7)
     top, own = settle({"preset": "w4", "overrides": {"other": {"weights": {"bits": 5}}}})
     assert own["other"] == dataclasses.replace(
         W4, bits=5, sensitive_bits=None, first_bits=None, mixing_bits=None, species_bits=None, compression=None
     )
     # Nothing to settle: nothing is asked for.
-    config = parse_config({"weights": {"bits": 8}})
+    config = parse_config({"weights": {"bits": 8, "compression": None}})
 
     def never() -> float:
         raise AssertionError
@@ -137,7 +138,7 @@ def test_bits_give_way_to_a_least_size() -> None:
     sites = _model()
     names = [site.name for site in sites]
     total = sum(4 * site.weights[0].layout.numel for site in sites)
-    own = PRESETS["gaq"].weights
+    own = dataclasses.replace(PRESETS["gaq"].weights, compression=None)
     actual = total / weight_bytes(sites, own)
     assert actual == pytest.approx(3.2, abs=0.1)
 
@@ -146,13 +147,13 @@ def test_bits_give_way_to_a_least_size() -> None:
         return settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total))[0].weights
 
     def least(ratio: float) -> dict[str, object]:
-        return {"weights": {"least_compression": ratio}}
+        return {"weights": {"compression": None, "least_compression": ratio}}
 
     assert settle(least(actual - 0.01)) == dataclasses.replace(own, least_compression=None)
     smaller = settle(least(actual + 0.2))
     assert weight_bytes(sites, smaller) <= total / (actual + 0.2)
     assert _bits(smaller) == [13, 11, 9, 8]
-    assert smaller.species_bits == 6
+    assert smaller.species_bits == 4
     # It is about files.
     config = parse_config(least(actual + 0.2))
     _, own_bits = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total), of_a_file=False)
@@ -161,14 +162,32 @@ def test_bits_give_way_to_a_least_size() -> None:
     # Not even 8 bits for all: no fewer.
     assert _bits(settle(least(5.0))) == [8, 8, 8, 8]
     # Bits that somebody names are what they get; what an override is for has no size of its own.
-    assert settle({"weights": {"first_bits": 16}}).first_bits == 16
     assert parse_config({"preset": "w8", "weights": {"sensitive_bits": 16}}).weights.least_compression is None
     config = parse_config({"preset": "w4", "overrides": {"rest": "gaq"}})
     _, resolved = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total))
     assert resolved["rest"] is not None
-    assert resolved["rest"].weights == dataclasses.replace(own, least_compression=None)
+    assert resolved["rest"].weights == dataclasses.replace(own, mixing_bits=8, least_compression=None)
     with pytest.raises(ValueError, match=r"weights\.least_compression: 1"):
         parse_config(least(1))
+
+
+def test_room_is_used_above_a_least_size() -> None:
+    """A size that leaves room raises what is not given; one that cannot be kept raises nothing."""
+    sites = [*_model(), _site("product", (6400, 24), embedding=torch.nn.Embedding(3, 64))]
+    names = [site.name for site in sites]
+    total = sum(4 * site.weights[0].layout.numel for site in sites)
+
+    def settle(spec: object, of_a_file: bool = True) -> list[int]:
+        config = parse_config(spec)
+        resolved = resolve_overrides(config, names)
+        found = settle_bits(config, sites, resolved, lambda: float(total), of_a_file=of_a_file)[0].weights
+        return [*_bits(found), bits_of("species", found)]
+
+    for of_a_file in (False, True):
+        assert settle("gaq", of_a_file) == [16, 16, 11, 10, 4]
+        assert settle({"weights": {"compression": 5.2}}, of_a_file) == [16, 16, 10, 9, 4]
+        assert settle({"weights": {"compression": 4}}, of_a_file) == [16, 16, 15, 14, 4]
+        assert settle({"weights": {"compression": 8, "least_compression": None}}, of_a_file) == [16, 16, 8, 8, 4]
 
 
 def test_a_size_can_be_asked_for_in_any_preset() -> None:

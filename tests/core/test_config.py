@@ -97,7 +97,9 @@ def test_dictionary_round_trips(spec: Any) -> None:
 
 def test_null_means_float() -> None:
     config = parse_config({"weights": None})
-    assert config.weights == WeightConfig(bits=None, first_bits=16, species_bits=6, least_compression=4.0)
+    assert config.weights == WeightConfig(
+        bits=None, first_bits=16, species_bits=4, compression=5.0, least_compression=4.0
+    )
     assert config.scalars == ScalarConfig()
     assert parse_config({"vectors": None}).vectors == VectorConfig(magnitude_bits=None)
     assert parse_config({"weights": {"bits": None, "sensitive_bits": None}}).weights.sensitive_bits is None

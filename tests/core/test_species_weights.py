@@ -44,7 +44,7 @@ def _quantizer(bits: int, layout: WeightLayout, embedding: torch.nn.Module, weig
     return quantizer
 
 
-@pytest.mark.parametrize(("bits", "gain"), [(2, 997), (3, 27_984), (4, 44_169), (6, 276), (8, 284)])
+@pytest.mark.parametrize(("bits", "gain"), [(2, 997), (3, 27_984), (4, 44_169), (6, 59_361), (8, 62_537)])
 def test_species_see_far_less_of_the_rounding(bits: int, gain: float) -> None:
     """For embeddings drawn at random; those of trained models are less even."""
     weight, layout = _weight()
@@ -109,6 +109,35 @@ def test_the_gradient_passes_straight_through() -> None:
     assert torch.equal(quantizer(weight).detach(), quantizer(weight.detach()))
     quantizer.enabled = False
     assert quantizer(weight) is weight
+
+
+def test_held_codes_follow_the_weight_at_a_distance() -> None:
+    """The difference to the rounded weight is kept, from 3 bits on; at 2 codes are chosen every time."""
+    weight, layout = _weight()
+    moved = weight + 0.01 * torch.randn(weight.numel(), generator=torch.Generator().manual_seed(1))
+    for bits in (2, 3, 4):
+        quantizer = _quantizer(bits, layout, _embedding(), weight)
+        quantizer.fix_scale(weight)
+        rounded, other = quantizer(weight), quantizer(moved)
+        quantizer.hold(weight)
+        assert torch.allclose(quantizer(weight), rounded, atol=1e-6, rtol=0.0)
+        assert quantizer.held == (bits > 2)
+        expected = rounded + (moved - weight) if bits > 2 else other
+        assert torch.allclose(quantizer(moved), expected, atol=1e-6, rtol=0.0)
+        # What is stored are codes of the weight as it is.
+        assert torch.equal(quantizer.quantized(moved).dequantize(), other)
+        held = quantizer.offset
+        quantizer.hold(moved)
+        quantizer.release(held)
+        assert torch.allclose(quantizer(moved), expected, atol=1e-6, rtol=0.0)
+        quantizer.release()
+        assert torch.equal(quantizer(moved), other)
+        assert not quantizer.offset.numel()
+    # What is off is left alone.
+    quantizer.enabled = False
+    quantizer.hold(weight)
+    assert quantizer(weight) is weight
+    assert not quantizer.held
 
 
 def test_settled_codes_stay() -> None:
