@@ -18,7 +18,15 @@ from gaq.config import ConfigError
 from gaq.quantized import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
 from gaq_nequip.model import in_float64, prepare, quantized_weights
-from gaq_nequip.modules import QuantizedGraphModel, packed_weights, site_quantizers, weight_quantizers
+from gaq_nequip.modules import (
+    QuantizedGraphModel,
+    hold_codes,
+    packed_weights,
+    release_codes,
+    site_quantizers,
+    species_quantizers,
+    weight_quantizers,
+)
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import bystanders, find_sites
 
@@ -125,6 +133,45 @@ def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], flo
     assert {type(q).__name__ for site in find_sites(alike) for q in site_quantizers(site).values()} == {
         "WeightQuantizer"
     }
+
+
+def test_room_goes_to_the_other_weights(float_model: Callable[..., Any]) -> None:
+    """The self-connection needs few bits, so that with 8 bits named the rest can have more within a fifth of FP32."""
+    model = gaq.prepare(float_model("wide"), "gaq")
+    own = state_of(model).config.weights
+    assert (own.species_bits, own.sensitive_bits, own.first_bits) == (4, 16, 16)
+    assert 8 < own.bits <= own.mixing_bits < 16
+    tensors = quantized_weights(model).values()
+    stored = sum(t.bits * t.codes.numel() / 8 + 2 * t.scale.numel() for t in tensors)
+    assert 4 * sum(p.numel() for p in model.parameters()) >= 5 * stored
+    allegro = state_of(gaq.prepare(float_model("allegro"), "gaq")).config.weights
+    assert (allegro.bits, allegro.mixing_bits) == (8, 8)
+
+
+def test_held_codes_are_those_of_the_weights(
+    quantized: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an epoch of training and in validation codes of the self-connection are chosen once."""
+    model = quantized("gaq", "wide", "float64", status="training")
+    energies, forces = evaluate(model, structures)
+    before = hold_codes(model)
+    assert before
+    assert not any(offset.numel() for offset in before.values())
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("codes are chosen anew")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gaq.quantizers.species._operations", refuse)
+        held = evaluate(model, structures)
+    assert np.allclose(held[0], energies, rtol=1e-12)
+    assert np.allclose(held[1], forces, rtol=0, atol=1e-10)
+    first = hold_codes(model)
+    assert all(offset.numel() for offset in first.values())
+    release_codes(model, first)
+    assert all(torch.equal(q.offset, first[name]) for name, q in species_quantizers(model).items())
+    release_codes(model)
+    assert np.array_equal(evaluate(model, structures)[0], energies)
 
 
 def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], quantized: Callable[..., Any]) -> None:
