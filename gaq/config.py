@@ -94,6 +94,7 @@ _MINIMUM: dict[str, float] = {
     "weights.least_compression": 2.0,
     "vectors.start_epoch": 0,
     "vectors.anneal_epochs": 0,
+    "training.anneal_epochs": 0,
     "attention.gate_limit": 1e-3,
     "calibration.frames": 1,
     "calibration.seed": 0,
@@ -102,6 +103,7 @@ _MINIMUM: dict[str, float] = {
     "distillation.batch_size": 1,
     "distillation.learning_rate": 0.0,
     "distillation.max_structures": 1,
+    "distillation.features": 0.0,
     "equivariance_loss.weight": 0.0,
     "equivariance_loss.rotations": 1,
 }
@@ -309,6 +311,13 @@ def _check_consistency(config: QuantizationConfig, path: str) -> None:
         raise ConfigError(
             f"{path}.vectors.codebook: a {vectors.codebook} table of 2 x {vectors.direction_bits} bits is too "
             f"large to search; use direction_bits: 6 or fewer, or codebook: octahedral."
+        )
+    training = config.training
+    if training.anneal_epochs and (training.learned_scales or config.rounds_weights_at_end):
+        key, value = ("learned_scales", "false") if training.learned_scales else ("round_weights", "throughout")
+        raise ConfigError(
+            f"{path}.training.anneal_epochs: {training.anneal_epochs} epochs of shrinking ranges need "
+            f"{key}: {value} beside them; only ranges that weights are rounded with and that follow them can shrink."
         )
     bits = config.weights
     attention_only = config.attention is not None and config.attention.messages

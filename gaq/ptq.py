@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +130,32 @@ class _Labelled:
     batch: Any
     energy: Tensor
     forces: Tensor
+    features: list[Tensor]
 
 
-def _label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[_Labelled]:
+def _label(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int, features: bool = False
+) -> list[_Labelled]:
     labelled = []
-    with adapter.unquantized(model):
+    with adapter.unquantized(model), _recorded(adapter, model, features) as seen:
         for batch in adapter.batches(model, structures, batch_size):
             energy, forces, _ = adapter.energy_and_forces(model, batch)
-            labelled.append(_Labelled(batch, energy.detach(), forces.detach()))
+            labelled.append(_Labelled(batch, energy.detach(), forces.detach(), [h.detach() for h in seen]))
+            seen.clear()
     return labelled
+
+
+def _recorded(adapter: Adapter, model: torch.nn.Module, features: bool) -> AbstractContextManager[list[Tensor]]:
+    return adapter.recorded_features(model) if features else nullcontext([])
+
+
+def _relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference over mean square, averaged over the tensors of a pair of lists."""
+    errors = [
+        (own - label).square().mean() / label.square().mean().clamp_min(torch.finfo(label.dtype).tiny)
+        for own, label in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(errors).mean()
 
 
 def _force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[_Labelled]) -> float:
@@ -178,7 +195,8 @@ def distill(
 
     The float weights stay underneath the rounding (straight-through estimator) and move; scales are
     learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
-    float model's forces plus that of the energy per atom; no reference labels enter. Activations
+    float model's forces plus that of the energy per atom (and of features, where the configuration gives these a
+    weight); no reference labels enter. Activations
     are left exact meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones,
     observed on weights that are still far off, would saturate. Weights whose rounding is ``negligible`` are left
     exact too while they move.
@@ -201,7 +219,7 @@ def distill(
     chosen = choose(structures, config.max_structures, seed)
     held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
     source = model if teacher is None else teacher
-    training = _label(adapter, source, chosen[held:], config.batch_size)
+    training = _label(adapter, source, chosen[held:], config.batch_size, config.features > 0)
     validation = _label(adapter, source, chosen[:held] or chosen, 16)
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
@@ -264,17 +282,23 @@ def _descend(
     order: list[int] = []
     interval = max(20, config.steps // 10)
     bar = tqdm(range(config.steps), desc="self-distillation", disable=not progress, unit="step")
+    # A relative error of features is worth that of the forces.
+    features = config.features * float(sum(item.forces.square().mean() for item in training) / max(len(training), 1))
     try:
         for step in bar:
             if not order:
                 order = generator.permutation(len(training)).tolist()
             item = training[order.pop()]
             apply_scales()
-            energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
+            with _recorded(adapter, model, features > 0) as seen:
+                energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
             force_error = ((forces - item.forces) ** 2).mean()
             energy_error = (((energy - item.energy) / counts) ** 2).mean()
+            loss = force_error + ENERGY_WEIGHT * energy_error
+            if seen:
+                loss = loss + features * _relative_error(seen, item.features)
             optimizer.zero_grad(set_to_none=True)
-            (force_error + ENERGY_WEIGHT * energy_error).backward()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
             optimizer.step()
             schedule.step()

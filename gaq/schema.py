@@ -167,12 +167,15 @@ class DistillationConfig:
         learning_rate: of Adam, on the weights, relative to their root mean square; at 8 bits or more, and twice as much
             for every bit less.
         max_structures: at most this many of the structures given serve as teacher input.
+        features: weight of what interactions hand on, beside the forces: with 1 a relative error of these features
+            counts as much as one of the forces. The features of all structures are kept in memory.
     """
 
     steps: int = 300
     batch_size: int = 5
     learning_rate: float = 3e-4
     max_structures: int = 1000
+    features: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,16 @@ class TrainingConfig:
         learned_scales: train the scales of the weights with the weights (see `gaq.learned_scales`).
         average_rounded: where the host keeps an average of the parameters (EMA), average the rounded weights, those
             that are deployed, and not the ones beneath the rounding (see `gaq.averaging`).
+        anneal_epochs: epochs over which the ranges of weights shrink from the largest weight, with which none is
+            clipped, to what ``weights.range`` finds. For weights that are rounded throughout and scales that follow
+            them; the best epoch should come later.
     """
 
     round_weights: str = "throughout"
     warm_start: bool = False
     learned_scales: bool = False
     average_rounded: bool = True
+    anneal_epochs: int = 0
 
 
 @dataclass(frozen=True)

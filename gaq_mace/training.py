@@ -19,7 +19,7 @@ from gaq.physics.rotations import random_rotation
 from gaq.ptq import round_at_end, warm_start
 from gaq.quantized import require_state, round_weights
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
+from gaq.schedule import DEPLOYED, anneal_ranges, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
@@ -160,6 +160,7 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return result
     finally:
         round_weights(model, True)
+        anneal_ranges(model, state.config.training, None)
         set_branches(model, DEPLOYED, observing=False)
         if learner is not None:
             learner.finish()
@@ -203,6 +204,7 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if line_search and feature_quantizers(model):
         # A line search needs the same function at every step: ranges move between epochs only.
         _calibrate(model, state.config.calibration, kwargs["data_loader"], kwargs["device"])
+    anneal_ranges(model, state.config.training, epoch)
     refresh_scales(model)
     set_branches(model, branches, observing=not line_search)
     try:

@@ -24,7 +24,7 @@ from gaq.ptq import round_at_end, warm_start
 from gaq.quantized import UNFINISHED, feature_quantizers, require_state, round_weights, state_of, unquantized
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
+from gaq.schedule import DEPLOYED, BranchState, anneal_ranges, branch_state, describe_schedule, set_branches
 from gaq.summary_table import format_rows
 from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
@@ -246,6 +246,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         """Scales stay what they are."""
         self._averaging.close()
         for model in _quantized_models(pl_module):
+            anneal_ranges(model, self._config(pl_module).training, None)
             release_codes(model)
         for learner in self._learners:
             learner.finish()
@@ -313,6 +314,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             logger.info(f"Epoch {epoch}: vectors are rounded from now on")
         for model in _quantized_models(pl_module):
             require_state(model).status = "training"
+            anneal_ranges(model, config.training, epoch)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0:

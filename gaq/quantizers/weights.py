@@ -226,6 +226,7 @@ class WeightQuantizer(torch.nn.Module):
     Attributes:
         effective_bits: how finely what the weights come to is resolved, as bits of plain rounding.
         negligible: whether what this rounding costs is so far below that of all others that these need not adapt to it.
+        range_progress: how far the range has shrunk from the largest weight (0) to its own (1).
     """
 
     range_ratio: Tensor
@@ -243,6 +244,7 @@ class WeightQuantizer(torch.nn.Module):
         self.top = float(largest_code(bits))
         self.effective_bits = bits
         self.negligible = False
+        self.range_progress = 1.0
         self.enabled = True
         self.scale_is_fixed = False
         self.scale_is_learned = False
@@ -310,7 +312,10 @@ class WeightQuantizer(torch.nn.Module):
         """Scales in use, shape (groups,), in the dtype of the weight."""
         if self.scale_is_fixed:
             return stored_scale(self.fixed_step).to(weight.dtype)
-        step = self.range_ratio.to(torch.float32) * self.largest(weight.detach()).to(torch.float32) / self.top
+        ratio = self.range_ratio.to(torch.float32)
+        if self.range_progress != 1.0:
+            ratio = 1.0 + self.range_progress * (ratio - 1.0)
+        step = ratio * self.largest(weight.detach()).to(torch.float32) / self.top
         return stored_scale(step).to(weight.dtype)
 
     def largest(self, weight: Tensor) -> Tensor:
