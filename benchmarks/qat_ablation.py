@@ -47,6 +47,7 @@ MIXING = {"weights": {**GIVEN, "first_bits": 8, "mixing_bits": 6}, **COARSE}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
     "plain": {"training": PLAIN, **FOUR},
+    "anneal": {"training": {**PLAIN, "anneal_epochs": 4}, **FOUR},
     "warm": {"training": {**PLAIN, "warm_start": True}, **FOUR},
     "learned": {"training": {**PLAIN, "learned_scales": True}, **FOUR},
     "both": {"training": BOTH, **FOUR},
@@ -56,10 +57,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "after": MIXING,
     "throughout": {"training": AVERAGE},
     "default": {},
+    "features": {"distillation": {"features": 1.0}},
 }
 LABELS = {
     "fp32": "FP32",
     "plain": "straight-through rounding only",
+    "anneal": "+ ranges that shrink over 4 epochs",
     "warm": "+ start from calibrated rounding",
     "learned": "+ learned scales",
     "both": "+ both",
@@ -69,6 +72,7 @@ LABELS = {
     "after": "the same bits, FP32 rounded after training",
     "throughout": "bits by size, rounded throughout",
     "default": "bits by size, rounded at the end (the default)",
+    "features": "the same, features distilled beside forces",
 }
 
 

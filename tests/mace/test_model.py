@@ -17,6 +17,7 @@ from mace.modules.lora import inject_lora
 from mace.tools.scripts_utils import extract_config_mace_model, extract_model
 
 import gaq
+from gaq.adapter import adapter_for
 from gaq.config import ConfigError
 from gaq.quantizers.weights import largest_code
 from gaq_mace.evaluate import energy_and_forces, make_batches
@@ -431,6 +432,15 @@ def test_trains_with_forces(quantized: Callable[..., Any], structures: list[Any]
             if p.numel() > 0:
                 p.sub_(gradients[name] * (0.05 * float(before.detach()) / size**2))
     assert float(loss().detach()) < float(before.detach())
+
+
+def test_features_of_each_interaction_are_recorded(float_model: Callable[..., Any], structures: list[Any]) -> None:
+    model = float_model()
+    adapter = adapter_for(model)
+    (batch,) = adapter.batches(model, structures, len(structures))
+    with adapter.recorded_features(model) as seen:
+        adapter.energy_and_forces(model, batch)
+    assert [len(h) for h in seen] == [len(batch["positions"])] * 2
 
 
 @pytest.mark.parametrize("preset", ["gaq", "naive_w8a8"])

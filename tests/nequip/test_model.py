@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import gaq
+from gaq.adapter import adapter_for
 from gaq.config import ConfigError
 from gaq.quantized import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
@@ -172,6 +173,20 @@ def test_held_codes_are_those_of_the_weights(
     assert all(torch.equal(q.offset, first[name]) for name, q in species_quantizers(model).items())
     release_codes(model)
     assert np.array_equal(evaluate(model, structures)[0], energies)
+
+
+def test_features_of_each_layer_are_recorded(float_model: Callable[..., Any], structures: list[Any]) -> None:
+    for variant, layers, field in (("plain", 2, "nodes"), ("allegro", 1, "edges")):
+        model = float_model(variant)
+        adapter = adapter_for(model)
+        (batch,) = adapter.batches(model, structures, len(structures))
+        with adapter.recorded_features(model) as seen:
+            adapter.energy_and_forces(model, batch)
+        assert len(seen) == layers
+        count = len(batch["pos"]) if field == "nodes" else batch["edge_index"].shape[1]
+        assert {len(h) for h in seen} == {count}
+    with pytest.raises(ValueError, match=r"distillation\.features: there are no interactions"):
+        adapter.recorded_features(torch.nn.Identity())
 
 
 def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], quantized: Callable[..., Any]) -> None:
