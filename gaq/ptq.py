@@ -11,8 +11,8 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
+from gaq.quantized import exact_features
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import WeightQuantizer, gptq_round
 from gaq.schema import DistillationConfig, QuantizationConfig
@@ -61,16 +62,14 @@ def observe_ranges(adapter: Adapter, model: torch.nn.Module, structures: Sequenc
     quantizers = adapter.feature_quantizers(model).values()
     if not quantizers:
         return
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in quantizers]
+    with exact_features(quantizers):
+        for q in quantizers:
+            q.start_observing()
+        for batch in adapter.batches(model, structures, batch_size):
+            adapter.energy_and_forces(model, batch)
     for q in quantizers:
-        q.scalars_enabled = q.vectors_enabled = False
-        q.start_observing()
-    for batch in adapter.batches(model, structures, batch_size):
-        adapter.energy_and_forces(model, batch)
-    for q, (scalars, vectors) in zip(quantizers, flags, strict=True):
         q.observing = False
         q.decay = OBSERVER_DECAY
-        q.scalars_enabled, q.vectors_enabled = scalars, vectors
 
 
 def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> int:
@@ -168,20 +167,6 @@ def _force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[_Lab
     return 1000.0 * math.sqrt(float(total) / max(count, 1))
 
 
-@contextmanager
-def _exact_features(adapter: Adapter, model: torch.nn.Module) -> Iterator[None]:
-    """Within this context features are not rounded."""
-    features = list(adapter.feature_quantizers(model).values())
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in features]
-    for q in features:
-        q.scalars_enabled = q.vectors_enabled = False
-    try:
-        yield
-    finally:
-        for q, (scalars, vectors) in zip(features, flags, strict=True):
-            q.scalars_enabled, q.vectors_enabled = scalars, vectors
-
-
 def distill(
     adapter: Adapter,
     model: torch.nn.Module,
@@ -226,7 +211,7 @@ def distill(
     for name, quantizer in quantizers.items():
         if not quantizer.scale_is_fixed:
             quantizer.fix_scale(parameters[name])
-    with _exact_features(adapter, model):
+    with exact_features(adapter.feature_quantizers(model).values()):
         before, after = _descend(adapter, model, quantizers, training, validation, config, seed, progress)
     return DistillationResult(before, after, config.steps, len(chosen) - held)
 
@@ -464,25 +449,20 @@ def sensitivity_scan(
         One entry a tensor, the costliest first.
     """
     quantizers = adapter.weight_quantizers(model)
-    features = adapter.feature_quantizers(model).values()
     parameters = dict(model.named_parameters())
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in features]
     labelled = _label(adapter, model, structures, 16)
-    for q in features:
-        q.scalars_enabled = q.vectors_enabled = False
     costs = {}
-    for name in tqdm(quantizers, desc="sensitivity", disable=not progress, unit="tensor"):
-        _set_enabled(quantizers, name)
-        total, count = 0.0, 0
-        for item in labelled:
-            with torch.enable_grad():
-                _, forces, _ = adapter.energy_and_forces(model, item.batch)
-            total += float((forces.detach() - item.forces).abs().sum())
-            count += forces.numel()
-        costs[name] = 1000.0 * total / count
+    with exact_features(adapter.feature_quantizers(model).values()):
+        for name in tqdm(quantizers, desc="sensitivity", disable=not progress, unit="tensor"):
+            _set_enabled(quantizers, name)
+            total, count = 0.0, 0
+            for item in labelled:
+                with torch.enable_grad():
+                    _, forces, _ = adapter.energy_and_forces(model, item.batch)
+                total += float((forces.detach() - item.forces).abs().sum())
+                count += forces.numel()
+            costs[name] = 1000.0 * total / count
     _set_enabled(quantizers, None)
-    for q, (scalars, vectors) in zip(features, flags, strict=True):
-        q.scalars_enabled, q.vectors_enabled = scalars, vectors
     numel = {name: parameters[name].numel() for name in quantizers}
     allowance = share * sum(numel.values())
     deserving = set()

@@ -2,7 +2,7 @@
 
 import base64
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, TypeVar
@@ -28,6 +28,7 @@ __all__ = [
     "ModelState",
     "StoredState",
     "check_format",
+    "exact_features",
     "feature_quantizer",
     "feature_quantizers",
     "finish_features",
@@ -205,6 +206,19 @@ def settle_codes(model: torch.nn.Module) -> None:
     for module in model.modules():
         if is_kind(module, SpeciesWeightQuantizer):
             module.settle()
+
+
+@contextmanager
+def exact_features(quantizers: Iterable[FeatureQuantizer]) -> Iterator[None]:
+    """Within this context these quantizers do not round."""
+    before = [(q, q.scalars_enabled, q.vectors_enabled) for q in quantizers]
+    for q, _, _ in before:
+        q.scalars_enabled = q.vectors_enabled = False
+    try:
+        yield
+    finally:
+        for q, scalars, vectors in before:
+            q.scalars_enabled, q.vectors_enabled = scalars, vectors
 
 
 @contextmanager

@@ -21,7 +21,15 @@ from gaq.inspection import rows as inspection_rows
 from gaq.learned_scales import ScaleLearner
 from gaq.physics.rotations import random_rotation
 from gaq.ptq import round_at_end, warm_start
-from gaq.quantized import UNFINISHED, feature_quantizers, require_state, round_weights, state_of, unquantized
+from gaq.quantized import (
+    UNFINISHED,
+    exact_features,
+    feature_quantizers,
+    require_state,
+    round_weights,
+    state_of,
+    unquantized,
+)
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.schedule import DEPLOYED, BranchState, anneal_ranges, branch_state, describe_schedule, set_branches
@@ -109,24 +117,21 @@ def calibrate_on(model: Any, batches: list[Any], fresh: bool = True) -> None:
     quantizers = _features(model)
     if not quantizers:
         return
-    flags = [(q.scalars_enabled, q.vectors_enabled) for q in quantizers]
     for q in quantizers:
-        q.scalars_enabled = q.vectors_enabled = False
         if fresh:
             q.start_observing()
         q.observing = True
     was_training = model.training
     try:
-        with _eager(model), torch.enable_grad():
+        with _eager(model), exact_features(quantizers), torch.enable_grad():
             model.train(False)
             for batch in batches:
                 model(dict(batch))
     finally:
         model.train(was_training)
-        for q, (scalars, vectors) in zip(quantizers, flags, strict=True):
+        for q in quantizers:
             q.observing = False
             q.decay = OBSERVER_DECAY
-            q.scalars_enabled, q.vectors_enabled = scalars, vectors
 
 
 class _TrainingData(NequIPAdapter):
