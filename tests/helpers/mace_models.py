@@ -85,6 +85,14 @@ def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
     return {"preset": preset, "distillation": {"steps": 0}, **keys}
 
 
+def few_bits(preset: str) -> dict[str, Any]:
+    """The same, with as few bits as larger models have: these here are so small that a size leaves room for many."""
+    weights: dict[str, Any] = {} if preset.startswith("naive") else {"compression": None}
+    if preset.startswith("w4"):
+        weights |= {"sensitive_bits": 8, "first_bits": 6, "mixing_bits": 5}
+    return without_distillation(preset, weights=weights)
+
+
 def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
     """Four small molecules, distorted."""
     import numpy as np

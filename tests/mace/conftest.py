@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from mace_models import build_model, diamond, molecules, without_distillation
+from mace_models import build_model, diamond, few_bits, molecules
 
 if find_spec("mace") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -83,7 +83,7 @@ def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         key = (preset, variant, dtype, seed)
         if key not in made:
-            model = gaq.prepare(float_model(variant, dtype, seed), without_distillation(preset))
+            model = gaq.prepare(float_model(variant, dtype, seed), few_bits(preset))
             gaq.calibrate(model, [*molecules(), diamond()], progress=False)
             made[key] = model
         model = copy.deepcopy(made[key])

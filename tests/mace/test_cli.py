@@ -86,7 +86,7 @@ def test_quantize_inspect_report(
     assert main(["inspect", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "converted" in printed
-    for text in ("interactions.0.linear_up", "readouts.1.linear_2", "int8", "int16", "spherical_harmonics", "total"):
+    for text in ("interactions.0.linear_up", "readouts.1.linear_2", "int14", "int16", "spherical_harmonics", "total"):
         assert text in printed
     assert ("MARKED" in printed) == bool(failed)
     assert main(["inspect", reference]) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nequip_models import build_model, diamond, molecules, with_key, without_distillation
+from nequip_models import build_model, diamond, few_bits, molecules, with_key
 
 if find_spec("nequip") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -91,7 +91,7 @@ def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
     def get(preset: str = "gaq", variant: str = "plain", dtype: str = "float32", status: str = "converted") -> Any:
         key = (preset, variant, dtype)
         if key not in made:
-            model = gaq.prepare(float_model(variant, dtype), without_distillation(preset))
+            model = gaq.prepare(float_model(variant, dtype), few_bits(preset))
             made[key] = gaq.calibrate(model, [*molecules(), diamond()], progress=False)
         model = copy.deepcopy(made[key])
         if status == "training":
