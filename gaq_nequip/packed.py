@@ -58,12 +58,12 @@ class PackedWeight(torch.nn.Module):
             nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]
             # Two's complement of four bits: 8 ... 15 stand for -8 ... -1.
             return (nibbles ^ 8).to(torch.int8) - 8
-        # A stream of bits: eight codes lie in as many bytes as a code has bits.
-        whole = -(-self.numel // 8)
-        stream = torch.nn.functional.pad(self.codes, (0, whole * self.bits - self.codes.numel()))
-        ones = (stream.view(-1, 1) >> torch.arange(8, device=stream.device, dtype=torch.uint8)) & 1
-        powers = 2 ** torch.arange(self.bits, device=stream.device, dtype=torch.int32)
-        wide = (ones.view(-1, self.bits) * powers).sum(1, dtype=torch.int32)[: self.numel]
+        # A stream of bits: a code begins anywhere in a byte, and reaches at most into the second after it.
+        start = torch.arange(self.numel, device=self.codes.device, dtype=torch.int32) * self.bits
+        first = start >> 3
+        stream = torch.nn.functional.pad(self.codes, (0, 2)).to(torch.int32)
+        word = stream[first] | (stream[first + 1] << 8) | (stream[first + 2] << 16)
+        wide = (word >> (start & 7)) & ((1 << self.bits) - 1)
         sign = 1 << (self.bits - 1)
         return (wide ^ sign) - sign
 

@@ -150,8 +150,8 @@ def test_quantize_command(
     floats = adapter_for_file(trained_float.best).calculator(trained_float.best)
     found, exact = by_calculator(calculator, frames), by_calculator(floats, frames)
     assert 0 < np.abs(found - exact).max() < 0.1
-    # In a package the self-connection, whose codes have 6 bits, is folded.
-    assert {q.bits for q in quantized_weights(model).values()} == ({6, 8, 16} if suffix == ".ckpt" else {8, 16})
+    # In a package the self-connection, whose codes have 4 bits, is folded.
+    assert {q.bits for q in quantized_weights(model).values()} == ({4, 10, 16} if suffix == ".ckpt" else {10, 16})
     if suffix == ".nequip.zip":
         assert np.allclose(run_without_plugin(path, trained_float.folder / "test.xyz"), found, atol=2e-5)
         assert path.stat().st_size < 400_000

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,6 +330,29 @@ def test_packed_weights_are_exact(bits: int) -> None:
     assert packed.codes.dtype == {8: torch.int8, 16: torch.int16}.get(bits, torch.uint8)
     assert packed.codes.numel() * packed.codes.element_size() == -(-35 * bits // 8)
     assert torch.equal(packed.tensor().codes, quantizer.quantized(weight).codes)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_packed_weights_are_exact_in_compiled_files(tmp_path: Path) -> None:
+    """What compiles ahead of time takes other paths than eager code, so that unpacking has to be run there as well."""
+    from gaq.quantizers.weights import WeightLayout, WeightQuantizer
+
+    layout = WeightLayout.single((11, 5), 0)
+    weight = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+
+    class AllBits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            quantizers = [WeightQuantizer(layout, bits, "per_channel", 0) for bits in range(2, 17)]
+            self.packed = torch.nn.ModuleList(PackedWeight(q.quantized(weight)) for q in quantizers)
+
+        def forward(self, placeholder: torch.Tensor) -> torch.Tensor:
+            return torch.stack([packed(placeholder) for packed in self.packed])
+
+    model, placeholder = AllBits(), torch.zeros(1)
+    exported = torch.export.export(model, (placeholder,))
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "packed.pt2"))
+    assert torch.equal(torch._inductor.aoti_load_package(path)(placeholder), model(placeholder))
 
 
 def test_frozen_weights_are_small(quantized: Callable[..., Any], float_model: Callable[..., Any]) -> None:
