@@ -46,11 +46,11 @@ DEPLOYED = BranchState(True, 1.0)
 
 
 def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool) -> None:
-    """Switch the branches of every feature quantizer of a model."""
+    """Switch the branches of every feature quantizer of a model; those observe whose ranges are not the atom's own."""
     for quantizer in feature_quantizers(model).values():
         quantizer.vectors_enabled = branches.vectors
         quantizer.vector_range_factor = branches.vector_range_factor
-        quantizer.observing = observing
+        quantizer.observing = observing and quantizer.needs_ranges
 
 
 def anneal_ranges(model: torch.nn.Module, training: TrainingConfig, epoch: int | None) -> None:

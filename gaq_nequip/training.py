@@ -322,7 +322,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             anneal_ranges(model, config.training, epoch)
             hold_scales(model)
             hold_codes(model)
-            if epoch > 0:
+            if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):
                 calibrate_on(model, self._batches(trainer, pl_module))
         self._set(pl_module, branch_state(config.vectors, epoch), observing=True)
 
