@@ -277,7 +277,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
 
     frozen: Any = copy.deepcopy(model).cpu()
     # By the model's own class: what comes from a package has to go back as the package's.
-    type(frozen).enable_GAQInt8(frozen)
+    frozen.freeze_weights()
     frozen.__dict__.pop(SOURCE, None)
     sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]
     importers: tuple[Any, ...] = (sys_importer,)

@@ -295,16 +295,26 @@ class _QuantizedRoot:
             found.update(_size_metadata(model))
         return found
 
+    def freeze_weights(self) -> Any:
+        """`gaq_nequip.freeze.freeze` of the model, as the package it may come from has it."""
+        from gaq_nequip.freeze import freeze
+
+        model: Any = self
+        return freeze(model)
+
     @model_modifier(persistent=False)
     @classmethod
     def enable_GAQInt8(cls, model: torch.nn.Module) -> torch.nn.Module:
         """Replace the weights by their integer codes and scales, and fold the self-connection where that is smaller.
 
-        For ``nequip-compile --modifiers enable_GAQInt8``; the model can only be evaluated afterwards.
+        For ``nequip-compile --modifiers enable_GAQInt8``; the model can only be evaluated afterwards. Codes of 9 to 15
+        bits are kept as int16: they are read in every step.
         """
-        from gaq_nequip.freeze import freeze
-
-        return freeze(model)
+        frozen = model.freeze_weights()  # type: ignore[operator]
+        for module in frozen.modules():
+            if is_kind(module, PackedWeight):
+                module.widen()
+        return frozen
 
 
 def _size_metadata(model: torch.nn.Module) -> dict[str, str]:

@@ -17,7 +17,7 @@ class PackedWeight(torch.nn.Module):
     """Stands where a `gaq.quantizers.weights.WeightQuantizer` stood, with the codes of the weight it rounded.
 
     The codes are buffers, never parameters: int8 or int16 where they have 8 or 16 bits, else packed (`gaq.packing`) in
-    uint8; the scales are bfloat16.
+    uint8; the scales are bfloat16. `widen` trades bytes for time.
     ``codes * scale`` is exact in float32 and float64, so that both give the weights that were trained.
 
     Args:
@@ -42,6 +42,7 @@ class PackedWeight(torch.nn.Module):
             codes = flat.to(torch.int8 if tensor.bits == 8 else torch.int16)
         else:
             codes = pack(flat, tensor.bits)
+        self.whole = tensor.bits in (8, 16)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", tensor.scale.reshape(-1).to(torch.bfloat16).cpu())
 
@@ -50,9 +51,15 @@ class PackedWeight(torch.nn.Module):
         """Bytes of codes and scales."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale))
 
+    def widen(self) -> None:
+        """Keep codes of more than 8 bits as int16, so that a step need not unpack them; fewer bits stay packed."""
+        if self.bits > 8 and not self.whole:
+            self.codes = self.integers().to(torch.int16)
+            self.whole = True
+
     def integers(self) -> Tensor:
         """The codes, flat, in a type of integers that holds them."""
-        if self.bits in (8, 16):
+        if self.whole:
             return self.codes
         if self.bits == 4:
             nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]

@@ -330,6 +330,10 @@ def test_packed_weights_are_exact(bits: int) -> None:
     assert packed.codes.dtype == {8: torch.int8, 16: torch.int16}.get(bits, torch.uint8)
     assert packed.codes.numel() * packed.codes.element_size() == -(-35 * bits // 8)
     assert torch.equal(packed.tensor().codes, quantizer.quantized(weight).codes)
+    packed.widen()
+    assert packed.codes.dtype == (torch.int16 if bits > 8 else torch.int8 if bits == 8 else torch.uint8)
+    assert torch.equal(packed(torch.empty(0, dtype=torch.float64)), quantizer(weight))
+    assert torch.equal(packed.tensor().codes, quantizer.quantized(weight).codes)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
