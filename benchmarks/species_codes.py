@@ -28,7 +28,8 @@ def difference(model: Any, frames: list[Any], bits: int, together: bool) -> floa
     """Mean absolute force difference to the float model, meV/Å."""
     adapter = adapter_for(model)
     exact = np.concatenate(adapter.potential(model, 20)(frames)[1])
-    weights = {"bits": bits, "first_bits": None, "sensitive_bits": 16, "species_bits": bits if together else None}
+    own = bits if together else None
+    weights = {"bits": bits, "first_bits": None, "sensitive_bits": 16, "species_bits": own, "compression": None}
     rounded = gaq.prepare(copy.deepcopy(model), {"preset": "w8", "weights": weights})
     for name, quantizer in adapter.weight_quantizers(rounded).items():
         quantizer.enabled = name.endswith(".sc.weight")
