@@ -14,6 +14,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
 import torch
+from nequip_models import few_bits
 
 import gaq
 from gaq.adapter import adapter_for
@@ -250,14 +251,14 @@ def test_deep_copies_and_states(
     copied = copy.deepcopy(model)
     assert isinstance(copied, QuantizedGraphModel)
     assert np.array_equal(evaluate(copied, structures)[0], evaluate(model, structures)[0])
-    other = gaq.prepare(float_model("plain"), "gaq")
+    other = gaq.prepare(float_model("plain"), few_bits("gaq"))
     other.load_state_dict(model.state_dict())
     assert np.array_equal(evaluate(other.eval(), structures)[0], evaluate(model.eval(), structures)[0])
     different = gaq.prepare(float_model("plain"), "w4a16")
     with pytest.raises(ValueError, match="other quantization settings"):
         different.load_state_dict(model.state_dict())
     converted = gaq.convert(copy.deepcopy(model))
-    again = gaq.prepare(float_model("plain"), "gaq")
+    again = gaq.prepare(float_model("plain"), few_bits("gaq"))
     again.load_state_dict(converted.state_dict())
     assert state_of(again).status == "converted"
     assert np.array_equal(evaluate(again, structures)[0], evaluate(converted, structures)[0])
