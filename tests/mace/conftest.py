@@ -20,6 +20,9 @@ else:
     import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
     import torch
 
+    pytest.register_assert_rewrite("mace_runs")
+    from mace_runs import BASE, Run, execute, write_data
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -142,4 +145,25 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
             timeout=300,
         )
 
+    return run
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Any:
+    """A function that trains in a temporary folder: settings as keywords, null removes one."""
+    write_data(tmp_path)
+
+    def run(environment: dict[str, str] | None = None, **changes: Any) -> Run:
+        return execute(tmp_path, {**BASE, **changes}, **(environment or {}))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without the key."""
+    folder = tmp_path_factory.mktemp("stock")
+    write_data(folder)
+    run = execute(folder, BASE)
+    assert run.code == 0, run.log[-3000:]
     return run

@@ -353,7 +353,7 @@ def run_training(folder: Path, **changes: Any) -> Any:
     import subprocess
     import sys
 
-    from test_training import labelled
+    from mace_runs import labelled
 
     write(folder / "train.xyz", labelled(("CH3OH", "H2O", "CH4"), 12, seed=0))
     write(folder / "test.xyz", labelled(("CH3OH", "H2O", "CH4"), 3, seed=1))

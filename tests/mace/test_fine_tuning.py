@@ -1,0 +1,141 @@
+"""The stock `mace_run_train` from a trained model, and rounding at its start or its end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase.io import read, write
+from mace_runs import (
+    BASE,
+    GAQ,
+    THROUGHOUT,
+    Run,
+    check,
+    check_errors,
+    check_same,
+    labelled,
+    losses,
+    results,
+    training_form,
+)
+
+from gaq.quantizers.weights import WeightQuantizer
+from gaq_mace import files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["gaq", "w4"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fine_tuning(preset: str, dtype: str, train: Any, stock: Run) -> None:
+    run = train(quantization=preset, foundation_model=str(stock.model), max_num_epochs=2, default_dtype=dtype)
+    check(run, activations=preset == "gaq")
+
+
+def test_fine_tuning_starts_from_calibrated_rounding(train: Any, stock: Run) -> None:
+    preset = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}, "training": THROUGHOUT}
+    options = {"foundation_model": str(stock.model), "ema": True}
+    run = train(quantization=preset, max_num_epochs=2, **options)
+    check(run, activations=False)
+    found = re.search(
+        r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log
+    )
+    assert float(found[2]) <= float(found[1])
+    before = training_form(run, run.model)
+    assert all(q.scale_is_learned for q in before.modules() if isinstance(q, WeightQuantizer))
+    # A restart takes the scales where they were and calibrates nothing.
+    again = train(quantization=preset, max_num_epochs=4, restart_latest=True, **options)
+    check(again, activations=False)
+    assert "Warm start" not in again.log
+    initial = re.search(r"Initial: head: Default, loss= *([\d.]+)", again.log)[1]
+    assert f"Epoch 1: head: Default, loss={initial}" in run.log
+    cold = {**preset, "training": {**THROUGHOUT, "warm_start": False}}
+    plain = train(name="plain", max_num_epochs=1, quantization=cold, **options)
+    assert plain.code == 0, plain.log[-3000:]
+    assert "Warm start" not in plain.log
+
+
+def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> None:
+    """The run is that of FP32 step by step, its best weights are rounded by calibration, and that is what is saved."""
+    run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}})
+    check(run, stock, activations=False)
+    assert losses(run) == losses(stock)
+    (found,) = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log)
+    assert float(found[1]) <= float(found[0])
+    frames = read(run.folder / "test.xyz", ":")
+    _, rounded = results(run.model, frames, "float32")
+    _, exact = results(stock.model, frames, "float32")
+    difference = np.sqrt(np.mean((np.concatenate(rounded) - np.concatenate(exact)) ** 2))
+    assert 0 < 1e3 * difference < 2 * float(found[1]) + 1
+
+
+def test_training_from_scratch_lets_scales_follow_the_weights(train: Any) -> None:
+    run = train(quantization={"preset": "w4", "training": THROUGHOUT}, max_num_epochs=1)
+    check(run, activations=False)
+    assert "Warm start" not in run.log
+    model = training_form(run, run.model)
+    assert not any(q.scale_is_learned for q in model.modules() if isinstance(q, WeightQuantizer))
+
+
+@pytest.mark.slow
+def test_fine_tuning_a_quantized_model(train: Any, stock: Run) -> None:
+    foundation = train(quantization=GAQ, name="foundation")
+    check(foundation)
+    start = {"foundation_model": str(foundation.model), "max_num_epochs": 1}
+    again = train(quantization=GAQ, name="again", **start)
+    check(again, stock)
+    assert "is quantized: training starts from its rounded weights" in again.log
+    plain = train(name="plain", **start)
+    assert plain.code == 0, plain.log[-3000:]
+    assert "this run trains a float model" in plain.log
+    assert not files.load(plain.model).__dict__.get("gaq_state")
+    check_errors(plain, plain.model)
+
+
+def two_heads(folder: Path) -> dict[str, Any]:
+    write(folder / "other.xyz", labelled(("CH4", "H2O", "CH3OH"), 12, seed=5))
+    return {
+        "heads": {
+            "first": {"train_file": "train.xyz", "test_file": "test.xyz", "E0s": BASE["E0s"]},
+            "second": {"train_file": "other.xyz", "test_file": "test.xyz", "E0s": BASE["E0s"]},
+        },
+        "train_file": None,
+        "test_file": None,
+        "E0s": None,
+    }
+
+
+@pytest.mark.slow
+def test_heads(train: Any, tmp_path: Path) -> None:
+    run = train(quantization=GAQ, **two_heads(tmp_path))
+    check(run, errors=False)
+    assert files.load(run.model).heads == ["first", "second"]
+    check_errors(run, run.model, row="Default_first", head="first")
+    check_same(run, run.model)
+    # One head of it, cut out by MACE, as the start of another run.
+    tuned = train(
+        quantization=GAQ, name="tuned", foundation_model=str(run.model), foundation_head="second", max_num_epochs=1
+    )
+    check(tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized_foundation", [False, True], ids=["float", "gaq"])
+def test_multihead_fine_tuning(quantized_foundation: bool, train: Any, stock: Run, tmp_path: Path) -> None:
+    foundation = stock
+    if quantized_foundation:
+        foundation = train(quantization=GAQ, name="foundation")
+    run = train(
+        quantization=GAQ,
+        foundation_model=str(foundation.model),
+        multiheads_finetuning=True,
+        pt_train_file=str(stock.folder / "train.xyz"),
+        num_samples_pt=8,
+        max_num_epochs=2,
+    )
+    check(run, errors=False)
+    assert sorted(files.load(run.model).heads) == ["Default", "pt_head"]
+    check_errors(run, run.model, head="Default")
