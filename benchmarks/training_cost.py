@@ -1,19 +1,21 @@
 """What an epoch of quantization-aware training costs, over one of FP32 by the same stock command.
 
-    python benchmarks/training_cost.py --framework mace|nequip --work DIR [--presets w8a16 w4a16 ...] [--repeats 3]
+    taskset -c 0 python benchmarks/training_cost.py --framework mace|nequip --work DIR [--presets w8a16 w4a16 ...]
 
 An epoch is the difference of two runs, of one epoch and of ``1 + --epochs``, over ``--epochs``: what is done before the
-first and after the last is in both. All branches are rounded from the first epoch on. Times are those of the processor,
-which other work on the machine disturbs less; run on one thread (``OMP_NUM_THREADS=1``). Each repeat runs FP32 and the
-presets in turn; ratios are taken within a repeat, and their median is what counts.
+first and after the last is in both. All branches are rounded from the first epoch on. The runs of a repeat, FP32 and
+the presets, go on side by side on one core and on one thread each, so that all of them meet the machine as it is at the
+time, and each one's time is that of the processor. Ratios are taken within a repeat; their median is what counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import resource
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,30 @@ from common import SHARED, write_result
 from gaq.reporting.tables import markdown_table
 
 VECTORS_AT_ONCE = {"start_epoch": 0, "anneal_epochs": 0}
+
+
+def seconds(args: argparse.Namespace, preset: str | None, epochs: int) -> float:
+    """The processor's time of the stock command."""
+    script: Any = importlib.import_module(f"{args.framework}_presets")
+    of_the_tables = script.training_input
+
+    def training_input(given: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
+        config: dict[str, Any] = of_the_tables(given, preset, seed)
+        if preset is not None:
+            config["quantization"] |= {"vectors": VECTORS_AT_ONCE, "distillation": {"steps": 0}}
+        return config
+
+    folder = args.work / f"{epochs}_epochs"
+    folder.mkdir(parents=True, exist_ok=True)
+    given = argparse.Namespace(**{**vars(args), "epochs": epochs, "work": folder})
+    script.training_input = training_input
+    try:
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
+        script.train_model(given, preset, 1)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finally:
+        script.training_input = of_the_tables
+    return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
 
 def main() -> None:
@@ -38,33 +64,21 @@ def main() -> None:
     names = {"mace": "mace_azobenzene.model", "nequip": "nequip_azobenzene.ckpt"}
     args.model = args.model or SHARED / "models" / names[args.framework]
     args.seeds = [1]
-    args.work.mkdir(parents=True, exist_ok=True)
-    script: Any = importlib.import_module(f"{args.framework}_presets")
-    of_the_tables = script.training_input
-
-    def training_input(given: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
-        config: dict[str, Any] = of_the_tables(given, preset, seed)
-        if preset is not None:
-            config["quantization"] |= {"vectors": VECTORS_AT_ONCE, "distillation": {"steps": 0}}
-        return config
-
-    script.training_input = training_input
+    os.environ["OMP_NUM_THREADS"] = "1"
     more = args.epochs
 
-    def seconds(preset: str | None, epochs: int) -> float:
-        args.epochs = epochs
-        start = resource.getrusage(resource.RUSAGE_CHILDREN)
-        script.train_model(args, preset, 1)
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
-
     schemes: list[str | None] = [None, *args.presets]
+    runs = [(preset, epochs) for preset in schemes for epochs in (1, 1 + more)]
     times: dict[str, list[float]] = {preset or "fp32": [] for preset in schemes}
     for repeat in range(args.repeats):
+        with ProcessPoolExecutor(len(runs)) as pool:
+            started = {run: pool.submit(seconds, args, *run) for run in runs}
+            took = {run: future.result() for run, future in started.items()}
         for preset in schemes:
-            took = (seconds(preset, 1 + more) - seconds(preset, 1)) / more
-            times[preset or "fp32"].append(took)
-            print(f"repeat {repeat + 1}, {preset or 'fp32'}: {took:.2f} s an epoch", flush=True)
+            name = preset or "fp32"
+            times[name].append((took[preset, 1 + more] - took[preset, 1]) / more)
+            over = times[name][-1] / times["fp32"][-1]
+            print(f"repeat {repeat + 1}, {name}: {times[name][-1]:.2f} s an epoch, {over:.2f}", flush=True)
     rows = []
     for name, found in times.items():
         ratios = [own / base for own, base in zip(found, times["fp32"], strict=True)]
