@@ -130,9 +130,9 @@ class FeatureQuantizer(torch.nn.Module):
         self.own_vector_range = vectors.granularity == "per_atom"
         self.fine_scalars = (scalars.bits or 16) >= FINE_BITS
         self.fine_vectors = min(bits, vectors.direction_bits) >= FINE_BITS
-        # Whether the gradient of a deployed model may pass unchanged: the Jacobian of the rounding differs from the
-        # identity by its relative error, which from `FINE_BITS` on is far below that of the values themselves; and
-        # where ranges are the atom's own, nothing lies outside.
+        # Whether the gradient may pass unchanged: the Jacobian of the rounding differs from the identity by its relative
+        # error, which from `FINE_BITS` on is far below that of the values themselves; and where ranges are the atom's
+        # own, nothing lies outside. In training too, so that what is trained is what is deployed.
         passing_scalars = (self.own_scalar_range and self.fine_scalars) or not self.round_scalars
         fine_split = self.split and not self.logarithmic and self.fine_vectors
         passing_vectors = (self.own_vector_range and fine_split) or not self.round_vectors
@@ -142,7 +142,8 @@ class FeatureQuantizer(torch.nn.Module):
         self.vectors_enabled = True
         self.vector_range_factor = 1.0
         self.observing = False
-        # Training on forces differentiates the gradient again, and there the plain path is exact.
+        # Training on forces differentiates the gradient again, and there the plain path is exact where one node of the
+        # graph (`_RoundFeatures`) is not.
         self.differentiable_twice = True
         self._pieces: tuple[Tensor, Any, list[_Piece]] | None = None
         self.decay = OBSERVER_DECAY
@@ -268,12 +269,12 @@ class FeatureQuantizer(torch.nn.Module):
         """Rounded features, shape and dtype of `x`."""
         if self.observing:
             self.observe(x)
-        if not torch.jit.is_scripting() and not self.differentiable_twice:
+        if not torch.jit.is_scripting():
             if self.passes_through:
                 # Values here; the gradient as if nothing had been done.
                 rounded = self._values(x.detach())
                 return x + (rounded - x.detach()) if x.requires_grad else rounded
-            if self._can_fuse(x):
+            if not self.differentiable_twice and self._can_fuse(x):
                 return self._fused(x)
         parts: list[Tensor] = []
         start = 0
@@ -314,7 +315,7 @@ class FeatureQuantizer(torch.nn.Module):
                         piece = round_linear(piece, limit.unsqueeze(-1), self.magnitude_top, True)
             parts.append(piece if self.channels_first else piece.reshape(-1, m * dimension))
         out = torch.cat(parts, -1)
-        if self.passes_through and not self.differentiable_twice:
+        if self.passes_through:
             out = x + (out - x).detach()
         return out
 
