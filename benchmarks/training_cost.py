@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ase.io import read, write
 from common import SHARED, write_result
 
 from gaq.reporting.tables import markdown_table
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["w8a16", "w4a16"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--structures", type=int, default=300, help="of the training data, the first of them")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--train", type=Path, default=SHARED / "data/rmd17/azobenzene_train_01.xyz")
     parser.add_argument("--test", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
@@ -66,6 +68,10 @@ def main() -> None:
     args.seeds = [1]
     os.environ["OMP_NUM_THREADS"] = "1"
     more = args.epochs
+    facts = {"model": args.model.name, "data": args.train.name, "structures": args.structures, "epochs": more}
+    args.work.mkdir(parents=True, exist_ok=True)
+    whole, args.train = args.train, args.work / "train.xyz"
+    write(args.train, read(whole, f":{args.structures}"))
 
     schemes: list[str | None] = [None, *args.presets]
     runs = [(preset, epochs) for preset in schemes for epochs in (1, 1 + more)]
@@ -90,7 +96,6 @@ def main() -> None:
                 "over_fp32_by_repeat": ratios,
             }
         )
-    facts = {"model": args.model.name, "data": args.train.name, "epochs": more}
     write_result(f"training_cost_{args.framework}", rows, work=args.work, **facts)
     shown = [{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in list(row.items())[:3]} for row in rows]
     print(markdown_table(shown, list(shown[0])))
