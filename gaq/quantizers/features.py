@@ -271,9 +271,11 @@ class FeatureQuantizer(torch.nn.Module):
             self.observe(x)
         if not torch.jit.is_scripting():
             if self.passes_through:
-                # Values here; the gradient as if nothing had been done.
+                # Values here; the gradient as if nothing had been done. A trace of a step of training need not know yet
+                # what will want a gradient.
                 rounded = self._values(x.detach())
-                return x + (rounded - x.detach()) if x.requires_grad else rounded
+                wanted = x.requires_grad or self.differentiable_twice
+                return x + (rounded - x.detach()) if wanted else rounded
             if not self.differentiable_twice and self._can_fuse(x):
                 return self._fused(x)
         parts: list[Tensor] = []
