@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from gaq.packing import packed_bytes
-from gaq.schema import QuantizationConfig, WeightConfig
+from gaq.schema import QuantizationConfig, TrainingConfig, WeightConfig
 from gaq.sites import Site
 
 __all__ = ["GROUPS", "LAGS", "bits_of", "granularity_of", "group_of", "settle_bits", "weight_bytes"]
@@ -30,6 +30,8 @@ SPARE = ("first", "mixing", "sensitive", "rest")
 """Who is given one bit more first, where there is not enough for all."""
 HIGHEST_LEVEL = 10
 """Bits the sensitive tensors get at most above ``bits``: from 4 bits, 14, and 10 for the rest."""
+FINE_BITS = 14
+"""Where all weights have so many, they are rounded when training is over, unless a configuration says otherwise."""
 GROUPED_BITS = 5
 """Up to here a scale a group of inputs is worth its bytes: two a group of 32 are half a bit a weight."""
 
@@ -144,7 +146,7 @@ def settle_bits(
         of_a_file: whether these are sizes of files, which ``least_compression`` is about.
 
     Returns:
-        Both without ``compression`` and ``least_compression``.
+        Both without ``compression`` and ``least_compression``, and with ``training.round_weights`` decided.
     """
     done: dict[int, QuantizationConfig] = {}
     for own in resolved.values():
@@ -163,9 +165,24 @@ def settle_bits(
             if least is not None:
                 weights = _at_least(mine, weights, size / least - besides)
         done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
-    return done.get(id(config), config), {
-        name: own if own is None else done.get(id(own), own) for name, own in resolved.items()
-    }
+    settled = {name: own if own is None else done.get(id(own), own) for name, own in resolved.items()}
+    whole_config = done.get(id(config), config)
+    decided = dataclasses.replace(whole_config, training=_decided(whole_config.training, sites, settled))
+    return decided, {name: decided if own is whole_config else own for name, own in settled.items()}
+
+
+def _decided(
+    training: TrainingConfig, sites: Sequence[Site], resolved: Mapping[str, QuantizationConfig | None]
+) -> TrainingConfig:
+    """``round_weights: auto`` as what it comes to with the bits that weights have."""
+    if training.round_weights != "auto":
+        return training
+    rounded = [(site, own.weights) for site in sites if (own := resolved[site.name]) and own.weights.bits is not None]
+    groups = [(group_of(site, weights), weights) for site, weights in rounded if site.weights]
+    fine = all(group == "species" or bits_of(group, weights) >= FINE_BITS for group, weights in groups)
+    # Ranges that shrink are ranges that weights are rounded with.
+    at_end = fine and bool(groups) and not training.anneal_epochs
+    return dataclasses.replace(training, round_weights="at_end" if at_end else "throughout")
 
 
 def _float_bytes(sites: Sequence[Site]) -> int:

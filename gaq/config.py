@@ -56,7 +56,7 @@ SCHEMES = ("mddq", "components")
 CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
 FRAMES = ("local", "fixed")
 MAGNITUDES = ("linear", "log")
-TIMES = ("throughout", "at_end")
+TIMES = ("auto", "throughout", "at_end")
 
 
 class ConfigError(ValueError):

@@ -190,7 +190,9 @@ class TrainingConfig:
         round_weights: ``throughout``, or ``at_end``: features are rounded in training, weights once it is over, by
             calibration on the training structures with the forces of the weights just trained as labels (with
             ``weights.rounding`` and ``distillation``). The presets of 4 bits do the latter: labels leave gradients that
-            keep weights hopping over thresholds, those forces do not.
+            keep weights hopping over thresholds, those forces do not. ``auto``: ``at_end`` where a model has room for
+            at least 14 bits in all weights (but species products, whose codes are chosen together), since training has
+            nothing to adapt to then, else ``throughout``.
         warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
             does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
             starts near the float model and not from plain rounding.
@@ -202,7 +204,7 @@ class TrainingConfig:
             them; the best epoch should come later.
     """
 
-    round_weights: str = "throughout"
+    round_weights: str = "auto"
     warm_start: bool = False
     learned_scales: bool = False
     average_rounded: bool = True

@@ -53,7 +53,7 @@ def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
     prepare(model, config)
     require_state(model).pretrained = pretrained
     logging.info("===========QUANTIZATION===========")
-    first, *schedule = describe_schedule(config)
+    first, *schedule = describe_schedule(require_state(model).config)
     logging.info(first)
     logging.info("Quantized layers:\n" + format_rows(rows(model, bystanders=False)))
     for line in schedule:

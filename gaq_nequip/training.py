@@ -72,7 +72,7 @@ def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
         if get_workflow_state() != "train":
             continue  # a checkpoint that is loaded, and was described when it was trained
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
-        for line in describe_schedule(config):
+        for line in describe_schedule(require_state(own).config):
             logger.info(line)
         table = inspection_rows(
             find_sites(own),

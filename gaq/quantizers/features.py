@@ -130,9 +130,9 @@ class FeatureQuantizer(torch.nn.Module):
         self.own_vector_range = vectors.granularity == "per_atom"
         self.fine_scalars = (scalars.bits or 16) >= FINE_BITS
         self.fine_vectors = min(bits, vectors.direction_bits) >= FINE_BITS
-        # Whether the gradient may pass unchanged: the Jacobian of the rounding differs from the identity by its relative
-        # error, which from `FINE_BITS` on is far below that of the values themselves; and where ranges are the atom's
-        # own, nothing lies outside. In training too, so that what is trained is what is deployed.
+        # Whether the gradient may pass unchanged: the Jacobian of the rounding differs from the identity by its
+        # relative error, which from `FINE_BITS` on is far below that of the values themselves; and where ranges are the
+        # atom's own, nothing lies outside. In training too, so that what is trained is what is deployed.
         passing_scalars = (self.own_scalar_range and self.fine_scalars) or not self.round_scalars
         fine_split = self.split and not self.logarithmic and self.fine_vectors
         passing_vectors = (self.own_vector_range and fine_split) or not self.round_vectors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_overrides_have_a_budget_of_their_own() -> None:
         raise AssertionError
 
     same, _ = settle_bits(config, sites, resolve_overrides(config, names), never)
-    assert same == config
+    assert dataclasses.replace(same, training=config.training) == config
 
 
 def test_bits_give_way_to_a_least_size() -> None:
@@ -194,3 +195,30 @@ def test_a_size_can_be_asked_for_in_any_preset() -> None:
     assert parse_config({"preset": "gaq", "weights": {"compression": 5}}).weights.compression == 5.0
     with pytest.raises(ValueError, match=r"weights\.compression: 1"):
         parse_config({"weights": {"compression": 1}})
+
+
+@pytest.mark.parametrize(
+    ("spec", "ratio", "when"),
+    [
+        # Room for 16 bits, of which the rest has 12 in `w4`; for 14 and more; for 8.
+        ("gaq", 1.9, "at_end"),
+        ("gaq", 2.1, "at_end"),
+        ("gaq", 3.0, "throughout"),
+        ({"preset": "gaq", "training": {"round_weights": "throughout"}}, 1.9, "throughout"),
+        ({"preset": "gaq", "training": {"round_weights": "at_end"}}, 3.0, "at_end"),
+        ({"preset": "gaq", "training": {"anneal_epochs": 2}}, 1.9, "throughout"),
+        ({"preset": "gaq", "overrides": {"rest": "w4"}}, 1.9, "throughout"),
+        ("w4", 7.0, "at_end"),
+        ("naive_w8a8", 1.0, "throughout"),
+    ],
+)
+def test_fine_weights_are_rounded_when_training_is_over(spec: Any, ratio: float, when: str) -> None:
+    config = parse_config(spec)
+    if config.weights.compression is not None:
+        config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, compression=ratio))
+    sites = [*_model(), _site("species", (64, 30), embedding=torch.nn.Embedding(3, 64))]
+    resolved = resolve_overrides(config, [site.name for site in sites])
+    config, resolved = settle_bits(config, sites, resolved, lambda: sum(4 * 64 * n for n in (20, 200, 300, 500, 30)))
+    assert config.training.round_weights == when
+    assert config.rounds_weights_at_end == (when == "at_end")
+    assert all(own is config for own in resolved.values() if own is not None and own.preset == config.preset)
