@@ -138,7 +138,7 @@ def structures(draw: st.DrawFn) -> Atoms:
     return atoms
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
 @given(atoms=structures(), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from((torch.float32, torch.float64)))
 def test_batches_are_those_of_mace(
     shared: dict[Any, MACECalculator], atoms: Atoms, seed: int, dtype: torch.dtype
