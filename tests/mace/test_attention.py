@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
 from mace_models import VARIANTS, build_model, molecules, without_distillation
+from mace_runs import BASE, labelled
 from scipy.spatial.transform import Rotation
 
 import gaq
@@ -321,39 +322,13 @@ def test_settings_reach_the_block() -> None:
 # -- training --
 
 
-TRAINING: dict[str, Any] = {
-    "name": "tiny",
-    "train_file": "train.xyz",
-    "valid_fraction": 0.25,
-    "test_file": "test.xyz",
-    "E0s": "{1: 3.2, 6: 3.5, 8: 4.6}",
-    "model": "MACE",
-    "interaction": OURS,
-    "hidden_irreps": "4x0e + 4x1o",
-    "r_max": 3.0,
-    "num_radial_basis": 4,
-    "radial_MLP": "[8]",
-    "max_ell": 2,
-    "correlation": 2,
-    "num_interactions": 2,
-    "batch_size": 4,
-    "valid_batch_size": 6,
-    "max_num_epochs": 1,
-    "energy_key": "REF_energy",
-    "forces_key": "REF_forces",
-    "default_dtype": "float32",
-    "device": "cpu",
-    "seed": 1,
-    "plot": False,
-}
+TRAINING: dict[str, Any] = {**BASE, "interaction": OURS, "max_num_epochs": 1}
 
 
 def run_training(folder: Path, **changes: Any) -> Any:
     import os
     import subprocess
     import sys
-
-    from mace_runs import labelled
 
     write(folder / "train.xyz", labelled(("CH3OH", "H2O", "CH4"), 12, seed=0))
     write(folder / "test.xyz", labelled(("CH3OH", "H2O", "CH4"), 3, seed=1))
