@@ -1,133 +1,36 @@
-"""Rounding of features: error bounds, symmetry, gradients, ranges, and the tracers it must pass."""
+"""Rounding of features: error bounds, symmetry, and the tracers it must pass."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from features import (
+    FIXED,
+    LAYOUTS,
+    MUL_IR,
+    PATHS,
+    SCHEMES,
+    VECTORS,
+    angle,
+    angle_bound,
+    join,
+    length_bound,
+    limits,
+    make,
+    random_features,
+    split,
+    width,
+)
 from torch import Tensor
 
-from gaq.config import ScalarConfig, VectorConfig
+from gaq.config import VectorConfig
 from gaq.physics.rotations import random_rotation
-from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
+from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import largest_code
-
-MUL_IR = FeatureLayout(((4, 1), (3, 3), (2, 5), (2, 7), (2, 1)))
-CHANNELS_FIRST = FeatureLayout(((4, 1), (4, 3), (4, 5), (4, 7)), channels_first=True)
-LAYOUTS = pytest.mark.parametrize("layout", [MUL_IR, CHANNELS_FIRST], ids=["mul_ir", "channels_first"])
-# The plain operations of training, and the fused ones that are differentiated once.
-# Ranges and axes of their own have tests of their own, below.
-STATIC: dict[str, Any] = {"granularity": "per_channel"}
-FIXED: dict[str, Any] = {"granularity": "per_channel", "frame": "fixed"}
-PATHS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
-VECTORS = [
-    *(
-        {"magnitude_bits": bits, "direction_bits": directions, "magnitude": magnitude}
-        for bits, directions in ((4, 4), (8, 8), (8, 12), (12, 6), (16, 16))
-        for magnitude in ("linear", "log")
-    ),
-    *(
-        {"magnitude_bits": 8, "direction_bits": bits, "codebook": codebook}
-        for bits in (4, 6)
-        for codebook in ("geodesic", "fibonacci")
-    ),
-    *({"scheme": "components", "magnitude_bits": bits} for bits in (4, 8, 12, 16)),
-]
-SCHEMES = pytest.mark.parametrize("vectors", VECTORS, ids=lambda v: "-".join(str(value) for value in v.values()))
-# The largest angles of the tables on 200,000 directions, and a little for the places between those.
-TABLE_ANGLES = {("geodesic", 4): 0.150, ("geodesic", 6): 0.0375, ("fibonacci", 4): 0.166, ("fibonacci", 6): 0.0388}
-
-
-def width(layout: FeatureLayout) -> tuple[int, ...]:
-    """Shape of one row of features."""
-    if layout.channels_first:
-        return abs(layout.pieces[0][0]), sum(d for _, d in layout.pieces)
-    return (sum(abs(m) * d for m, d in layout.pieces),)
-
-
-def random_features(
-    layout: FeatureLayout, rows: int = 200, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, *width(layout), generator=generator, dtype=torch.float64).to(dtype)
-
-
-def split(layout: FeatureLayout, x: Tensor) -> Iterator[Tensor]:
-    """Each piece of a tensor of features, shape (rows, multiplicity, dimension); views where possible."""
-    start = 0
-    for multiplicity, dimension in layout.pieces:
-        if layout.channels_first:
-            yield x[:, :, start : start + dimension]
-            start += dimension
-        else:
-            size = abs(multiplicity) * dimension
-            yield x[:, start : start + size].unflatten(1, (abs(multiplicity), dimension))
-            start += size
-
-
-def join(layout: FeatureLayout, pieces: list[Tensor]) -> Tensor:
-    return torch.cat(pieces if layout.channels_first else [piece.flatten(1) for piece in pieces], -1)
-
-
-def make(
-    layout: FeatureLayout,
-    vectors: dict[str, Any] | None = None,
-    scalars: dict[str, Any] | None = None,
-    limit: float | Tensor = 3.0,
-    plain: bool = True,
-) -> FeatureQuantizer:
-    """A quantizer with the same limit for all channels, or the limits given."""
-    quantizer = FeatureQuantizer(
-        layout,
-        ScalarConfig(**{**STATIC, **(scalars or {})}),
-        VectorConfig(**{**FIXED, **(vectors or {})}),
-        headroom=1.0,
-    )
-    quantizer.load_ranges(torch.as_tensor(limit).expand(quantizer.observed.shape))
-    quantizer.differentiable_twice = plain
-    return quantizer
-
-
-def limits(layout: FeatureLayout, quantizer: FeatureQuantizer) -> Iterator[Tensor]:
-    """The limit of each channel of each piece, shape (multiplicity, 1), float64."""
-    start = 0
-    for multiplicity, _ in layout.pieces:
-        yield quantizer.limit[start : start + abs(multiplicity)].double().unsqueeze(-1)
-        start += abs(multiplicity)
-
-
-def angle(first: Tensor, second: Tensor) -> Tensor:
-    """Radians between vectors, accurate for small angles too; shape (..., 1)."""
-    first, second = first.double(), second.double()
-    first = first / first.norm(dim=-1, keepdim=True)
-    second = second / second.norm(dim=-1, keepdim=True)
-    return 2 * torch.asin(((first - second).norm(dim=-1, keepdim=True) / 2).clamp(max=1.0))
-
-
-def angle_bound(config: VectorConfig, dimension: int) -> float:
-    """Worst angle of the codebook, as derived in `gaq.codebooks`."""
-    levels = 2 ** (config.direction_bits - 1) - 1
-    if dimension > 3:
-        return math.atan(math.sqrt(dimension - 1) / (2 * levels))
-    if config.codebook == "octahedral":
-        return 2 * math.atan(1 / (math.sqrt(2) * levels))
-    return TABLE_ANGLES[config.codebook, config.direction_bits]
-
-
-def length_bound(config: VectorConfig, length: Tensor, limit: Tensor) -> Tensor:
-    """Largest error of a magnitude inside the range, but for float32."""
-    top = 2**config.magnitude_bits - 1
-    if config.magnitude == "linear":
-        return 0.5 * limit / top
-    # Half a step of the logarithm, or half the smallest magnitude next to zero.
-    relative = math.exp(0.5 * math.log(4096) / (top - 1)) - 1
-    return torch.maximum(relative * length, limit / 8192)
-
 
 # Error bounds.
 
@@ -338,112 +241,6 @@ def test_both_paths_give_the_same(layout: FeatureLayout, vectors: dict[str, Any]
     assert same[agree & kept].all()
 
 
-# Gradients.
-
-
-@LAYOUTS
-@PATHS
-def test_saturated_scalars_and_components_have_no_gradient(layout: FeatureLayout, plain: bool) -> None:
-    quantizer = make(layout, {"scheme": "components", "magnitude_bits": 8}, {"bits": 8}, 1.0, plain)
-    x = random_features(layout, dtype=torch.float64).requires_grad_()
-    upstream = random_features(layout, dtype=torch.float64, seed=1)
-    (gradient,) = torch.autograd.grad((quantizer(x) * upstream).sum(), x)
-    inside = x.detach().abs() <= 1.0
-    assert inside.any()
-    assert not inside.all()
-    assert torch.allclose(gradient, upstream * inside, rtol=1e-12, atol=0)
-
-
-@LAYOUTS
-@PATHS
-@pytest.mark.parametrize(
-    "vectors", [v for v in VECTORS if "scheme" not in v], ids=lambda v: "-".join(map(str, v.values()))
-)
-def test_vector_gradient_is_straight_through_on_the_sphere(
-    layout: FeatureLayout, plain: bool, vectors: dict[str, Any]
-) -> None:
-    # u_q u^T + (m_q / m) (1 - u u^T); past the range the magnitude does not answer, and the first term is absent.
-    quantizer = make(layout, vectors, limit=2.0, plain=plain)
-    x = random_features(layout, dtype=torch.float64).requires_grad_()
-    upstream = random_features(layout, dtype=torch.float64, seed=1)
-    rounded = quantizer(x)
-    (gradient,) = torch.autograd.grad((rounded * upstream).sum(), x)
-    seen = {True: 0, False: 0}
-    pieces = (split(layout, tensor) for tensor in (x.detach(), rounded.detach(), upstream, gradient))
-    for v, v_q, up, got in zip(*pieces, strict=True):
-        if v.shape[-1] == 1:
-            continue
-        m, m_q = v.norm(dim=-1, keepdim=True), v_q.norm(dim=-1, keepdim=True)
-        u, u_q = v / m, v_q / m_q
-        inside = m <= 2.0
-        one = torch.eye(v.shape[-1], dtype=torch.float64)
-        along = u.unsqueeze(-1) * u.unsqueeze(-2)
-        jacobian = inside.unsqueeze(-1) * u_q.unsqueeze(-1) * u.unsqueeze(-2) + (m_q / m).unsqueeze(-1) * (one - along)
-        expected = (up.unsqueeze(-2) @ jacobian).squeeze(-2)
-        present = m_q.squeeze(-1) > 0
-        assert torch.allclose(got[present], expected[present], rtol=1e-9, atol=1e-12)
-        for side in seen:
-            seen[side] += int((present & (inside.squeeze(-1) == side)).sum())
-        # Past the range, stretching a vector changes nothing.
-        radial = (got * u).sum(-1, keepdim=True)[~inside]
-        assert torch.allclose(radial, torch.zeros_like(radial), atol=1e-12)
-    assert min(seen.values()) > 50
-
-
-@LAYOUTS
-@PATHS
-@SCHEMES
-def test_second_derivatives_are_finite(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
-    quantizer = make(layout, vectors, {"bits": 8}, 1.5, plain)
-    x = random_features(layout, 40)
-    x[::5] = 0.0
-    x.requires_grad_()
-    mixing = torch.randn(x[0].numel(), 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    energy = torch.tanh(quantizer(x).flatten(1) @ mixing).square().sum()
-    (force,) = torch.autograd.grad(energy, x, create_graph=True)
-    for gradient in torch.autograd.grad(force.square().sum(), (x, mixing)):
-        assert gradient.isfinite().all()
-        assert gradient.any()
-
-
-@LAYOUTS
-@PATHS
-@pytest.mark.parametrize(
-    "vectors", [{}, {"magnitude": "log"}, {"scheme": "components"}], ids=["mddq", "log", "components"]
-)
-def test_second_derivatives_are_those_of_the_smooth_function(
-    layout: FeatureLayout, plain: bool, vectors: dict[str, Any]
-) -> None:
-    # Fine rounding stands for the identity, whose second derivative is zero.
-    quantizer = make(layout, vectors, limit=5.0, plain=plain)
-    x = random_features(layout, 20, torch.float64).requires_grad_()
-    mixing = 0.2 * torch.randn(x[0].numel(), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    probe = random_features(layout, 20, torch.float64, seed=3)
-
-    def hessian_product(y: Tensor) -> Tensor:
-        energy = torch.tanh(y.flatten(1) @ mixing).square().sum()
-        (force,) = torch.autograd.grad(energy, x, create_graph=True)
-        return torch.autograd.grad((force * probe).sum(), x)[0]
-
-    expected = hessian_product(x * 1.0)
-    assert (hessian_product(quantizer(x)) - expected).norm() / expected.norm() < 2e-3
-
-
-@LAYOUTS
-@PATHS
-@SCHEMES
-def test_gradients_of_many_directions_at_once(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
-    # As for a Hessian by rows.
-    quantizer = make(layout, vectors, plain=plain)
-    x = random_features(layout, 3).requires_grad_()
-    rounded = quantizer(x)
-    upstream = torch.stack([random_features(layout, 3, seed=seed) for seed in (1, 2)])
-    (batched,) = torch.autograd.grad(rounded, x, upstream, is_grads_batched=True, retain_graph=True)
-    for one, together in zip(upstream, batched, strict=True):
-        (single,) = torch.autograd.grad(rounded, x, one, retain_graph=True)
-        assert torch.allclose(single, together, rtol=1e-5, atol=1e-6)
-
-
 # Symmetry.
 
 
@@ -514,121 +311,6 @@ def test_higher_orders_commute_with_flips_and_permutations_of_components(dimensi
         flip = torch.randint(0, 2, (dimension,), generator=generator) * 2.0 - 1.0
         moved = quantizer((v[..., order] * flip).flatten(1)).unflatten(1, (3, dimension))
         assert torch.allclose(moved, rounded[..., order] * flip, rtol=0, atol=1e-15)
-
-
-# Ranges.
-
-
-@LAYOUTS
-@PATHS
-@pytest.mark.parametrize("scheme", ["mddq", "components"])
-def test_ranges_are_the_largest_sizes_seen(layout: FeatureLayout, plain: bool, scheme: str) -> None:
-    quantizer = FeatureQuantizer(layout, ScalarConfig(**STATIC), VectorConfig(**FIXED, scheme=scheme), headroom=2.0)
-    quantizer.differentiable_twice = plain
-    quantizer.load_ranges(torch.full_like(quantizer.observed, 100.0))
-    quantizer.start_observing()
-    batches = [random_features(layout, 30, seed=seed) for seed in range(3)]
-    for batch in batches:
-        quantizer(batch)
-    expected = [
-        (piece.norm(dim=-1) if scheme == "mddq" else piece.abs().amax(-1)).amax(0)
-        for piece in split(layout, torch.cat(batches))
-    ]
-    assert torch.allclose(quantizer.ranges(), torch.cat(expected), rtol=1e-6)
-    assert torch.allclose(quantizer.limit, 2.0 * torch.cat(expected), rtol=1e-6)
-    # Nothing that was seen saturates, and nothing is observed any more once it is switched off.
-    quantizer.observing = False
-    before = quantizer.ranges()
-    quantizer(100 * batches[0])
-    assert torch.equal(quantizer.ranges(), before)
-    assert (quantizer(batches[0]) - batches[0]).abs().max() < 1e-2
-
-
-def test_ranges_do_not_depend_on_the_batching() -> None:
-    x = random_features(MUL_IR, 60)
-    whole, parts = make(MUL_IR), make(MUL_IR)
-    for quantizer, size in ((whole, 60), (parts, 7)):
-        quantizer.start_observing()
-        for batch in x.split(size):
-            quantizer(batch)
-    assert torch.equal(whole.ranges(), parts.ranges())
-    # And rounding one row does not look at the others.
-    whole.observing = False
-    assert torch.equal(whole(x)[:7], whole(x[:7]))
-
-
-def test_ranges_in_training_forget_slowly() -> None:
-    quantizer = make(FeatureLayout(((1, 1),)), limit=1.0)
-    quantizer.observing = True
-    for _ in range(10):
-        quantizer(torch.full((1, 1), 0.5))
-    assert float(quantizer.ranges()) == pytest.approx(OBSERVER_DECAY**10)
-    quantizer(torch.full((1, 1), -4.0))
-    assert float(quantizer.ranges()) == 4.0
-
-
-def test_silent_channels_get_a_small_range() -> None:
-    layout = FeatureLayout(((3, 1), (2, 3), (2, 5)))
-    quantizer = FeatureQuantizer(layout, ScalarConfig(**STATIC), VectorConfig(**FIXED), headroom=1.5)
-    quantizer.load_ranges(torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))
-    assert torch.allclose(quantizer.limit, 1.5 * torch.tensor([0.1, 6.4, 0.1, 3.2, 0.05, 1 / 1.5, 1 / 1.5]))
-    assert torch.equal(quantizer.ranges(), torch.tensor([0.0, 6.4, 0.01, 3.2, 0.0, 0.0, 0.0]))
-
-
-def test_one_range_for_a_tensor() -> None:
-    layout = FeatureLayout(((2, 1), (2, 3), (1, 1), (1, 5)))
-    observed = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-
-    def limit(scalars: str, vectors: str) -> list[float]:
-        configs = ScalarConfig(granularity=scalars), VectorConfig(granularity=vectors)
-        quantizer = FeatureQuantizer(layout, *configs, headroom=1.0)
-        quantizer.load_ranges(observed)
-        return quantizer.limit.tolist()
-
-    assert limit("per_channel", "per_channel") == [1, 2, 3, 4, 5, 6]
-    assert limit("per_tensor", "per_channel") == [5, 5, 3, 4, 5, 6]
-    assert limit("per_channel", "per_tensor") == [1, 2, 6, 6, 5, 6]
-    assert limit("per_tensor", "per_tensor") == [6] * 6
-
-
-def test_a_silent_piece_does_not_set_the_range_of_a_tensor() -> None:
-    layout = FeatureLayout(((2, 1), (2, 3), (1, 1)))
-    for vectors in ("per_channel", "per_tensor"):
-        configs = ScalarConfig(granularity="per_tensor"), VectorConfig(granularity=vectors)
-        quantizer = FeatureQuantizer(layout, *configs, headroom=1.0)
-        quantizer.load_ranges(torch.tensor([0.1, 0.05, 0.0, 0.0, 0.0]))
-        assert torch.allclose(quantizer.limit[[0, 1, 4]], torch.tensor(0.1))
-
-
-def test_ranges_are_carried_over() -> None:
-    layout = FeatureLayout(((2, 1), (2, 3)))
-    first, second = make(layout, limit=torch.tensor([1.0, 2.0, 3.0, 4.0])), make(layout)
-    second.load_ranges(first.ranges())
-    assert torch.equal(second.limit, first.limit)
-    assert not first.state_dict()
-    # One head of two was cut out: the larger range of either serves.
-    second.load_ranges(torch.tensor([1.0, 5.0, 2.0, 6.0, 3.0, 4.0, 7.0, 0.0]))
-    assert second.ranges().tolist() == [3.0, 5.0, 7.0, 6.0]
-    for wrong in (1, 3, 6):
-        with pytest.raises(ValueError, match=f"ranges for {wrong} channels do not fit a layer of 4 channels"):
-            second.load_ranges(torch.ones(wrong))
-    assert second.ranges().tolist() == [3.0, 5.0, 7.0, 6.0]
-
-
-@PATHS
-def test_new_ranges_take_effect_at_once(plain: bool) -> None:
-    x = random_features(MUL_IR)
-    quantizer = make(MUL_IR, VECTORS[0], {"bits": 4}, limit=1.0, plain=plain)
-    first = quantizer(x)
-    quantizer.load_ranges(torch.full_like(quantizer.observed, 5.0))
-    assert torch.equal(quantizer(x), make(MUL_IR, VECTORS[0], {"bits": 4}, limit=5.0, plain=plain)(x))
-    assert not torch.equal(quantizer(x), first)
-    # Nor does a copy share them, or another precision keep those of the first.
-    other = copy.deepcopy(quantizer)
-    other.load_ranges(torch.full_like(quantizer.observed, 1.0))
-    assert torch.equal(other(x), first)
-    assert not torch.equal(quantizer(x), first)
-    assert quantizer(x.double()).dtype == torch.float64
 
 
 # TorchScript.
