@@ -4,7 +4,8 @@
 features x and the embedding a of the atom's type. There are only as many embeddings as types, so it equals one matrix
 a type, ``W_t[u, w] = sum_v W[u, v, w] a_t[v]``, exactly. The embedding handed to it becomes the one-hot type. At three
 types and 64 features this is 64 / 3 times fewer numbers. Folded matrices are new numbers, off the grid of the weights
-that were rounded, so they are stored with 16 bits.
+that were rounded, so they are stored with 16 bits. Models in float64 are not folded: they are deployed for agreement to
+more digits than that.
 
 This module is embedded in packages: it imports nothing but torch, NequIP and the core.
 """
@@ -124,13 +125,16 @@ def _pack(module: Any, parameter: str, quantizer: WeightQuantizer) -> PackedWeig
 
 
 def _foldable(model: torch.nn.Module, sites: list[Site]) -> tuple[str, Any] | None:
-    """Name and module of the type embedding, if every self-connection can be folded and becomes smaller by it."""
+    """Name and module of the type embedding, if every self-connection can be folded and becomes smaller by it.
+
+    Never in float64, where the rounding of the fold would be the largest error of a compiled model.
+    """
     embeds = [(name, m) for name, m in model.named_modules() if class_name(m) == "NodeTypeEmbed"]
     products = [site for site in sites if site.kind == "tensor_product"]
     if len(embeds) != 1 or not products:
         return None
     name, embed = embeds[0]
-    if embed.do_categorical_graph_field_embed:
+    if embed.do_categorical_graph_field_embed or embed.embed_module.weight.dtype == torch.float64:
         return None
     for site in products:
         quantizers = list(site_quantizers(site).values())
@@ -172,7 +176,7 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
 
     Args:
         model: quantized, in training or converted, holding the weights to deploy.
-        fold: whether to fold the self-connection by type where that is smaller.
+        fold: whether to fold the self-connection by type where that is smaller (and the model is not in float64).
 
     Returns:
         The same model.

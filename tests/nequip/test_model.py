@@ -73,10 +73,10 @@ def test_converted_frozen_and_folded_are_the_same(
     assert not [p for p in frozen.parameters() if p.requires_grad]
     assert all(not p.is_floating_point() or p.numel() == 0 for p in frozen.parameters())
     folded = freeze(copy.deepcopy(converted))
-    assert any(isinstance(m, FoldedSelfConnection) for m in folded.modules()) == (
-        variant in ("plain", "wide", "readout")
-    )
-    assert np.allclose(evaluate(folded, structures)[1], forces, rtol=0, atol=5e-4)
+    is_folded = any(isinstance(m, FoldedSelfConnection) for m in folded.modules())
+    assert is_folded == (variant in ("plain", "wide", "readout") and dtype == "float32")
+    atol = 5e-4 if is_folded else 10 * tolerance
+    assert np.allclose(evaluate(folded, structures)[1], forces, rtol=0, atol=atol)
     exact_energies, _ = evaluate(float_model(variant, dtype), structures)
     assert not np.allclose(energies, exact_energies, rtol=1e-9)
 
