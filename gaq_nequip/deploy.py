@@ -193,9 +193,8 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
 
     before = os.environ.get("LIBRARY_PATH")
     options: dict[str, Any] = {}
-    if device.split(":")[0] == "cpu":  # for a card Inductor compiles the Triton kernels it sees
-        folder = str(native.static_library())
-        os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
+    on_cpu = device.split(":")[0] == "cpu"  # for a card Inductor compiles the Triton kernels it sees
+    if on_cpu:
         options = {
             "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS,
             "aot_inductor.custom_op_libs": [native.STATIC_NAME],
@@ -205,6 +204,9 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
     def modify_and_fuse(model: Any, modifiers: Any) -> Any:
         # Not a modifier by name: those of a package are the ones it was written with.
         model = modify(model, modifiers)
+        if on_cpu:
+            folder = str(native.static_library(model.model_dtype))
+            os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
         for name, reason in fuse(model, device).items():
             print(f"nequip-deploy: {name} keeps NequIP's own convolution: {reason}", file=sys.stderr)
         return model

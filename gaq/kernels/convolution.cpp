@@ -392,6 +392,10 @@ extern "C" {
     backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, h, table, grad_out,           \
                 grad_vectors, grad_h, grad_table, threads);                                                        \
   }
+#ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)
+#endif
+#ifndef GAQ_ONLY_FLOAT32
 GAQ_EXPORT(float64, double)
+#endif
 }

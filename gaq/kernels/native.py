@@ -127,19 +127,23 @@ STATIC_NAME = "gaqkernels"
 
 
 @functools.cache
-def static_library() -> Path:
+def static_library(dtype: torch.dtype) -> Path:
     """Folder of a static library (``-lgaqkernels``) with the operations as AOTInductor calls them.
 
+    Args:
+        dtype: that of the model. What a file carries of the kernels is most of its bytes, so it is those of one dtype.
+
     Raises:
+        TypeError: for dtypes other than float32 and float64.
         CompilerError: if there is no compiler, or it fails.
     """
-    include = Path(torch.__file__).parent / "include"
-    compiler, place = _place("static", SHIM_SOURCES, torch.__version__)
+    options = [f"-I{Path(torch.__file__).parent / 'include'}", f"-DGAQ_ONLY_{_name(dtype).upper()}"]
+    compiler, place = _place("static", SHIM_SOURCES, torch.__version__, options[1])
     target = place / f"lib{STATIC_NAME}.a"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=place.parent) as name:
             folder = Path(name)
-            objects = _objects(compiler, SHIM_SOURCES, folder, [f"-I{include}"])
+            objects = _objects(compiler, SHIM_SOURCES, folder, options)
             place.mkdir(exist_ok=True)
             built = folder / target.name
             _run(["ar", "rcs", str(built), *objects])
@@ -215,9 +219,13 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
         TypeError: for dtypes other than float32 and float64.
         CompilerError: where the kernels cannot be built.
     """
+    return getattr(library(), f"gaq_{name}_{_name(dtype)}")  # type: ignore[no-any-return]
+
+
+def _name(dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
-    return getattr(library(), f"gaq_{name}_{str(dtype).removeprefix('torch.')}")  # type: ignore[no-any-return]
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse_second_derivative() -> None:

@@ -140,6 +140,10 @@ extern "C" {
                                    T* grad_x1, T* grad_x2, int64_t threads) {                                        \
     backward<T>(Plan(ints, reals), atoms, Sorted(edges, atoms, centre), x1, x2, w, grad, grad_x1, grad_x2, threads); \
   }
+#ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)
+#endif
+#ifndef GAQ_ONLY_FLOAT32
 GAQ_EXPORT(float64, double)
+#endif
 }

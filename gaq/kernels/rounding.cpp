@@ -267,6 +267,10 @@ extern "C" {
                         int64_t threads) {                                                                   \
     round<T>(ints, reals, atoms, x, out, threads);                                                           \
   }
+#ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)
+#endif
+#ifndef GAQ_ONLY_FLOAT32
 GAQ_EXPORT(float64, double)
+#endif
 }

@@ -26,6 +26,19 @@ GAQ_DECLARE(float32, float)
 GAQ_DECLARE(float64, double)
 }
 
+// A model computes in one dtype: its file carries the kernels of that, and fails with tensors of another.
+#if defined(GAQ_ONLY_FLOAT32)
+#define GAQ_CALL_OF(DTYPE)                                           \
+  if (DTYPE != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE; \
+  GAQ_CALL(float32, float)
+#elif defined(GAQ_ONLY_FLOAT64)
+#define GAQ_CALL_OF(DTYPE)                                           \
+  if (DTYPE != aoti_torch_dtype_float64()) return AOTI_TORCH_FAILURE; \
+  GAQ_CALL(float64, double)
+#else
+#error "define GAQ_ONLY_FLOAT32 or GAQ_ONLY_FLOAT64"
+#endif
+
 namespace {
 
 #define GAQ_CHECK(CALL) \
@@ -92,11 +105,7 @@ AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTe
                          (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data,            \
                          (const T*)h.data,                                                                         \
                          (const T*)w.data, (T*)out.data, omp_get_max_threads());
-  if (h.dtype == aoti_torch_dtype_float64()) {
-    GAQ_CALL(float64, double)
-  } else {
-    GAQ_CALL(float32, float)
-  }
+  GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
@@ -131,11 +140,7 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
                                   (const T*)h.data, (const T*)w.data, (const T*)g.data, (T*)gr.data,               \
                                   of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr,         \
                                   omp_get_max_threads());
-  if (h.dtype == aoti_torch_dtype_float64()) {
-    GAQ_CALL(float64, double)
-  } else {
-    GAQ_CALL(float32, float)
-  }
+  GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
@@ -155,11 +160,7 @@ AOTITorchError aoti_torch_cpu_edge_product(AtenTensorHandle x, AtenTensorHandle 
 #define GAQ_CALL(NAME, T)                                                                                            \
   gaq_product_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0], (const int64_t*)a.data,  \
                      (const T*)v.data, (const T*)u.data, (const T*)w.data, (T*)out.data, omp_get_max_threads());
-  if (v.dtype == aoti_torch_dtype_float64()) {
-    GAQ_CALL(float64, double)
-  } else {
-    GAQ_CALL(float32, float)
-  }
+  GAQ_CALL_OF(v.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
@@ -182,11 +183,7 @@ AOTITorchError aoti_torch_cpu_edge_product_backward(AtenTensorHandle grad, AtenT
   gaq_product_backward_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0],                \
                               (const int64_t*)a.data, (const T*)v.data, (const T*)u.data, (const T*)w.data,         \
                               (const T*)g.data, (T*)gv.data, (T*)gu.data, omp_get_max_threads());
-  if (v.dtype == aoti_torch_dtype_float64()) {
-    GAQ_CALL(float64, double)
-  } else {
-    GAQ_CALL(float32, float)
-  }
+  GAQ_CALL_OF(v.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
@@ -204,11 +201,7 @@ AOTITorchError aoti_torch_cpu_rounded(AtenTensorHandle features, AtenTensorHandl
   const int64_t threads = std::min<int64_t>(omp_get_max_threads(), 1 + x.bytes() / element / (1 << 15));
 #define GAQ_CALL(NAME, T) \
   gaq_round_##NAME((const int64_t*)i.data, (const double*)d.data, x.sizes[0], (const T*)x.data, (T*)out.data, threads);
-  if (x.dtype == aoti_torch_dtype_float64()) {
-    GAQ_CALL(float64, double)
-  } else {
-    GAQ_CALL(float32, float)
-  }
+  GAQ_CALL_OF(x.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }

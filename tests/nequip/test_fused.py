@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,14 @@ def test_fused_product_is_that_of_allegro(irreps: tuple[str, str, str], coupled:
     torch.testing.assert_close(model[0](x1, x2, centre), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_shims_are_those_of_the_library() -> None:
-    """The declarations that Inductor gets name functions that the static library has."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shims_are_those_of_the_library(dtype: torch.dtype) -> None:
+    """The declarations that Inductor gets name functions that the static library has, for its dtype only."""
     import subprocess
 
-    archive = native.static_library() / f"lib{native.STATIC_NAME}.a"
+    archive = native.static_library(dtype) / f"lib{native.STATIC_NAME}.a"
     symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
+    assert {f"torch.{found}" for found in re.findall(r" T gaq_\w+_(float\d+)$", symbols, re.M)} == {str(dtype)}
     for declaration in (
         text for texts in (convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS).values() for text in texts
     ):
@@ -151,14 +154,21 @@ def test_static_library_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("GAQ_CACHE", str(tmp_path))
     native.static_library.cache_clear()
     try:
-        first = native.static_library()
+        first = native.static_library(torch.float32)
         stamp = (first / f"lib{native.STATIC_NAME}.a").stat().st_mtime_ns
         native.static_library.cache_clear()
-        assert native.static_library() == first
+        assert native.static_library(torch.float32) == first
         assert (first / f"lib{native.STATIC_NAME}.a").stat().st_mtime_ns == stamp
         assert [p.name for p in tmp_path.iterdir()] == [first.name]
     finally:
         native.static_library.cache_clear()
+
+
+def test_there_are_kernels_for_two_dtypes() -> None:
+    with pytest.raises(TypeError, match=r"float32 or float64, not torch\.bfloat16"):
+        native.static_library(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"float32 or float64, not torch\.bfloat16"):
+        native.kernel("round", torch.bfloat16)
 
 
 def test_operations_can_be_traced() -> None:
