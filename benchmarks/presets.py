@@ -219,6 +219,11 @@ def table(framework: Framework, args: argparse.Namespace) -> None:
             naive = load_json(args.work / f"row_{'qat' if training == 'qat' else 'ptq'}_naive_w8a8.json")
             if preset != "fp32" and naive:
                 row["gates"] = gate_summary(row, base, naive, preset, training == "qat")
+                if training == "qat":
+                    # As `gaq report` judges one file: against the model that training started from.
+                    alone = {key: value for key, value in row.items() if key != "force_ratio_by_seed"}
+                    start = load_json(args.work / "row_fp32.json")
+                    row["gates_of_report"] = gate_summary(alone, start, naive, preset, trained=True)
             rows.append(row)
     configs = {p: dataclasses.asdict(parse_config(p)) for p in PRESETS}
     path = write_result(args.name, rows, work=args.work, model=args.model.name, test=args.test.name, presets=configs)
@@ -243,6 +248,7 @@ def table(framework: Framework, args: argparse.Namespace) -> None:
                 "weights smaller": f"{row['weight_ratio']:.2f}x" if "weight_ratio" in row else "-",
                 "F over FP32, by seed": ", ".join(f"{r:.4f}" for r in row.get("force_ratio_by_seed", {}).values()),
                 "gates": row.get("gates", ""),
+                "gates against the float model before": row.get("gates_of_report", ""),
             }
         )
     print(markdown_table(shown, list(shown[0])))
