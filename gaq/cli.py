@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--data", required=True, help="labelled structures")
     report.add_argument("-o", "--output", required=True, help="directory for report.json and report.html")
     report.add_argument("--reference", help="the float model to compare with")
+    report.add_argument(
+        "--trained",
+        action="store_true",
+        help="hold the force error to the bound for models trained with the key `quantization` (1.00 of the "
+        "reference's); checkpoints of such a training are anyway",
+    )
     report.add_argument("--nve-ps", type=float, default=50.0, help="length of the NVE runs in ps; 0 leaves them out")
     report.add_argument("--frames", type=int, default=200, help="structures used for errors (evenly spaced)")
     report.add_argument("--device", default="cpu")
@@ -119,6 +125,8 @@ def _measure(
         preset = "gaq"
     else:
         preset = config.preset if config.preset in BOUNDS else "gaq"
+    if config is not None and adapter.status(model) == "training":
+        extra = {"training": "qat", **(extra or {})}
     other = None
     if reference is not None:
         reference_adapter, reference_path = reference
@@ -222,7 +230,8 @@ def _report(arguments: argparse.Namespace) -> int:
     reference = None
     if arguments.reference:
         reference = (adapter_for_file(arguments.reference), arguments.reference)
-    report = _measure(adapter, arguments.model, structures, reference, arguments.nve_ps, arguments.device)
+    extra = {"training": "qat"} if arguments.trained else None
+    report = _measure(adapter, arguments.model, structures, reference, arguments.nve_ps, arguments.device, extra)
     write_report(report, arguments.output)
     print(_gate_lines(report["gates"]))
     print(f"written: {Path(arguments.output) / 'report.html'}")

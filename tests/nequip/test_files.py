@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -204,6 +205,22 @@ def test_inspect_and_report(
     assert (tmp_path / "report" / "report.json").is_file()
     assert main(["inspect", str(trained_float.best)]) == 0
     assert "a float model" in capsys.readouterr().out
+
+
+def test_trained_models_are_held_to_their_own_bound(
+    trained: Any, quantized_file: Callable[[str], Path], trained_float: Any, tmp_path: Path
+) -> None:
+    """Checkpoints of a training say that they are; other files can be said to be."""
+    package, data = str(quantized_file(".nequip.zip")), str(trained_float.folder / "test.xyz")
+    for path, options, bound in (
+        (package, [], 1.02),
+        (package, ["--trained"], 1.00),
+        (str(trained.best), [], 1.00),
+    ):
+        rest = ["--reference", str(trained_float.best), "--data", data, "--nve-ps", "0", "--frames", "2", *options]
+        assert main(["report", path, *rest, "-o", str(tmp_path / "report")]) in (0, 1)
+        gates = json.loads((tmp_path / "report" / "report.json").read_text())["gates"]
+        assert gates["force_mae_ratio"]["bound"] == bound
 
 
 def test_bad_files(trained: Any, quantized_file: Callable[[str], Path], tmp_path: Path) -> None:
