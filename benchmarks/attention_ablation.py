@@ -35,10 +35,10 @@ from common import SHARED, load_json, spaced, write_result
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.config import PRESETS
-from gaq.physics.conservation import central_difference_error
-from gaq.physics.errors import force_and_energy_mae
-from gaq.physics.lee import local_equivariance_error
+from gaq.checks.conservation import central_difference_error
+from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.lee import local_equivariance_error
+from gaq.config.parse import PRESETS
 from gaq.quantizers.attention import RobustAttention
 from gaq.reporting.tables import markdown_table
 

@@ -15,8 +15,8 @@ import numpy as np
 from ase import Atoms, units
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
 
-from gaq.physics.nve import fit_drift
-from gaq.physics.potential import Potential
+from gaq.checks.nve import fit_drift
+from gaq.checks.potential import Potential
 from gaq.reporting.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,8 @@ from common import write_result
 from mace_speed import big_model, water_box
 
 import gaq
-from gaq.kernels import convolution, harmonics, native, radial
+from gaq.kernels import convolution, harmonics, radial
+from gaq.kernels.cpu import native
 from gaq.reporting.tables import markdown_table
 from gaq_mace.engine import Engine
 from gaq_mace.evaluate import make_batches

@@ -29,7 +29,7 @@ from mace.calculators import MACECalculator
 from mace_speed import water_box
 
 import gaq
-from gaq.physics.nve import nve_drift
+from gaq.checks.nve import nve_drift
 from gaq.reporting.tables import markdown_table
 from gaq_mace.engine import disabled
 

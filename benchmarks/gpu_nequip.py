@@ -135,7 +135,7 @@ class Nequip:
             gaq.calibrate(model, [water(3 if self.tiny else 24)], progress=False)
             model = gaq.convert(model)
         if kind == FP32 or kind in PRESETS:
-            from gaq_nequip.fused import fuse
+            from gaq_nequip.engine.fused import fuse
 
             fuse(model, self.device)
             model.requires_grad_(False)  # as what is compiled has it: tables of weights have no gradient

@@ -18,11 +18,11 @@ from ase.io import read
 from common import SHARED, spaced, write_result
 
 import gaq
-from gaq import ptq
 from gaq.adapter import adapter_for
-from gaq.physics.conservation import central_difference_error
-from gaq.physics.lee import local_equivariance_error
+from gaq.checks.conservation import central_difference_error
+from gaq.checks.lee import local_equivariance_error
 from gaq.reporting.tables import markdown_table
+from gaq.training import ptq
 from gaq_mace.evaluate import MACEPotential
 
 

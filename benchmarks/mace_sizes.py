@@ -22,7 +22,7 @@ from mace import modules
 
 import gaq
 from gaq.reporting.tables import markdown_table
-from gaq_mace.inspection import rows as inspection_rows
+from gaq_mace.summary import rows as inspection_rows
 
 
 def float_model(elements: int, irreps: str) -> torch.nn.Module:

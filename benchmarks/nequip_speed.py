@@ -40,7 +40,7 @@ from common import SHARED, write_result
 from nequip_presets import training_input
 
 import gaq
-from gaq.config import parse_config
+from gaq.config.parse import parse_config
 from gaq.reporting.tables import markdown_table
 from gaq_nequip import artefact, deploy, files, freeze
 

@@ -18,11 +18,11 @@ from common import load_json, nve_replicas, spaced, write_result
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.config import parse_config
-from gaq.physics.conservation import central_difference_error
-from gaq.physics.errors import force_and_energy_mae
-from gaq.physics.lee import local_equivariance_error
-from gaq.reporting.gates import BOUNDS
+from gaq.checks.conservation import central_difference_error
+from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.gates import BOUNDS
+from gaq.checks.lee import local_equivariance_error
+from gaq.config.parse import parse_config
 from gaq.reporting.tables import markdown_table
 
 __all__ = ["PRESETS", "Framework", "main", "run_name"]

@@ -32,7 +32,7 @@ from mace_presets import training_input
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.physics.errors import force_and_energy_mae
+from gaq.checks.errors import force_and_energy_mae
 from gaq.reporting.tables import markdown_table
 
 PLAIN = {"round_weights": "throughout", "warm_start": False, "learned_scales": False, "average_rounded": False}

@@ -2,7 +2,7 @@
 
     python benchmarks/sensitivity.py [--model MODEL] [--frames 20] [--name NAME]
 
-Works for models of either framework. `gaq.bits` and the presets follow from what this shows.
+Works for models of either framework. `gaq.model.bits` and the presets follow from what this shows.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def console_script(name: str, package: str, extra: str) -> str:
 
 def prepare_data(directory: Path, train_frames: int, test_frames: int, seed: int) -> list[Atoms]:
     """The test structures; both sets are made first unless files of the wanted size are there already."""
-    from gaq.physics.errors import read_structures
+    from gaq.checks.errors import read_structures
 
     files = {directory / "train.xyz": train_frames, directory / "test.xyz": test_frames}
     if all(path.is_file() and len(read_structures(path)) == frames for path, frames in files.items()):
@@ -146,7 +146,7 @@ def run_nve(calculator: Any, start: Atoms, length: float, label: str) -> Traject
     Returns:
         Total energy at every step, its drift, and the median wall time of a step.
     """
-    from gaq.physics.nve import fit_drift
+    from gaq.checks.nve import fit_drift
 
     atoms = start.copy()
     atoms.calc = calculator
@@ -181,9 +181,9 @@ def measure(
     Returns:
         The row of the table and the trajectory.
     """
-    from gaq.physics.errors import force_and_energy_mae
-    from gaq.physics.lee import local_equivariance_error
-    from gaq.physics.potential import CalculatorPotential
+    from gaq.checks.errors import force_and_energy_mae
+    from gaq.checks.lee import local_equivariance_error
+    from gaq.checks.potential import CalculatorPotential
 
     potential = CalculatorPotential(calculator)
     errors = force_and_energy_mae(potential, test)

@@ -18,10 +18,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ConfigError": "gaq.config",
-    "PRESETS": "gaq.config",
-    "QuantizationConfig": "gaq.config",
-    "parse_config": "gaq.config",
+    "ConfigError": "gaq.config.parse",
+    "PRESETS": "gaq.config.parse",
+    "QuantizationConfig": "gaq.config.parse",
+    "parse_config": "gaq.config.parse",
     "calibrate": "gaq.api",
     "convert": "gaq.api",
     "load": "gaq.api",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from gaq.config import QuantizationConfig
-from gaq.physics.potential import Potential
+from gaq.checks.potential import Potential
+from gaq.config.parse import QuantizationConfig
+from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.summary_table import SummaryRow
 
 if TYPE_CHECKING:
     from ase import Atoms

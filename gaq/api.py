@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gaq import ptq
 from gaq.adapter import adapter_for, adapter_for_file
-from gaq.config import parse_config
-from gaq.quantized import require_state
-from gaq.summary_table import format_rows
+from gaq.config.parse import parse_config
+from gaq.model.state import require_state
+from gaq.model.summary_table import format_rows
+from gaq.training import ptq
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -55,7 +55,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     """Post-training quantization of a prepared model, in place, without reference labels.
 
     Activation ranges from a sample of the structures; rounding calibrated layer by layer; then
-    self-distillation against the float model's own forces (see `gaq.ptq`).
+    self-distillation against the float model's own forces (see `gaq.training.ptq`).
 
     Args:
         model: prepared, not yet converted.

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(path: str) -> list[Any]:
-    from gaq.physics.errors import read_structures
+    from gaq.checks.errors import read_structures
 
     return read_structures(path)
 
@@ -115,8 +115,8 @@ def _measure(
     device: str,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    from gaq.checks.gates import BOUNDS
     from gaq.reporting import ReferenceModel, build_report
-    from gaq.reporting.gates import BOUNDS
 
     model = adapter.load(path, device)
     adapter.batches(model, structures, 1)  # raises for what the model does not know, before the long part
@@ -153,7 +153,7 @@ def _measure(
 def _quantize(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
-    from gaq.config import parse_config
+    from gaq.config.parse import parse_config
 
     output = Path(arguments.output)
     if not output.parent.is_dir():
@@ -284,7 +284,8 @@ def _doctor() -> int:
     for adapter in adapters().values():
         for line in getattr(adapter, "doctor", lambda: [])():
             print(f"  {line}")
-    from gaq.kernels import gpu, native
+    from gaq.kernels import gpu
+    from gaq.kernels.cpu import native
 
     print("kernels")
     print("  reference        plain torch, any device, any dtype: training, Hessians, compiled files")

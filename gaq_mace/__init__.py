@@ -1,6 +1,6 @@
 """MACE adapter of GAQ.
 
-This package is imported while torch itself is being imported (see `gaq_mace._autoload`), so it imports
+This package is imported while torch itself is being imported (see `gaq_mace.hook.autoload`), so it imports
 nothing at the top: `gaq_mace.load` and its like are resolved on first use.
 """
 

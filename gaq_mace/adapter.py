@@ -13,14 +13,15 @@ import torch
 from mace.modules import models as mace_models
 from torch import Tensor
 
-from gaq.config import QuantizationConfig
-from gaq.physics.potential import Potential
+from gaq.checks.potential import Potential
+from gaq.config.parse import QuantizationConfig
+from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.recording import recorded_outputs
-from gaq.summary_table import SummaryRow
-from gaq_mace import files, inspection, moments
+from gaq.training.recording import recorded_outputs
+from gaq_mace import files, moments
 from gaq_mace import model as quantized
+from gaq_mace import summary as inspection
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class MACEAdapter:
         import os
         import sys
 
-        from gaq_mace import _autoload, _patches
+        from gaq_mace.hook import autoload as _autoload
+        from gaq_mace.hook import patches as _patches
 
         disabled = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
         waiting = any(isinstance(finder, _autoload._Finder) for finder in sys.meta_path)

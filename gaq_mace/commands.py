@@ -20,7 +20,7 @@ SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
 
 def train() -> None:
     """`mace_run_train`, whether or not torch's plugin autoload is on: the script ``gaq_mace_train``."""
-    from gaq_mace._patches import ensure_installed
+    from gaq_mace.hook.patches import ensure_installed
 
     ensure_installed()
     from mace.cli import run_train

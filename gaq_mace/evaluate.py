@@ -95,7 +95,7 @@ def energy_and_forces(
 
 
 class MACEPotential:
-    """A `gaq.physics.potential.Potential` of a MACE model, evaluated in batches.
+    """A `gaq.checks.potential.Potential` of a MACE model, evaluated in batches.
 
     Args:
         model: any MACE model.

@@ -5,7 +5,7 @@ float weights. A packed one is a pickle of *how to build it*: the constructor of
 configuration, then ``load_state_dict`` with weights computed as ``codes * scale``. Every callable in it
 belongs to Python, torch, e3nn or MACE, so it loads where this package is not installed, as the plain MACE
 model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
-(see `gaq_mace._patches`) puts the activation quantizers back. A model with the interaction block of
+(see `gaq_mace.hook.patches`) puts the activation quantizers back. A model with the interaction block of
 `gaq_mace.attention` is the exception: the constructor names that block, so it loads only with this package.
 """
 
@@ -35,9 +35,10 @@ from mace.modules import models as mace_models
 from mace.tools.scripts_utils import extract_config_mace_model
 from torch import Tensor
 
-from gaq.archive import deflate
-from gaq.packing import pack, packed_bytes, unpack
+from gaq.files.archive import deflate
+from gaq.files.packing import pack, packed_bytes, unpack
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
+from gaq_mace.layers import original_type
 from gaq_mace.model import (
     FixedWeight,
     ModelFileError,
@@ -51,7 +52,6 @@ from gaq_mace.model import (
     restore,
     weight_quantizers,
 )
-from gaq_mace.modules import original_type
 
 __all__ = ["ModelFileError", "load", "reduce_packed", "reduce_stock", "restore_from_pickle", "save"]
 
@@ -373,7 +373,7 @@ def compress_packed(folder: str | Path, name: str) -> None:
         folder: where they lie.
         name: that their names begin with.
     """
-    from gaq_mace._patches import is_packed
+    from gaq_mace.hook.patches import is_packed
 
     for path in Path(folder).glob(f"{glob.escape(name)}*.model"):
         if is_packed(str(path)) and not _is_compressed(path):
@@ -524,7 +524,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             later version.
         ValueError: for a device that is not there.
     """
-    from gaq_mace._patches import ensure_installed, is_packed
+    from gaq_mace.hook.patches import ensure_installed, is_packed
 
     ensure_installed()
     _check_device(device)

@@ -1,6 +1,6 @@
 """The quantized MACE model: quantizers in, weights rounded for good, and its state.
 
-A quantized model differs from a stock one in the classes of some modules (`gaq_mace.modules`) and in the
+A quantized model differs from a stock one in the classes of some modules (`gaq_mace.layers`) and in the
 class of its root, which packs itself when pickled and carries its configuration in the state dict.
 """
 
@@ -20,10 +20,11 @@ from mace.modules import models as mace_models
 from torch import Tensor
 
 import gaq
-from gaq import quantized
-from gaq.bits import settle_bits
-from gaq.config import ConfigError, parse_config, resolve_overrides
-from gaq.quantized import (
+from gaq.config.parse import ConfigError, parse_config, resolve_overrides
+from gaq.config.schema import QuantizationConfig
+from gaq.model import state as quantized
+from gaq.model.bits import settle_bits
+from gaq.model.state import (
     FORMAT,
     FixedWeight,
     ModelFileError,
@@ -39,8 +40,7 @@ from gaq.quantized import (
 )
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
-from gaq.schema import QuantizationConfig
-from gaq_mace import modules
+from gaq_mace import layers as modules
 from gaq_mace.sites import find_sites
 
 __all__ = [
@@ -199,7 +199,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
         The same model.
 
     Raises:
-        gaq.config.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
+        gaq.config.parse.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
         ValueError: for a model that cannot be quantized.
     """
     config = parse_config(spec)

@@ -9,7 +9,7 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
-from gaq.sites import Site
+from gaq.model.sites import Site
 from gaq_mace.model import unquantized
 from gaq_mace.sites import find_sites
 

@@ -24,10 +24,10 @@ from mace.modules.blocks import (
 )
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 
+from gaq.model.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 
 __all__ = ["bystanders", "find_sites"]
 

@@ -12,18 +12,17 @@ import torch
 from mace.tools import torch_geometric
 from torch import Tensor
 
-from gaq.averaging import averaging_deployed
-from gaq.config import CalibrationConfig, VectorConfig, parse_config
-from gaq.learned_scales import ScaleLearner
-from gaq.physics.rotations import random_rotation
-from gaq.ptq import round_at_end, warm_start
-from gaq.quantized import require_state, round_weights
+from gaq.checks.rotations import random_rotation
+from gaq.config.parse import CalibrationConfig, VectorConfig, parse_config
+from gaq.model.state import require_state, round_weights
+from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.schedule import DEPLOYED, anneal_ranges, branch_state, describe_schedule, set_branches
-from gaq.summary_table import format_rows
+from gaq.training.averaging import averaging_deployed
+from gaq.training.learned_scales import ScaleLearner
+from gaq.training.ptq import round_at_end, warm_start
+from gaq.training.schedule import DEPLOYED, anneal_ranges, branch_state, describe_schedule, set_branches
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
-from gaq_mace.inspection import rows
 from gaq_mace.model import (
     feature_quantizers,
     is_quantized,
@@ -33,6 +32,7 @@ from gaq_mace.model import (
     unquantized,
     weight_quantizers,
 )
+from gaq_mace.summary import rows
 
 __all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
 

@@ -1,7 +1,7 @@
 """NequIP adapter of GAQ: an extension that NequIP loads by itself.
 
-Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip._hook`). It is not embedded in packages:
-a packaged model takes only the modules it is made of.
+Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip.hook.patches`). It is not embedded in
+packages: a packaged model takes only the modules it is made of.
 """
 
 from __future__ import annotations
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'gaq_nequip' has no attribute {name!r}")
 
 
-from gaq_nequip import _hook  # noqa: E402
+from gaq_nequip.hook import patches as _hook  # noqa: E402
 
 _hook.install()

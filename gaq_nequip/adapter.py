@@ -12,14 +12,15 @@ import torch
 from nequip.data import AtomicDataDict
 from torch import Tensor
 
-from gaq.config import QuantizationConfig
-from gaq.physics.potential import CalculatorPotential, Potential
-from gaq.quantized import feature_quantizers, state_of, unquantized
+from gaq.checks.potential import CalculatorPotential, Potential
+from gaq.config.parse import QuantizationConfig
+from gaq.model.state import feature_quantizers, state_of, unquantized
+from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.recording import recorded_outputs
-from gaq.summary_table import SummaryRow
-from gaq_nequip import files, model, modules, moments
+from gaq.training.recording import recorded_outputs
+from gaq_nequip import files, model, moments
+from gaq_nequip import layers as modules
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.sites import class_name
 

@@ -31,7 +31,7 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> 
     """
     from hydra.utils import get_method
 
-    from gaq_nequip._hook import is_trained
+    from gaq_nequip.hook.patches import is_trained
     from gaq_nequip.training import start
 
     inner = {**model, **keys}

@@ -169,7 +169,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _fuses(arguments: argparse.Namespace) -> bool:
     """Whether convolutions are to go through the fused kernel; without a compiler AOTInductor would fail as well."""
-    from gaq.kernels import gpu, native
+    from gaq.kernels import gpu
+    from gaq.kernels.cpu import native
 
     kind = arguments.device.split(":")[0]
     if arguments.plain or kind not in ("cpu", "cuda"):
@@ -188,8 +189,9 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
     from nequip.scripts import compile as nequip_compile
     from torch._inductor import config as inductor
 
-    from gaq.kernels import convolution, native, product, rounding
-    from gaq_nequip.fused import fuse
+    from gaq.kernels import convolution, product, rounding
+    from gaq.kernels.cpu import native
+    from gaq_nequip.engine.fused import fuse
 
     before = os.environ.get("LIBRARY_PATH")
     options: dict[str, Any] = {}
@@ -340,7 +342,7 @@ def packed_bytes(model: Any, fold: bool) -> tuple[int, int]:
     """
     import copy
 
-    from gaq.quantized import is_kind
+    from gaq.model.state import is_kind
     from gaq_nequip.freeze import freeze
     from gaq_nequip.packed import PackedWeight
 
@@ -400,7 +402,7 @@ def _info(arguments: argparse.Namespace) -> int:
         for name in ("total", "weights", "code", "sources", "other"):
             print(f"  {name + ' bytes':28s} {getattr(sizes, name)}")
         return 0
-    from gaq.summary_table import format_rows
+    from gaq.model.summary_table import format_rows
     from gaq_nequip import files
     from gaq_nequip.model import rows
 

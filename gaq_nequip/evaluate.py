@@ -88,7 +88,7 @@ def energy_and_forces(
 
 
 class NequIPPotential:
-    """A `gaq.physics.potential.Potential` of a NequIP model, evaluated in batches.
+    """A `gaq.checks.potential.Potential` of a NequIP model, evaluated in batches.
 
     Args:
         model: a complete NequIP model.

@@ -18,9 +18,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from gaq.archive import deflate
-from gaq.config import parse_config
-from gaq.quantized import FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.config.parse import parse_config
+from gaq.files.archive import deflate
+from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq_nequip.model import graph_models
 
 __all__ = ["SUFFIXES", "CompiledModel", "load", "save"]

@@ -20,10 +20,10 @@ from nequip.data import AtomicDataDict
 from nequip.nn.embedding.node import NodeTypeEmbed
 from torch import Tensor
 
-from gaq.quantized import finish_features, is_kind, require_state, warn_if_unfinished
+from gaq.model.sites import Site
+from gaq.model.state import finish_features, is_kind, require_state, warn_if_unfinished
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
-from gaq.sites import Site
-from gaq_nequip.modules import site_quantizers
+from gaq_nequip.layers import site_quantizers
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import class_name, find_sites
 

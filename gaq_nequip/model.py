@@ -10,10 +10,11 @@ import torch
 from nequip.scripts._workflow_utils import get_workflow_state
 
 import gaq
-from gaq import inspection, quantized
-from gaq.bits import settle_bits
-from gaq.config import ConfigError, QuantizationConfig, parse_config, resolve_overrides
-from gaq.quantized import (
+from gaq.config.parse import ConfigError, QuantizationConfig, parse_config, resolve_overrides
+from gaq.model import state as quantized
+from gaq.model import summary as inspection
+from gaq.model.bits import settle_bits
+from gaq.model.state import (
     FORMAT,
     FixedWeight,
     ModelState,
@@ -25,10 +26,10 @@ from gaq.quantized import (
     state_of,
     warn_if_unfinished,
 )
+from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor
-from gaq.summary_table import SummaryRow
-from gaq_nequip import modules
+from gaq_nequip import layers as modules
 from gaq_nequip.attention import add_attention
 from gaq_nequip.sites import bystanders, class_name, find_sites
 
@@ -88,7 +89,7 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
         The same model.
 
     Raises:
-        gaq.config.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
+        gaq.config.parse.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
         ValueError: for a model that cannot be quantized.
     """
     config = parse_config(spec)

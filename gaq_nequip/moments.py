@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaq.quantized import unquantized
-from gaq.sites import Site
+from gaq.model.sites import Site
+from gaq.model.state import unquantized
 from gaq_nequip.sites import find_sites
 
 __all__ = ["input_moments"]

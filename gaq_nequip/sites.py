@@ -1,6 +1,6 @@
 """Which modules of a NequIP or Allegro model carry weights and features to round, and how these lie.
 
-Kinds, each with the class in `gaq_nequip.modules` that takes its place:
+Kinds, each with the class in `gaq_nequip.layers` that takes its place:
 
 ==================  ====================================================================================
 ``linear``          e3nn's equivariant linear layer (``linear_1``, ``linear_2``)
@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
+from gaq.model.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
-from gaq.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 
 __all__ = ["TENSOR_TRACK", "bystanders", "class_name", "find_sites"]
 

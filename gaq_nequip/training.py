@@ -15,13 +15,9 @@ from nequip.scripts._workflow_utils import get_workflow_state
 from nequip.utils import RankedLogger
 from torch import Tensor
 
-from gaq.averaging import averaging_deployed
-from gaq.config import ConfigError, QuantizationConfig, parse_config
-from gaq.inspection import rows as inspection_rows
-from gaq.learned_scales import ScaleLearner
-from gaq.physics.rotations import random_rotation
-from gaq.ptq import round_at_end, warm_start
-from gaq.quantized import (
+from gaq.checks.rotations import random_rotation
+from gaq.config.parse import ConfigError, QuantizationConfig, parse_config
+from gaq.model.state import (
     UNFINISHED,
     exact_features,
     feature_quantizers,
@@ -30,13 +26,17 @@ from gaq.quantized import (
     state_of,
     unquantized,
 )
+from gaq.model.summary import rows as inspection_rows
+from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.schedule import DEPLOYED, BranchState, anneal_ranges, branch_state, describe_schedule, set_branches
-from gaq.summary_table import format_rows
+from gaq.training.averaging import averaging_deployed
+from gaq.training.learned_scales import ScaleLearner
+from gaq.training.ptq import round_at_end, warm_start
+from gaq.training.schedule import DEPLOYED, BranchState, anneal_ranges, branch_state, describe_schedule, set_branches
 from gaq_nequip.adapter import NequIPAdapter
+from gaq_nequip.layers import hold_codes, hold_scales, release_codes, weight_quantizers
 from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
-from gaq_nequip.modules import hold_codes, hold_scales, release_codes, weight_quantizers
 from gaq_nequip.sites import find_sites
 
 __all__ = ["QuantizationCallback", "add_equivariance_loss", "calibrate_on", "is_quantized", "start"]
@@ -97,7 +97,7 @@ def _eager(model: Any) -> Iterator[None]:
     """A train-time compiled model evaluates its plain modules within this context."""
     before = model.__class__
     if getattr(model, "is_compile_graph_model", False):
-        from gaq_nequip.modules import QuantizedGraphModel
+        from gaq_nequip.layers import QuantizedGraphModel
 
         model.__class__ = QuantizedGraphModel
     try:

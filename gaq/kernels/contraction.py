@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu
+from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 from gaq.kernels.gpu.tracing import has_data
-from gaq.kernels.native import kernel, refuse_second_derivative
 
 __all__ = ["Polynomial", "contraction", "fold", "reference"]
 
@@ -191,7 +191,7 @@ def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coeff
 
     Raises:
         ValueError, TypeError: for shapes, species and dtypes that do not fit.
-        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
     _check(polynomial, features, species, coefficients)
     if gpu.chosen(features.device):

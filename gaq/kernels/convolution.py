@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu, harmonics, radial
-from gaq.kernels.native import kernel, refuse_second_derivative
+from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 from gaq.kernels.problem import ConvolutionProblem, Graph, Path, neighbours
 
 __all__ = ["C_SHIMS", "ConvolutionProblem", "Graph", "Path", "convolution", "neighbours", "reference"]
@@ -223,7 +223,7 @@ def convolution(
 
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
-        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
         RuntimeError: on a card without Triton.
     """
     _check(problem, features, vectors, weights, tabulated)

@@ -2,8 +2,8 @@
 
 **Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
 `gaq.quantizers.features.FeatureQuantizer` with ranges of the atom's own. A code of 16 bits is ``256 hi + lo`` with both
-planes signed int8 (`gaq.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products of
-int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
+planes signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products
+of int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
 `MAX_INPUTS` inputs; the two are combined in 64 bits, because ``256 (hi W)`` leaves 32 bits from 512 inputs on.
 
 **Not rounded.** The features are float, and only the weights are integers (presets ``w8`` and ``w4``).
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaq.files.packing import PLANES_MAX, split_planes, unpack_int4
 from gaq.kernels import gpu
-from gaq.kernels.native import refuse_second_derivative
-from gaq.packing import PLANES_MAX, split_planes, unpack_int4
+from gaq.kernels.cpu.native import refuse_second_derivative
 
 __all__ = ["MAX_INPUTS", "linear", "reference", "round_rows", "unpacked"]
 
@@ -45,7 +45,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(codes: Tensor, inputs: int, outputs: int) -> Tensor:
-    """Integer weights (inputs, outputs), int8, from those or from what `gaq.packing.pack_int4` made of them."""
+    """Integer weights (inputs, outputs), int8, from those or from what `gaq.files.packing.pack_int4` made of them."""
     if codes.dtype == torch.uint8:
         return unpack_int4(codes, inputs * outputs).view(inputs, outputs)
     return codes
@@ -140,7 +140,7 @@ def linear(
 
     Args:
         x: features (rows, inputs), float32 or float64.
-        codes: weights (inputs, outputs), int8; or the same in four bits, from `gaq.packing.pack_int4`, uint8.
+        codes: weights (inputs, outputs), int8; or the same in four bits, from `gaq.files.packing.pack_int4`, uint8.
         scale: of the weights, (groups, outputs), one row of them unless there is a group size.
         residual: (rows, outputs), added to the result.
         rounded: whether the features are rounded to 16 bits.

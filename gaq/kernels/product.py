@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaq.kernels.native import kernel, refuse_second_derivative
+from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 
 __all__ = ["C_SHIMS", "ProductProblem", "product", "reference"]
 
@@ -190,7 +190,7 @@ def product(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, cent
 
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
-        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
     _check(problem, x, y, weights, centre)
     return _product(x, y, weights, *problem.plan, centre, problem.rows_out)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu
-from gaq.kernels.native import kernel
+from gaq.kernels.cpu.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
 
 __all__ = ["C_SHIMS", "Piece", "Plan", "own_layout", "plan", "reference", "round_features", "rounded"]

@@ -34,9 +34,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gaq.config.schema import TEMPERATURES, AttentionConfig, ScalarConfig, VectorConfig
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
-from gaq.quantizers.ruler import round_linear
-from gaq.schema import TEMPERATURES, AttentionConfig, ScalarConfig, VectorConfig
+from gaq.quantizers.magnitudes import round_linear
 
 __all__ = [
     "EPSILON",

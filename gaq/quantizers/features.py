@@ -17,11 +17,11 @@ from gaq.codebooks import (
     octahedral_quantize,
     pyramid_levels,
 )
-from gaq.quantizers.compass import round_vector
+from gaq.config.schema import ScalarConfig, VectorConfig
+from gaq.quantizers.directions import round_vector
 from gaq.quantizers.frames import local_frame, local_frame_at_once, mixtures
-from gaq.quantizers.ruler import round_linear, round_log_magnitude
+from gaq.quantizers.magnitudes import round_linear, round_log_magnitude
 from gaq.quantizers.weights import largest_code
-from gaq.schema import ScalarConfig, VectorConfig
 
 __all__ = ["FeatureLayout", "FeatureQuantizer"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaq.schema import WeightConfig
+from gaq.config.schema import WeightConfig
 
 __all__ = [
     "Block",

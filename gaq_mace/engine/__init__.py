@@ -3,7 +3,7 @@
 An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
 the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
 to memory (`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and
-the radial network is a table (`gaq_mace.radial_tables`). What surrounds the interactions is MACE's own code.
+the radial network is a table (`gaq_mace.engine.radial_tables`). What surrounds the interactions is MACE's own code.
 
 Atoms are sorted by species within a call, so that weights of a species act on a slice.
 

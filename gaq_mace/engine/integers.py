@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaq.files.packing import PLANES_MAX
 from gaq.kernels import linear
-from gaq.packing import PLANES_MAX
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
 from gaq_mace.engine.reading import identity_or, matrices_of, species_matrices_of

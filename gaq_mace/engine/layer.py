@@ -13,6 +13,7 @@ from gaq.kernels import contraction, convolution, radial, rounding
 from gaq_mace.engine.compositions import Composition, Knots
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
+from gaq_mace.engine.radial_tables import RadialTables
 from gaq_mace.engine.reading import (
     Unsupported,
     class_name,
@@ -22,7 +23,6 @@ from gaq_mace.engine.reading import (
     multiplicity,
     species_matrices_of,
 )
-from gaq_mace.radial_tables import RadialTables
 
 __all__ = ["INTERACTIONS", "Layer"]
 

@@ -8,7 +8,7 @@ from e3nn import o3
 from torch import Tensor
 
 from gaq.quantizers.features import FeatureQuantizer
-from gaq_mace.modules import original_class
+from gaq_mace.layers import original_class
 
 __all__ = [
     "Unsupported",

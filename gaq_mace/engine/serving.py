@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gaq.kernels import native
-from gaq.quantized import state_of
+from gaq.kernels.cpu import native
+from gaq.model.state import state_of
 from gaq_mace.engine.integers import integer_linears
 from gaq_mace.engine.reading import Unsupported, python_modules
 from gaq_mace.engine.step import Engine

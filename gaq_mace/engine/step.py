@@ -11,9 +11,10 @@ from mace.modules.utils import get_outputs, prepare_graph
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
-from gaq.kernels import convolution, gpu, harmonics, native
+from gaq.kernels import convolution, gpu, harmonics
+from gaq.kernels.cpu import native
 from gaq.kernels.gpu.graphs import Graphs, Outputs
-from gaq.quantized import state_of
+from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.engine.compositions import Composition, Compositions
 from gaq_mace.engine.integers import integer_linears, through_integers
@@ -34,7 +35,7 @@ class Engine(torch.nn.Module):
 
     Raises:
         Unsupported: for parts the kernels do not serve, and on a card without Triton.
-        gaq.kernels.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
 
     embedding: Tensor

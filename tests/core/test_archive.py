@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gaq
-from gaq.archive import bare_source, deflate
+from gaq.files.archive import bare_source, deflate
 
 ROOT = Path(gaq.__file__).parent.parent
 MODULES = sorted(p for package in ("gaq", "gaq_nequip") for p in (ROOT / package).rglob("*.py"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gaq.averaging import averaging_deployed, deployed_weights
 from gaq.quantizers.weights import WeightLayout, WeightQuantizer
+from gaq.training.averaging import averaging_deployed, deployed_weights
 
 
 class Average:

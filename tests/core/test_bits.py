@@ -10,11 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaq.bits import GROUPS, HIGHEST_LEVEL, LAGS, bits_of, granularity_of, group_of, settle_bits, spend, weight_bytes
-from gaq.config import PRESETS, parse_config, resolve_overrides
+from gaq.config.parse import PRESETS, parse_config, resolve_overrides
+from gaq.config.schema import WeightConfig
+from gaq.model.bits import (
+    GROUPS,
+    HIGHEST_LEVEL,
+    LAGS,
+    bits_of,
+    granularity_of,
+    group_of,
+    settle_bits,
+    spend,
+    weight_bytes,
+)
+from gaq.model.sites import Site, WeightSite
 from gaq.quantizers.weights import WeightLayout
-from gaq.schema import WeightConfig
-from gaq.sites import Site, WeightSite
 
 W4 = PRESETS["w4"].weights
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gaq.model.sites import Site, WeightSite, settle_first
 from gaq.quantizers.weights import WeightLayout
-from gaq.sites import Site, WeightSite, settle_first
 
 
 def _site(name: str, numel: int, first: bool, mixing: bool) -> Site:

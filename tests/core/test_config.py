@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gaq.config import (
+from gaq.config.parse import (
     PRESETS,
     ConfigError,
     QuantizationConfig,
@@ -446,7 +446,7 @@ def test_patterns_that_match_nothing() -> None:
 
 def test_the_configuration_needs_no_framework() -> None:
     code = (
-        "import sys, gaq.config\n"
+        "import sys, gaq.config.parse\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'mace', 'nequip', 'e3nn', 'ase', 'torch'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

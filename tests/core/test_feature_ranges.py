@@ -18,7 +18,7 @@ from features import (
     split,
 )
 
-from gaq.config import ScalarConfig, VectorConfig
+from gaq.config.parse import ScalarConfig, VectorConfig
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
 
 

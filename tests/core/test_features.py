@@ -27,8 +27,8 @@ from features import (
 )
 from torch import Tensor
 
-from gaq.config import VectorConfig
-from gaq.physics.rotations import random_rotation
+from gaq.checks.rotations import random_rotation
+from gaq.config.parse import VectorConfig
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import largest_code
 

@@ -9,8 +9,8 @@ import torch
 from dependent_mixtures import nearly_dependent
 from torch import Tensor
 
-from gaq.config import ScalarConfig, VectorConfig
-from gaq.physics.rotations import random_rotation
+from gaq.checks.rotations import random_rotation
+from gaq.config.parse import ScalarConfig, VectorConfig
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
 from gaq.quantizers.frames import local_frame, local_frame_at_once, mixtures
 

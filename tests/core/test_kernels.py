@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, harmonics, native, product, radial, rounding
+from gaq.config.schema import ScalarConfig, VectorConfig
+from gaq.kernels import contraction, convolution, harmonics, product, radial, rounding
+from gaq.kernels.cpu import native
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
-from gaq.schema import ScalarConfig, VectorConfig
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -472,7 +473,7 @@ def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:
 
 
 def test_a_missing_compiler_is_explained(tmp_path: Path) -> None:
-    code = "from gaq.kernels import native; print(native.available()); print(native.why_not())"
+    code = "from gaq.kernels.cpu import native; print(native.available()); print(native.why_not())"
     environment = {**os.environ, "CXX": "no-such-compiler", "GAQ_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False")
@@ -485,7 +486,7 @@ def test_a_failing_compiler_is_explained(tmp_path: Path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'it does not work' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    code = "from gaq.kernels import native; print(native.why_not())"
+    code = "from gaq.kernels.cpu import native; print(native.why_not())"
     environment = {**os.environ, "CXX": str(compiler), "GAQ_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "could not compile the kernels" in done.stdout

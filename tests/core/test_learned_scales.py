@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from gaq.learned_scales import CODE_STEP, ScaleLearner
 from gaq.quantizers.weights import WeightLayout, WeightQuantizer
+from gaq.training.learned_scales import CODE_STEP, ScaleLearner
 
 
 def quantizer(bits: int = 4) -> tuple[WeightQuantizer, torch.Tensor]:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from gaq.kernels import native
+from gaq.kernels.cpu import native
 
 
 @pytest.mark.skipif("CXX" in os.environ or shutil.which("g++") is None, reason="no g++ here")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaq.packing import (
+from gaq.files.packing import (
     PLANES_MAX,
     PLANES_MIN,
     join_planes,

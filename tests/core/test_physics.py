@@ -13,12 +13,12 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io import write
 
-from gaq.physics.conservation import central_difference_error
-from gaq.physics.errors import MissingLabelsError, force_and_energy_mae, read_structures
-from gaq.physics.lee import local_equivariance_error, random_rotations
-from gaq.physics.nve import combine, fit_drift, nve_drift
-from gaq.physics.potential import CalculatorPotential
-from gaq.physics.smoothness import bond_stretch_scan
+from gaq.checks.conservation import central_difference_error
+from gaq.checks.errors import MissingLabelsError, force_and_energy_mae, read_structures
+from gaq.checks.lee import local_equivariance_error, random_rotations
+from gaq.checks.nve import combine, fit_drift, nve_drift
+from gaq.checks.potential import CalculatorPotential
+from gaq.checks.smoothness import bond_stretch_scan
 
 _ZAXIS = np.array([0.0, 0.0, 1.0])
 

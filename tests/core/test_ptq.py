@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaq import ptq
-from gaq.config import DistillationConfig, ScalarConfig, VectorConfig
+from gaq.config.parse import DistillationConfig, ScalarConfig, VectorConfig
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer, gptq_round
-from gaq.recording import recorded_outputs
+from gaq.training import ptq
+from gaq.training.recording import recorded_outputs
 
 ATOMS = 6
 

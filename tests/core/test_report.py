@@ -14,7 +14,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.morse import MorsePotential
 
-from gaq.physics.potential import CalculatorPotential
+from gaq.checks.potential import CalculatorPotential
 from gaq.reporting import (
     BOUNDS,
     ReferenceModel,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gaq.config.schema import AttentionConfig
 from gaq.quantizers.attention import (
     EPSILON,
     T_MAX,
@@ -27,7 +28,6 @@ from gaq.quantizers.attention import (
 )
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import largest_code
-from gaq.schema import AttentionConfig
 
 DOUBLE = torch.float64
 

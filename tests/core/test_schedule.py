@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gaq.config import PRESETS, ConfigError, TrainingConfig, VectorConfig, parse_config
+from gaq.config.parse import PRESETS, ConfigError, TrainingConfig, VectorConfig, parse_config
 from gaq.quantizers.weights import WeightLayout, WeightQuantizer, stored_scale
-from gaq.schedule import BranchState, anneal_ranges, branch_state, describe_schedule
+from gaq.training.schedule import BranchState, anneal_ranges, branch_state, describe_schedule
 
 
 def test_vectors_join_later_with_a_range_that_shrinks_linearly() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gaq.summary_table import SummaryRow, format_rows
+from gaq.model.summary_table import SummaryRow, format_rows
 
 
 def row(name: str, size: int, irreps: str = "8x0e -> 8x0e", status: str = "rounded") -> SummaryRow:

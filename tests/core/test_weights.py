@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaq.config import WeightConfig
+from gaq.config.parse import WeightConfig
 from gaq.quantizers.weights import (
     Block,
     WeightLayout,

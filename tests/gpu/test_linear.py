@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gaq.files.packing import pack_int4
 from gaq.kernels import linear
-from gaq.packing import pack_int4
 
 triton_twin = pytest.importorskip(
     "gaq.kernels.gpu.linear", reason="needs Triton: pip install '.[gpu]'", exc_type=ImportError

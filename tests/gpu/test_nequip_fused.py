@@ -24,9 +24,9 @@ from nequip.model import NequIPGNNModel
 from nequip.utils.global_state import set_global_state
 
 import gaq
+from gaq_nequip.engine.fused import FusedInteractionBlock, fuse
 from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
-from gaq_nequip.fused import FusedInteractionBlock, fuse
 
 STRUCTURES = [molecule("H2O"), molecule("CH4"), Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
 

@@ -8,9 +8,9 @@ from dependent_mixtures import nearly_dependent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gaq.config.schema import ScalarConfig, VectorConfig
 from gaq.kernels import rounding
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
-from gaq.schema import ScalarConfig, VectorConfig
 
 
 def problem(
@@ -89,7 +89,7 @@ def test_no_component_is_lost_where_mixtures_are_dependent(device: torch.device,
 
 
 def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gaq.kernels import native
+    from gaq.kernels.cpu import native
 
     if not native.available():
         pytest.skip("no C++ compiler here")

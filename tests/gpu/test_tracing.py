@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from traced import printed
 
+from gaq.config.schema import ScalarConfig, VectorConfig
+from gaq.files.packing import pack_int4
 from gaq.kernels import contraction, linear, rounding
-from gaq.packing import pack_int4
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
-from gaq.schema import ScalarConfig, VectorConfig
 
 CHANNELS = 6
 MODULES = ("gaq.kernels.gpu.contraction", "gaq.kernels.gpu.rounding", "gaq.kernels.gpu.linear")

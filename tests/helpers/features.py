@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaq.config import ScalarConfig, VectorConfig
+from gaq.config.parse import ScalarConfig, VectorConfig
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
 
 MUL_IR = FeatureLayout(((4, 1), (3, 3), (2, 5), (2, 7), (2, 1)))

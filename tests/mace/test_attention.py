@@ -22,13 +22,13 @@ from mace_runs import BASE, labelled
 from scipy.spatial.transform import Rotation
 
 import gaq
-from gaq.config import ConfigError, parse_config
+from gaq.config.parse import ConfigError, parse_config
 from gaq.quantizers.attention import BoundedGate, GridQuantizer, RobustAttention
 from gaq_mace import files
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock, has_attention
 from gaq_mace.evaluate import make_batches
+from gaq_mace.layers import QuantizedDensity, QuantizedDensityResidual
 from gaq_mace.model import feature_quantizers, is_quantized, unquantized
-from gaq_mace.modules import QuantizedDensity, QuantizedDensityResidual
 from gaq_mace.sites import bystanders, find_sites
 
 OURS = "GAQAttentionResidualInteractionBlock"
@@ -423,7 +423,7 @@ MACECalculator(model_paths=sys.argv[1], device="cpu", default_dtype="float32")
 def test_stock_training_rejects_what_does_not_fit(tmp_path: Path) -> None:
     from mace.tools import build_default_arg_parser
 
-    from gaq_mace._patches import ensure_installed
+    from gaq_mace.hook.patches import ensure_installed
 
     ensure_installed()
     parse = build_default_arg_parser().parse_args

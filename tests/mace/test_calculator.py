@@ -246,7 +246,7 @@ def test_single_precision(
 def test_central_differences_of_a_trained_model(
     azobenzene: Path, azobenzene_frames: list[Any], preset: str, bound: float
 ) -> None:
-    from gaq.physics.conservation import central_difference_error
+    from gaq.checks.conservation import central_difference_error
     from gaq_mace.evaluate import MACEPotential
 
     mapping = {"preset": preset, "distillation": {"steps": 0}}

@@ -21,7 +21,7 @@ from mace.calculators import MACECalculator
 from mace_models import agree
 
 import gaq
-from gaq.kernels import native
+from gaq.kernels.cpu import native
 from gaq_mace import engine
 from gaq_mace import model as gaq_model
 

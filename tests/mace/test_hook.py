@@ -39,7 +39,7 @@ assert get() is None
 assert get("--quantization", "w8") == "w8"
 assert get("--config", "preset.yml") == "w4a16"
 assert get("--config", "null.yml") is None
-from gaq.config import parse_config
+from gaq.config.parse import parse_config
 config = parse_config(get("--config", "mapping.yml"))
 assert config.weights.bits == 6 and config.overrides == {{"readouts.*": None}}
 assert "--quantization" in parser.format_help()
@@ -100,7 +100,7 @@ names = ("get_params_options", "create_error_table")
 stock = {{name: getattr(run_train, name) for name in names}}
 assert all(f.__module__.startswith("mace.") and not hasattr(f, "__wrapped__") for f in stock.values())
 
-from gaq_mace._patches import ensure_installed, is_installed
+from gaq_mace.hook.patches import ensure_installed, is_installed
 assert not is_installed()
 ensure_installed()
 ensure_installed()
@@ -121,7 +121,7 @@ print("ALL")
 
 def test_a_broken_hook_does_not_break_torch(python: Callable[..., Any]) -> None:
     code = """
-import gaq_mace._autoload as autoload
+import gaq_mace.hook.autoload as autoload
 class Broken:
     def __init__(self):
         raise RuntimeError("broken on purpose")
@@ -140,8 +140,8 @@ def test_importing_torch_imports_nothing_else(python: Callable[..., Any]) -> Non
     code = """
 import sys, torch
 print(*sorted(n for n in sys.modules if n.split(".")[0] in ("gaq", "gaq_mace", "mace", "e3nn", "ase")))
-print(sum(type(finder).__module__ == "gaq_mace._autoload" for finder in sys.meta_path))
+print(sum(type(finder).__module__ == "gaq_mace.hook.autoload" for finder in sys.meta_path))
 """
     done = python(code)
-    assert done.stdout == "gaq_mace gaq_mace._autoload\n1\n"
+    assert done.stdout == "gaq_mace gaq_mace.hook.autoload\n1\n"
     assert done.stderr == ""

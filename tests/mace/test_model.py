@@ -18,7 +18,7 @@ from mace.tools.scripts_utils import extract_config_mace_model, extract_model
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.config import ConfigError
+from gaq.config.parse import ConfigError
 from gaq.quantizers.weights import largest_code
 from gaq_mace.evaluate import energy_and_forces, make_batches
 from gaq_mace.model import feature_quantizers, quantized_weights, state_of, unquantized, weight_quantizers
@@ -220,7 +220,7 @@ def test_unquantized_is_the_float_model(
     model = gaq.prepare(copy.deepcopy(reference), {"preset": "w4a8", "distillation": {"steps": 0}})
     adapter_ranges = jolted(structures)
     from gaq.adapter import adapter_for
-    from gaq.ptq import observe_ranges
+    from gaq.training.ptq import observe_ranges
 
     observe_ranges(adapter_for(model), model, adapter_ranges)
     rounded = evaluate(model, structures)[0]
@@ -355,8 +355,8 @@ def test_quantize_leaves_the_original(
 
 def test_functions_and_modules_of_one_name(quantized: Callable[..., Any]) -> None:
     """`gaq.summary` and `gaq.report` are the functions, whatever was imported before."""
+    import gaq.model.summary_table
     import gaq.reporting
-    import gaq.summary_table
 
     assert "interactions.0.linear_up" in gaq.summary(quantized("gaq"))
     assert callable(gaq.report)
@@ -461,7 +461,7 @@ def test_no_edges_and_no_neighbours(
 
 
 def test_rows_name_every_site(quantized: Callable[..., Any], float_model: Callable[..., Any]) -> None:
-    from gaq_mace.inspection import rows
+    from gaq_mace.summary import rows
 
     for model in (float_model(), quantized("gaq", status="training"), quantized("w4a16")):
         table = {row.name: row for row in rows(model)}

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mace.calculators import MACECalculator
 
-from gaq.kernels import native
+from gaq.kernels.cpu import native
 from gaq_mace import engine, neighbours
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
@@ -474,7 +474,7 @@ LATE = """
 import torch
 from mace.calculators import MACECalculator
 assert not hasattr(MACECalculator._atoms_to_batch, "__wrapped__")
-from gaq_mace._patches import ensure_installed
+from gaq_mace.hook.patches import ensure_installed
 ensure_installed()
 assert MACECalculator._atoms_to_batch.__wrapped__.__module__ == "mace.calculators.mace"
 assert MACECalculator._atoms_to_batch.__code__.co_filename.endswith("_patches.py")

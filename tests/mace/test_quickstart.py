@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gaq.config import PRESETS, parse_config
+from gaq.config.parse import PRESETS, parse_config
 
 pytest.importorskip("mace", reason="needs MACE: pip install '.[mace]'")
 

@@ -29,7 +29,7 @@ from mace_runs import (
     write_data,
 )
 
-from gaq.config import PRESETS
+from gaq.config.parse import PRESETS
 from gaq_mace.model import weight_quantizers
 
 
@@ -84,7 +84,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_parser_refuses(changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from gaq_mace._patches import ensure_installed
+    from gaq_mace.hook.patches import ensure_installed
 
     ensure_installed()
     from mace.tools import build_default_arg_parser

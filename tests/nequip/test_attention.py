@@ -19,8 +19,8 @@ from nequip_models import build_model, molecules, with_key, without_distillation
 from scipy.spatial.transform import Rotation
 
 import gaq
-from gaq.config import ConfigError
-from gaq.quantized import feature_quantizers, state_of, unquantized
+from gaq.config.parse import ConfigError
+from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.quantizers.attention import BoundedGate, GridQuantizer, RobustAttention
 from gaq_nequip.attention import AttentionInteractionBlock
 from gaq_nequip.evaluate import make_batches

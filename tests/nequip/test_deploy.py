@@ -14,7 +14,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import numpy as np
 
 from gaq.adapter import adapter_for_file
-from gaq.config import parse_config
+from gaq.config.parse import parse_config
 from gaq_nequip import artefact, deploy
 from gaq_nequip.deploy import main
 
@@ -132,7 +132,7 @@ def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: P
     from ase.io import read
     from test_files import by_calculator
 
-    from gaq.kernels import native
+    from gaq.kernels.cpu import native
     from gaq_nequip import files
 
     if not native.available():

@@ -22,7 +22,7 @@ import torch
 import gaq
 from gaq.adapter import adapter_for_file
 from gaq.cli import main
-from gaq.quantized import ModelFileError, state_of
+from gaq.model.state import ModelFileError, state_of
 from gaq_nequip import files
 from gaq_nequip.model import quantized_weights
 

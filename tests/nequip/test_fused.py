@@ -16,8 +16,9 @@ import torch
 from ase import Atoms
 from e3nn import o3
 
-from gaq.kernels import convolution, native, product, rounding
-from gaq_nequip.fused import FusedInteractionBlock, FusedProduct, fuse
+from gaq.kernels import convolution, product, rounding
+from gaq.kernels.cpu import native
+from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 

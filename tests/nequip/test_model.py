@@ -18,11 +18,10 @@ from nequip_models import few_bits
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.config import ConfigError
-from gaq.quantized import feature_quantizers, state_of, unquantized
+from gaq.config.parse import ConfigError
+from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
-from gaq_nequip.model import in_float64, prepare, quantized_weights
-from gaq_nequip.modules import (
+from gaq_nequip.layers import (
     QuantizedGraphModel,
     hold_codes,
     packed_weights,
@@ -31,6 +30,7 @@ from gaq_nequip.modules import (
     species_quantizers,
     weight_quantizers,
 )
+from gaq_nequip.model import in_float64, prepare, quantized_weights
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import bystanders, find_sites
 
@@ -203,7 +203,7 @@ def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], 
 
 def test_rotation_error_is_rounding(quantized: Callable[..., Any], structures: list[Any]) -> None:
     """In float64 every preset but the naive one is equivariant to float64."""
-    from gaq.physics.lee import local_equivariance_error
+    from gaq.checks.lee import local_equivariance_error
     from gaq_nequip.evaluate import NequIPPotential
 
     found = {}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gaq.config import PRESETS, parse_config
+from gaq.config.parse import PRESETS, parse_config
 
 pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 

@@ -18,10 +18,10 @@ import yaml
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.quantized import UNFINISHED, feature_quantizers, state_of
+from gaq.model.state import UNFINISHED, feature_quantizers, state_of
 from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
-from gaq_nequip.modules import weight_quantizers
+from gaq_nequip.layers import weight_quantizers
 
 
 def with_model_key(value: Any) -> Callable[[Any], None]:

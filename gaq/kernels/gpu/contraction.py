@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gaq.kernels.cpu.native import refuse_second_derivative
 from gaq.kernels.gpu import interpreted
 from gaq.kernels.gpu.tracing import operation, wrapped
-from gaq.kernels.native import refuse_second_derivative
 
 __all__ = ["contraction", "derivative_table", "value_table"]
 

@@ -35,8 +35,8 @@ from typing import Any
 from torch import Tensor
 
 from gaq.kernels import harmonics
+from gaq.kernels.cpu.native import cache_folder, refuse_second_derivative
 from gaq.kernels.gpu import tracing, why_not
-from gaq.kernels.native import cache_folder, refuse_second_derivative
 from gaq.kernels.problem import ConvolutionProblem, Graph, Path
 
 __all__ = ["convolution", "operation", "register", "source"]

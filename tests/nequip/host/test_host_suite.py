@@ -22,7 +22,7 @@ from hydra.utils import get_method
 from nequip.utils.unittests.model_tests import BaseEnergyModelTests
 
 import gaq
-from gaq.quantized import feature_quantizers
+from gaq.model.state import feature_quantizers
 
 COMMON: dict[str, Any] = {
     "seed": 123,

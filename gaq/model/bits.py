@@ -16,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from gaq.packing import packed_bytes
-from gaq.schema import QuantizationConfig, TrainingConfig, WeightConfig
-from gaq.sites import Site
+from gaq.config.schema import QuantizationConfig, TrainingConfig, WeightConfig
+from gaq.files.packing import packed_bytes
+from gaq.model.sites import Site
 
 __all__ = ["GROUPS", "LAGS", "bits_of", "granularity_of", "group_of", "settle_bits", "weight_bytes"]
 
@@ -139,7 +139,7 @@ def settle_bits(
     Args:
         config: of the model.
         sites: of the model.
-        resolved: the configuration of each site, as `gaq.config.resolve_overrides` gives it.
+        resolved: the configuration of each site, as `gaq.config.parse.resolve_overrides` gives it.
         float_bytes: size of the float model. Modules for which an override names a preset with ``compression`` are held
             to it among themselves; ``least_compression`` is for the model as a whole.
         overhead: bytes of the quantized model besides codes and scales.

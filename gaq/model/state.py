@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import gaq
-from gaq.bits import bits_of, granularity_of, group_of
+from gaq.config.schema import QuantizationConfig
+from gaq.model.bits import bits_of, granularity_of, group_of
+from gaq.model.sites import Site
 from gaq.quantizers.attention import BoundedGate, GridQuantizer
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
-from gaq.schema import QuantizationConfig
-from gaq.sites import Site
 
 __all__ = [
     "FORMAT",

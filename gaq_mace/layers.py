@@ -23,9 +23,9 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
+from gaq.model.sites import Site
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.sites import Site
 
 __all__ = ["insert", "original_class", "original_type", "remove", "weight_quantizers"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gaq.quantized import feature_quantizers, is_kind
+from gaq.config.schema import QuantizationConfig, TrainingConfig, VectorConfig
+from gaq.model.state import feature_quantizers, is_kind
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.schema import QuantizationConfig, TrainingConfig, VectorConfig
 
 __all__ = ["DEPLOYED", "BranchState", "anneal_ranges", "branch_state", "describe_schedule", "set_branches"]
 

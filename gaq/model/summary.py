@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from gaq.packing import packed_bytes
-from gaq.quantized import ModelState
+from gaq.files.packing import packed_bytes
+from gaq.model.sites import ROUNDED, Bystander, Site
+from gaq.model.state import ModelState
+from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
-from gaq.sites import ROUNDED, Bystander, Site
-from gaq.summary_table import SummaryRow
 
 __all__ = ["rows"]
 

@@ -35,7 +35,7 @@ ATTENTION = "GAQAttentionResidualInteractionBlock"
 
 
 def apply(module: ModuleType) -> None:
-    """Patch one of the modules named in `gaq_mace._autoload.TARGETS`, once."""
+    """Patch one of the modules named in `gaq_mace.hook.autoload.TARGETS`, once."""
     if getattr(module, _DONE, False):
         return
     _PATCHES[module.__name__](module)
@@ -46,7 +46,7 @@ def ensure_installed() -> None:
     """Patch MACE now, whether or not torch's autoload ran (it can be switched off)."""
     from importlib import import_module
 
-    from gaq_mace._autoload import TARGETS
+    from gaq_mace.hook.autoload import TARGETS
 
     import_module("mace")
     for name in TARGETS:
@@ -65,14 +65,14 @@ def ensure_installed() -> None:
 
 def is_installed() -> bool:
     """Whether the MACE modules loaded so far are patched."""
-    from gaq_mace._autoload import TARGETS
+    from gaq_mace.hook.autoload import TARGETS
 
     return all(getattr(sys.modules[name], _DONE, False) for name in TARGETS if name in sys.modules)
 
 
 def quantization_argument(text: str) -> str:
     """Check the value of ``--quantization``; argparse turns the error into its own."""
-    from gaq.config import ConfigError, parse_config
+    from gaq.config.parse import ConfigError, parse_config
 
     try:
         parse_config(text)
@@ -187,7 +187,7 @@ def _patch_scripts_utils(module: Any) -> None:
     def extract_config_mace_model(model: Any) -> dict[str, Any]:
         config: dict[str, Any] = original_config(model)
         # Where they were never imported there is no class of ours.
-        classes: Any = sys.modules.get("gaq_mace.modules")
+        classes: Any = sys.modules.get("gaq_mace.layers")
         if classes is not None:
             for key in ("interaction_cls", "interaction_cls_first"):
                 if key in config:

@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.quantized import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
+from gaq.model.sites import Site
+from gaq.model.state import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.sites import Site
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import TENSOR_TRACK, find_sites
 
@@ -141,7 +141,7 @@ def _quantized_class(kind: str) -> type:
     if kind in _ALLEGRO_KINDS:
         # Allegro is an extension of its own and need not be there; a packager, which reads imports from the source,
         # would ask for it.
-        return importlib.import_module("gaq_nequip.allegro").CLASSES[kind]  # type: ignore[no-any-return]
+        return importlib.import_module("gaq_nequip.allegro_layers").CLASSES[kind]  # type: ignore[no-any-return]
     return _CLASSES[kind]
 
 
@@ -161,7 +161,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
 
     Args:
         site: the module and its layout.
-        weights: a quantizer for each weight to round, by `gaq.sites.WeightSite.path`; may be empty.
+        weights: a quantizer for each weight to round, by `gaq.model.sites.WeightSite.path`; may be empty.
         features: of the input, or None.
     """
     if not weights and features is None:
@@ -188,7 +188,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
 
 
 def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
-    """The weight quantizers or packed weights now in a site, by `gaq.sites.WeightSite.path`."""
+    """The weight quantizers or packed weights now in a site, by `gaq.model.sites.WeightSite.path`."""
     module: Any = site.module
     if site.kind == "deep_linear":
         present = list(getattr(module, "weights_quantizers", []))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gaq import inspection
-from gaq.summary_table import SummaryRow
+from gaq.model import summary as inspection
+from gaq.model.summary_table import SummaryRow
 from gaq_mace import sites as mace_sites
 from gaq_mace.model import feature_quantizers, quantized_weights, state_of
 

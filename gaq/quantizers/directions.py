@@ -8,7 +8,7 @@ from torch import Tensor
 from gaq.codebooks.cube import cube_quantize
 from gaq.codebooks.pyramid import octahedral_quantize
 from gaq.codebooks.tables import nearest_direction
-from gaq.quantizers.ruler import round_linear, round_log_magnitude
+from gaq.quantizers.magnitudes import round_linear, round_log_magnitude
 
 __all__ = ["round_vector"]
 

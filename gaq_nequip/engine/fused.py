@@ -24,7 +24,7 @@ from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
 from gaq.kernels import convolution, gpu, harmonics, product, radial, rounding
-from gaq.quantized import is_kind
+from gaq.model.state import is_kind
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_nequip.sites import class_name
 

@@ -1,4 +1,4 @@
-"""Quantized forms of Allegro's modules; see `gaq_nequip.modules`."""
+"""Quantized forms of Allegro's modules; see `gaq_nequip.layers`."""
 
 from __future__ import annotations
 

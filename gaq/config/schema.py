@@ -1,6 +1,6 @@
 """The quantization configuration as data: one frozen dataclass tree, and the presets.
 
-Kept apart from `gaq.config`, which reads what a user writes: a packaged model embeds the modules its quantizers
+Kept apart from `gaq.config.parse`, which reads what a user writes: a packaged model embeds the modules its quantizers
 import, and these need nothing but the standard library.
 """
 
@@ -47,8 +47,8 @@ class WeightConfig:
             numbers as there are species: its codes are chosen together (`gaq.quantizers.species`), so that few bits
             serve. None rounds it like the rest.
         compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
-            weights stay this many times smaller than FP32 (`gaq.bits`; of MACE, whose files hold more than weights,
-            the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
+            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than
+            weights, the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
         least_compression: MACE: where all this would leave the file less than this many times smaller than FP32's, the
             bits of all groups follow from that size instead (models of many elements). Bits that are given turn it
             off. Of NequIP's packages weights are the smaller part.
@@ -196,9 +196,9 @@ class TrainingConfig:
         warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
             does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
             starts near the float model and not from plain rounding.
-        learned_scales: train the scales of the weights with the weights (see `gaq.learned_scales`).
+        learned_scales: train the scales of the weights with the weights (see `gaq.training.learned_scales`).
         average_rounded: where the host keeps an average of the parameters (EMA), average the rounded weights, those
-            that are deployed, and not the ones beneath the rounding (see `gaq.averaging`).
+            that are deployed, and not the ones beneath the rounding (see `gaq.training.averaging`).
         anneal_epochs: epochs over which the ranges of weights shrink from the largest weight, with which none is
             clipped, to what ``weights.range`` finds. For weights that are rounded throughout and scales that follow
             them; the best epoch should come later.

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
-from gaq.quantized import exact_features
+from gaq.config.schema import DistillationConfig, QuantizationConfig
+from gaq.model.state import exact_features
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import WeightQuantizer, gptq_round
-from gaq.schema import DistillationConfig, QuantizationConfig
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
-from gaq_mace.modules import original_class
+from gaq_mace.layers import original_class
 
 __all__ = ["RadialTables"]
 

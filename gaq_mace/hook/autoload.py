@@ -24,7 +24,7 @@ TARGETS = (
 
 
 class _PatchingLoader(Loader):
-    """Loads a module as usual, then hands it to `gaq_mace._patches`."""
+    """Loads a module as usual, then hands it to `gaq_mace.hook.patches`."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -34,7 +34,7 @@ class _PatchingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.inner.exec_module(module)
-        from gaq_mace._patches import apply
+        from gaq_mace.hook.patches import apply
 
         apply(module)
 

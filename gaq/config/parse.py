@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from gaq.schema import (
+from gaq.config.schema import (
     PRESETS,
     TEMPERATURES,
     AttentionConfig,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .potential import Potential
+from gaq.checks.potential import Potential
 
 if TYPE_CHECKING:
     from ase import Atoms

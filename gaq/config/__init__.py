@@ -1,0 +1,1 @@
+"""The configuration: what a user writes, what it resolves to."""

@@ -1,0 +1,1 @@
+"""Bytes: packed integers and compressed archives."""

@@ -1,0 +1,1 @@
+"""A quantized model of any framework: its sites, its state, its bits, its table."""

@@ -1,0 +1,1 @@
+"""Calibration after the fact and quantization-aware training."""

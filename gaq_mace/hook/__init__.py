@@ -1,0 +1,1 @@
+"""What GAQ changes in MACE, and how it gets there."""

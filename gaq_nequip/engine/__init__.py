@@ -1,0 +1,1 @@
+"""NequIP's layers through the fused kernels."""

@@ -1,0 +1,1 @@
+"""What GAQ changes in NequIP, and how it gets there."""
