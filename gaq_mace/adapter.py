@@ -17,7 +17,6 @@ from gaq.config import QuantizationConfig
 from gaq.physics.potential import Potential
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.recording import recorded_outputs
 from gaq.summary_table import SummaryRow
 from gaq_mace import files, inspection, moments
 from gaq_mace import model as quantized
@@ -88,9 +87,6 @@ class MACEAdapter:
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
-
-    def recorded_features(self, model: torch.nn.Module) -> AbstractContextManager[list[Tensor]]:
-        return recorded_outputs(list(model.products), lambda output: output)  # type: ignore[arg-type]
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
