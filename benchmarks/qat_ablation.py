@@ -1,11 +1,14 @@
 """What each part of 4-bit fine-tuning buys: MACE on azobenzene, preset `w4a16`, stock `mace_run_train`, several seeds.
 
-    python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants plain warm ...] [--table]
+    python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants fp32 plain ...] [--table]
 
 The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does left out or changed, and
 FP32 with the same seeds beside them; `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run
 leaves a row in DIR, so that processes can share the work; `--table` gathers what is there into
 results/qat_ablation.json and a figure.
+
+The rows of the variants in `EARLIER` come from an earlier version, which had the options they are named for; `--table`
+keeps them as they are in the result file.
 """
 
 from __future__ import annotations
@@ -35,30 +38,13 @@ from gaq.adapter import adapter_for
 from gaq.checks.errors import force_and_energy_mae
 from gaq.reporting.tables import markdown_table
 
-PLAIN = {"round_weights": "throughout", "warm_start": False, "learned_scales": False, "average_rounded": False}
-BOTH = {**PLAIN, "warm_start": True, "learned_scales": True}
-AVERAGE = {**BOTH, "average_rounded": True}
 # Bits that are given, not those a size allows; distillation as it was tuned for them.
 GIVEN = {"compression": None, "sensitive_bits": 16}
 COARSE = {"distillation": {"learning_rate": 3e-3 / 16}}
-FOUR = {"weights": GIVEN, **COARSE}
-FIRST = {"weights": {**GIVEN, "first_bits": 8}, **COARSE}
+PLAIN = {"training": {"round_weights": "throughout", "average_rounded": False}, "weights": GIVEN, **COARSE}
 MIXING = {"weights": {**GIVEN, "first_bits": 8, "mixing_bits": 6}, **COARSE}
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "fp32": None,
-    "plain": {"training": PLAIN, **FOUR},
-    "anneal": {"training": {**PLAIN, "anneal_epochs": 4}, **FOUR},
-    "warm": {"training": {**PLAIN, "warm_start": True}, **FOUR},
-    "learned": {"training": {**PLAIN, "learned_scales": True}, **FOUR},
-    "both": {"training": BOTH, **FOUR},
-    "average": {"training": AVERAGE, **FOUR},
-    "first": {"training": AVERAGE, **FIRST},
-    "mixing": {"training": AVERAGE, **MIXING},
-    "after": MIXING,
-    "throughout": {"training": AVERAGE},
-    "default": {},
-    "features": {"distillation": {"features": 1.0}},
-}
+VARIANTS: dict[str, dict[str, Any] | None] = {"fp32": None, "plain": PLAIN, "after": MIXING, "default": {}}
+EARLIER = ("anneal", "warm", "learned", "both", "average", "first", "mixing", "throughout", "features")
 LABELS = {
     "fp32": "FP32",
     "plain": "straight-through rounding only",
@@ -128,6 +114,11 @@ def epoch_seconds(log: Path) -> float | None:
     return float(np.median(steps)) if steps else None
 
 
+def label_of(variant: str) -> str:
+    """What a variant is called in the figure and in the table."""
+    return LABELS[variant] + (" (earlier version)" if variant in EARLIER else "")
+
+
 def table(args: argparse.Namespace) -> None:
     """The result file, the figure and the printed table, of the runs that are there."""
     import matplotlib
@@ -135,9 +126,10 @@ def table(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    before = load_json(RESULTS / "qat_ablation.json")
     rows = [row for v in VARIANTS for s in range(20) if (row := load_json(args.work / f"row_{v}_{s}.json"))]
     base = {row["seed"]: row for row in rows if row["variant"] == "fp32"}
-    summary = []
+    summary = [entry for entry in before.get("summary", []) if entry["variant"] in EARLIER]
     for variant in VARIANTS:
         own = [row for row in rows if row["variant"] == variant and row["seed"] in base]
         if not own:
@@ -154,18 +146,20 @@ def table(args: argparse.Namespace) -> None:
                 "standard_error": float(ratios.std(ddof=1) / len(own) ** 0.5) if len(own) > 1 else None,
             }
         )
-    write_result("qat_ablation", rows, work=args.work, summary=summary)
+    rows += [row for row in before.get("rows", []) if row["variant"] in EARLIER]
+    summary.sort(key=lambda entry: list(LABELS).index(entry["variant"]))
+    write_result("qat_ablation", rows, work=args.work, summary=summary, of_an_earlier_version=EARLIER)
     figure, axis = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
     for place, entry in enumerate(summary):
         axis.plot(entry["force_ratio_by_seed"], [place] * len(entry["seeds"]), "o", alpha=0.5)
         axis.plot(entry["force_ratio"], place, "k|", markersize=16)
-    axis.set_yticks(range(len(summary)), [LABELS[entry["variant"]] for entry in summary])
+    axis.set_yticks(range(len(summary)), [label_of(entry["variant"]) for entry in summary])
     axis.invert_yaxis()
     axis.set_xlabel("force error over that of FP32 with the same seed and epochs")
     figure.savefig(RESULTS / "qat_ablation.png", dpi=150)
     shown = [
         {
-            "training": LABELS[entry["variant"]],
+            "training": label_of(entry["variant"]),
             "F over FP32": f"{entry['force_ratio']:.4f}"
             + (f" ± {entry['standard_error']:.4f}" if entry["standard_error"] is not None else ""),
             "seeds": len(entry["seeds"]),

@@ -79,10 +79,6 @@ class Adapter(Protocol):
         """Energies (graphs,), forces (atoms, 3) and atoms of each graph (graphs,)."""
         ...
 
-    def recorded_features(self, model: torch.nn.Module) -> AbstractContextManager[list[Tensor]]:
-        """Within the context, what each interaction hands on is appended to the list as the model runs."""
-        ...
-
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         """For each quantized parameter and block the matrix ``sum x x^T`` of its inputs, where it has one."""
         ...

@@ -18,7 +18,6 @@ from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.training.recording import recorded_outputs
 from gaq_mace import files, moments
 from gaq_mace import model as quantized
 from gaq_mace import summary as inspection
@@ -89,9 +88,6 @@ class MACEAdapter:
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
-
-    def recorded_features(self, model: torch.nn.Module) -> AbstractContextManager[list[Tensor]]:
-        return recorded_outputs(list(model.products), lambda output: output)  # type: ignore[arg-type]
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)

@@ -20,7 +20,7 @@ from mace.modules import models as mace_models
 from torch import Tensor
 
 import gaq
-from gaq.config.parse import ConfigError, parse_config, resolve_overrides
+from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
 from gaq.config.schema import QuantizationConfig
 from gaq.model import state as quantized
 from gaq.model.bits import settle_bits
@@ -88,18 +88,10 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # An engine belongs to the weights it was made from, and what is left to do to the model of a run.
-        own = {key: value for key, value in self.__dict__.items() if key not in ("gaq_engine", "gaq_finish")}
+        # An engine belongs to the weights it was made from.
+        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
         torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
         return new
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever; after a training whose weights are rounded at its end, that is done to what was loaded."""
-        loaded = super().load_state_dict(*args, **kwargs)
-        finish = self.__dict__.get("gaq_finish")
-        if finish is not None:
-            finish(self)
-        return loaded
 
     def get_extra_state(self) -> Tensor:
         """Configuration and ranges, as bytes, so that checkpoints and rebuilt models keep them."""
@@ -185,7 +177,7 @@ def _file_bytes(model: torch.nn.Module) -> int:
     return buffer.tell()
 
 
-def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
+def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
     """Insert quantizers into a MACE model, in place.
 
     The weights stay in float; each forward pass rounds them (straight-through, so the model can be
@@ -193,16 +185,15 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
 
     Args:
         model: a stock `ScaleShiftMACE`.
-        spec: preset name, mapping or `QuantizationConfig`.
+        config: from `gaq.config.parse.parse_config`.
 
     Returns:
         The same model.
 
     Raises:
-        gaq.config.parse.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
+        gaq.config.parse.ConfigError: for a configuration that this model cannot use, or overrides that match nothing.
         ValueError: for a model that cannot be quantized.
     """
-    config = parse_config(spec)
     check_supported(model)
     if is_quantized(model):
         raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")
@@ -316,10 +307,13 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
         stored: what was stored.
 
     Raises:
-        ModelFileError: if the stored form is newer than this version.
+        ModelFileError: if the stored form is newer than this version, or asks for what this version no longer does.
     """
     check_format(stored.meta)
-    config = parse_config(stored.meta["config"])
+    try:
+        config = parse_stored(stored.meta["config"], finished=stored.meta["status"] != "training")
+    except ConfigError as error:
+        raise ModelFileError(str(error)) from error
     state = ModelState(config, stored.meta["status"], dict(stored.weights), dict(stored.meta.get("notes", {})))
     converted = state.status == "converted"
     _configure_attention(model, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +14,13 @@ from mace.tools import torch_geometric
 from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
-from gaq.config.parse import CalibrationConfig, VectorConfig, parse_config
+from gaq.config.parse import CalibrationConfig, QuantizationConfig, VectorConfig
 from gaq.model.state import require_state, round_weights
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
-from gaq.training.learned_scales import ScaleLearner
-from gaq.training.ptq import round_at_end, warm_start
-from gaq.training.schedule import DEPLOYED, anneal_ranges, branch_state, describe_schedule, set_branches
+from gaq.training.ptq import round_at_end
+from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
 from gaq_mace.model import (
@@ -34,24 +34,16 @@ from gaq_mace.model import (
 )
 from gaq_mace.summary import rows
 
-__all__ = ["EquivarianceLoss", "error_table", "run", "run_epoch", "set_branches", "start"]
+__all__ = ["EquivarianceLoss", "error_table", "finish", "run", "run_epoch", "set_branches", "start"]
 
 
-def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
-    """Insert quantizers before the optimizer is made, and say in the log what was done.
-
-    Args:
-        model: in float.
-        spec: value of the key `quantization`.
-        pretrained: whether its weights are those of a foundation model in float.
-    """
+def start(model: torch.nn.Module, config: QuantizationConfig) -> None:
+    """Insert quantizers into a float model before the optimizer is made, and say in the log what was done."""
     if is_quantized(model):
         raise ValueError(
             "this model is already quantized: train the float model it was made from, or remove the key `quantization`."
         )
-    config = parse_config(spec)
     prepare(model, config)
-    require_state(model).pretrained = pretrained
     logging.info("===========QUANTIZATION===========")
     first, *schedule = describe_schedule(require_state(model).config)
     logging.info(first)
@@ -127,63 +119,56 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = state_of(model)
     if state is None:
         return original(*args, **kwargs)
-    optimizer = kwargs["optimizer"]
-    late = state.config.rounds_weights_at_end
-    model.__dict__.pop("gaq_finish", None)
+    at_end = state.config.rounds_weights_at_end
     if state.resumed:
         logging.info("Quantization ranges taken from the checkpoint")
     else:
         # The weights may have come from a float checkpoint since the quantizers were made.
         search_ranges(model)
-        if state.pretrained and state.config.training.warm_start and not late:
-            data = kwargs["train_loader"].dataset
-            for line in warm_start(_TrainingData(kwargs["device"]), model, data, state.config):
-                logging.info(line)
         if feature_quantizers(model):
             used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
             logging.info(f"Activation ranges calibrated on {used} training structures")
     _announce_vectors(state.config.vectors, kwargs["start_epoch"], kwargs["max_num_epochs"])
     set_branches(model, DEPLOYED, observing=False)
-    learner = None
-    # A line search needs the same function at every step.
-    learned = state.pretrained and state.config.training.learned_scales and not late
-    if learned and not isinstance(optimizer, torch.optim.LBFGS):
-        if not state.resumed:
-            refresh_scales(model)
-        learner = ScaleLearner(weight_quantizers(model))
-        learner.attach(optimizer)
-    round_weights(model, not late)
+    round_weights(model, not at_end)
     try:
         result = original(*args, **kwargs)
-        if late:
-            model.__dict__["gaq_finish"] = _Finish(kwargs["train_loader"].dataset, kwargs["device"])
-        return result
     finally:
         round_weights(model, True)
-        anneal_ranges(model, state.config.training, None)
         set_branches(model, DEPLOYED, observing=False)
-        if learner is not None:
-            learner.finish()
+    if at_end:
+        round_after_loading(kwargs["checkpoint_handler"], model, kwargs["train_loader"].dataset, kwargs["device"])
+    return result
 
 
-class _Finish:
-    """Rounds the weights that MACE loads when training is over: those of the best epoch, or of the best of a stage.
+def round_after_loading(handler: Any, model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
+    """Make `finish` the step that follows each loading of a checkpoint from now on.
+
+    When training is over, MACE loads the weights it evaluates and saves: the best ones of each stage.
 
     Args:
+        handler: the run's `CheckpointHandler`; its ``load_latest`` is replaced.
+        model: of the run, its weights trained in float.
         dataset: the training structures, as MACE has them.
         device: of the model.
     """
+    load_latest = handler.load_latest
 
-    def __init__(self, dataset: Any, device: torch.device) -> None:
-        self.dataset = dataset
-        self.device = device
+    @functools.wraps(load_latest)
+    def load_and_finish(*args: Any, **kwargs: Any) -> Any:
+        epoch = load_latest(*args, **kwargs)
+        finish(model, dataset, device)
+        return epoch
 
-    def __call__(self, model: torch.nn.Module) -> None:
-        """Calibrate the rounding of a model's weights."""
-        search_ranges(model)
-        with torch.enable_grad():
-            for line in round_at_end(_TrainingData(self.device), model, self.dataset, require_state(model).config):
-                logging.info(line)
+    handler.load_latest = load_and_finish
+
+
+def finish(model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
+    """Round weights that were trained in float, by calibration on the training structures."""
+    search_ranges(model)
+    with torch.enable_grad():
+        for line in round_at_end(_TrainingData(device), model, dataset, require_state(model).config):
+            logging.info(line)
 
 
 def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +189,6 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if line_search and feature_quantizers(model):
         # A line search needs the same function at every step: ranges move between epochs only.
         _calibrate(model, state.config.calibration, kwargs["data_loader"], kwargs["device"])
-    anneal_ranges(model, state.config.training, epoch)
     refresh_scales(model)
     set_branches(model, branches, observing=not line_search)
     try:

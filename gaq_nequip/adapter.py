@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import nequip
 import torch
-from nequip.data import AtomicDataDict
 from torch import Tensor
 
 from gaq.checks.potential import CalculatorPotential, Potential
@@ -18,7 +17,6 @@ from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.training.recording import recorded_outputs
 from gaq_nequip import files, model, moments
 from gaq_nequip import layers as modules
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
@@ -91,17 +89,6 @@ class NequIPAdapter:
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
-
-    def recorded_features(self, model: torch.nn.Module) -> AbstractContextManager[list[Tensor]]:
-        # Node features of NequIP's layers; of Allegro, whose layers are one module, the scalars of its edges.
-        fields = {"ConvNetLayer": AtomicDataDict.NODE_FEATURES_KEY, "Allegro_Module": AtomicDataDict.EDGE_FEATURES_KEY}
-        for kind, field in fields.items():
-            layers = [module for module in model.modules() if class_name(module) == kind]
-            if layers:
-                return recorded_outputs(layers, lambda output, field=field: output[field])  # type: ignore[misc]
-        raise ValueError(
-            f"distillation.features: there are no interactions in this model ({', '.join(fields)}); leave it out."
-        )
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)

@@ -31,12 +31,14 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> 
     """
     from hydra.utils import get_method
 
-    from gaq_nequip.hook.patches import is_trained
+    from gaq_nequip.hook.patches import _building, is_trained, read_key
     from gaq_nequip.training import start
 
     inner = {**model, **keys}
     if "_target_" not in inner:
         raise ValueError("training_module.model.model: needs the key _target_, the builder of the model.")
     built = get_method(inner.pop("_target_"))(**inner)
-    start(built, quantization, pretrained=is_trained({**model, **keys}))
+    # One build is that of the training module this model belongs to.
+    config = read_key(quantization, loaded=_building.get() > 1)
+    start(built, config, pretrained=is_trained({**model, **keys}))
     return built

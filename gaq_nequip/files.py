@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from gaq.config.parse import parse_config
+from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq_nequip.model import graph_models
@@ -47,7 +47,7 @@ class CompiledModel(torch.nn.Module):
         self.device = device
         self.metadata = artefact.metadata(path)
         if "gaq_config" in self.metadata:
-            config = parse_config(json.loads(self.metadata["gaq_config"]))
+            config = parse_stored(json.loads(self.metadata["gaq_config"]), finished=True)
             self.__dict__["gaq_state"] = ModelState(config, self.metadata.get("gaq_status", "frozen"))
 
     def calculator(self) -> Any:
@@ -70,7 +70,7 @@ def _own_state(model: torch.nn.Module) -> None:
     """Give a packaged model a state of the installed class, with the configuration checked anew."""
     state: Any = model.__dict__.get("gaq_state")
     if state is not None and not isinstance(state, ModelState):
-        config = parse_config(state.config.to_dict())
+        config = parse_stored(state.config.to_dict(), finished=state.status != "training")
         weights = {n: FixedWeight(w.bits, w.granularity, w.group_size, w.scale) for n, w in state.weights.items()}
         model.__dict__["gaq_state"] = ModelState(config, state.status, weights, dict(state.notes))
 

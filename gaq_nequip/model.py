@@ -10,7 +10,7 @@ import torch
 from nequip.scripts._workflow_utils import get_workflow_state
 
 import gaq
-from gaq.config.parse import ConfigError, QuantizationConfig, parse_config, resolve_overrides
+from gaq.config.parse import ConfigError, QuantizationConfig, resolve_overrides
 from gaq.model import state as quantized
 from gaq.model import summary as inspection
 from gaq.model.bits import settle_bits
@@ -75,7 +75,7 @@ def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> 
             module.configure(config.attention)
 
 
-def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
+def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
     """Insert quantizers into a NequIP or Allegro model, in place.
 
     The weights stay in float; each forward pass rounds them (straight-through, so the model can be trained).
@@ -83,16 +83,15 @@ def prepare(model: torch.nn.Module, spec: Any) -> torch.nn.Module:
 
     Args:
         model: a complete model.
-        spec: preset name, mapping or `QuantizationConfig`.
+        config: from `gaq.config.parse.parse_config`.
 
     Returns:
         The same model.
 
     Raises:
-        gaq.config.parse.ConfigError: for a configuration that cannot be used, or overrides that match nothing.
+        gaq.config.parse.ConfigError: for a configuration that this model cannot use, or overrides that match nothing.
         ValueError: for a model that cannot be quantized.
     """
-    config = parse_config(spec)
     check_supported(model)
     if state_of(model) is not None:
         raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")

@@ -16,7 +16,7 @@ from nequip.utils import RankedLogger
 from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
-from gaq.config.parse import ConfigError, QuantizationConfig, parse_config
+from gaq.config.parse import ConfigError, QuantizationConfig
 from gaq.model.state import (
     UNFINISHED,
     exact_features,
@@ -31,9 +31,8 @@ from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
-from gaq.training.learned_scales import ScaleLearner
-from gaq.training.ptq import round_at_end, warm_start
-from gaq.training.schedule import DEPLOYED, BranchState, anneal_ranges, branch_state, describe_schedule, set_branches
+from gaq.training.ptq import round_at_end
+from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.layers import hold_codes, hold_scales, release_codes, weight_quantizers
 from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
@@ -52,15 +51,14 @@ def is_quantized(model: torch.nn.Module) -> bool:
     return any(state_of(m) is not None for m in graph_models(model).values())
 
 
-def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
+def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool = False) -> None:
     """Insert quantizers into a model just built, and say in the log what was done.
 
     Args:
         model: in float.
-        spec: value of the key `quantization`.
+        config: what the key `quantization` was read as.
         pretrained: whether its weights are those of a trained model.
     """
-    config = parse_config(spec)
     if pretrained and config.attention is not None and config.attention.messages:
         raise ConfigError(
             "quantization.attention.messages: adds weights to the model, which makes a trained one another function. "
@@ -68,7 +66,6 @@ def start(model: torch.nn.Module, spec: Any, pretrained: bool = False) -> None:
         )
     for name, own in graph_models(model).items():
         prepare(own, config)
-        require_state(own).pretrained = pretrained
         if get_workflow_state() != "train":
             continue  # a checkpoint that is loaded, and was described when it was trained
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
@@ -165,7 +162,6 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     def __init__(self) -> None:
         self._sample: list[Any] | None = None
         self._branches = DEPLOYED
-        self._learners: list[ScaleLearner] = []
         self._averaging = ExitStack()
         self._held: list[dict[str, Tensor]] = []
 
@@ -208,20 +204,12 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             if state.resumed:
                 continue
             hold_scales(model)
-            if state.pretrained and state.config.training.warm_start and not state.config.rounds_weights_at_end:
-                loader = trainer.datamodule.train_dataloader()
-                with _eager(model), torch.enable_grad():
-                    data = _TrainingData(loader.collate_fn, pl_module.device)
-                    for line in warm_start(data, model, loader.dataset, state.config):
-                        logger.info(line)
-                hold_scales(model)
             calibrate_on(model, self._batches(trainer, pl_module))
             if _features(model):
                 logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Averages take in rounded weights; scales of models that were trained before are trained, beside the optimizer
-        that there is from now on."""
+        """Averages take in rounded weights."""
         parameters: dict[str, torch.nn.Parameter] = {}
         quantizers: dict[str, WeightQuantizer] = {}
         for number, model in enumerate(_quantized_models(pl_module)):
@@ -230,32 +218,16 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         rounded = self._config(pl_module).training.average_rounded
         average = getattr(pl_module, "ema", None) if rounded else None
         self._averaging.enter_context(averaging_deployed(average, "update_parameters", parameters, quantizers))
-        for model in _quantized_models(pl_module):
-            state = require_state(model)
-            training = state.config.training
-            if not (state.pretrained and training.learned_scales) or state.config.rounds_weights_at_end:
-                continue
-            if getattr(model, "is_compile_graph_model", False):
-                logger.info("Scales are not trained in a train-time compiled model: they follow the weights")
-                continue
-            learner = ScaleLearner(weight_quantizers(model))
-            for optimizer in trainer.optimizers[:1]:
-                learner.attach(optimizer)
-            self._learners.append(learner)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The host's average is its own again."""
         self._averaging.close()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scales stay what they are."""
+        """The host's average is its own again, and codes are chosen for the weights as they are."""
         self._averaging.close()
         for model in _quantized_models(pl_module):
-            anneal_ranges(model, self._config(pl_module).training, None)
             release_codes(model)
-        for learner in self._learners:
-            learner.finish()
-        self._learners = []
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Round weights that were trained in float, in every checkpoint that the run has kept.
@@ -319,7 +291,6 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             logger.info(f"Epoch {epoch}: vectors are rounded from now on")
         for model in _quantized_models(pl_module):
             require_state(model).status = "training"
-            anneal_ranges(model, config.training, epoch)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):

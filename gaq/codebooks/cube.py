@@ -5,11 +5,11 @@ lies on the surface of a cube, its largest component is exactly ``n`` again, and
 the same point. Flipping signs and permuting components commute with the code exactly, without ties, because each
 component is rounded by itself.
 
-For d = 2l + 1 >= 5 components it replaces the pyramid code: at the same d integers a direction its steps are
-``1 / n`` of the largest component where the pyramid's are ``1 / n`` of the 1-norm, up to sqrt(d) times longer,
-and it takes a quarter of the operations. For d = 3 the octahedral code stores two integers where this one would
-store three. The angle to the decoded direction is at most ``atan(sqrt(d - 1) / (2 n))`` (our derivation: the
-rounding moves d - 1 components by at most 1/2, at a distance of at least n from the origin).
+It serves d = 2l + 1 >= 5 components. The pyramid code (Fischer 1986), which is the octahedral one in more dimensions,
+has steps of ``1 / n`` of the 1-norm at the same d integers a direction, up to sqrt(d) times longer than these, and
+takes four times the operations. For d = 3 the octahedral code needs two integers where this one would need three. The
+angle to the decoded direction is at most ``atan(sqrt(d - 1) / (2 n))`` (our derivation: the rounding moves d - 1
+components by at most 1/2, at a distance of at least n from the origin).
 """
 
 from collections.abc import Sequence
@@ -18,30 +18,12 @@ import torch
 from torch import Tensor
 
 
-def cube_encode(vector: Tensor, levels: int) -> Tensor:
-    """Integer point of each vector.
-
-    Args:
-        vector: shape (..., d), any length.
-        levels: n, from `gaq.codebooks.pyramid_levels`.
-
-    Returns:
-        int32 codes, shape (..., d), the largest of absolute value ``levels``; all zero for a zero vector.
-    """
-    return _point(vector, levels).to(torch.int32)
-
-
-def cube_decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit vector of each integer point, shape (..., d); zero for an all-zero code."""
-    return _unit(codes.to(dtype))
-
-
 def cube_quantize(vector: Tensor, levels: int) -> Tensor:
     """Unit vector of the code nearest to each vector, measured on the cube.
 
     Args:
         vector: shape (..., d), any length, float32 or float64.
-        levels: n, from `gaq.codebooks.pyramid_levels`.
+        levels: n, from `gaq.codebooks.direction_levels`.
 
     Returns:
         Unit vectors, shape (..., d); zero vectors stay exactly zero. Piecewise constant, so the gradient is zero.

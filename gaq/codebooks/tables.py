@@ -1,14 +1,38 @@
-"""Tables of directions in three dimensions, coded by the index of the nearest entry.
+"""Table of directions in three dimensions, coded by the index of the nearest entry.
 
-They spread their points more evenly than the octahedral code, but every lookup compares the vector with the
+It spreads its points more evenly than the octahedral code, but every lookup compares the vector with the
 whole table: for few bits only.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MAX_TABLE_BITS = 6
+"""Most bits per direction component for a table: 2 x 6 bits are 4002 directions, compared one by one."""
+
+
+def direction_table(bits: int) -> Tensor:
+    """The finest geodesic table of 2 x ``bits`` bits.
+
+    Args:
+        bits: direction bits, 2 to `MAX_TABLE_BITS`.
+
+    Returns:
+        Unit vectors, float64, shape (at most ``2**(2 * bits)``, 3).
+
+    Raises:
+        ValueError: ``bits`` is out of range.
+    """
+    if bits < 2 or bits > MAX_TABLE_BITS:
+        raise ValueError(
+            f"codebook 'geodesic' takes 2 to {MAX_TABLE_BITS} direction bits, got {bits}: its table is "
+            f"searched entry by entry; use codebook 'octahedral', which takes up to 16"
+        )
+    return geodesic_table(geodesic_frequency(2 * bits))
 
 
 def geodesic_frequency(bits: int) -> int:
@@ -45,6 +69,11 @@ def geodesic_table(frequency: int) -> Tensor:
     """
     if frequency < 1:
         raise ValueError(f"the frequency of a geodesic table must be at least 1, got {frequency}")
+    return torch.from_numpy(_geodesic_points(frequency).copy())
+
+
+@functools.lru_cache(maxsize=MAX_TABLE_BITS)
+def _geodesic_points(frequency: int) -> np.ndarray:
     corners, faces = _icosahedron()
     # A grid point is known by its integer weights on the corners: points that faces share coincide exactly.
     weights: dict[tuple[tuple[int, int], ...], None] = {}
@@ -54,33 +83,7 @@ def geodesic_table(frequency: int) -> Tensor:
                 triple = ((first, i), (second, j), (third, frequency - i - j))
                 weights[tuple(sorted((corner, weight) for corner, weight in triple if weight))] = None
     points = np.array([sum(weight * corners[corner] for corner, weight in key) for key in weights])
-    return torch.from_numpy(points / np.linalg.norm(points, axis=1, keepdims=True))
-
-
-def fibonacci_table(size: int) -> Tensor:
-    """Directions along a golden-angle spiral from pole to pole, each standing for the same area.
-
-    Source: A. Gonzalez, "Measurement of areas on a sphere using Fibonacci and latitude-longitude lattices",
-    Math. Geosci. 42, 49 (2010), with the first and last points half a step
-    from the poles.
-
-    Args:
-        size: number of directions N, at least 1.
-
-    Returns:
-        Unit vectors, float64, shape (size, 3).
-
-    Raises:
-        ValueError: ``size`` is less than 1.
-    """
-    if size < 1:
-        raise ValueError(f"a Fibonacci table must have at least 1 direction, got {size}")
-    step = np.arange(size, dtype=np.float64)
-    height = 1.0 - (2.0 * step + 1.0) / size
-    radius = np.sqrt(1.0 - height**2)
-    longitude = step * (math.pi * (3.0 - math.sqrt(5.0)))
-    points = np.stack((radius * np.cos(longitude), radius * np.sin(longitude), height), axis=1)
-    return torch.from_numpy(points / np.linalg.norm(points, axis=1, keepdims=True))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def nearest_direction(table: Tensor, vector: Tensor, scores_at_once: int = 1 << 22) -> Tensor:

@@ -20,6 +20,8 @@ import yaml
 
 from gaq.config.schema import (
     PRESETS,
+    REMOVED,
+    REMOVED_VALUES,
     TEMPERATURES,
     AttentionConfig,
     CalibrationConfig,
@@ -30,6 +32,7 @@ from gaq.config.schema import (
     TrainingConfig,
     VectorConfig,
     WeightConfig,
+    without_removed,
 )
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "VectorConfig",
     "WeightConfig",
     "parse_config",
+    "parse_stored",
     "resolve_overrides",
 ]
 
@@ -53,9 +57,8 @@ FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
 RANGES = ("absmax", "error")
 ROUNDINGS = ("nearest", "gptq")
 SCHEMES = ("mddq", "components")
-CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
+CODEBOOKS = ("octahedral", "geodesic")
 FRAMES = ("local", "fixed")
-MAGNITUDES = ("linear", "log")
 TIMES = ("auto", "throughout", "at_end")
 
 
@@ -72,7 +75,6 @@ _CHOICES = {
     "vectors.scheme": SCHEMES,
     "vectors.codebook": CODEBOOKS,
     "vectors.frame": FRAMES,
-    "vectors.magnitude": MAGNITUDES,
     "training.round_weights": TIMES,
 }
 _ALL_BITS = tuple(range(2, 17))
@@ -94,7 +96,6 @@ _MINIMUM: dict[str, float] = {
     "weights.least_compression": 2.0,
     "vectors.start_epoch": 0,
     "vectors.anneal_epochs": 0,
-    "training.anneal_epochs": 0,
     "attention.gate_limit": 1e-3,
     "calibration.frames": 1,
     "calibration.seed": 0,
@@ -103,7 +104,6 @@ _MINIMUM: dict[str, float] = {
     "distillation.batch_size": 1,
     "distillation.learning_rate": 0.0,
     "distillation.max_structures": 1,
-    "distillation.features": 0.0,
     "equivariance_loss.weight": 0.0,
     "equivariance_loss.rotations": 1,
 }
@@ -160,6 +160,8 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
     if value is None:
         raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {given!r}.")
     if relative in _CHOICES and value not in _CHOICES[relative]:
+        if (advice := REMOVED_VALUES.get((relative, value))) is not None:
+            raise ConfigError(f"{path}: {value!r} is gone; {advice}.")
         hint = _closest(str(value), _CHOICES[relative])
         raise ConfigError(f"{path}: {value!r} is not one of {_options(_CHOICES[relative])}.{hint}")
     if relative in _BITS and value not in _BITS[relative]:
@@ -194,6 +196,8 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
     for key, value in changes.items():
         here = f"{path}.{key}"
         if key not in fields:
+            if (gone := REMOVED.get(f"{section}{key}")) is not None:
+                raise ConfigError(f"{here}: this key is gone; {gone.advice}.")
             allowed = _options(fields)
             raise ConfigError(f"{here}: unknown key.{_closest(str(key), fields)} Allowed in {path}: {allowed}.")
         current = getattr(base, key)
@@ -305,19 +309,46 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
     return config
 
 
+def parse_stored(spec: Any, finished: bool, path: str = "quantization") -> QuantizationConfig:
+    """Read the configuration that a file holds, also one that an earlier version wrote.
+
+    Args:
+        spec: what `QuantizationConfig.to_dict` gave when the file was written, or what a user wrote.
+        finished: whether the weights are rounded for good, so that nothing about training matters any more.
+        path: key path that error messages start with.
+
+    Raises:
+        ConfigError: for anything that `parse_config` refuses, but for keys that are gone and do nothing in this file.
+    """
+    if not isinstance(spec, Mapping):
+        return parse_config(spec, path)
+    present: dict[str, Any] = {}
+    plain = without_removed(spec)
+    for name in REMOVED:
+        section, key = name.split(".")
+        keys = plain.get(section)
+        if isinstance(keys, Mapping) and key in keys:
+            present[name] = keys[key]
+            plain[section] = {other: value for other, value in keys.items() if other != key}
+    config = parse_config(plain, path)
+    idle = {"until_rounded", "throughout"} if finished else set()
+    if config.rounds_weights_at_end:
+        idle.add("throughout")
+    for name, value in present.items():
+        if REMOVED[name].acts not in idle:
+            raise ConfigError(
+                f"{path}.{name}: {value!r} is at work in this file, and the key is gone. Make the file again from its "
+                f"float model: {REMOVED[name].advice}."
+            )
+    return config
+
+
 def _check_consistency(config: QuantizationConfig, path: str) -> None:
     vectors = config.vectors
     if vectors.codebook != "octahedral" and vectors.scheme == "mddq" and vectors.direction_bits > 6:
         raise ConfigError(
             f"{path}.vectors.codebook: a {vectors.codebook} table of 2 x {vectors.direction_bits} bits is too "
             f"large to search; use direction_bits: 6 or fewer, or codebook: octahedral."
-        )
-    training = config.training
-    if training.anneal_epochs and (training.learned_scales or config.rounds_weights_at_end):
-        key, value = ("learned_scales", "false") if training.learned_scales else ("round_weights", "throughout")
-        raise ConfigError(
-            f"{path}.training.anneal_epochs: {training.anneal_epochs} epochs of shrinking ranges need "
-            f"{key}: {value} beside them; only ranges that weights are rounded with and that follow them can shrink."
         )
     bits = config.weights
     attention_only = config.attention is not None and config.attention.messages

@@ -6,18 +6,23 @@ import, and these need nothing but the standard library.
 
 # No postponed annotations here: `dataclasses` looks them up in sys.modules, where those of a package are not.
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
     "PRESETS",
+    "REMOVED",
+    "REMOVED_VALUES",
     "TEMPERATURES",
     "AttentionConfig",
     "CalibrationConfig",
     "DistillationConfig",
     "EquivarianceLossConfig",
     "QuantizationConfig",
+    "RemovedKey",
     "ScalarConfig",
+    "TrainingConfig",
     "VectorConfig",
     "WeightConfig",
 ]
@@ -47,8 +52,8 @@ class WeightConfig:
             numbers as there are species: its codes are chosen together (`gaq.quantizers.species`), so that few bits
             serve. None rounds it like the rest.
         compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
-            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than
-            weights, the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
+            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than weights,
+            the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
         least_compression: MACE: where all this would leave the file less than this many times smaller than FP32's, the
             bits of all groups follow from that size instead (models of many elements). Bits that are given turn it
             off. Of NequIP's packages weights are the smaller part.
@@ -91,11 +96,10 @@ class VectorConfig:
         magnitude_bits: bits of the magnitude (``mddq``) or of each component (``components``);
             None leaves l > 0 features in float.
         direction_bits: bits per angle of the direction code (``mddq``).
-        codebook: ``octahedral``, ``geodesic`` or ``fibonacci``; l >= 2 always uses the pyramid code,
-            which is the octahedral one in more dimensions.
+        codebook: of l = 1: ``octahedral``, or ``geodesic``, a table of the icosahedron's symmetry; l >= 2 always takes
+            the cube code.
         frame: ``local`` lays the axes of the direction code along mixtures of the features of the same atom, so that
             rounding is exactly equivariant; ``fixed`` along those of the laboratory (``mddq``).
-        magnitude: ``linear`` or ``log`` steps of the magnitude (``mddq``).
         granularity: whose range the steps of the magnitude divide, as for scalars.
         start_epoch: in training, the epoch from which vectors are quantized.
         anneal_epochs: epochs over which their range shrinks from twice the observed one to its own.
@@ -106,7 +110,6 @@ class VectorConfig:
     direction_bits: int = 16
     codebook: str = "octahedral"
     frame: str = "local"
-    magnitude: str = "linear"
     granularity: str = "per_atom"
     start_epoch: int = 10
     anneal_epochs: int = 5
@@ -167,24 +170,17 @@ class DistillationConfig:
         learning_rate: of Adam, on the weights, relative to their root mean square; at 8 bits or more, and twice as much
             for every bit less.
         max_structures: at most this many of the structures given serve as teacher input.
-        features: weight of what interactions hand on, beside the forces: with 1 a relative error of these features
-            counts as much as one of the forces. The features of all structures are kept in memory.
     """
 
     steps: int = 300
     batch_size: int = 5
     learning_rate: float = 3e-4
     max_structures: int = 1000
-    features: float = 0.0
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a quantization-aware training goes.
-
-    `warm_start` and `learned_scales` are about weights that are rounded throughout, and about models that are trained
-    already (fine-tuning). A model that is trained from scratch has no use for either: its weights still have to find
-    their sizes, and scales follow them from epoch to epoch.
 
     Attributes:
         round_weights: ``throughout``, or ``at_end``: features are rounded in training, weights once it is over, by
@@ -193,22 +189,12 @@ class TrainingConfig:
             keep weights hopping over thresholds, those forces do not. ``auto``: ``at_end`` where a model has room for
             at least 14 bits in all weights (but species products, whose codes are chosen together), since training has
             nothing to adapt to then, else ``throughout``.
-        warm_start: calibrate rounding and scales on the training structures before the first epoch, as `gaq quantize`
-            does and with the same settings (``weights.rounding``, ``distillation``); no labels are used. Training then
-            starts near the float model and not from plain rounding.
-        learned_scales: train the scales of the weights with the weights (see `gaq.training.learned_scales`).
         average_rounded: where the host keeps an average of the parameters (EMA), average the rounded weights, those
             that are deployed, and not the ones beneath the rounding (see `gaq.training.averaging`).
-        anneal_epochs: epochs over which the ranges of weights shrink from the largest weight, with which none is
-            clipped, to what ``weights.range`` finds. For weights that are rounded throughout and scales that follow
-            them; the best epoch should come later.
     """
 
     round_weights: str = "auto"
-    warm_start: bool = False
-    learned_scales: bool = False
     average_rounded: bool = True
-    anneal_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -263,7 +249,7 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED = {
+_GROUPED: dict[str, Any] = {
     "granularity": "per_group",
     "group_size": 32,
     "sensitive_bits": None,
@@ -273,7 +259,7 @@ _GROUPED = {
 # Four bits are further away from the float model, and need more and longer steps to come back to it.
 _FOUR_BITS: dict[str, Any] = {
     "distillation": DistillationConfig(steps=1000),
-    "training": TrainingConfig(round_weights="at_end", warm_start=True, learned_scales=True),
+    "training": TrainingConfig(round_weights="at_end"),
 }
 
 # With the sensitive tensors it makes nine tenths of the error of 8 bits; see benchmarks/sensitivity.py.
@@ -283,7 +269,7 @@ PRESETS: dict[str, QuantizationConfig] = {
     "w8a16": QuantizationConfig(preset="w8a16", weights=WeightConfig(**_EIGHT_BITS)),
     "w4a16": QuantizationConfig(
         preset="w4a16",
-        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
+        weights=WeightConfig(bits=4, **_GROUPED),
         **_FOUR_BITS,
     ),
     "w8": dataclasses.replace(_weight_only(8, **_EIGHT_BITS), preset="w8"),
@@ -296,7 +282,7 @@ PRESETS: dict[str, QuantizationConfig] = {
     ),
     "w4a8": QuantizationConfig(
         preset="w4a8",
-        weights=WeightConfig(bits=4, **_GROUPED),  # type: ignore[arg-type]
+        weights=WeightConfig(bits=4, **_GROUPED),
         scalars=ScalarConfig(bits=8),
         vectors=VectorConfig(magnitude_bits=8, direction_bits=12),
         **_FOUR_BITS,
@@ -315,3 +301,54 @@ PRESETS: dict[str, QuantizationConfig] = {
 }
 """Named configurations; ``gaq`` is another name of the default, ``w8a16``."""
 PRESETS["gaq"] = PRESETS["w8a16"]
+
+
+@dataclass(frozen=True)
+class RemovedKey:
+    """A key of earlier versions that is gone.
+
+    Attributes:
+        advice: what to write in its place.
+        no_effect: the value with which it did nothing; a file that holds it loads as ever.
+        acts: when any other value did something: ``always``; ``until_rounded``, while the weights of a model are not
+            rounded for good; or ``throughout``, in trainings that round weights throughout.
+    """
+
+    advice: str
+    no_effect: Any
+    acts: str = "always"
+
+
+_AT_END = (
+    "leave it out; fine-tuning at few bits does better with training.round_weights: at_end, which the presets of "
+    "4 bits have"
+)
+REMOVED: dict[str, RemovedKey] = {
+    "vectors.magnitude": RemovedKey("leave it out; steps of the magnitude are linear", "linear"),
+    "distillation.features": RemovedKey("leave it out; distillation fits forces and energies", 0.0, "until_rounded"),
+    "training.warm_start": RemovedKey(_AT_END, False, "throughout"),
+    "training.learned_scales": RemovedKey(_AT_END, False, "throughout"),
+    "training.anneal_epochs": RemovedKey(_AT_END, 0, "throughout"),
+}
+"""Keys of earlier versions, by key path. What each bought is in docs/method.md."""
+
+REMOVED_VALUES: dict[tuple[str, str], str] = {
+    ("vectors.codebook", "fibonacci"): "write geodesic for a table, or octahedral, which needs none",
+}
+"""Values of earlier versions, by key path and value, and what to write in place of each."""
+
+
+def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of any version, as plain data, without the removed keys that had no effect."""
+    kept: dict[str, Any] = {}
+    for section, keys in config.items():
+        if section == "overrides" and isinstance(keys, Mapping):
+            keys = {name: without_removed(own) if isinstance(own, Mapping) else own for name, own in keys.items()}
+        elif isinstance(keys, Mapping):
+            keys = {
+                key: value
+                for key, value in keys.items()
+                if (gone := REMOVED.get(f"{section}.{key}")) is None or value != gone.no_effect
+            }
+        kept[section] = keys
+    return kept

@@ -125,7 +125,7 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
     """
     merged = merge_scalars(pieces)
     served = quantizer.passes_through and not quantizer.differentiable_twice
-    if merged is None or not served or quantizer.logarithmic or quantizer.direction_table.numel():
+    if merged is None or not served or quantizer.direction_table.numel():
         return None
     if [(abs(m), d) for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True)] != [
         (p.channels, p.dimension) for p in merged

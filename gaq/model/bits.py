@@ -180,8 +180,7 @@ def _decided(
     rounded = [(site, own.weights) for site in sites if (own := resolved[site.name]) and own.weights.bits is not None]
     groups = [(group_of(site, weights), weights) for site, weights in rounded if site.weights]
     fine = all(group == "species" or bits_of(group, weights) >= FINE_BITS for group, weights in groups)
-    # Ranges that shrink are ranges that weights are rounded with.
-    at_end = fine and bool(groups) and not training.anneal_epochs
+    at_end = fine and bool(groups)
     return dataclasses.replace(training, round_weights="at_end" if at_end else "throughout")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gaq
-from gaq.config.schema import QuantizationConfig
+from gaq.config.schema import QuantizationConfig, without_removed
 from gaq.model.bits import bits_of, granularity_of, group_of
 from gaq.model.sites import Site
 from gaq.quantizers.attention import BoundedGate, GridQuantizer
@@ -84,7 +84,6 @@ class ModelState:
         weights: of a converted model, by parameter name.
         notes: anything worth keeping with the model: versions, gate results.
         resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
-        pretrained: whether the float weights are those of a model trained before; not stored.
         holds_scales: whether the scales of weights in training are somebody's who takes them from the weights when it
             is time; if not, they are those of the present weights whenever the model is evaluated. Not stored.
     """
@@ -94,7 +93,6 @@ class ModelState:
     weights: dict[str, FixedWeight] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
-    pretrained: bool = False
     holds_scales: bool = False
 
 
@@ -292,7 +290,7 @@ class StoredState:
     ) -> "StoredState":
         """The state of a quantized model, whose weight quantizers are given by parameter name."""
         return cls(
-            meta={**meta, "learned_scales": any(q.scale_is_learned for q in quantizers.values())},
+            meta=dict(meta),
             ranges={name: q.ranges() for name, q in feature_quantizers(model).items()},
             weights=dict(require_state(model).weights),
             ratios={name: q.range_ratio for name, q in quantizers.items()},
@@ -326,18 +324,17 @@ class StoredState:
                 q.range_ratio.copy_(self.ratios[name].to(q.range_ratio.device))
             if name in self.steps and self.steps[name].numel() == q.groups:
                 q.fix_scale(self.steps[name], scale=self.steps[name])
-                q.scale_is_learned = bool(self.meta.get("learned_scales", False))
 
 
 def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two configurations (as `QuantizationConfig.to_dict` gives them) round alike.
+    """Whether two configurations (as `QuantizationConfig.to_dict` gives them, in any version) round alike.
 
     Schedules, data and losses may differ.
     """
 
     def grid(config: Mapping[str, Any]) -> dict[str, Any]:
-        plain = {key: value for key, value in config.items() if key not in _NOT_GRID}
-        plain["vectors"] = {k: v for k, v in config["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
+        plain = {key: value for key, value in without_removed(config).items() if key not in _NOT_GRID}
+        plain["vectors"] = {k: v for k, v in plain["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
         return plain
 
     return grid(a) == grid(b)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gaq.codebooks.cube import cube_quantize
 from gaq.codebooks.pyramid import octahedral_quantize
 from gaq.codebooks.tables import nearest_direction
-from gaq.quantizers.magnitudes import round_linear, round_log_magnitude
+from gaq.quantizers.magnitudes import round_linear
 
 __all__ = ["round_vector"]
 
@@ -17,7 +17,6 @@ def round_vector(
     v: Tensor,
     limit: Tensor,
     magnitude_top: float,
-    logarithmic: bool,
     levels: int,
     table: Tensor,
     dimension: int,
@@ -36,8 +35,7 @@ def round_vector(
         v: vectors, shape (..., channels, 2 l + 1).
         limit: largest magnitude of each channel, shape (channels,).
         magnitude_top: largest magnitude code.
-        logarithmic: spacing of the magnitudes.
-        levels: of the octahedral and the cube code, from `gaq.codebooks.pyramid_levels`.
+        levels: of the octahedral and the cube code, from `gaq.codebooks.direction_levels`.
         table: directions of a tabulated codebook, shape (size, 3), used for l = 1 unless it is empty.
         dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
         axes: of the direction code, shape (batch, 2 l + 1, 2 l + 1), from `gaq.quantizers.frames.local_frame`;
@@ -62,10 +60,6 @@ def round_vector(
     if axes is not None:
         nearest = torch.matmul(nearest, axes)
     rounded_direction = direction + (nearest - direction).detach()
-    top = limit.unsqueeze(-1)
-    if logarithmic:
-        rounded_magnitude = round_log_magnitude(magnitude, top, magnitude_top)
-    else:
-        rounded_magnitude = round_linear(magnitude, top, magnitude_top, False)
+    rounded_magnitude = round_linear(magnitude, limit.unsqueeze(-1), magnitude_top, False)
     kept = present & (rounded_magnitude > 0)
     return torch.where(kept, rounded_magnitude * rounded_direction, v - v.detach())

@@ -11,16 +11,16 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from gaq.codebooks import (
     cube_components,
     cube_quantize,
+    direction_levels,
     direction_table,
     nearest_direction,
     octahedral_components,
     octahedral_quantize,
-    pyramid_levels,
 )
 from gaq.config.schema import ScalarConfig, VectorConfig
 from gaq.quantizers.directions import round_vector
 from gaq.quantizers.frames import local_frame, local_frame_at_once, mixtures
-from gaq.quantizers.magnitudes import round_linear, round_log_magnitude
+from gaq.quantizers.magnitudes import round_linear
 from gaq.quantizers.weights import largest_code
 
 __all__ = ["FeatureLayout", "FeatureQuantizer"]
@@ -122,8 +122,7 @@ class FeatureQuantizer(torch.nn.Module):
         bits = vectors.magnitude_bits or 16
         # A magnitude has no sign, so its code has one bit more than a component's.
         self.magnitude_top = float(2**bits - 1) if self.split else float(largest_code(bits))
-        self.logarithmic = vectors.magnitude == "log"
-        self.levels = pyramid_levels(vectors.direction_bits)
+        self.levels = direction_levels(vectors.direction_bits)
         self.one_scalar_range = scalars.granularity == "per_tensor"
         self.one_vector_range = vectors.granularity == "per_tensor"
         self.own_scalar_range = scalars.granularity == "per_atom"
@@ -134,7 +133,7 @@ class FeatureQuantizer(torch.nn.Module):
         # relative error, which from `FINE_BITS` on is far below that of the values themselves; and where ranges are the
         # atom's own, nothing lies outside. In training too, so that what is trained is what is deployed.
         passing_scalars = (self.own_scalar_range and self.fine_scalars) or not self.round_scalars
-        fine_split = self.split and not self.logarithmic and self.fine_vectors
+        fine_split = self.split and self.fine_vectors
         passing_vectors = (self.own_vector_range and fine_split) or not self.round_vectors
         self.passes_through = passing_scalars and passing_vectors
         self.headroom = headroom
@@ -164,9 +163,7 @@ class FeatureQuantizer(torch.nn.Module):
         self.register_buffer("limit", torch.ones(channels), persistent=False)
         table = torch.zeros(0)
         if self.split and self.round_vectors and vectors.codebook != "octahedral":
-            table = direction_table(
-                vectors.codebook, vectors.direction_bits, torch.float64, torch.device("cpu")
-            ).clone()
+            table = direction_table(vectors.direction_bits)
         self.register_buffer("direction_table", table, persistent=False)
         widest = max((d for d in self.dimensions), default=1)
         most = max((abs(m) for m in self.multiplicities), default=1)
@@ -307,7 +304,6 @@ class FeatureQuantizer(torch.nn.Module):
                             piece,
                             limit,
                             self.magnitude_top,
-                            self.logarithmic,
                             self.levels,
                             self.direction_table.to(x.dtype),
                             dimension,
@@ -461,10 +457,7 @@ class _RoundFeatures(torch.autograd.Function):
                 if piece.own:
                     limit = own_limit(length).unsqueeze(-1) * piece.factor
                     step = limit / piece.top
-                if quantizer.logarithmic:
-                    rounded_length = round_log_magnitude(length, limit, piece.top)
-                else:
-                    rounded_length = (length / step).round_().clamp_(max=piece.top).mul_(step)
+                rounded_length = (length / step).round_().clamp_(max=piece.top).mul_(step)
                 unit = values / length.clamp_min(torch.finfo(x.dtype).tiny)
                 rounded_unit = quantizer.nearest_direction(values, piece.dimension)
                 target.copy_(rounded_length * rounded_unit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["round_linear", "round_log_magnitude"]
+__all__ = ["round_linear"]
 
 
 def round_linear(x: Tensor, limit: Tensor, top: float, signed: bool) -> Tensor:
@@ -28,27 +28,3 @@ def round_linear(x: Tensor, limit: Tensor, top: float, signed: bool) -> Tensor:
     step = limit / top
     y = (x / step).clamp(-top if signed else 0.0, top)
     return (y + (torch.round(y) - y).detach()) * step
-
-
-def round_log_magnitude(m: Tensor, limit: Tensor, top: float, log_range: float = 4096.0) -> Tensor:
-    """Round magnitudes on a logarithmic scale: the relative error is the same at every size.
-
-    Code 0 is exactly zero; codes 1 to `top` run from ``limit / log_range`` to ``limit``, evenly in the
-    logarithm. Sizes under half the smallest one become zero.
-
-    Args:
-        m: magnitudes >= 0.
-        limit: largest representable magnitude, positive, broadcastable.
-        top: largest code.
-        log_range: ratio of the largest to the smallest magnitude that the code can tell from zero.
-
-    Returns:
-        Rounded magnitudes, the shape of `m`.
-    """
-    clipped = torch.minimum(m, limit)
-    ratio = (clipped / limit).clamp_min(1.0 / log_range)
-    span = torch.log(torch.full_like(limit, log_range))
-    code = torch.round(torch.log(ratio) / span * (top - 1.0))
-    rounded = limit * torch.exp(code * span / (top - 1.0))
-    rounded = torch.where(clipped * (2.0 * log_range) < limit, torch.zeros_like(rounded), rounded)
-    return clipped + (rounded - clipped).detach()

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaq.config.schema import WeightConfig
-
 __all__ = [
     "Block",
     "QuantizedTensor",
@@ -25,7 +23,6 @@ __all__ = [
     "dequantize",
     "gptq_round",
     "largest_code",
-    "quantize_weight",
 ]
 
 
@@ -214,8 +211,8 @@ class WeightQuantizer(torch.nn.Module):
     """Rounds a weight tensor in the forward pass, straight-through in the backward.
 
     At first the scale follows the weights (``ratio * amax / largest_code``). After `fix_scale` it stays, until
-    `refresh_scale` takes it from the weights again (training does so every epoch), and may be learned (its gradient is
-    that of Esser et al. 2020, LSQ, arXiv 1902.08153, which the expression below has by itself).
+    `refresh_scale` takes it from the weights again (training does so every epoch). Self-distillation learns it; its
+    gradient is that of Esser et al. 2020 (LSQ, arXiv 1902.08153), which the expression below has by itself.
 
     Args:
         layout: of the weight.
@@ -226,7 +223,6 @@ class WeightQuantizer(torch.nn.Module):
     Attributes:
         effective_bits: how finely what the weights come to is resolved, as bits of plain rounding.
         negligible: whether what this rounding costs is so far below that of all others that these need not adapt to it.
-        range_progress: how far the range has shrunk from the largest weight (0) to its own (1).
     """
 
     range_ratio: Tensor
@@ -244,10 +240,8 @@ class WeightQuantizer(torch.nn.Module):
         self.top = float(largest_code(bits))
         self.effective_bits = bits
         self.negligible = False
-        self.range_progress = 1.0
         self.enabled = True
         self.scale_is_fixed = False
-        self.scale_is_learned = False
         segments = layout.segments(granularity, group_size)
         self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
         self.groups = layout.scales(granularity, group_size)
@@ -286,10 +280,8 @@ class WeightQuantizer(torch.nn.Module):
         """Take the scale anew from `weight` and hold it there.
 
         A scale that followed the weights from step to step would shift all codes of its group whenever the largest
-        weight moves, and training could not settle. A scale that is learned stays what it is.
+        weight moves, and training could not settle.
         """
-        if self.scale_is_learned:
-            return
         self.scale_is_fixed = False
         self.fix_scale(weight)
 
@@ -300,21 +292,11 @@ class WeightQuantizer(torch.nn.Module):
         ratio = self.fixed_step.detach().float() * self.top / largest
         self.range_ratio.copy_(torch.where(largest > 0, ratio, torch.ones_like(ratio)))
 
-    @torch.jit.unused
-    def learn_scale(self, learned: bool) -> None:
-        """Whether the scale that is held is trained: it then has a gradient, and no longer follows the weights."""
-        if not self.scale_is_fixed:
-            raise RuntimeError("hold the scale first (fix_scale): there is nothing to train yet.")
-        self.scale_is_learned = learned
-        self.fixed_step = self.fixed_step.detach().clone().requires_grad_(learned)
-
     def current_scale(self, weight: Tensor) -> Tensor:
         """Scales in use, shape (groups,), in the dtype of the weight."""
         if self.scale_is_fixed:
             return stored_scale(self.fixed_step).to(weight.dtype)
         ratio = self.range_ratio.to(torch.float32)
-        if self.range_progress != 1.0:
-            ratio = 1.0 + self.range_progress * (ratio - 1.0)
         step = ratio * self.largest(weight.detach()).to(torch.float32) / self.top
         return stored_scale(step).to(weight.dtype)
 
@@ -362,19 +344,6 @@ class WeightQuantizer(torch.nn.Module):
         return QuantizedTensor(
             codes.view(weight.shape), scale, self.bits, self.layout, self.granularity, self.group_size
         )
-
-
-def quantize_weight(weight: Tensor, layout: WeightLayout, config: WeightConfig) -> QuantizedTensor:
-    """Round one weight tensor to nearest under a configuration.
-
-    Raises:
-        ValueError: if the configuration leaves weights in float.
-    """
-    if config.bits is None:
-        raise ValueError("weights.bits is null: there is nothing to quantize.")
-    quantizer = WeightQuantizer(layout, config.bits, config.granularity, config.group_size)
-    quantizer.search(weight, config.range)
-    return quantizer.quantized(weight)
 
 
 @torch.no_grad()

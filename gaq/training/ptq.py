@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,6 @@ __all__ = [
     "observe_ranges",
     "round_at_end",
     "sensitivity_scan",
-    "warm_start",
 ]
 
 logger = logging.getLogger(__name__)
@@ -129,32 +127,15 @@ class _Labelled:
     batch: Any
     energy: Tensor
     forces: Tensor
-    features: list[Tensor]
 
 
-def _label(
-    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int, features: bool = False
-) -> list[_Labelled]:
+def _label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[_Labelled]:
     labelled = []
-    with adapter.unquantized(model), _recorded(adapter, model, features) as seen:
+    with adapter.unquantized(model):
         for batch in adapter.batches(model, structures, batch_size):
             energy, forces, _ = adapter.energy_and_forces(model, batch)
-            labelled.append(_Labelled(batch, energy.detach(), forces.detach(), [h.detach() for h in seen]))
-            seen.clear()
+            labelled.append(_Labelled(batch, energy.detach(), forces.detach()))
     return labelled
-
-
-def _recorded(adapter: Adapter, model: torch.nn.Module, features: bool) -> AbstractContextManager[list[Tensor]]:
-    return adapter.recorded_features(model) if features else nullcontext([])
-
-
-def _relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference over mean square, averaged over the tensors of a pair of lists."""
-    errors = [
-        (own - label).square().mean() / label.square().mean().clamp_min(torch.finfo(label.dtype).tiny)
-        for own, label in zip(found, wanted, strict=True)
-    ]
-    return torch.stack(errors).mean()
 
 
 def _force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[_Labelled]) -> float:
@@ -180,11 +161,9 @@ def distill(
 
     The float weights stay underneath the rounding (straight-through estimator) and move; scales are
     learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
-    float model's forces plus that of the energy per atom (and of features, where the configuration gives these a
-    weight); no reference labels enter. Activations
-    are left exact meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones,
-    observed on weights that are still far off, would saturate. Weights whose rounding is ``negligible`` are left
-    exact too while they move.
+    float model's forces plus that of the energy per atom; no reference labels enter. Activations are left exact
+    meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones, observed on weights
+    that are still far off, would saturate. Weights whose rounding is ``negligible`` are left exact too while they move.
 
     The best weights, judged on one structure in ten that is held out, are kept.
 
@@ -204,7 +183,7 @@ def distill(
     chosen = choose(structures, config.max_structures, seed)
     held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
     source = model if teacher is None else teacher
-    training = _label(adapter, source, chosen[held:], config.batch_size, config.features > 0)
+    training = _label(adapter, source, chosen[held:], config.batch_size)
     validation = _label(adapter, source, chosen[:held] or chosen, 16)
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
@@ -267,21 +246,16 @@ def _descend(
     order: list[int] = []
     interval = max(20, config.steps // 10)
     bar = tqdm(range(config.steps), desc="self-distillation", disable=not progress, unit="step")
-    # A relative error of features is worth that of the forces.
-    features = config.features * float(sum(item.forces.square().mean() for item in training) / max(len(training), 1))
     try:
         for step in bar:
             if not order:
                 order = generator.permutation(len(training)).tolist()
             item = training[order.pop()]
             apply_scales()
-            with _recorded(adapter, model, features > 0) as seen:
-                energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
+            energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
             force_error = ((forces - item.forces) ** 2).mean()
             energy_error = (((energy - item.energy) / counts) ** 2).mean()
             loss = force_error + ENERGY_WEIGHT * energy_error
-            if seen:
-                loss = loss + features * _relative_error(seen, item.features)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
@@ -338,21 +312,6 @@ def calibrate_weights(
     return distill(adapter, model, structures, config.distillation, config.calibration.seed, progress, teacher=teacher)
 
 
-def warm_start(
-    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
-) -> list[str]:
-    """`calibrate_weights` before a training, whose scales follow the weights from then on.
-
-    Processes that train together all do the same, and end with the weights of the first.
-
-    Returns:
-        Lines for the log.
-    """
-    return _calibrate_together(
-        adapter, model, structures, config, "Warm start", "training.warm_start: false leaves it out"
-    )
-
-
 def round_at_end(
     adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
 ) -> list[str]:
@@ -363,41 +322,28 @@ def round_at_end(
     Returns:
         Lines for the log.
     """
-    for quantizer in adapter.weight_quantizers(model).values():
-        quantizer.scale_is_fixed = False
-    lines = _calibrate_together(adapter, model, structures, config, "Weights rounded", "the float model: as trained")
-    parameters = dict(model.named_parameters())
-    for name, quantizer in adapter.weight_quantizers(model).items():
-        quantizer.refresh_scale(parameters[name])
-    return lines
-
-
-def _calibrate_together(
-    adapter: Adapter,
-    model: torch.nn.Module,
-    structures: Sequence[Any],
-    config: QuantizationConfig,
-    what: str,
-    note: str,
-) -> list[str]:
     start = time.perf_counter()
+    quantizers = adapter.weight_quantizers(model)
+    for quantizer in quantizers.values():
+        quantizer.scale_is_fixed = False
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not shared or torch.distributed.get_rank() == 0
     result = calibrate_weights(adapter, model, structures, config, progress=first)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, quantizer in adapter.weight_quantizers(model).items():
+        for name, quantizer in quantizers.items():
             if quantizer.scale_is_fixed:
                 quantizer.adopt_scale(parameters[name])
             if shared:
                 torch.distributed.broadcast(parameters[name].data, src=0)
                 torch.distributed.broadcast(quantizer.range_ratio, src=0)
+            quantizer.refresh_scale(parameters[name])
     if result is None:
         return []
     return [
-        f"{what}: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated rounding, "
-        f"{result.after:.2f} after {result.steps} steps of self-distillation on {result.structures} training "
-        f"structures ({time.perf_counter() - start:.0f} s, no labels; {note})"
+        f"Weights rounded: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated "
+        f"rounding, {result.after:.2f} after {result.steps} steps of self-distillation on {result.structures} training "
+        f"structures ({time.perf_counter() - start:.0f} s, no labels; the float model: as trained)"
     ]
 
 

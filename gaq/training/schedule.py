@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gaq.config.schema import QuantizationConfig, TrainingConfig, VectorConfig
-from gaq.model.state import feature_quantizers, is_kind
-from gaq.quantizers.weights import WeightQuantizer
+from gaq.config.schema import QuantizationConfig, VectorConfig
+from gaq.model.state import feature_quantizers
 
-__all__ = ["DEPLOYED", "BranchState", "anneal_ranges", "branch_state", "describe_schedule", "set_branches"]
+__all__ = ["DEPLOYED", "BranchState", "branch_state", "describe_schedule", "set_branches"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,6 @@ def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool)
         quantizer.observing = observing and quantizer.needs_ranges
 
 
-def anneal_ranges(model: torch.nn.Module, training: TrainingConfig, epoch: int | None) -> None:
-    """Set how far the ranges of weights have shrunk in an epoch of training, or that they have (None).
-
-    Linearly from the largest weight in epoch 0 to their own in epoch ``anneal_epochs``; it takes effect when scales are
-    next taken from the weights.
-    """
-    progress = 1.0
-    if epoch is not None and training.anneal_epochs > 0:
-        progress = min(1.0, epoch / training.anneal_epochs)
-    for module in model.modules():
-        if is_kind(module, WeightQuantizer):
-            module.range_progress = progress
-
-
 def _bits(bits: int | None) -> str:
     return "in float" if bits is None else f"{bits} bits"
 
@@ -88,8 +73,6 @@ def describe_schedule(config: QuantizationConfig) -> list[str]:
             "Weights are trained in float and rounded when training is over, by calibration on the training structures "
             "(training.round_weights: throughout rounds them all the while)"
         )
-    if config.training.anneal_epochs:
-        lines.append(f"Ranges of weights shrink to their own over {config.training.anneal_epochs} epochs")
     if vectors.magnitude_bits is not None:
         annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
         lines.append(

@@ -4,7 +4,8 @@
 ``build_default_arg_parser``  learns ``--quantization`` and refuses what cannot go with it; knows our
                               interaction block by its name
 ``get_params_options``        the last point before the optimizer: quantizers are inserted
-``train``                     activation ranges are calibrated before the first epoch
+``train``                     activation ranges are calibrated before the first epoch; weights trained in float are
+                              rounded after each checkpoint that is loaded when training is over
 ``train_one_epoch``           the schedule of the branches; the equivariance loss
 ``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
 ``create_error_table``        prints the same weights without quantization beside the table, and compresses the
@@ -70,15 +71,24 @@ def is_installed() -> bool:
     return all(getattr(sys.modules[name], _DONE, False) for name in TARGETS if name in sys.modules)
 
 
-def quantization_argument(text: str) -> str:
-    """Check the value of ``--quantization``; argparse turns the error into its own."""
-    from gaq.config.parse import ConfigError, parse_config
+class QuantizationArgument(str):
+    """The text of ``--quantization``, which MACE writes to its logs, and the configuration it was read as.
 
-    try:
-        parse_config(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    Raises:
+        argparse.ArgumentTypeError: for text that is no configuration; argparse turns it into its own error.
+    """
+
+    config: Any
+
+    def __new__(cls, text: str) -> QuantizationArgument:
+        from gaq.config.parse import ConfigError, parse_config
+
+        made = super().__new__(cls, text)
+        try:
+            made.config = parse_config(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return made
 
 
 INCOMPATIBLE = {
@@ -107,7 +117,7 @@ def _patch_arg_parser(module: Any) -> None:
         parser: argparse.ArgumentParser = original()
         parser.add_argument(
             "--quantization",
-            type=quantization_argument,
+            type=QuantizationArgument,
             default=None,
             env_var="GAQ_QUANTIZATION",
             help="quantization by gaq: a preset (gaq, w8, w4, ...) or a mapping",
@@ -164,11 +174,13 @@ def _patch_scripts_utils(module: Any) -> None:
                 "only: without the key `quantization` this run trains a float model."
             )
         if spec is not None:
+            from gaq.config.parse import parse_config
             from gaq_mace.training import start, writes
 
             writes(args.name, args.model_dir, args.checkpoints_dir)
             try:
-                start(model, spec, pretrained=getattr(args, "foundation_model", None) is not None and not packed)
+                # Arguments that did not come through the parser have not been read yet.
+                start(model, spec.config if isinstance(spec, QuantizationArgument) else parse_config(spec))
             except ValueError as error:
                 logging.error(str(error))
                 print(f"mace_run_train: error: {error}", file=sys.stderr)

@@ -24,7 +24,8 @@ __all__ = ["KEY", "install"]
 
 KEY = "quantization"
 _MISSING: Any = object()
-_building: contextvars.ContextVar[bool] = contextvars.ContextVar("gaq_building", default=False)
+_building: contextvars.ContextVar[int] = contextvars.ContextVar("gaq_building", default=0)
+"""Builds under way: a model that is built from a checkpoint is built within another build."""
 
 
 def _plain(value: Any) -> Any:
@@ -77,6 +78,28 @@ def _requested(model_config: Mapping[str, Any]) -> Any:
     return top if own is _MISSING else own
 
 
+def read_key(spec: Any, loaded: bool) -> Any:
+    """The configuration that a value of the key stands for: what a user wrote, or what a file holds.
+
+    Args:
+        spec: the value.
+        loaded: whether the model it is for is loaded from a checkpoint within the build of another one.
+
+    Raises:
+        gaq.config.parse.ConfigError: for a configuration that cannot be used.
+    """
+    from nequip.scripts._workflow_utils import get_workflow_state
+
+    from gaq.config.parse import parse_config, parse_stored
+
+    run = _run_config()
+    restarts = run is not None and run.get("ckpt_path") is not None and KEY not in run
+    if get_workflow_state() == "train" and not loaded and not restarts:
+        return parse_config(spec)
+    # An earlier version may have written the file.
+    return parse_stored(spec, finished=not restarts)
+
+
 def is_trained(model_config: Any) -> bool:
     """Whether a model configuration takes its weights from a trained model."""
     if isinstance(model_config, Mapping):
@@ -111,7 +134,7 @@ def _patch_lightning(cls: Any) -> None:
         # Our own builder takes the key itself; given at the top level as well, the two have to agree.
         spec = _requested(model_config)
         inner = {key: value for key, value in model_config.items() if explicit or key != KEY}
-        token = _building.set(True)
+        token = _building.set(_building.get() + 1)
         try:
             model = original_build(self, inner)
         finally:
@@ -121,7 +144,7 @@ def _patch_lightning(cls: Any) -> None:
             return model
         from gaq_nequip.training import start
 
-        start(model, spec, pretrained=is_trained(inner))
+        start(model, read_key(spec, loaded=_building.get() > 0), pretrained=is_trained(inner))
         _remember(self, model_config, spec)
         return model
 
@@ -165,7 +188,7 @@ def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
         """Quantize the model: ``preset`` and the other keys of a quantization mapping."""
         from gaq_nequip.model import prepare
 
-        return prepare(model, {"preset": preset, **keys})
+        return prepare(model, read_key({"preset": preset, **keys}, loaded=_building.get() > 1))
 
     cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))
 

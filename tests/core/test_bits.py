@@ -216,7 +216,6 @@ def test_a_size_can_be_asked_for_in_any_preset() -> None:
         ("gaq", 3.0, "throughout"),
         ({"preset": "gaq", "training": {"round_weights": "throughout"}}, 1.9, "throughout"),
         ({"preset": "gaq", "training": {"round_weights": "at_end"}}, 3.0, "at_end"),
-        ({"preset": "gaq", "training": {"anneal_epochs": 2}}, 1.9, "throughout"),
         ({"preset": "gaq", "overrides": {"rest": "w4"}}, 1.9, "throughout"),
         ("w4", 7.0, "at_end"),
         ("naive_w8a8", 1.0, "throughout"),

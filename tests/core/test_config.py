@@ -21,15 +21,18 @@ from gaq.config.parse import (
     VectorConfig,
     WeightConfig,
     parse_config,
+    parse_stored,
     resolve_overrides,
     type_name,
 )
+from gaq.config.schema import REMOVED, REMOVED_VALUES
+from gaq.model.state import same_grid
 
 MAPPING = {
     "preset": "w4a8",
     "weights": {"bits": 5, "granularity": "per_channel"},
     "scalars": None,
-    "vectors": {"magnitude_bits": 10, "magnitude": "log"},
+    "vectors": {"magnitude_bits": 10, "frame": "fixed"},
     "distillation": {"learning_rate": 2.5e-3},
     "overrides": {"readouts.*": None, "interactions.0.*": "w8", "products.*": {"weights": {"bits": 16}}},
 }
@@ -72,7 +75,7 @@ def test_all_forms_of_a_mapping_give_the_same(tmp_path: Path) -> None:
         bits=5, granularity="per_channel", sensitive_bits=None, species_bits=3, compression=7.0
     )
     assert expected.scalars == ScalarConfig(bits=None)
-    assert expected.vectors == VectorConfig(magnitude_bits=10, direction_bits=12, magnitude="log")
+    assert expected.vectors == VectorConfig(magnitude_bits=10, direction_bits=12, frame="fixed")
     # What is not named stays as in the preset.
     assert expected.distillation == dataclasses.replace(PRESETS["w4a8"].distillation, learning_rate=2.5e-3)
     assert expected.calibration == PRESETS["w4a8"].calibration
@@ -272,8 +275,9 @@ def test_impossible_activation_widths(key: str, bits: int) -> None:
         ("scalars.granularity", "per_tensors", "per_tensor, per_channel, per_atom", "per_tensor"),
         ("vectors.granularity", "per_tensors", "per_tensor, per_channel, per_atom", "per_tensor"),
         ("vectors.scheme", "mdqd", "mddq, components", "mddq"),
-        ("vectors.codebook", "octohedral", "octahedral, geodesic, fibonacci", "octahedral"),
-        ("vectors.magnitude", "lineal", "linear, log", "linear"),
+        ("vectors.codebook", "octohedral", "octahedral, geodesic", "octahedral"),
+        ("vectors.frame", "locale", "local, fixed", "local"),
+        ("training.round_weights", "at_the_end", "auto, throughout, at_end", "at_end"),
     ],
 )
 def test_bad_choices(key: str, wrong: str, allowed: str, meant: str) -> None:
@@ -353,14 +357,13 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         assert expected in message(str(file))
 
 
-@pytest.mark.parametrize("codebook", ["geodesic", "fibonacci"])
-def test_tables_with_too_many_bits(codebook: str) -> None:
-    text = message({"vectors": {"codebook": codebook}})
-    assert text.startswith(f"quantization.vectors.codebook: a {codebook} table of 2 x 16 bits is too large")
+def test_tables_with_too_many_bits() -> None:
+    text = message({"vectors": {"codebook": "geodesic"}})
+    assert text.startswith("quantization.vectors.codebook: a geodesic table of 2 x 16 bits is too large")
     assert "direction_bits: 6 or fewer, or codebook: octahedral" in text
-    assert "2 x 7 bits" in message({"vectors": {"codebook": codebook, "direction_bits": 7}})
-    config = parse_config({"vectors": {"codebook": codebook, "direction_bits": 6}})
-    assert config.vectors.codebook == codebook
+    assert "2 x 7 bits" in message({"vectors": {"codebook": "geodesic", "direction_bits": 7}})
+    config = parse_config({"vectors": {"codebook": "geodesic", "direction_bits": 6}})
+    assert config.vectors.codebook == "geodesic"
 
 
 def test_everything_null() -> None:
@@ -451,3 +454,98 @@ def test_the_configuration_needs_no_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Keys of earlier versions.
+
+NO_EFFECT = {
+    "vectors.magnitude": "linear",
+    "distillation.features": 0.0,
+    "training.warm_start": False,
+    "training.learned_scales": False,
+    "training.anneal_epochs": 0,
+}
+ACTING = {
+    "vectors.magnitude": "log",
+    "distillation.features": 1.0,
+    "training.warm_start": True,
+    "training.learned_scales": True,
+    "training.anneal_epochs": 3,
+}
+
+
+def nested(keys: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A mapping of sections from one of key paths."""
+    plain: dict[str, Any] = dict(more)
+    for path, value in keys.items():
+        section, key = path.split(".")
+        plain.setdefault(section, {})[key] = value
+    return plain
+
+
+def test_every_removed_key_is_tested() -> None:
+    assert NO_EFFECT.keys() == ACTING.keys() == REMOVED.keys()
+    assert {path: gone.no_effect for path, gone in REMOVED.items()} == NO_EFFECT
+
+
+@pytest.mark.parametrize("path", sorted(REMOVED))
+def test_keys_that_are_gone_say_what_to_write(path: str) -> None:
+    for value in (ACTING[path], NO_EFFECT[path]):
+        expected = f"quantization.{path}: this key is gone; {REMOVED[path].advice}."
+        assert message(nested({path: value})) == expected
+        override = message({"overrides": {"a.*": nested({path: value})}})
+        assert override == expected.replace("quantization", "quantization.overrides['a.*']", 1)
+    assert "leave it out" in REMOVED[path].advice
+
+
+@pytest.mark.parametrize(("path", "value"), sorted(REMOVED_VALUES))
+def test_values_that_are_gone_say_what_to_write(path: str, value: str) -> None:
+    expected = f"quantization.{path}: '{value}' is gone; {REMOVED_VALUES[path, value]}."
+    assert message(nested({path: value})) == expected
+    with pytest.raises(ConfigError, match=f"'{value}' is gone"):
+        parse_stored(nested({path: value}), finished=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_stored_configurations_of_before_still_load(preset: str, finished: bool) -> None:
+    """As the version with these keys wrote them: with the values of its presets."""
+    config = PRESETS[preset]
+    stored = json.loads(json.dumps(config.to_dict()))
+    trains = config.rounds_weights_at_end
+    before = {**NO_EFFECT, "training.warm_start": trains, "training.learned_scales": trains}
+    for path, value in before.items():
+        section, key = path.split(".")
+        stored[section][key] = value
+    stored["overrides"] = {"a.*": {"vectors": {"magnitude": "linear", "magnitude_bits": 12}}, "b.*": None}
+    found = parse_stored(stored, finished)
+    assert dataclasses.replace(found, overrides={}) == config
+    assert found.overrides == {"a.*": {"vectors": {"magnitude_bits": 12}}, "b.*": None}
+    assert same_grid(found.to_dict(), stored)
+    assert not same_grid(found.to_dict(), {**stored, "vectors": {**stored["vectors"], "magnitude": "log"}})
+
+
+@pytest.mark.parametrize("path", sorted(REMOVED))
+def test_stored_keys_that_act_are_refused(path: str) -> None:
+    stored = nested({path: ACTING[path]}, preset="gaq")
+    with pytest.raises(ConfigError) as error:
+        parse_stored(stored, finished=False)
+    text = str(error.value)
+    assert text.startswith(f"quantization.{path}: {ACTING[path]!r} is at work in this file, and the key is gone.")
+    assert REMOVED[path].advice in text
+    # What is about training does nothing to weights that are rounded for good, or when training is over.
+    if path == "vectors.magnitude":
+        with pytest.raises(ConfigError, match="is at work in this file"):
+            parse_stored(stored, finished=True)
+    else:
+        assert parse_stored(stored, finished=True) == PRESETS["gaq"]
+    if path.startswith("training."):
+        assert parse_stored({**stored, "preset": "w4"}, finished=False) == PRESETS["w4"]
+    with pytest.raises(ConfigError, match="is gone"):
+        parse_stored({"overrides": {"a.*": nested({path: ACTING[path]})}}, finished=True)
+
+
+def test_stored_configurations_need_not_be_mappings() -> None:
+    assert parse_stored("w4", finished=False) == PRESETS["w4"]
+    with pytest.raises(ConfigError, match="is not a preset"):
+        parse_stored("w44", finished=True)

@@ -69,7 +69,7 @@ def test_errors_stay_within_the_bounds(
         length, new_length = old.norm(dim=-1, keepdim=True), new.norm(dim=-1, keepdim=True)
         inside = length <= limit
         error = (new_length - length).abs()
-        assert (error <= length_bound(config, length, limit) + noise * length)[inside].all()
+        assert (error <= length_bound(config, limit) + noise * length)[inside].all()
         assert torch.allclose(new_length[~inside], limit.expand_as(length)[~inside], rtol=1e-6)
         saturated += int((~inside).sum())
         present = new_length > 0
@@ -90,20 +90,6 @@ def test_scalars_lie_on_a_symmetric_grid(bits: int) -> None:
     assert codes.round().abs().max() == largest_code(bits)
     assert torch.equal(quantizer(-x), -quantizer(x))
     assert torch.allclose(quantizer(quantizer(x)), quantizer(x), rtol=1e-15, atol=0)
-
-
-@pytest.mark.parametrize(("bits", "expected"), [(8, 1.8e-2), (12, 1.1e-3), (16, 7e-5)])
-def test_log_magnitudes_have_the_same_relative_error_at_every_size(bits: int, expected: float) -> None:
-    layout = FeatureLayout(((1, 3),))
-    quantizer = make(layout, {"magnitude_bits": bits, "magnitude": "log"}, limit=1.0)
-    x = random_features(layout, 3000, torch.float64)
-    worst = []
-    for size in (0.9, 0.1, 0.01, 0.001):
-        scaled = x / x.norm(dim=-1, keepdim=True) * size * (1 + 0.05 * torch.rand(3000, 1, dtype=torch.float64))
-        length, rounded = scaled.norm(dim=-1), quantizer(scaled).norm(dim=-1)
-        worst.append(float((rounded / length - 1).abs().max()))
-    assert max(worst) < expected
-    assert max(worst) < 1.2 * min(worst)
 
 
 @PATHS
@@ -205,7 +191,7 @@ def test_adjacent_pieces_may_be_written_apart_or_together(plain: bool) -> None:
 
 @LAYOUTS
 @PATHS
-@pytest.mark.parametrize("vectors", [VECTORS[2], VECTORS[-1]], ids=["mddq", "components"])
+@pytest.mark.parametrize("vectors", [VECTORS[1], VECTORS[-1]], ids=["mddq", "components"])
 def test_memory_layout_does_not_matter(layout: FeatureLayout, plain: bool, vectors: dict[str, Any]) -> None:
     quantizer = make(layout, vectors, plain=plain)
     x = random_features(layout)
@@ -246,11 +232,10 @@ def test_both_paths_give_the_same(layout: FeatureLayout, vectors: dict[str, Any]
 
 @PATHS
 @pytest.mark.parametrize("codebook", ["octahedral", "geodesic"])
-@pytest.mark.parametrize("magnitude", ["linear", "log"])
-def test_rotations_change_directions_by_the_code_only(plain: bool, codebook: str, magnitude: str) -> None:
+def test_rotations_change_directions_by_the_code_only(plain: bool, codebook: str) -> None:
     layout = FeatureLayout(((4, 1), (4, 3)))
     bits = {"octahedral": 8, "geodesic": 6}[codebook]
-    vectors = {"magnitude_bits": 8, "direction_bits": bits, "codebook": codebook, "magnitude": magnitude}
+    vectors = {"magnitude_bits": 8, "direction_bits": bits, "codebook": codebook}
     quantizer = make(layout, vectors, {"bits": 8}, plain=plain)
     scalars, v = split(layout, random_features(layout, dtype=torch.float64))
     rounded_scalars, rounded = split(layout, quantizer(join(layout, [scalars, v])))

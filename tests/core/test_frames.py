@@ -19,7 +19,7 @@ CODES = [
     {},
     {"magnitude_bits": 8, "direction_bits": 8},
     {"magnitude_bits": 8, "direction_bits": 6, "codebook": "geodesic"},
-    {"magnitude_bits": 8, "direction_bits": 4, "codebook": "fibonacci", "magnitude": "log"},
+    {"magnitude_bits": 8, "direction_bits": 4, "codebook": "geodesic"},
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from gaq.config.parse import DistillationConfig, ScalarConfig, VectorConfig
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer, gptq_round
 from gaq.training import ptq
-from gaq.training.recording import recorded_outputs
 
 ATOMS = 6
 
@@ -110,9 +109,6 @@ class PairAdapter:
         energy = model(positions)
         (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=create_graph)
         return energy, -gradient.reshape(-1, 3), torch.full((len(batch),), float(ATOMS))
-
-    def recorded_features(self, model: torch.nn.Module) -> AbstractContextManager[list[Tensor]]:
-        return recorded_outputs([model.up, model.mix], lambda output: output)  # type: ignore[list-item]
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
         moments: dict[str, list[Tensor | None]] = {}
@@ -381,33 +377,6 @@ def test_distillation_keeps_the_best_it_saw(adapter: Any) -> None:
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
     assert torch.allclose(forces(adapter, model, structures(10)), rounded, rtol=1e-5, atol=1e-6)
-
-
-def test_features_can_be_held_to_those_of_the_float_model(adapter: Any) -> None:
-    """With a large weight the hidden features come nearer to the float model's than with forces alone."""
-    data = structures()
-
-    def error(weight: float) -> float:
-        model = prepared(adapter)
-        config = DistillationConfig(steps=200, batch_size=4, learning_rate=3e-3, features=weight)
-        ptq.distill(adapter, model, data, config, progress=False)
-        batch = torch.stack(data)
-        with adapter.recorded_features(model) as found:
-            model(batch)
-        exact = prepared(adapter)
-        with adapter.unquantized(exact), adapter.recorded_features(exact) as wanted:
-            exact(batch)
-        assert len(found) == len(wanted) == 2
-        return float(ptq._relative_error(found, wanted))
-
-    without, with_them = error(0.0), error(30.0)
-    assert with_them < 0.8 * without
-    # Nothing stays behind.
-    model = prepared(adapter)
-    with adapter.recorded_features(model) as seen:
-        pass
-    model(torch.stack(data))
-    assert not seen
 
 
 def test_no_steps_change_nothing(adapter: Any) -> None:

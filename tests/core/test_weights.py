@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaq.config.parse import WeightConfig
 from gaq.quantizers.weights import (
     Block,
+    QuantizedTensor,
     WeightLayout,
     WeightQuantizer,
     dequantize,
     gptq_round,
     largest_code,
-    quantize_weight,
     search_range,
 )
 
@@ -241,20 +240,37 @@ def test_tiny_and_huge_weights_stay_finite() -> None:
             assert ((rounded - weight).abs() <= 0.5 * step + 2e-7 * weight.abs()).all()
 
 
-def test_quantize_weight_follows_the_configuration() -> None:
+def test_finer_scales_and_ranges_by_error_round_better() -> None:
     weight = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     layout = WeightLayout.single((40, 6))
+
+    def stored(granularity: str, method: str) -> QuantizedTensor:
+        quantizer = WeightQuantizer(layout, 4, granularity, 32)
+        quantizer.search(weight, method)
+        return quantizer.quantized(weight)
+
     errors = {}
     for granularity, scales in (("per_tensor", 1), ("per_channel", 6), ("per_group", 12)):
-        stored = quantize_weight(weight, layout, WeightConfig(bits=4, granularity=granularity, range="absmax"))
-        assert stored.scale.shape == (scales,)
-        assert (stored.bits, stored.granularity, stored.group_size) == (4, granularity, 32)
-        errors[granularity] = float((stored.dequantize() - weight).square().mean())
+        tensor = stored(granularity, "absmax")
+        assert tensor.scale.shape == (scales,)
+        assert (tensor.bits, tensor.granularity, tensor.group_size) == (4, granularity, 32)
+        errors[granularity] = float((tensor.dequantize() - weight).square().mean())
     assert errors["per_group"] < errors["per_channel"] < errors["per_tensor"]
-    clipped = quantize_weight(weight, layout, WeightConfig(bits=4, range="error"))
-    assert float((clipped.dequantize() - weight).square().mean()) < errors["per_channel"]
-    with pytest.raises(ValueError, match=r"weights\.bits is null"):
-        quantize_weight(weight, layout, WeightConfig(bits=None))
+    clipped = stored("per_channel", "error").dequantize()
+    assert float((clipped - weight).square().mean()) < errors["per_channel"]
+
+
+def test_an_adopted_scale_is_the_one_that_is_found_again() -> None:
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    weight[:, 3] = 0.0
+    quantizer = WeightQuantizer(WeightLayout.single((16, 8)), 4, "per_channel", 32)
+    wanted = torch.linspace(0.05, 0.2, 8)
+    quantizer.fix_scale(weight, scale=wanted)
+    quantizer.adopt_scale(weight)
+    quantizer.refresh_scale(weight)
+    keep = torch.arange(8) != 3
+    # As bfloat16 keeps it, rounded up.
+    torch.testing.assert_close(quantizer.fixed_step[keep], wanted[keep], rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -336,7 +352,7 @@ def test_scale_gradient_is_that_of_lsq(bits: int, granularity: str) -> None:
     assert torch.allclose(quantizer.fixed_step.grad, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_learned_scales_are_stored_in_bfloat16_and_never_reach_zero() -> None:
+def test_scales_are_stored_in_bfloat16_and_never_reach_zero() -> None:
     weight = torch.randn(8, 3)
     quantizer = WeightQuantizer(WeightLayout.single((8, 3)), 4, "per_channel", 32)
     quantizer.fix_scale(weight, torch.tensor([0.1234567, -1.0, 0.0]))

@@ -20,10 +20,8 @@ from mace_runs import (
     labelled,
     losses,
     results,
-    training_form,
 )
 
-from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import files
 
 
@@ -35,27 +33,27 @@ def test_fine_tuning(preset: str, dtype: str, train: Any, stock: Run) -> None:
     check(run, activations=preset == "gaq")
 
 
-def test_fine_tuning_starts_from_calibrated_rounding(train: Any, stock: Run) -> None:
-    preset = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}, "training": THROUGHOUT}
-    options = {"foundation_model": str(stock.model), "ema": True}
-    run = train(quantization=preset, max_num_epochs=2, **options)
+def test_restarts_of_fine_tuning_take_the_scales_where_they_were(train: Any, stock: Run) -> None:
+    options = {
+        "quantization": {"preset": "w4", "training": THROUGHOUT},
+        "foundation_model": str(stock.model),
+        "ema": True,
+    }
+    run = train(max_num_epochs=2, **options)
     check(run, activations=False)
-    found = re.search(
-        r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log
-    )
-    assert float(found[2]) <= float(found[1])
-    before = training_form(run, run.model)
-    assert all(q.scale_is_learned for q in before.modules() if isinstance(q, WeightQuantizer))
-    # A restart takes the scales where they were and calibrates nothing.
-    again = train(quantization=preset, max_num_epochs=4, restart_latest=True, **options)
+    again = train(max_num_epochs=4, restart_latest=True, **options)
     check(again, activations=False)
-    assert "Warm start" not in again.log
     initial = re.search(r"Initial: head: Default, loss= *([\d.]+)", again.log)[1]
     assert f"Epoch 1: head: Default, loss={initial}" in run.log
-    cold = {**preset, "training": {**THROUGHOUT, "warm_start": False}}
-    plain = train(name="plain", max_num_epochs=1, quantization=cold, **options)
-    assert plain.code == 0, plain.log[-3000:]
-    assert "Warm start" not in plain.log
+
+
+def test_four_bit_presets_fine_tune_as_fp32_does(train: Any, stock: Run) -> None:
+    """Weights are rounded when training is over, and nothing acts on them before."""
+    options = {"foundation_model": str(stock.model), "ema": True, "max_num_epochs": 2}
+    plain = train(name="plain", **options)
+    run = train(quantization={"preset": "w4", "distillation": {"steps": 4}}, **options)
+    check(run, activations=False)
+    assert losses(run) == losses(plain)
 
 
 def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> None:
@@ -72,12 +70,9 @@ def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> No
     assert 0 < 1e3 * difference < 2 * float(found[1]) + 1
 
 
-def test_training_from_scratch_lets_scales_follow_the_weights(train: Any) -> None:
+def test_training_from_scratch_at_four_bits(train: Any) -> None:
     run = train(quantization={"preset": "w4", "training": THROUGHOUT}, max_num_epochs=1)
     check(run, activations=False)
-    assert "Warm start" not in run.log
-    model = training_form(run, run.model)
-    assert not any(q.scale_is_learned for q in model.modules() if isinstance(q, WeightQuantizer))
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def test_rebuilding_as_mace_does_keeps_quantization(
     np.testing.assert_allclose(evaluate(rebuilt, structures)[0], evaluate(model, structures)[0], rtol=1e-6)
 
 
-def test_learned_scales_survive_a_state_dict(
+def test_scales_survive_a_state_dict(
     float_model: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any]
 ) -> None:
     """After distillation the scales are no longer those that the weights alone would give."""
@@ -219,7 +219,6 @@ def test_unquantized_is_the_float_model(
     energy, forces = evaluate(reference, structures)
     model = gaq.prepare(copy.deepcopy(reference), {"preset": "w4a8", "distillation": {"steps": 0}})
     adapter_ranges = jolted(structures)
-    from gaq.adapter import adapter_for
     from gaq.training.ptq import observe_ranges
 
     observe_ranges(adapter_for(model), model, adapter_ranges)
@@ -432,15 +431,6 @@ def test_trains_with_forces(quantized: Callable[..., Any], structures: list[Any]
             if p.numel() > 0:
                 p.sub_(gradients[name] * (0.05 * float(before.detach()) / size**2))
     assert float(loss().detach()) < float(before.detach())
-
-
-def test_features_of_each_interaction_are_recorded(float_model: Callable[..., Any], structures: list[Any]) -> None:
-    model = float_model()
-    adapter = adapter_for(model)
-    (batch,) = adapter.batches(model, structures, len(structures))
-    with adapter.recorded_features(model) as seen:
-        adapter.energy_and_forces(model, batch)
-    assert [len(h) for h in seen] == [len(batch["positions"])] * 2
 
 
 @pytest.mark.parametrize("preset", ["gaq", "naive_w8a8"])

@@ -259,14 +259,13 @@ def test_two_processes(quantization: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_start_warm_and_learn_scales(stock: Run, tmp_path: Path) -> None:
+def test_two_processes_fine_tune_at_four_bits(stock: Run, tmp_path: Path) -> None:
     write_data(tmp_path)
     (tmp_path / "distributed.py").write_text(textwrap.dedent(DISTRIBUTED))
     command = ("torchrun", "--nproc_per_node=2", "--standalone", "distributed.py")
     quantization = {"preset": "w4", "distillation": {"steps": 4}, "training": THROUGHOUT}
     settings = {**BASE, "quantization": quantization, "foundation_model": str(stock.model), "batch_size": 2}
     run = execute(tmp_path, {**settings, "distributed": True, "launcher": "torchrun"}, command)
-    assert "Warm start: RMS force difference" in run.log
     check(run, activations=False, errors=False)
     check_same(run, run.model)
 

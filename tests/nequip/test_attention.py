@@ -19,7 +19,7 @@ from nequip_models import build_model, molecules, with_key, without_distillation
 from scipy.spatial.transform import Rotation
 
 import gaq
-from gaq.config.parse import ConfigError
+from gaq.config.parse import ConfigError, parse_config
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.quantizers.attention import BoundedGate, GridQuantizer, RobustAttention
 from gaq_nequip.attention import AttentionInteractionBlock
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused() -> None:
     from gaq_nequip.training import start
 
     with pytest.raises(ConfigError, match="makes a trained one another function"):
-        start(build_model(), with_attention("gaq", messages=True), pretrained=True)
+        start(build_model(), parse_config(with_attention("gaq", messages=True)), pretrained=True)
 
 
 # -- training, packages, compilation --

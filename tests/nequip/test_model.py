@@ -17,8 +17,7 @@ import torch
 from nequip_models import few_bits
 
 import gaq
-from gaq.adapter import adapter_for
-from gaq.config.parse import ConfigError
+from gaq.config.parse import ConfigError, parse_config
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
 from gaq_nequip.layers import (
@@ -178,20 +177,6 @@ def test_held_codes_are_those_of_the_weights(
     assert np.array_equal(evaluate(model, structures)[0], energies)
 
 
-def test_features_of_each_layer_are_recorded(float_model: Callable[..., Any], structures: list[Any]) -> None:
-    for variant, layers, field in (("plain", 2, "nodes"), ("allegro", 1, "edges")):
-        model = float_model(variant)
-        adapter = adapter_for(model)
-        (batch,) = adapter.batches(model, structures, len(structures))
-        with adapter.recorded_features(model) as seen:
-            adapter.energy_and_forces(model, batch)
-        assert len(seen) == layers
-        count = len(batch["pos"]) if field == "nodes" else batch["edge_index"].shape[1]
-        assert {len(h) for h in seen} == {count}
-    with pytest.raises(ValueError, match=r"distillation\.features: there are no interactions"):
-        adapter.recorded_features(torch.nn.Identity())
-
-
 def test_parameters_keep_their_names_and_order(float_model: Callable[..., Any], quantized: Callable[..., Any]) -> None:
     """NequIP's averaged weights are paired with parameters by their order."""
     for variant in VARIANTS:
@@ -302,7 +287,7 @@ def test_refusals(float_model: Callable[..., Any], quantized: Callable[..., Any]
     with pytest.raises(ValueError, match="already quantized"):
         gaq.prepare(quantized("w8"), "w8")
     with pytest.raises(ValueError, match="give a complete NequIP model"):
-        prepare(float_model("plain").model, "gaq")
+        prepare(float_model("plain").model, parse_config("gaq"))
     with pytest.raises(ConfigError, match=r"quantization: 'gak' is not a preset\. Did you mean 'gaq'\?"):
         gaq.prepare(float_model("plain"), "gak")
 

@@ -159,7 +159,6 @@ def test_float_checkpoint_cannot_be_restarted_quantized(
 def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float: Any, tmp_path: Path) -> None:
     def changes(config: Any) -> None:
         with_key("w4a16", start_epoch=0, anneal_epochs=0)(config)
-        config["quantization"]["distillation"] = {"steps": 40, "batch_size": 2}
         config["quantization"]["training"] = {"round_weights": "throughout"}
         target = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": str(trained_float.best)}
         config["training_module"]["model"] = target
@@ -170,16 +169,10 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     own = state_of(model).config.weights
     bits = {own.bits, own.mixing_bits, own.first_bits, own.sensitive_bits}
     assert bits <= {q.bits for q in weight_quantizers(model).values()} <= bits | {3}
-    found = re.search(
-        r"Warm start: RMS force difference to the float model ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text
-    )
-    assert float(found[2]) <= float(found[1])
     scales = {name: q.fixed_step for name, q in weight_quantizers(model).items()}
-    assert all(q.scale_is_learned for q in weight_quantizers(model).values())
-    # A restart takes the scales where they were and calibrates nothing.
+    # A restart takes the scales where they were.
     again = train(tmp_path, changes, "trainer.max_epochs=3", f"++ckpt_path={run.last}", "hydra.run.dir=again")
     assert again.code == 0, again.text
-    assert "Warm start" not in (tmp_path / "again" / "train.log").read_text()
     later = {name: q.fixed_step for name, q in weight_quantizers(gaq.load(again.last)).items()}
     for name, scale in scales.items():
         torch.testing.assert_close(later[name], scale, rtol=0.05, atol=0)
