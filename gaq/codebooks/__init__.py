@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from gaq.caches import Cache
 from gaq.codebooks.cube import cube_components, cube_decode, cube_encode, cube_quantize
 from gaq.codebooks.pyramid import (
     octahedral_components,
@@ -52,7 +53,7 @@ CODEBOOKS = ("octahedral", "geodesic", "fibonacci")
 MAX_TABLE_BITS = 6
 """Most bits per direction component for a table: 2 x 6 bits are 4096 directions, compared one by one."""
 
-_tables: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+_tables: Cache[tuple[str, int, torch.dtype, torch.device], Tensor] = Cache(most=32)
 
 
 def quantize_direction(vector: Tensor, codebook: str, bits: int) -> Tensor:
@@ -122,8 +123,9 @@ def direction_table(codebook: str, bits: int, dtype: torch.dtype, device: torch.
 @torch.compiler.assume_constant_result
 def _cached_table(codebook: str, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (codebook, bits, dtype, device)
-    if key in _tables:
-        return _tables[key]
+    known = _tables.peek(key)
+    if known is not None:
+        return known
     if codebook == "geodesic":
         table = geodesic_table(geodesic_frequency(2 * bits))
     else:
@@ -131,5 +133,5 @@ def _cached_table(codebook: str, bits: int, dtype: torch.dtype, device: torch.de
     table = table.to(dtype=dtype, device=device)
     # Tracers work on stand-ins without data, which must not outlive the trace.
     if type(table) is torch.Tensor:
-        _tables[key] = table
+        _tables.put(key, table)
     return table
