@@ -41,23 +41,10 @@ from mace_speed import big_model, water_box
 
 import gaq
 from gaq.reporting.tables import markdown_table
-from gaq_mace import neighbours
-from gaq_mace.engine import Engine
+from gaq_mace.engine import Engine, accelerate, engine_of
 
 PRESETS = ("w8", "gaq")
 STOCK, COMPILED, SYMMETRIX = "stock eager", "stock compiled", "symmetrix, float32"
-
-
-def through_engine(model: Any) -> Any:
-    """A float model that computes through the engine, in place."""
-    engine = Engine(model)
-
-    def call(self: Any, data: dict[str, torch.Tensor], training: bool = False, **options: bool) -> dict[str, Any]:
-        del self, training
-        return engine(data, **options)  # type: ignore[no-any-return]
-
-    model.__class__ = type(type(model).__name__, (type(model),), {"__call__": call})
-    return model
 
 
 def model_files(work: Path, density: bool = False) -> dict[str, Path]:
@@ -81,10 +68,7 @@ def calculator(files: dict[str, Path], kind: str) -> MACECalculator:
     options: dict[str, Any] = {"compile_mode": "default"} if kind == COMPILED else {}
     made = MACECalculator(model_paths=str(files[name]), device="cpu", default_dtype="float32", **options)
     if kind == "engine fp32":
-        through_engine(made.models[0])
-        suits = neighbours._suits
-        # Neighbour lists are kept for it as they are for quantized models.
-        neighbours._suits = lambda own: own is made or suits(own)  # type: ignore[assignment]
+        accelerate(made.models[0])
     return made
 
 
@@ -254,7 +238,8 @@ def stage_growth(files: dict[str, Path], work: Path) -> None:
     box = water_box(64)
     shares = operation_shares(calc, box)
     edges = int(calc._atoms_to_batch(box)["edge_index"].shape[1])
-    engine = calc.models[0].__dict__["gaq_engine"][1]
+    engine = engine_of(calc.models[0])
+    assert engine is not None
     limits = machine_limits()
     work_done = floating_point_operations(engine, len(box), edges)
     rates = {

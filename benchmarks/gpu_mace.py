@@ -18,7 +18,7 @@ from mace.calculators import MACECalculator
 from mace_speed import big_model
 
 import gaq
-from gaq_mace.engine import Engine
+from gaq_mace.engine import accelerate, engine_of
 
 
 def mace_model(tiny: bool) -> torch.nn.Module:
@@ -79,7 +79,8 @@ class Mace:
         model = model.to(self.device)
         calculator = MACECalculator(models=[model], device=self.device, default_dtype="float32", **options)
         used = calculator.models[0]
-        own: Any = Engine(used) if kind == FP32 else None
+        if kind == FP32:
+            accelerate(used)
 
         def bind(atoms: Any) -> Callable[[], torch.Tensor]:
             batch = calculator._atoms_to_batch(atoms)
@@ -87,9 +88,10 @@ class Mace:
             def step() -> torch.Tensor:
                 data = calculator._clone_batch(batch).to_dict()
                 compiled = bool(calculator.use_compile)
-                found = (own if own is not None else used)(data, compute_stress=False, training=compiled)
-                if kind == GRAPH and (reason := used.__dict__["gaq_engine"][1].graphs.failed) is not None:
-                    raise RuntimeError(f"not recorded: {reason}")
+                found = used(data, compute_stress=False, training=compiled)
+                engine = engine_of(used) if kind == GRAPH else None
+                if engine is not None and engine.graphs.failed is not None:
+                    raise RuntimeError(f"not recorded: {engine.graphs.failed}")
                 # Where it compiles, the calculator pads with an atom.
                 return found["forces"].detach()[: len(atoms)]
 

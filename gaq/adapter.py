@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
@@ -90,7 +90,7 @@ class Adapter(Protocol):
         ...
 
 
-@cache
+@cached(most=1)
 def adapters() -> dict[str, Adapter]:
     """Adapters whose framework is installed, by name."""
     found: dict[str, Adapter] = {}

@@ -41,6 +41,7 @@ from gaq.model.state import (
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
 from gaq_mace import layers as modules
+from gaq_mace.engine import Served, decelerate
 from gaq_mace.sites import find_sites
 
 __all__ = [
@@ -62,20 +63,8 @@ __all__ = [
 
 
 @compile_mode("script")
-class ScaleShiftMACE(mace_models.ScaleShiftMACE):
+class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     """A `mace.modules.ScaleShiftMACE` that keeps its quantization through copies, states and files."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Not in forward, which is TorchScript: a scripted, traced or compiled model holds the reference path.
-        from gaq_mace import engine
-
-        own = engine.engine_for(self, kwargs)
-        if own is not None:
-            try:
-                return own(*args, **{k: v for k, v in kwargs.items() if k != "training"})
-            except engine.Unsupported as error:
-                engine.give_up(self, error)
-        return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         from gaq_mace import files
@@ -194,7 +183,8 @@ def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Modu
         gaq.config.parse.ConfigError: for a configuration that this model cannot use, or overrides that match nothing.
         ValueError: for a model that cannot be quantized.
     """
-    check_supported(model)
+    # Converted it will have the kernels again; an accelerated float model is MACE's own class until then.
+    check_supported(decelerate(model))
     if is_quantized(model):
         raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")
     sites = find_sites(model)

@@ -13,9 +13,9 @@ import dataclasses
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mace.data.neighborhood import get_neighborhood
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gaq.caches import WeakKeyCache
 from gaq_mace import engine
 
 Floats = NDArray[np.float64]
@@ -224,6 +225,8 @@ class Neighbours:
         self._config: Any = None
         self._settings: tuple[Any, ...] = ()
         self._last: Floats = np.empty((0, 3))
+        # Threads may share a calculator.
+        self._lock = threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
@@ -240,7 +243,10 @@ class Neighbours:
             stock: makes the batch by MACE's own means.
             width: of the skin, in Å.
         """
-        config = _configuration(calculator, atoms)
+        with self._lock:
+            return self._batch(calculator, _configuration(calculator, atoms), stock, width)
+
+    def _batch(self, calculator: Any, config: Any, stock: Callable[[], Any], width: float) -> Any:
         settings = (
             calculator.r_max,
             calculator.default_dtype,
@@ -348,19 +354,19 @@ def _configuration(calculator: Any, atoms: Any) -> Any:
 
 
 # Not an attribute of the calculator, whose copies and pickles are MACE's business.
-_kept: WeakKeyDictionary[Any, Neighbours] = WeakKeyDictionary()
+_kept: WeakKeyCache[Any, Neighbours] = WeakKeyCache()
 
 
 def kept_by(calculator: Any) -> Neighbours | None:
     """What is kept for a calculator, if anything."""
-    return _kept.get(calculator)
+    return _kept.peek(calculator)
 
 
 def _suits(calculator: Any) -> bool:
     """Whether a calculator's models are ours to speed up, and its batches those of one structure and nothing else."""
     if calculator.use_compile or any(getattr(calculator, f"pad_num_{name}", 0) for name in ("atoms", "edges")):
         return False
-    return all(engine.serves(model, {}) for model in calculator.models)
+    return all(engine.is_accelerated(model) for model in calculator.models)
 
 
 def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]) -> Any:
@@ -371,9 +377,7 @@ def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]
     """
     width = skin() if _suits(calculator) else 0.0
     if width <= 2 * _SLACK:
-        _kept.pop(calculator, None)
+        _kept.drop(calculator)
         return stock(calculator, atoms)
-    own = _kept.get(calculator)
-    if own is None:
-        own = _kept[calculator] = Neighbours()
+    own = _kept.get(calculator, Neighbours)
     return own.batch(calculator, atoms, lambda: stock(calculator, atoms), width)

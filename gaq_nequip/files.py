@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
@@ -100,7 +101,8 @@ def _check_package(path: Path) -> None:
         raise ModelFileError(f"{path}: damaged: the entry {bad} does not match its checksum.")
 
 
-_importers: dict[Path, tuple[int, Any]] = {}
+# Of use as long as a model from the file lives, whose classes keep their importer.
+_importers: WeakValueCache[tuple[Path, int], Any] = WeakValueCache()
 
 
 def _importer(path: Path) -> Any:
@@ -108,11 +110,12 @@ def _importer(path: Path) -> Any:
     from nequip.model.saved_models.package import _suppress_package_importer_exporter_warnings
 
     path = path.resolve()
-    stamp = path.stat().st_mtime_ns
-    if path not in _importers or _importers[path][0] != stamp:
+
+    def make() -> Any:
         with _suppress_package_importer_exporter_warnings():
-            _importers[path] = (stamp, torch.package.PackageImporter(str(path)))  # type: ignore[attr-defined]
-    return _importers[path][1]
+            return torch.package.PackageImporter(str(path))  # type: ignore[attr-defined]
+
+    return _importers.get((path, path.stat().st_mtime_ns), make)
 
 
 def _load_package(path: Path) -> Any:

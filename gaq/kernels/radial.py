@@ -12,6 +12,7 @@ resolves. Three numbers a knot allow steps so long that the part of a table in u
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,10 @@ class RadialTable:
     slope_error: float
 
 
+# torch keeps one stack of levels of forward differentiation for the process, and takes no care of threads.
+_forward_differentiation = threading.Lock()
+
+
 def derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value, slope and curvature, each (n, paths, channels)."""
     ones = torch.ones_like(lengths)
@@ -62,7 +67,8 @@ def derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[
         value, tangent = torch.func.jvp(function, (r,), (ones,))  # type: ignore[misc]
         return tangent, value
 
-    first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)  # type: ignore[misc]
+    with _forward_differentiation:
+        first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)  # type: ignore[misc]
     return value.detach(), first.detach(), second.detach()
 
 

@@ -26,12 +26,12 @@ the difference to the weights until it is called again.
 This module is embedded in packages: it imports nothing but torch and the core.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gaq.caches import cached
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
 
 __all__ = ["SpeciesWeightQuantizer", "chosen_codes", "seen_part"]
@@ -133,7 +133,7 @@ def chosen_codes(wanted: Tensor, table: Tensor, top: float) -> Tensor:
     return codes
 
 
-@functools.cache
+@cached(most=1)
 def _operations() -> tuple[Any, Any]:
     """The two functions as operations, which a trace does not look into.
 

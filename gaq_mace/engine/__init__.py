@@ -1,4 +1,6 @@
-"""MACE through the fused kernels: what a converted model runs by default at inference, on the CPU and on NVIDIA cards.
+"""MACE through the fused kernels: what a converted model runs by default at inference, on the CPU and on NVIDIA GPUs.
+
+`accelerate` gives float models the same kernels, and `decelerate` takes them away from any model.
 
 An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
 the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
@@ -14,8 +16,21 @@ that lie beyond the cutoff.
 
 from __future__ import annotations
 
+from gaq_mace.engine.acceleration import accelerate, decelerate
 from gaq_mace.engine.reading import Unsupported
-from gaq_mace.engine.serving import disabled, engine_for, engine_of, give_up, serves
+from gaq_mace.engine.serving import Served, disabled, engine_for, engine_of, give_up, is_accelerated, serves
 from gaq_mace.engine.step import Engine
 
-__all__ = ["Engine", "Unsupported", "disabled", "engine_for", "engine_of", "give_up", "serves"]
+__all__ = [
+    "Engine",
+    "Served",
+    "Unsupported",
+    "accelerate",
+    "decelerate",
+    "disabled",
+    "engine_for",
+    "engine_of",
+    "give_up",
+    "is_accelerated",
+    "serves",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaq.caches import Cache
 from gaq.kernels import gpu
 
 __all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions", "Knots"]
@@ -59,24 +59,22 @@ class Compositions:
 
     def __init__(self, layers: torch.nn.ModuleList) -> None:
         self.layers = layers
-        self.kept: OrderedDict[tuple[bytes, torch.device], Composition] = OrderedDict()
+        self.kept: Cache[tuple[bytes, torch.device], Composition] = Cache(COMPOSITIONS)
         self.last: tuple[weakref.ref[Tensor], int, Composition] | None = None
 
     def __call__(self, attributes: Tensor) -> Composition:
         """What is known of a structure from its atoms, (atoms, species) as one-hot vectors."""
         known = not attributes.is_inference()
-        if known and self.last is not None and self.last[0]() is attributes and self.last[1] == attributes._version:
-            return self.last[2]
+        # Read once: another thread may put its own in this place.
+        last = self.last
+        if known and last is not None and last[0]() is attributes and last[1] == attributes._version:
+            return last[2]
         species = attributes.argmax(dim=1)
         # Here the host waits for the card.
         listed = species.cpu().numpy()
         key = listed.tobytes(), attributes.device
-        own = self.kept.get(key)
-        if own is None:
-            own = self.kept[key] = self._sorted(key[0], species, np.bincount(listed).tolist(), attributes)
-            while len(self.kept) > COMPOSITIONS:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
+        counts = np.bincount(listed).tolist()
+        own = self.kept.get(key, lambda: self._sorted(key[0], species, counts, attributes))
         self.last = (weakref.ref(attributes), attributes._version, own) if known else None
         return own
 

@@ -8,17 +8,26 @@ its structures need.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
+from gaq.caches import Cache
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.layers import original_class
 
-__all__ = ["RadialTables"]
+__all__ = ["JOINED", "PAIRS", "RadialTables"]
+
+PAIRS = 512
+"""Pairs of species whose tables are kept, a few megabytes each: those of 31 species together."""
+JOINED = 8
+"""Groups of pairs whose tables are kept end to end, as the kernels read them."""
+
+Pair = tuple[radial.RadialTable, "radial.RadialTable | None"]
 
 
 class RadialTables:
@@ -47,8 +56,8 @@ class RadialTables:
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
         self.by_species = hasattr(model.radial_embedding, "distance_transform")
-        self.made: dict[int, tuple[radial.RadialTable, radial.RadialTable | None]] = {}
-        self.joined: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor | None]] = {}
+        self.made: Cache[int, Pair] = Cache(PAIRS)
+        self.joined: Cache[Any, tuple[Tensor, Tensor | None]] = Cache(JOINED)
         self._probe()
 
     @staticmethod
@@ -66,7 +75,7 @@ class RadialTables:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
             if not torch.equal(self._weights(lengths, first, last), self._weights(lengths, last, first)):
                 raise ValueError("the radial functions tell sender from receiver")
-        self._make(self.code(first, last))
+        self._pair(self.code(first, last))
 
     def code(self, first: int, second: int) -> int:
         """Number of a pair of species, whatever its order; 0 if species do not matter."""
@@ -93,7 +102,10 @@ class RadialTables:
             density = density * cutoff
         return density.view(-1, 1, 1)
 
-    def _make(self, code: int) -> None:
+    def _pair(self, code: int) -> Pair:
+        return self.made.get(code, lambda: self._make(code))
+
+    def _make(self, code: int) -> Pair:
         first, second = divmod(code, self.elements)
         weights = radial.tabulate(lambda lengths: self._weights(lengths, first, second), self.r_max, self.tolerance)
         density = None
@@ -101,7 +113,7 @@ class RadialTables:
             density = radial.tabulate(
                 lambda lengths: self._densities(lengths, first, second), self.r_max, self.tolerance
             )
-        self.made[code] = weights, density
+        return weights, density
 
     def tables(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The knots of some pairs, one after the other: of the weights, and of the density where there is one.
@@ -112,33 +124,30 @@ class RadialTables:
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
-        key = codes, device
-        if key not in self.joined:
-            for code in codes:
-                if code not in self.made:
-                    self._make(code)
-            for part in range(2):
-                # All with the steps of the finest.
-                tables = [self.made[code][part] for code in codes]
-                finest = max(t.knots.shape[1] for t in tables if t is not None) if tables[0] is not None else 0
-                for code in codes:
-                    table = self.made[code][part]
-                    if table is not None and table.knots.shape[1] < finest:
-                        self._refine(code, part, finest)
-            weights = torch.cat([self.made[code][0].knots for code in codes]).to(device, dtype)
-            densities = [table.knots for code in codes if (table := self.made[code][1]) is not None]
-            # A structure that changes its species keeps what it had; the rest can be put together again.
-            if len(self.joined) > 8:
-                self.joined.clear()
-            self.joined[key] = weights, torch.cat(densities).to(device, dtype) if densities else None
-        return self.joined[key]
+        return self.joined.get((codes, dtype, device), functools.partial(self._join, codes, dtype, device))
 
-    def _refine(self, code: int, part: int, fewest: int) -> None:
+    def _join(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        pairs = {code: self._pair(code) for code in codes}
+        # All with the steps of the finest.
+        finest = [max((t.knots.shape[1] for pair in pairs.values() if (t := pair[part])), default=0) for part in (0, 1)]
+        for code, pair in pairs.items():
+            finer = self._refined(code, pair, finest)
+            if finer is not pair:
+                pairs[code] = finer
+                self.made.put(code, finer)
+        weights = torch.cat([pair[0].knots for pair in pairs.values()]).to(device, dtype)
+        densities = [density.knots for _, density in pairs.values() if density is not None]
+        return weights, torch.cat(densities).to(device, dtype) if densities else None
+
+    def _refined(self, code: int, pair: Pair, knots: list[int]) -> Pair:
+        """A pair of tables with at least so many knots in that of the weights, and in that of the density."""
         first, second = divmod(code, self.elements)
-        function = (self._weights, self._densities)[part]
-        finer = radial.tabulate(lambda lengths: function(lengths, first, second), self.r_max, self.tolerance, fewest)
-        before = self.made[code]
-        self.made[code] = (finer, before[1]) if part == 0 else (before[0], finer)
+        weights, density = pair
+        if weights.knots.shape[1] < knots[0]:
+            weights = radial.tabulate(lambda r: self._weights(r, first, second), self.r_max, self.tolerance, knots[0])
+        if density is not None and density.knots.shape[1] < knots[1]:
+            density = radial.tabulate(lambda r: self._densities(r, first, second), self.r_max, self.tolerance, knots[1])
+        return pair if weights is pair[0] and density is pair[1] else (weights, density)
 
     @property
     def error(self) -> float:

@@ -11,7 +11,7 @@
 ``create_error_table``        prints the same weights without quantization beside the table, and compresses the
                               files that have been written just before
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
-``_atoms_to_batch``           the calculator keeps the neighbour lists of quantized models over some steps
+``_atoms_to_batch``           the calculator keeps the neighbour lists of accelerated models over some steps
 ==========================  ==============================================================
 
 Without the key ``quantization``, that name and quantized models each of them is the original. Imports stay inside the
@@ -260,8 +260,8 @@ def _patch_calculator(module: Any) -> None:
 
     @functools.wraps(original)
     def _atoms_to_batch(self: Any, atoms: Any) -> Any:
-        # Where they were never imported no model is quantized.
-        if "gaq_mace.model" not in sys.modules:
+        # Where it was never imported no model is quantized or accelerated.
+        if "gaq_mace.engine" not in sys.modules:
             return original(self, atoms)
         from gaq_mace import neighbours
 

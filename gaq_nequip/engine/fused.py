@@ -23,6 +23,7 @@ from nequip.data import AtomicDataDict
 from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
+from gaq.caches import Cache
 from gaq.kernels import convolution, gpu, harmonics, product, radial, rounding
 from gaq.model.state import is_kind
 from gaq.quantizers.features import FeatureQuantizer
@@ -269,13 +270,11 @@ class FusedRounding:
         return rounding.rounded(x.contiguous(), self.plan_ints, self.plan_reals)
 
 
-_FUSED: dict[type, type] = {}
+_FUSED: Cache[type, type] = Cache(most=32)
 
 
 def _fused_class(own: type, kind: type) -> type:
-    if kind not in _FUSED:
-        _FUSED[kind] = type(f"Fused{kind.__name__}", (own, kind), {})
-    return _FUSED[kind]
+    return _FUSED.get(kind, lambda: type(f"Fused{kind.__name__}", (own, kind), {}))
 
 
 def _coefficients(contracter: Any) -> Tensor:

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
     },
     "correlation3": {"correlation": 3},
+    # Radial functions of the species of both atoms.
+    "agnesi": {"distance_transform": "Agnesi"},
     "residual_first": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
     "large": {"hidden_irreps": "32x0e+32x1o", "MLP_irreps": "16x0e", "radial_MLP": [64, 64, 64], "num_bessel": 8},
     # As many elements as foundation models have.

@@ -464,7 +464,7 @@ def test_copies_and_pickles_keep_nothing(calculators: Callable[..., MACECalculat
 def test_what_is_kept_goes_with_the_calculator(calculators: Callable[..., MACECalculator]) -> None:
     calculator = calculators()
     start(calculator, molecule("CH3CH2OH"))
-    kept = weakref.ref(neighbours._kept[calculator])
+    kept = weakref.ref(neighbours.kept_by(calculator))
     del calculator
     gc.collect()
     assert kept() is None

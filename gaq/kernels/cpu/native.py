@@ -8,7 +8,6 @@ folder), under a name made of everything they depend on.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -19,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from gaq.caches import cached
 
 __all__ = [
     "STATIC_NAME",
@@ -100,7 +101,7 @@ def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
     return compiler, cache / f"{kind}-{digest.hexdigest()[:20]}"
 
 
-@functools.cache
+@cached(most=1)
 def library() -> ctypes.CDLL:
     """The compiled kernels.
 
@@ -126,7 +127,7 @@ def library() -> ctypes.CDLL:
 STATIC_NAME = "gaqkernels"
 
 
-@functools.cache
+@cached(most=2)
 def static_library(dtype: torch.dtype) -> Path:
     """Folder of a static library (``-lgaqkernels``) with the operations as AOTInductor calls them.
 
@@ -197,7 +198,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
             function.argtypes, function.restype = arguments, None
 
 
-@functools.cache
+@cached(most=1)
 def why_not() -> str | None:
     """None where the kernels can run, else the reason (`gaq doctor` prints it)."""
     try:
@@ -212,6 +213,7 @@ def available() -> bool:
     return why_not() is None
 
 
+@cached(most=32)
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The compiled function of a kernel for a dtype.
 

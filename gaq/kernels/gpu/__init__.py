@@ -8,11 +8,12 @@ whole steps, `tracing` registers the operations.) Without a card they run throug
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
 import torch
+
+from gaq.caches import cached
 
 __all__ = ["chosen", "interpreted", "why_not"]
 
@@ -22,7 +23,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
+@cached(most=1)
 def why_not() -> str | None:
     """None where Triton kernels can run, else the reason (`gaq doctor` prints it)."""
     if importlib.util.find_spec("triton") is None:

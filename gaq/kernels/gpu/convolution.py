@@ -22,7 +22,6 @@ Lists of edges are made by sorting on the device, without waiting for it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -34,6 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gaq.caches import cached
 from gaq.kernels import harmonics
 from gaq.kernels.cpu.native import cache_folder, refuse_second_derivative
 from gaq.kernels.gpu import tracing, why_not
@@ -424,7 +424,7 @@ def source(problem: ConvolutionProblem, tabulated: bool) -> str:
 # -- operations --
 
 
-@functools.cache
+@cached(most=64)
 def _written(key: str) -> Any:
     """The module of generated kernels; its file has to exist, because Triton reads the source of what it compiles."""
     path = _folder() / f"{key}.py"
@@ -437,7 +437,7 @@ def _written(key: str) -> Any:
     return module
 
 
-@functools.cache
+@cached(most=1)
 def _folder() -> File:
     folder = cache_folder() / "triton"
     try:

@@ -1,0 +1,105 @@
+"""The fused kernels for float models, and how they are switched off for a model."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import logging
+from typing import Any, TypeVar
+
+import torch
+from e3nn.util.jit import compile_mode
+from mace.modules import models as mace_models
+
+from gaq.model.state import state_of
+from gaq_mace.engine.reading import Unsupported
+from gaq_mace.engine.serving import CHOICE, OWN_ENTRIES, RECORD, Served, record_of, switched_off
+
+__all__ = ["accelerate", "decelerate"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+# Of the name of MACE's own class: MACE asks for it where it rebuilds a model.
+@compile_mode("script")
+class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
+    """A `mace.modules.ScaleShiftMACE` whose inference goes through the fused kernels.
+
+    Weights, state dict and files are those of MACE's own class.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        own = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
+        # Not by copyreg.__newobj__, with which pickle insists on the class of the object itself.
+        return copyreg._reconstructor, (mace_models.ScaleShiftMACE, object, None), own  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
+        # Through pickling a copy would lose its speed; the engine belongs to the weights of the original.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        own = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
+        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
+        new.__dict__[CHOICE] = self.__dict__[CHOICE]
+        return new
+
+
+def accelerate(model: Model) -> Model:
+    """Let a MACE model compute energies, forces, virials and stresses through the fused kernels, in place.
+
+    Converted models do so without being asked. A float model computes what it did, to the rounding of its dtype.
+    What needs more than first derivatives (training, Hessians) or derivatives by the weights stays MACE's own, call by
+    call. Files, pickles and state dicts of an accelerated float model are those of MACE's own class.
+
+    Args:
+        model: a `ScaleShiftMACE`, float or converted, such as ``calculator.models[0]`` of a `MACECalculator`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        Unsupported: a `ValueError` that names the part of the model the kernels do not serve.
+        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built; the message says what helps.
+    """
+    state = state_of(model)
+    if state is not None and state.status != "converted":
+        raise Unsupported(
+            "this model is in training: its weights are rounded anew in each call. Convert it first (gaq.convert)."
+        )
+    if type(model) is not mace_models.ScaleShiftMACE and not isinstance(model, Served):
+        raise Unsupported(
+            f"a {type(model).__module__}.{type(model).__name__} cannot be accelerated: the fused kernels serve "
+            "mace.modules.ScaleShiftMACE, which mace_run_train makes of `model: MACE` and `model: ScaleShiftMACE`. "
+            "Give the plain model, not one that is compiled or scripted."
+        )
+    for attribute, option in (("cueq_config", "enable_cueq"), ("oeq_config", "enable_oeq")):
+        if getattr(getattr(model, attribute, None), "enabled", False):
+            raise Unsupported(f"this model was built with {option} and has kernels of its own. Give the plain model.")
+    weight = next(model.parameters())
+    if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
+        raise Unsupported(
+            f"a model in {weight.dtype} on {weight.device} cannot be accelerated: the fused kernels compute in float32 "
+            "or float64, on a CPU or an NVIDIA GPU."
+        )
+    if switched_off():
+        logging.warning("gaq: the fused kernels are switched off (GAQ_ENGINE=0): the model runs as it did.")
+    elif (reason := record_of(model, warn=False).reason) is not None:
+        model.__dict__.pop(RECORD, None)
+        raise Unsupported(f"this model cannot be accelerated: {reason}")
+    model.__dict__[CHOICE] = True
+    if type(model) is mace_models.ScaleShiftMACE:
+        model.__class__ = ScaleShiftMACE  # type: ignore[assignment]
+    return model
+
+
+def decelerate(model: Model) -> Model:
+    """Let a model run through the reference path, in place: MACE's own code, and of quantized models ours.
+
+    A float model is of MACE's own class again. `accelerate` takes it back.
+    """
+    for name in OWN_ENTRIES:
+        model.__dict__.pop(name, None)
+    if type(model) is ScaleShiftMACE:
+        model.__class__ = mace_models.ScaleShiftMACE  # type: ignore[assignment]
+    elif isinstance(model, Served):
+        model.__dict__[CHOICE] = False
+    return model

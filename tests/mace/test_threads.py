@@ -1,0 +1,115 @@
+"""First use of quantized models from several threads at once gives what one thread gets."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from mace.calculators import MACECalculator
+
+from gaq.kernels.cpu import native
+from gaq_mace import engine
+from gaq_mace.evaluate import make_batches
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+
+KINDS = ("plain", "agnesi")
+MOLECULES = ("CH3OH", "CH3CH2OH", "C6H6", "H2O")
+
+
+def at_once(tasks: list[Callable[[], Any]]) -> list[Any]:
+    """Results of functions that run in a thread each and begin together; the first exception is raised here."""
+    barrier = threading.Barrier(len(tasks))
+    results: list[Any] = [None] * len(tasks)
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            barrier.wait()
+            results[number] = tasks[number]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, quantized: Callable[..., Any]) -> torch.nn.Module:
+    """A converted model that has never been called."""
+    return quantized("w8", request.param, torch.float64)  # type: ignore[no-any-return]
+
+
+def calculator_of(model: torch.nn.Module) -> MACECalculator:
+    return MACECalculator(models=[copy.deepcopy(model)], device="cpu", default_dtype="float64")
+
+
+def energy_and_forces(calculator: MACECalculator, atoms: Atoms) -> tuple[float, np.ndarray]:
+    own = atoms.copy()
+    own.calc = calculator
+    return own.get_potential_energy(), own.get_forces()
+
+
+def expected_of(model: torch.nn.Module, structures: list[Atoms]) -> list[tuple[float, np.ndarray]]:
+    with engine.disabled():
+        return [energy_and_forces(calculator_of(model), atoms) for atoms in structures]
+
+
+def assert_results(found: list[Any], expected: list[Any]) -> None:
+    for (energy, forces), (wanted, wanted_forces) in zip(found, expected, strict=True):
+        assert energy == pytest.approx(wanted, rel=0, abs=1e-9)
+        np.testing.assert_allclose(forces, wanted_forces, rtol=0, atol=1e-8)
+
+
+def test_each_thread_with_a_calculator_of_its_own(model: torch.nn.Module) -> None:
+    structures = [molecule(name) for name in MOLECULES]
+    expected = expected_of(model, structures)
+    calculators = [calculator_of(model) for _ in structures]
+    found = at_once(
+        [
+            lambda c=c, a=a: energy_and_forces(c, a)  # type: ignore[misc]
+            for c, a in zip(calculators, structures, strict=True)
+        ]
+    )
+    assert_results(found, expected)
+    assert all(engine.engine_of(c.models[0]) is not None for c in calculators)
+
+
+def test_one_calculator_for_all_threads(model: torch.nn.Module) -> None:
+    """ASE's own cache of results holds one structure, so all threads ask for the same one."""
+    atoms = molecule("CH3CH2OH")
+    expected = expected_of(model, [atoms])
+    calculator = calculator_of(model)
+    found = at_once([lambda: energy_and_forces(calculator, atoms)] * 4)
+    assert_results(found, expected * 4)
+
+
+def test_one_model_with_structures_of_different_species(model: torch.nn.Module) -> None:
+    """More compositions than the engine keeps, and radial tables that no thread has made before."""
+    own = copy.deepcopy(model)
+    structures = [molecule(name) for name in (*MOLECULES, "CO", "OH", "CH4", "C2H4", "HCO", "CO2", "O2", "H2")]
+    batches = [make_batches(model, [atoms], 1)[0] for atoms in structures]
+    with engine.disabled():
+        expected = [float(own(dict(batch))["energy"].detach()) for batch in batches]
+
+    def run(numbers: range) -> dict[int, float]:
+        return {i: float(own(dict(batches[i]))["energy"].detach()) for i in numbers}
+
+    everything = range(len(batches))
+    found = at_once([lambda r=r: run(r) for r in (everything, everything[::-1]) * 2])  # type: ignore[misc]
+    for energies in found:
+        assert [energies[i] for i in everything] == pytest.approx(expected, rel=0, abs=1e-9)
