@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gaq import settings
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
 from gaq_mace.engine.integers import integer_linears
@@ -34,7 +34,7 @@ def disabled() -> Iterator[None]:
 
 def switched_off() -> bool:
     """Whether the engine is turned off, here or by ``GAQ_ENGINE=0``."""
-    return _disabled or os.environ.get("GAQ_ENGINE", "1") == "0"
+    return _disabled or not settings.current().engine
 
 
 # MACE asks for a differentiable backward pass in all of these.

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from gaq import settings
+
 __all__ = [
     "STATIC_NAME",
     "CompilerError",
@@ -58,9 +60,9 @@ def _compiler() -> str:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    base = os.environ.get("GAQ_CACHE")
-    if base:
-        return Path(base)
+    chosen = settings.current().cache
+    if chosen is not None:
+        return chosen
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaq"
 
 
