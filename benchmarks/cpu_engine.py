@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ from mace.calculators import MACECalculator
 from mace_speed import big_model, water_box
 
 import gaq
+from gaq import settings
 from gaq.reporting.tables import markdown_table
 from gaq_mace.engine import Engine, accelerate, engine_of
 
@@ -361,9 +361,8 @@ def main() -> None:
         stage_time(files, args.work, args.repeats, not args.no_compiled, args.symmetrix)
     if args.stage in ("growth", "all"):
         # One structure again and again would never need another neighbour list.
-        os.environ["GAQ_SKIN"] = "0"
-        stage_growth(files, args.work)
-        del os.environ["GAQ_SKIN"]
+        with settings.override(skin=0.0):
+            stage_growth(files, args.work)
     if args.stage in ("memory", "all"):
         stage_memory(args.work)
     if args.stage in ("table", "all"):

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.build import molecule
 
+from gaq import settings
+
 STOCK, COMPILED, CUEQ, OEQ = "stock eager", "stock compiled", "cuEquivariance", "OpenEquivariance"
 FP32, PRESETS = "engine fp32", ("w8", "gaq")
 GRAPH, NO_GRAPH = "engine quantized, CUDA graph", "engine quantized, no graph"
 INT8 = "engine quantized, int8 linears"
-VARIANTS: dict[str, dict[str, str]] = {
-    GRAPH: {"GAQ_CUDA_GRAPHS": str(10**9)},
-    NO_GRAPH: {"GAQ_CUDA_GRAPHS": "0"},
-    INT8: {"GAQ_LINEAR": "int8"},
+VARIANTS: dict[str, dict[str, Any]] = {
+    GRAPH: {"cuda_graphs": 10**9},
+    NO_GRAPH: {"cuda_graphs": 0},
+    INT8: {"linear": "int8"},
 }
-"""The preset gaq with the variables of the environment that choose how it runs."""
+"""The preset gaq with the settings that choose how it runs."""
 
-GIVEN = {name: os.environ.get(name) for name in ("GAQ_CUDA_GRAPHS", "GAQ_LINEAR")}
+_chosen = ExitStack()
 
 
 def as_chosen(kind: str) -> None:
-    """Set the variables of the environment that a row is about, and the others as they were given."""
-    for name, value in GIVEN.items():
-        chosen = VARIANTS.get(kind, {}).get(name, value)
-        if chosen is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = chosen
+    """Make the settings those that a row is about, and the others as the environment has them, until the next call."""
+    _chosen.close()
+    _chosen.enter_context(settings.override(**VARIANTS.get(kind, {})))
 
 
 def water(atoms: int) -> Any:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gaq import settings
+
 __all__ = ["main"]
 
 
@@ -284,6 +286,11 @@ def _doctor() -> int:
     for adapter in adapters().values():
         for line in getattr(adapter, "doctor", lambda: [])():
             print(f"  {line}")
+    print("settings")
+    for setting in settings.rows():
+        problem = "" if setting.problem is None else f": {setting.problem}"
+        print(f"  {setting.variable:16s} {setting.value:8s} {setting.source}{problem}")
+    settings.current()  # refuses values that are not allowed, now that all have been shown
     from gaq.kernels import gpu
     from gaq.kernels.cpu import native
 

@@ -7,6 +7,9 @@ belongs to Python, torch, e3nn or MACE, so it loads where this package is not in
 model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
 (see `gaq_mace.hook.patches`) puts the activation quantizers back. A model with the interaction block of
 `gaq_mace.attention` is the exception: the constructor names that block, so it loads only with this package.
+
+Both forms hold every parameter. A reader whose MACE builds a model with other parameters, by name or shape, gets an
+error that names them and the MACE that wrote the file; with this package installed and without.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import importlib
 import json
 import operator
 import pickle
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +141,7 @@ class Packed:
         config: constructor arguments.
         dtype: of the model.
         quantized: codes and scales by parameter name.
-        plain: every other tensor of the state that the constructor does not make by itself.
+        plain: every other parameter, and the buffers that the constructor does not make by itself.
         ranges: observed sizes by site name.
         ratios: range ratios of the weights of a model in training.
     """
@@ -162,29 +166,114 @@ def digest(state: dict[str, Tensor]) -> str:
     return summary.hexdigest()
 
 
+@dataclass(frozen=True)
+class Constructed:
+    """What the constructor of MACE makes of a configuration, without the values of parameters.
+
+    Attributes:
+        parameters: names and shapes, as `described` gives them.
+        buffers: checksums by name.
+    """
+
+    parameters: frozenset[str]
+    buffers: dict[str, str]
+
+
+@functools.lru_cache(maxsize=8)
+def constructed(key: bytes) -> Constructed:
+    """Build a plain model and describe it. Slow (a second model), so once a configuration.
+
+    Args:
+        key: configuration and dtype, pickled.
+    """
+    config, dtype = pickle.loads(key)
+    model = build(config, dtype)
+    parameters = dict(model.named_parameters())
+    state = model.state_dict()
+    buffers = {name: _checksum(tensor) for name, tensor in state.items() if name not in parameters}
+    return Constructed(frozenset(described(parameters)), buffers)
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Of one tensor, to the last bit."""
+    data = tensor.detach().cpu().contiguous()
+    summary = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    summary.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return summary.hexdigest()
+
+
+def described(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names with shapes: ``"readouts.0.linear.weight (128,)"``."""
+    return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+
+
 def take_apart(model: torch.nn.Module) -> Packed:
-    """What a file of this model has to hold."""
+    """What a file of this model has to hold.
+
+    A file leaves out the buffers that MACE's constructor makes by itself, Clebsch-Gordan tables above all. Which those
+    are is known from a second model, built of the configuration (once for each, see `constructed`).
+
+    Raises:
+        ModelFileError: if the constructor would not make a model with these parameters, so that the file could not be
+            loaded again.
+    """
     config = model_config(model)
     dtype = _dtype(model)
     quantized = quantized_weights(model)
-    made = build(config, dtype).state_dict()
+    parameters = dict(model.named_parameters())
+    made = constructed(pickle.dumps((config, dtype)))
+    if differing := made.parameters ^ described(parameters):
+        raise ModelFileError(
+            f"{', '.join(sorted(differing))}: not what MACE builds of this model's configuration, so a packed file of "
+            "it could not be loaded again. Save a model whose modules are MACE's own."
+        )
     plain = {}
     for name, tensor in model.state_dict().items():
         if name == "_extra_state" or name in quantized:
             continue
         value = tensor.detach().cpu()
-        if name not in made or not torch.equal(made[name], value):
+        if name in parameters or made.buffers.get(name) != _checksum(value):
             plain[name] = value.clone()
-    parameters = {name for name, _ in model.named_parameters()}
     meta = meta_of(model)
     # Packing rounds the weights: whoever reads the file gets a converted model.
     meta["status"] = "converted"
     weights = {name: q.dequantize() for name, q in quantized.items()}
-    meta["digest"] = digest({**weights, **{k: v for k, v in plain.items() if k in parameters}})
-    meta["checked"] = sorted([*weights, *(k for k in plain if k in parameters)])
+    stored = {**weights, **{k: v for k, v in plain.items() if k in parameters}}
+    meta["digest"] = digest(stored)
+    meta["checked"] = sorted(stored)
     ranges = {name: q.ranges() for name, q in feature_quantizers(model).items()}
     ratios = {name: q.range_ratio.detach().cpu() for name, q in weight_quantizers(model).items()}
     return Packed(meta, config, dtype, quantized, plain, ranges, ratios)
+
+
+_WRITTEN = "this file was written with"
+
+
+def _other_mace(meta: Mapping[str, Any]) -> str:
+    """The error for a reader with another MACE; braces for what only the file has, and for what only the model has."""
+    writer = str(meta.get("mace", "of an unknown version"))
+    return (
+        f"{_WRITTEN} mace-torch {writer} (torch {meta.get('torch', '?')}, gaq {meta.get('gaq', '?')}), and the mace "
+        "installed here builds this model with other tensors. In the file only: {}. In the model only: {}. "
+        f"Install the version that wrote the file (pip install mace-torch=={writer}) and load it there."
+    )
+
+
+def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Refuse to load tensors into a model that has other parameters.
+
+    Args:
+        model: as MACE has built it.
+        stored: every parameter, and some buffers, by name.
+        meta: of the file.
+
+    Raises:
+        ModelFileError: naming the tensors that differ and the MACE that wrote the file.
+    """
+    missing = described(dict(model.named_parameters())) - described(stored)
+    unknown = described(stored) - described(model.state_dict())
+    if missing or unknown:
+        raise ModelFileError(_other_mace(meta).format(sorted(unknown), sorted(missing)))
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -289,6 +378,7 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     before_random = Call(torch.get_rng_state)
     constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)  # type: ignore[arg-type]
     made = Call(constructor)
+    own = Call(_method("state_dict"), made)
     steps = (
         before_dtype,
         before_random,
@@ -296,10 +386,38 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
         made,
         Call(torch.set_default_dtype, before_dtype),
         Call(torch.set_rng_state, before_random),
-        Call(functools.partial(torch.nn.Module.load_state_dict, strict=False), made, state),
+        _parameters_checked(made, own, state, packed.meta),
+        # The constructor's own buffers stay; of the parameters every one is in the file by now.
+        Call(torch.nn.Module.load_state_dict, made, Call(operator.or_, own, state)),
     )
     payload = {"meta": packed.meta, "ranges": packed.ranges, "weights": fixed}
     return operator.itemgetter(3), (steps,), {STATE_KEY: payload}
+
+
+def _parameters_checked(made: Call, own: Call, state: dict[str, Any], meta: dict[str, Any]) -> Call:
+    """`check_parameters` as the reader will compute it, from stock functions only.
+
+    Args:
+        made: the model as MACE has built it.
+        own: its state.
+        state: what the file holds.
+        meta: of the file.
+    """
+
+    def texts(names: Any, tensors: Any) -> Call:
+        shapes = Call(map, tuple, Call(map, operator.attrgetter("shape"), tensors))
+        return Call(set, Call(map, "{} {}".format, names, shapes))
+
+    names = Call(map, operator.itemgetter(0), Call(_method("named_parameters"), made))
+    parameters = texts(names, Call(_method("parameters"), made))
+    stored = texts(Call(_method("keys"), state), Call(_method("values"), state))
+    model = texts(Call(_method("keys"), own), Call(_method("values"), own))
+    unknown, missing = Call(operator.sub, stored, model), Call(operator.sub, parameters, stored)
+    message = Call(_other_mace(meta).format, Call(sorted, unknown), Call(sorted, missing))
+    count = Call(len, Call(operator.or_, unknown, missing))
+    # Through the module, whose public name this is; the function pickles as that of a private one.
+    comparison = operator.methodcaller("assert_close", count, 0, msg=message)
+    return Call(comparison, Call(importlib.import_module, "torch.testing"))
 
 
 def reduce_stock(model: torch.nn.Module, stock: type) -> tuple[Any, ...]:
@@ -310,17 +428,38 @@ def reduce_stock(model: torch.nn.Module, stock: type) -> tuple[Any, ...]:
 
 
 def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
-    """Check the tensors of a model against the checksum stored with it.
+    """Check the parameters of a model against the names and the checksum stored with it.
 
     Raises:
-        ModelFileError: if they differ: the file was altered or damaged.
+        ModelFileError: if they differ: another MACE built the model, or the file was altered or damaged.
     """
     state = model.state_dict()
-    if "digest" in meta and digest({k: state[k] for k in meta["checked"] if k in state}) != meta["digest"]:
+    names, checked = {name for name, _ in model.named_parameters()}, set(meta["checked"])
+    if names != checked:
+        raise ModelFileError(_other_mace(meta).format(sorted(checked - names), sorted(names - checked)))
+    if digest({name: state[name] for name in checked}) != meta["digest"]:
         raise ModelFileError(
             "the weights in this file do not match the checksum stored with them: it was altered or damaged. "
             "Quantize the float model again."
         )
+
+
+def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping[str, Tensor], complete: bool) -> None:
+    """Refuse ranges of activations that belong to no site of a restored model, and sites without theirs.
+
+    Args:
+        model: restored.
+        meta: of the file.
+        ranges: by site name.
+        complete: whether the file holds the ranges of all sites, and not only those that were observed.
+
+    Raises:
+        ModelFileError: naming the sites that differ and the MACE that wrote the file.
+    """
+    sites = set(feature_quantizers(model))
+    unknown, missing = set(ranges) - sites, sites - set(ranges) if complete else set()
+    if unknown or missing:
+        raise ModelFileError(_other_mace(meta).format(sorted(unknown), sorted(missing)))
 
 
 def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None:
@@ -330,6 +469,7 @@ def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None
     verify(model, meta)
     weights = {name: FixedWeight(b, g, n, scale) for name, (b, g, n, scale) in payload["weights"].items()}
     restore(model, StoredState(meta, payload["ranges"], weights))
+    check_sites(model, meta, payload["ranges"], complete=True)
 
 
 def save(model: torch.nn.Module, path: str | Path) -> None:
@@ -459,10 +599,12 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
     if int(header["meta"].get("format", 0)) < 2:
         raise ModelFileError("a form of before format 2, with a tensor a weight; quantize the float model again.")
     model = build(_config_from_json(header["config"]), getattr(torch, header["dtype"]))
-    layouts = _layouts(model)
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
+    shapes = {name: torch.empty(shape, device="meta") for name, (*_, shape) in header["weights"].items()}
+    check_parameters(model, {**state, **shapes}, header["meta"])
+    layouts = _layouts(model)
     parameters = {name for name, _ in model.named_parameters()}
-    header["meta"]["checked"] = sorted([*header["weights"], *(name for name in state if name in parameters)])
+    header["meta"]["checked"] = sorted(parameters)
     weights = {}
     begin = first = 0
     for name, (bits, granularity, group_size, shape) in header["weights"].items():
@@ -474,10 +616,13 @@ def _load_safetensors(path: Path) -> torch.nn.Module:
         begin, first = end, last
         state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))
         weights[name] = FixedWeight(bits, granularity, group_size, scale)
-    model.load_state_dict(state, strict=False)
+    # The constructor's own buffers stay.
+    model.load_state_dict({**model.state_dict(), **state})
     verify(model, header["meta"])
     ranges = {key.removeprefix("range:"): t for key, t in tensors.items() if key.startswith("range:")}
-    return restore(model, StoredState(header["meta"], ranges, weights))
+    restore(model, StoredState(header["meta"], ranges, weights))
+    check_sites(model, header["meta"], ranges, complete=False)
+    return model
 
 
 def _check_device(device: str) -> None:
@@ -509,6 +654,7 @@ _UNREADABLE = (
     LookupError,
     AttributeError,
     ImportError,
+    AssertionError,
     TypeError,
     ValueError,
 )
@@ -542,6 +688,9 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
         raise ModelFileError(f"{path}: {error}") from error
     except _UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, AssertionError) and first.startswith(_WRITTEN):
+            # A packed pickle checks its parameters itself (see `_parameters_checked`).
+            raise ModelFileError(f"{path}: {first}") from error
         raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({first}).") from error
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelFileError(

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import logging
 import math
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,40 +23,18 @@ from mace.data.neighborhood import get_neighborhood
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gaq import settings
 from gaq.caches import WeakKeyCache
 from gaq_mace import engine
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Steps of 1 fs at 300 K, cutoff 5 Å, one thread, on a shared machine, means with the making of lists: the batch of
-# azobenzene took 1.8 ms without a skin and 0.7, 0.6 and 0.6 ms with 0.3, 0.7 and 1.5 Å (a list served 4, 13 and 99
-# steps); that of 192 atoms of water 4.9 ms without, and 2.1, 1.5, 1.4 and 2.1 ms with 0.3, 0.7, 1.0 and 1.5 Å (3, 7, 10
-# and 15 steps). Between 0.5 and 1 Å it hardly matters, and a shorter list takes less memory.
-SKIN = 0.7
-"""Å by which a list reaches beyond the cutoff."""
-
 _SLACK = 1e-6
 """Å that are not used of a skin, so that rounding cannot lose a pair."""
 
 _EDGES = ("edge_index", "shifts", "unit_shifts")
 _MOVING = (*_EDGES, "positions")
-
-
-def skin() -> float:
-    """How far lists reach beyond the cutoff, in Å; 0 keeps none. ``GAQ_SKIN`` sets it.
-
-    Raises:
-        ValueError: for a value that is not a length.
-    """
-    text = os.environ.get("GAQ_SKIN", "")
-    try:
-        width = float(text) if text else SKIN
-    except ValueError:
-        width = math.nan
-    if not 0.0 <= width < math.inf:
-        raise ValueError(f"GAQ_SKIN: a length in Å, such as 0.5, or 0 to make every neighbour list anew, not {text!r}")
-    return width
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -375,7 +352,7 @@ def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]
     Raises:
         ValueError: for a value of ``GAQ_SKIN`` that is not a length.
     """
-    width = skin() if _suits(calculator) else 0.0
+    width = settings.current().skin if _suits(calculator) else 0.0
     if width <= 2 * _SLACK:
         _kept.drop(calculator)
         return stock(calculator, atoms)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gaq import settings
 from gaq.files.packing import PLANES_MAX
 from gaq.kernels import linear
 from gaq.quantizers.features import FeatureQuantizer
@@ -19,15 +19,8 @@ __all__ = ["Integers", "integer_linears", "through_integers"]
 
 
 def integer_linears() -> bool:
-    """Whether ``GAQ_LINEAR=int8`` asks for integer products of a model's linear layers on a card.
-
-    Raises:
-        ValueError: for a value that is not known.
-    """
-    wanted = os.environ.get("GAQ_LINEAR", "float")
-    if wanted not in ("float", "int8"):
-        raise ValueError(f"GAQ_LINEAR: int8, or float as if it were not set, not {wanted!r}")
-    return wanted == "int8"
+    """Whether ``GAQ_LINEAR=int8`` asks for integer products of a model's linear layers on a GPU."""
+    return settings.current().linear == "int8"
 
 
 @dataclass(frozen=True)

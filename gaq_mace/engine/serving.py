@@ -6,7 +6,6 @@ that it serves, for the weights the model has then, and kept with the model.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gaq import settings
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
 from gaq_mace.engine.integers import integer_linears
@@ -54,7 +54,7 @@ def disabled() -> Iterator[None]:
 
 def switched_off() -> bool:
     """Whether all engines are off, by `disabled` or by ``GAQ_ENGINE=0``."""
-    return _disabled.get() or os.environ.get("GAQ_ENGINE", "1") == "0"
+    return _disabled.get() or not settings.current().engine
 
 
 class Served:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from gaq import settings
+
 REASON = None
 if find_spec("triton") is None:
     REASON = "Triton is not installed"
@@ -25,6 +27,5 @@ def device() -> torch.device:
 def _kernels_for_cards() -> Iterator[None]:
     if REASON is not None:
         pytest.skip(REASON)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GAQ_KERNELS", "triton")
+    with settings.override(kernels="triton"):
         yield

@@ -12,6 +12,7 @@ import torch
 from recorded import Playback
 from torch import Tensor
 
+from gaq import settings
 from gaq.kernels.gpu import graphs
 
 CPU = torch.device("cpu")
@@ -194,19 +195,17 @@ def test_results_that_are_no_numbers_are_recorded() -> None:
     assert own.failed is None
 
 
-def test_the_largest_step_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_step_is_set_by_the_environment() -> None:
     own = graphs.Graphs(Playback())
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
-    assert own.serves(CPU, graphs.MOST_EDGES)
-    assert not own.serves(CPU, graphs.MOST_EDGES + 1)
-    monkeypatch.setenv("GAQ_CUDA_GRAPHS", "10")
-    assert own.serves(CPU, 10)
-    assert not own.serves(CPU, 11)
-    monkeypatch.setenv("GAQ_CUDA_GRAPHS", "0")
-    assert not own.serves(CPU, 0)
-    monkeypatch.setenv("GAQ_CUDA_GRAPHS", "many")
-    with pytest.raises(ValueError, match="GAQ_CUDA_GRAPHS"):
-        own.serves(CPU, 1)
+    most = settings.Settings().cuda_graphs
+    with settings.override(cuda_graphs=most):
+        assert own.serves(CPU, most)
+        assert not own.serves(CPU, most + 1)
+    with settings.override(cuda_graphs=10):
+        assert own.serves(CPU, 10)
+        assert not own.serves(CPU, 11)
+    with settings.override(cuda_graphs=0):
+        assert not own.serves(CPU, 0)
 
 
 def test_the_card_records_on_a_card_only() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gaq.files.packing import pack_int4
 from gaq.kernels import linear
+from gaq.settings import override
 
 triton_twin = pytest.importorskip(
     "gaq.kernels.gpu.linear", reason="needs Triton: pip install '.[gpu]'", exc_type=ImportError
@@ -70,8 +71,7 @@ def test_linear_is_exact(
     expected, weights = exact(x, codes, scale, rounded, group_size)
     place = device if on_card else torch.device("cpu")
     on_place, added_there = (t.detach().to(place).requires_grad_() for t in (x, residual))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GAQ_KERNELS", "triton" if on_card else "")
+    with override(kernels="triton" if on_card else "auto"):
         out = linear.linear(
             on_place, stored.to(place), scale.to(place), added_there if added else None, rounded, group_size
         )

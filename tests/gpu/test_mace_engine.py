@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,7 @@ from recorded import Playback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaq
+from gaq import settings
 from gaq.adapter import adapter_for
 from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
@@ -145,9 +147,9 @@ def small(request: pytest.FixtureRequest) -> torch.nn.Module:
     indirect=["small"],
 )
 def test_edges_of_the_padding_contribute_nothing(
-    small: torch.nn.Module, kernels: str, monkeypatch: pytest.MonkeyPatch
+    small: torch.nn.Module, kernels: str, setting: Callable[..., Any]
 ) -> None:
-    monkeypatch.setenv("GAQ_KERNELS", kernels)
+    setting(kernels=kernels or "auto")
     own: Any = engine.Engine(small)
     for structures in ([WATER], [strained(0.97, 1), *moved(1)], [LONELY]):
         data = batch_of(small, structures)
@@ -166,17 +168,17 @@ FRAMES = [CRYSTALS[0], moved(0), CRYSTALS[1], CRYSTALS[2], moved(1), CRYSTALS[3]
 """A crystal and a batch of molecules by turns."""
 
 
-def follow(
-    model: torch.nn.Module, frames: list[list[Atoms]], monkeypatch: pytest.MonkeyPatch, tolerance: float
-) -> list[int]:
+RECORDED = settings.Settings().cuda_graphs
+
+
+def follow(model: torch.nn.Module, frames: list[list[Atoms]], tolerance: float) -> list[int]:
     """Steps of a trajectory, each replayed where it is recorded, and by itself; the numbers of their edges."""
     sizes, kept = [], []
     for structures in frames:
         data = batch_of(model, structures, next(model.parameters()).dtype)
         sizes.append(data["edge_index"].shape[1])
         ours = model({k: v.clone() if torch.is_tensor(v) else v for k, v in data.items()}, **OPTIONS)
-        with monkeypatch.context() as patch:
-            patch.setenv("GAQ_CUDA_GRAPHS", "0")
+        with settings.override(cuda_graphs=0):
             theirs = model(data, **OPTIONS)
         kept.append((ours, theirs))
     # After all of them, so that what a later step overwrites is seen.
@@ -198,13 +200,14 @@ def changes(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
-def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trajectory_of_replayed_steps(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, setting: Callable[..., Any]
+) -> None:
     """Through the CPU's kernels, where there is no card: what is tested is the padding and the buffers."""
-    monkeypatch.setenv("GAQ_KERNELS", "")
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    setting(kernels="auto", cuda_graphs=RECORDED)
     playback = Playback()
     monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
-    changes(follow(small, FRAMES, monkeypatch, 1e-13))
+    changes(follow(small, FRAMES, 1e-13))
     assert playback.recorded == 3
     # All but the first of each kind; and once where it is recorded, to see whether it can be.
     assert playback.replayed == len(FRAMES) - 3 + 3
@@ -212,23 +215,23 @@ def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pyt
 
 @pytest.mark.parametrize("small", KINDS[1:], ids=["density"], indirect=True)
 def test_replayed_steps_of_radial_functions_of_the_species(
-    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, setting: Callable[..., Any]
 ) -> None:
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+    setting(cuda_graphs=RECORDED)
     playback = Playback()
     monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
-    sizes = follow(small, CRYSTALS[:3:2], monkeypatch, 1e-13)
+    sizes = follow(small, CRYSTALS[:3:2], 1e-13)
     assert len(set(sizes)) > 1
     assert (playback.recorded, playback.replayed) == (1, 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, setting: Callable[..., Any]) -> None:
+    setting(cuda_graphs=RECORDED)
     model = copy.deepcopy(small).to(dtype)
     # Sums by atomics are not the same from run to run, and a code of 16 bits may fall to the other side.
-    changes(follow(model, FRAMES, monkeypatch, 1e-10 if dtype == torch.float64 else 1e-3))
+    changes(follow(model, FRAMES, 1e-10 if dtype == torch.float64 else 1e-3))
     own: Any = engine.engine_of(model)
     assert own.graphs.failed is None
     assert len(own.graphs.kept) == 3
@@ -238,7 +241,7 @@ def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, monk
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(dict(data), **OPTIONS)
-        monkeypatch.setenv("GAQ_CUDA_GRAPHS", "0")
+        setting(cuda_graphs=0)
         model(dict(data), compute_virials=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -279,9 +282,10 @@ def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch:
 
 
 @pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
-def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GAQ_KERNELS", "")
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
+def test_what_is_not_replayed(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, setting: Callable[..., Any]
+) -> None:
+    setting(kernels="auto", cuda_graphs=RECORDED)
     playback = Playback()
     own: Any = engine.engine_of(small)
     monkeypatch.setattr(own, "graphs", graphs.Graphs(playback))
@@ -293,11 +297,11 @@ def test_what_is_not_replayed(small: torch.nn.Module, monkeypatch: pytest.Monkey
         shift = torch.zeros(3, dtype=torch.float64, device=DEVICE, requires_grad=True)
         data["positions"] = data["positions"] + shift
         small(data)
-    monkeypatch.setenv("GAQ_CUDA_GRAPHS", "3")
+    setting(cuda_graphs=3)
     for _ in range(2):
         small(batch_of(small, [WATER]))
     assert playback.recorded == 0
-    monkeypatch.delenv("GAQ_CUDA_GRAPHS")
+    setting(cuda_graphs=RECORDED)
     for _ in range(2):
         found = small(batch_of(small, [WATER]))
     assert playback.recorded == 1
@@ -333,12 +337,12 @@ def test_structures_of_many_species_look_at_their_edges(
     assert (own.compositions(data["node_attrs"]).knots is None) == by_species
 
 
-def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
     """The products of a float32 model on its integer codes, against those of floats."""
     model = converted(make("", "32x0e+32x1o", 1, 2), "gaq", [WATER]).float().to(DEVICE)
     by_floats: Any = engine.engine_of(model)
     assert not any(layer.by_integers for layer in by_floats.layers)
-    monkeypatch.setenv("GAQ_LINEAR", "int8")
+    setting(linear="int8")
     by_integers: Any = engine.engine_of(model)
     assert by_integers is not by_floats
     generator = torch.Generator().manual_seed(0)
@@ -374,6 +378,3 @@ def test_linear_layers_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
         converted(make("", "4x0e", 1, 2), "w8", [WATER]).float(),
     ):
         assert not any(layer.by_integers for layer in engine.Engine(other.to(DEVICE)).layers)
-    monkeypatch.setenv("GAQ_LINEAR", "int4")
-    with pytest.raises(ValueError, match="GAQ_LINEAR"):
-        engine.engine_of(model)

@@ -230,9 +230,9 @@ def test_calculator_uses_the_engine_without_being_told(tmp_path: Path) -> None:
     assert calculator.get_hessian(atoms).shape == (36, 12, 3)
 
 
-def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_by_the_environment(setting: Callable[..., Any]) -> None:
     model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
-    monkeypatch.setenv("GAQ_ENGINE", "0")
+    setting(engine=False)
     assert not engine.serves(model, {})
     model(batch_of(model, STRUCTURES[:1]))
     assert "gaq_engine" not in model.__dict__

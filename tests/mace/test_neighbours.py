@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mace.calculators import MACECalculator
 
 from gaq.kernels.cpu import native
+from gaq.settings import override
 from gaq_mace import engine, neighbours
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
@@ -31,8 +32,8 @@ SKIN = 0.5
 
 
 @pytest.fixture(autouse=True)
-def default_skin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GAQ_SKIN", str(SKIN))
+def default_skin(setting: Callable[..., Any]) -> None:
+    setting(skin=SKIN)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +208,7 @@ def test_trajectories(calculators: Callable[..., MACECalculator], case: str, dty
     for _ in range(25):
         dynamics.run(1)
         own = calculator.results
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("GAQ_SKIN", "0")
+        with override(skin=0.0):
             fresh.calculate(atoms, ["energy"], all_changes)
         assert own.keys() == fresh.results.keys()
         for name, value in fresh.results.items():
@@ -268,7 +268,7 @@ def test_what_else_changes_is_seen(calculators: Callable[..., MACECalculator], c
 
 
 def test_settings_of_the_calculator_are_seen(
-    calculators: Callable[..., MACECalculator], counter: Counter, monkeypatch: pytest.MonkeyPatch
+    calculators: Callable[..., MACECalculator], counter: Counter, setting: Callable[..., Any]
 ) -> None:
     calculator = calculators(torch.float64)
     atoms = molecule("CH3CH2OH")
@@ -284,7 +284,7 @@ def test_settings_of_the_calculator_are_seen(
     calculator.info_keys["another"] = "another"
     assert counter.by_stock(calculator, atoms)
     start(calculator, atoms)
-    monkeypatch.setenv("GAQ_SKIN", "0.7")
+    setting(skin=0.7)
     assert counter.by_stock(calculator, atoms)
 
 
@@ -365,9 +365,8 @@ def test_other_uses_of_the_calculator(calculators: Callable[..., MACECalculator]
     calculator, fresh = calculators(torch.float64), calculators(torch.float64)
     atoms = molecule("CH3CH2OH")
     start(calculator, atoms)
-    with pytest.MonkeyPatch.context() as patch:
-        own = calculator.get_hessian(atoms), calculator.get_descriptors(atoms), calculator.get_hessian(atoms)
-        patch.setenv("GAQ_SKIN", "0")
+    own = calculator.get_hessian(atoms), calculator.get_descriptors(atoms), calculator.get_hessian(atoms)
+    with override(skin=0.0):
         expected = fresh.get_hessian(atoms), fresh.get_descriptors(atoms)
     for ours, theirs in zip(own, (*expected, expected[0]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * float(np.abs(theirs).max()))
@@ -387,7 +386,7 @@ def test_committees(quantized: Callable[..., Any], float_model: Callable[..., An
 
 @pytest.mark.parametrize("case", ["float", "compiled", "padded", "engine off", "no skin"])
 def test_who_is_not_served(
-    calculators: Callable[..., MACECalculator], counter: Counter, monkeypatch: pytest.MonkeyPatch, case: str
+    calculators: Callable[..., MACECalculator], counter: Counter, setting: Callable[..., Any], case: str
 ) -> None:
     options = {"pad_num_atoms": 12, "pad_num_edges": 128} if case == "padded" else {}
     calculator = calculators(preset=None if case == "float" else "gaq", **options)
@@ -395,12 +394,9 @@ def test_who_is_not_served(
         # What MACE says of itself; to compile would take a minute.
         calculator.use_compile = True
     if case == "engine off":
-        monkeypatch.setenv("GAQ_ENGINE", "0")
+        setting(engine=False)
     if case == "no skin":
-        monkeypatch.setenv("GAQ_SKIN", "0")
-    if case == "float":
-        # A variable for others is not read.
-        monkeypatch.setenv("GAQ_SKIN", "wide")
+        setting(skin=0.0)
     atoms = molecule("CH3CH2OH")
     for _ in range(4):
         assert counter.by_stock(calculator, atoms)
@@ -432,23 +428,6 @@ def test_another_mace_is_noticed(
         assert counter.by_stock(calculator, atoms)
         atoms.positions[0, 0] += 1e-3
     assert sum("neighbour lists are made anew" in record.message for record in caplog.records) == 1
-
-
-@pytest.mark.parametrize("text", ["wide", "-0.1", "inf", "nan"])
-def test_a_skin_is_a_length(
-    calculators: Callable[..., MACECalculator], monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.setenv("GAQ_SKIN", text)
-    with pytest.raises(ValueError, match=r"GAQ_SKIN: a length in Å, such as 0.5, or 0 .*" + text):
-        calculators()._atoms_to_batch(molecule("H2O"))
-
-
-def test_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, expected in (("", neighbours.SKIN), ("0", 0.0), ("1.25", 1.25)):
-        monkeypatch.setenv("GAQ_SKIN", text)
-        assert neighbours.skin() == expected
-    monkeypatch.delenv("GAQ_SKIN")
-    assert neighbours.skin() == neighbours.SKIN
 
 
 def test_copies_and_pickles_keep_nothing(calculators: Callable[..., MACECalculator]) -> None:

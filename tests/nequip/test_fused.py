@@ -151,8 +151,8 @@ def test_shims_are_those_of_the_library(dtype: torch.dtype) -> None:
         assert f" T {name}\n" in symbols
 
 
-def test_static_library_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GAQ_CACHE", str(tmp_path))
+def test_static_library_is_made_once(setting: Callable[..., Any], tmp_path: Path) -> None:
+    setting(cache=tmp_path)
     native.static_library.cache_clear()
     try:
         first = native.static_library(torch.float32)

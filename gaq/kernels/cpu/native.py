@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from gaq import settings
 from gaq.caches import cached
 
 __all__ = [
@@ -59,9 +60,9 @@ def _compiler() -> str:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    base = os.environ.get("GAQ_CACHE")
-    if base:
-        return Path(base)
+    chosen = settings.current().cache
+    if chosen is not None:
+        return chosen
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaq"
 
 

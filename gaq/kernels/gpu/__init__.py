@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from gaq import settings
 from gaq.caches import cached
 
 __all__ = ["chosen", "interpreted", "why_not"]
@@ -38,4 +39,4 @@ def chosen(device: torch.device) -> bool:
 
     Always on a card; on the CPU where ``GAQ_KERNELS=triton`` asks for it, which needs the interpreter.
     """
-    return device.type == "cuda" or (os.environ.get("GAQ_KERNELS") == "triton" and interpreted())
+    return device.type == "cuda" or (settings.current().kernels == "triton" and interpreted())

@@ -14,7 +14,6 @@ Nothing here knows what a step computes. `Recorder` is what touches the card, an
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -23,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from gaq import settings
 
 __all__ = ["CudaRecorder", "Graphs", "Inputs", "Outputs", "Recorder", "bucket", "most_edges"]
 
@@ -37,7 +38,6 @@ WARM_UPS = 3
 TOLERANCE = 1e-3
 """Largest difference of a first replay to the step itself, relative to the largest value or 1."""
 SMALLEST, RATIO, MULTIPLE = 64, 1.25, 8
-MOST_EDGES = 100_000
 
 Inputs = Mapping[str, "Tensor | int"]
 Outputs = dict[str, "Tensor | None"]
@@ -55,17 +55,9 @@ def bucket(count: int) -> int:
 def most_edges() -> int:
     """The largest number of edges of a step that is recorded.
 
-    ``GAQ_CUDA_GRAPHS`` sets it; 0 records nothing. Larger steps keep the card busy, and a graph holds on to the memory
-    of a step. The default is an estimate: there the kernels of a step take about as long as launching them.
-
-    Raises:
-        ValueError: for a value that is not a number.
+    ``GAQ_CUDA_GRAPHS`` sets it; 0 records nothing (see `gaq.settings.Settings`).
     """
-    text = os.environ.get("GAQ_CUDA_GRAPHS", "")
-    try:
-        return int(text) if text else MOST_EDGES
-    except ValueError:
-        raise ValueError(f"GAQ_CUDA_GRAPHS: a number of edges, or 0 to record no graphs, not {text!r}") from None
+    return settings.current().cuda_graphs
 
 
 class Recorder(Protocol):
