@@ -100,7 +100,7 @@ def test_a_step_is_recorded_when_it_repeats() -> None:
     repeats(graphs.Graphs(Playback()), CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_step_is_recorded_on_a_card() -> None:
     own = graphs.Graphs()
     repeats(own, torch.device("cuda"))

@@ -225,7 +225,7 @@ def test_replayed_steps_of_radial_functions_of_the_species(
     assert (playback.recorded, playback.replayed) == (1, 2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, setting: Callable[..., Any]) -> None:
     setting(cuda_graphs=RECORDED)

@@ -1,11 +1,24 @@
-"""Small MACE models with random weights, the same on every machine, and structures to run them on."""
+"""Small MACE models, with random weights and trained, the same on every machine."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from ase import Atoms
+import trained
+from small import diamond, few_bits, molecules, without_distillation
+
+__all__ = [
+    "VARIANTS",
+    "agree",
+    "build_model",
+    "diamond",
+    "few_bits",
+    "molecules",
+    "trained_model",
+    "without_distillation",
+    "write_trained_model",
+]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -37,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any:
+def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0, **changes: Any) -> Any:
     """A ScaleShiftMACE over H, C and O with random weights."""
     import mace  # noqa: F401  (before e3nn)
     import numpy as np
@@ -66,6 +79,7 @@ def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any
         "atomic_inter_scale": 0.8,
         "atomic_inter_shift": 0.1,
         **VARIANTS[variant],
+        **changes,
     }
     for key in ("hidden_irreps", "MLP_irreps"):
         options[key] = o3.Irreps(options[key])
@@ -82,38 +96,18 @@ def build_model(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any
         torch.set_default_dtype(before)
 
 
-def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
-    """The mapping of a preset whose calibration takes no time."""
-    return {"preset": preset, "distillation": {"steps": 0}, **keys}
+def trained_model(dtype: Any = None) -> Any:
+    """The model of ``tests/data/mace.safetensors``, trained on ethanol."""
+    model = build_model(dtype=dtype, **trained.options("mace"))
+    return trained.load_parameters(model, "mace")
 
 
-def few_bits(preset: str) -> dict[str, Any]:
-    """The same, with as few bits as larger models have: these here are so small that a size leaves room for many."""
-    weights: dict[str, Any] = {} if preset.startswith("naive") else {"compression": None}
-    if preset.startswith("w4"):
-        weights |= {"sensitive_bits": 8, "first_bits": 6, "mixing_bits": 5}
-    return without_distillation(preset, weights=weights)
+def write_trained_model(path: Path) -> Path:
+    """Write it as `mace_run_train` writes its models."""
+    import torch
 
-
-def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
-    """Four small molecules, distorted."""
-    import numpy as np
-    from ase.build import molecule
-
-    structures = [molecule(name) for name in ("CH3CH2OH", "H2O", "CH4", "CO2")]
-    generator = np.random.default_rng(seed)
-    for atoms in structures:
-        atoms.positions += generator.normal(scale=amplitude, size=atoms.positions.shape)
-    return structures
-
-
-def diamond() -> Atoms:
-    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
-    from ase.build import bulk
-
-    atoms = bulk("C", "diamond", a=3.6)
-    atoms.rattle(0.08, seed=3)
-    return atoms
+    torch.save(trained_model(), path)
+    return path
 
 
 def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:

@@ -1,14 +1,24 @@
-"""Small NequIP and Allegro models with random weights, the same on every machine, and structures to run them on."""
+"""Small NequIP and Allegro models, with random weights and trained, the same on every machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+import trained
+from small import diamond, few_bits, molecules, without_distillation
 
-if TYPE_CHECKING:
-    from ase import Atoms
+__all__ = [
+    "VARIANTS",
+    "build_model",
+    "diamond",
+    "few_bits",
+    "molecules",
+    "trained_model",
+    "with_key",
+    "without_distillation",
+]
 
 COMMON: dict[str, Any] = {
     "seed": 0,
@@ -74,38 +84,10 @@ def build_model(variant: str = "plain", dtype: str = "float32", **changes: Any) 
     return NequIPGNNModel(**options)
 
 
-def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
-    """The mapping of a preset whose calibration takes no time."""
-    return {"preset": preset, "distillation": {"steps": 0}, **keys}
-
-
-def few_bits(preset: str) -> dict[str, Any]:
-    """The same, with as few bits as larger models have: these here are so small that a size leaves room for many."""
-    weights: dict[str, Any] = {} if preset.startswith("naive") else {"compression": None}
-    if preset.startswith("w4"):
-        weights |= {"sensitive_bits": 8, "first_bits": 6, "mixing_bits": 5}
-    return without_distillation(preset, weights=weights)
-
-
-def molecules(seed: int = 0, amplitude: float = 0.1) -> list[Atoms]:
-    """Four small molecules, distorted."""
-    import numpy as np
-    from ase.build import molecule
-
-    structures = [molecule(name) for name in ("CH3CH2OH", "H2O", "CH4", "CO2")]
-    generator = np.random.default_rng(seed)
-    for atoms in structures:
-        atoms.positions += generator.normal(scale=amplitude, size=atoms.positions.shape)
-    return structures
-
-
-def diamond() -> Atoms:
-    """A distorted diamond cell, smaller than the cutoff: atoms see their own images."""
-    from ase.build import bulk
-
-    atoms = bulk("C", "diamond", a=3.6)
-    atoms.rattle(0.08, seed=3)
-    return atoms
+def trained_model(dtype: str = "float32") -> Any:
+    """The model of ``tests/data/nequip.safetensors``, trained on ethanol."""
+    model = build_model(dtype=dtype, **trained.options("nequip"))
+    return trained.load_parameters(model, "nequip")
 
 
 def with_key(value: Any) -> Callable[[Any], None]:

@@ -1,32 +1,29 @@
-"""Small MACE models with random weights, the same on every machine, and structures to run them on."""
+"""Small MACE models, and runs of MACE's commands."""
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from mace_models import build_model, diamond, few_bits, molecules
+import trained
+from mace_models import build_model, write_trained_model
 
 if find_spec("mace") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
-    import torch
 
     pytest.register_assert_rewrite("mace_runs")
     from mace_runs import BASE, Run, execute, write_data
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-ROOT = Path(__file__).parents[2]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,94 +36,37 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-@pytest.fixture(autouse=True)
-def unchanged_globals() -> Iterator[None]:
-    """MACE's calculator and commands set torch's default dtype; put it and the random state back."""
-    dtype, state, threads = torch.get_default_dtype(), torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
-    torch.set_default_dtype(dtype)
+@pytest.fixture(scope="session")
+def models() -> Any:
+    from models import Models
+
+    return Models(build_model)
 
 
 @pytest.fixture(scope="session")
-def structures() -> list[Atoms]:
-    return molecules()
-
-
-@pytest.fixture(scope="session")
-def crystal() -> Atoms:
-    return diamond()
-
-
-@pytest.fixture(scope="session")
-def float_model() -> Callable[..., Any]:
-    """``float_model(variant, dtype)``: a fresh copy of a model with random weights."""
-    made: dict[Any, Any] = {}
-
-    def get(variant: str = "plain", dtype: Any = None, seed: int = 0) -> Any:
-        key = (variant, dtype, seed)
-        if key not in made:
-            made[key] = build_model(variant, dtype, seed)
-        return copy.deepcopy(made[key])
-
+def float_model(models: Any) -> Callable[..., Any]:
+    """``float_model(variant, dtype, seed=0)``: a fresh copy of a model with random weights."""
+    get: Callable[..., Any] = models.float_model
     return get
 
 
 @pytest.fixture(scope="session")
-def quantized(float_model: Callable[..., Any]) -> Callable[..., Any]:
-    """``quantized(preset, variant, dtype, status)``: a fresh copy of a calibrated model."""
-    import gaq
-
-    made: dict[Any, Any] = {}
-
-    def get(
-        preset: str = "gaq", variant: str = "plain", dtype: Any = None, status: str = "converted", seed: int = 0
-    ) -> Any:
-        key = (preset, variant, dtype, seed)
-        if key not in made:
-            model = gaq.prepare(float_model(variant, dtype, seed), few_bits(preset))
-            gaq.calibrate(model, [*molecules(), diamond()], progress=False)
-            made[key] = model
-        model = copy.deepcopy(made[key])
-        return gaq.convert(model) if status == "converted" else model
-
+def quantized(models: Any) -> Callable[..., Any]:
+    """``quantized(preset, variant, dtype, status, seed=0)``: a fresh copy of a calibrated model."""
+    get: Callable[..., Any] = models.quantized
     return get
 
 
 @pytest.fixture(scope="session")
-def evaluate() -> Callable[..., Any]:
-    """``evaluate(model, structures)``: energies (structures,) and forces, in float64 arrays."""
-    import numpy as np
-
-    from gaq_mace.evaluate import MACEPotential
-
-    def get(model: Any, structures: Sequence[Atoms]) -> tuple[Any, Any]:
-        energies, forces = MACEPotential(model)(structures)
-        return np.asarray(energies, dtype=np.float64), np.concatenate(forces).astype(np.float64)
-
-    return get
+def trained_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float model trained on ethanol, as `mace_run_train` writes it; not to be written to."""
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "trained.model")
 
 
 @pytest.fixture(scope="session")
-def azobenzene() -> Path:
-    """A trained float model; the test is skipped where it is not present."""
-    path = ROOT / ".." / "shared" / "models" / "mace_azobenzene.model"
-    if not path.is_file():
-        pytest.skip("needs the trained azobenzene model")
-    return path.resolve()
-
-
-@pytest.fixture(scope="session")
-def azobenzene_frames() -> list[Atoms]:
-    """Structures of the molecule the trained model is for."""
-    import ase.io
-
-    path = ROOT / ".." / "shared" / "data" / "rmd17" / "azobenzene_test_01.xyz"
-    if not path.is_file():
-        pytest.skip("needs the azobenzene structures")
-    return list(ase.io.read(path, index="::100"))
+def trained_frames() -> list[Atoms]:
+    """Structures of the molecule that the trained model is for."""
+    return trained.ethanol()
 
 
 @pytest.fixture(scope="session")

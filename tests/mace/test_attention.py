@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
 from mace_models import VARIANTS, build_model, molecules, without_distillation
-from mace_runs import BASE, labelled
+from mace_runs import BASE, BRIEF, labelled
 from scipy.spatial.transform import Rotation
 
 import gaq
@@ -48,8 +50,8 @@ DOUBLE = torch.float64
 NEAREST = {"weights": {"rounding": "nearest"}}
 
 
-def made(block: str = "ours", dtype: Any = DOUBLE, seed: int = 0) -> Any:
-    """A model with random weights, attention sharp enough to matter."""
+@cache
+def _made(block: str, dtype: Any, seed: int) -> Any:
     VARIANTS[block] = BLOCKS[block]
     model = build_model(block, dtype, seed)
     for module in model.modules():
@@ -58,9 +60,20 @@ def made(block: str = "ours", dtype: Any = DOUBLE, seed: int = 0) -> Any:
     return model
 
 
-def calibrated(block: str, spec: Any, dtype: Any = torch.float32, seed: int = 0) -> Any:
-    model = gaq.prepare(made(block, dtype, seed), spec)
+def made(block: str = "ours", dtype: Any = DOUBLE, seed: int = 0) -> Any:
+    """A fresh copy of a model with random weights, attention sharp enough to matter."""
+    return copy.deepcopy(_made(block, dtype, seed))
+
+
+@cache
+def _calibrated(block: str, spec: str, dtype: Any, seed: int) -> Any:
+    model = gaq.prepare(made(block, dtype, seed), json.loads(spec))
     return gaq.calibrate(model, molecules(), progress=False)
+
+
+def calibrated(block: str, spec: Any, dtype: Any = torch.float32, seed: int = 0) -> Any:
+    """A fresh copy of it, calibrated."""
+    return copy.deepcopy(_calibrated(block, json.dumps(spec), dtype, seed))
 
 
 def with_attention(preset: str = "gaq", **attention: Any) -> dict[str, Any]:
@@ -245,12 +258,12 @@ def test_with_rounding_off_the_key_is_an_exact_no_op(evaluate: Callable[..., Any
 
 
 def test_on_a_trained_model_without_attention_the_key_changes_nothing(
-    azobenzene: Path, azobenzene_frames: Sequence[Atoms], evaluate: Callable[..., Any]
+    trained_file: Path, trained_frames: Sequence[Atoms], evaluate: Callable[..., Any]
 ) -> None:
-    frames = list(azobenzene_frames)[:3]
+    frames = list(trained_frames)[:3]
     found = []
     for spec in (without_distillation("gaq", **NEAREST), with_attention("gaq")):
-        model = gaq.prepare(gaq.load(azobenzene), spec)
+        model = gaq.prepare(gaq.load(trained_file), spec)
         found.append(evaluate(gaq.calibrate(model, frames, progress=False), frames))
     assert np.array_equal(found[0][0], found[1][0])
     assert np.array_equal(found[0][1], found[1][1])
@@ -356,7 +369,9 @@ def predictions(path: Path, frames: Sequence[Atoms]) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("quantization", [None, {"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}}])
+@pytest.mark.parametrize(
+    "quantization", [None, {"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}, **BRIEF}]
+)
 def test_stock_training_by_name(tmp_path: Path, evaluate: Callable[..., Any], quantization: Any) -> None:
     changes = {} if quantization is None else {"quantization": quantization}
     done = run_training(tmp_path, **changes)
@@ -387,7 +402,7 @@ def test_stock_training_with_rounded_density(tmp_path: Path, evaluate: Callable[
         tmp_path,
         interaction="RealAgnosticDensityResidualInteractionBlock",
         interaction_first="RealAgnosticDensityInteractionBlock",
-        quantization={"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}},
+        quantization={"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}, **BRIEF},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "tiny_compiled.model").is_file()

@@ -242,19 +242,6 @@ def test_single_precision(
         assert relative(results["float32"][1], results["float64"][1]) < 1e-2
 
 
-@pytest.mark.parametrize(("preset", "bound"), [("gaq", 1e-2), pytest.param("w8", 1e-2, marks=pytest.mark.slow)])
-def test_central_differences_of_a_trained_model(
-    azobenzene: Path, azobenzene_frames: list[Any], preset: str, bound: float
-) -> None:
-    from gaq.checks.conservation import central_difference_error
-    from gaq_mace.evaluate import MACEPotential
-
-    mapping = {"preset": preset, "distillation": {"steps": 0}}
-    model = gaq.quantize(gaq.load(azobenzene).double(), azobenzene_frames, mapping, progress=False)
-    errors = central_difference_error(MACEPotential(model), azobenzene_frames[:3], seed=0)
-    assert errors[0.01].relative_error <= bound
-
-
 @pytest.mark.slow
 def test_safetensors_through_the_adapter(quantized: Callable[..., Any], structures: list[Any], tmp_path: Path) -> None:
     from gaq_mace import MACEAdapter

@@ -114,15 +114,15 @@ def test_quantize_inspect_report(
 
 @pytest.mark.slow
 def test_trained_model_passes_its_gates(
-    azobenzene: Path, azobenzene_frames: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_file: Path, trained_frames: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ase.io.write(tmp_path / "data.xyz", azobenzene_frames, format="extxyz")
+    ase.io.write(tmp_path / "data.xyz", trained_frames, format="extxyz")
     output = tmp_path / "out.model"
     config = "{preset: gaq, distillation: {steps: 40}}"
-    arguments = ["quantize", str(azobenzene), "-o", str(output), "--config", config]
+    arguments = ["quantize", str(trained_file), "-o", str(output), "--config", config]
     code = main([*arguments, "--calibration", str(tmp_path / "data.xyz")])
     assert code == 0, capsys.readouterr().out
-    assert azobenzene.stat().st_size >= 4 * output.stat().st_size
+    assert trained_file.stat().st_size >= 4 * output.stat().st_size
 
 
 def test_safetensors_output(folder: Path, tmp_path: Path) -> None:

@@ -65,37 +65,6 @@ def cases(*quick: tuple[str, str]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "suffix"),
-    cases(
-        *(("gaq", suffix) for suffix in SUFFIXES),
-        *((preset, ".model") for preset in PRESETS),
-        ("w4", ".safetensors"),
-    ),
-)
-def test_round_trip(
-    quantized: Callable[..., Any],
-    evaluate: Callable[..., Any],
-    structures: list[Any],
-    tmp_path: Path,
-    preset: str,
-    suffix: str,
-) -> None:
-    model = quantized(preset)
-    state_of(model).notes["gates"] = {"lee": {"value": 0.1, "passed": True}}
-    path = tmp_path / f"model{suffix}"
-    gaq.save(model, path)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    loaded = gaq.load(path)
-    assert state_of(loaded).status == "converted"
-    same_quantization(model, loaded)
-    np.testing.assert_allclose(evaluate(loaded, structures)[0], evaluate(model, structures)[0], rtol=1e-6)
-    if preset == "w4a16":
-        again = tmp_path / f"again{suffix}"
-        gaq.save(loaded, again)
-        same_quantization(model, gaq.load(again))
-
-
-@pytest.mark.parametrize(
     ("variant", "suffix"),
     [
         pytest.param(variant, suffix, marks=() if (variant, suffix) in QUICK_VARIANTS else pytest.mark.slow)
@@ -214,23 +183,6 @@ def test_size_with_many_elements(float_model: Callable[..., Any], tmp_path: Path
     assert least <= ratio(preset) < 1.2 * least
     if preset == "gaq":
         assert ratio({"preset": preset, "weights": {"least_compression": None}}) < least
-
-
-@pytest.mark.parametrize(
-    "preset", ["w4a16", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("gaq", "w8", "w4"))]
-)
-def test_size_of_a_trained_model(azobenzene: Path, azobenzene_frames: list[Any], tmp_path: Path, preset: str) -> None:
-    model = gaq.load(azobenzene)
-    torch.save(model, tmp_path / "float.model")
-    mapping = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
-    quantized = gaq.quantize(model, azobenzene_frames[:2], mapping, progress=False)
-    for suffix in SUFFIXES:
-        gaq.save(quantized, tmp_path / f"model{suffix}")
-        size = (tmp_path / f"model{suffix}").stat().st_size
-        least = 7.0 if preset.startswith("w4") else 4.0
-        assert (tmp_path / "float.model").stat().st_size / size >= least, suffix
-        assert azobenzene.stat().st_size / size >= least, suffix
-        same_quantization(quantized, gaq.load(tmp_path / f"model{suffix}"))
 
 
 BLOCKED = """
@@ -394,27 +346,6 @@ def test_earlier_safetensors(quantized: Callable[..., Any], tmp_path: Path, monk
         patch.setattr(quantized_model, "FORMAT", 1)
         gaq.save(quantized("w8"), path)
     refuse(path, "before format 2", "quantize the float model again")
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncated(quantized: Callable[..., Any], tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"model{suffix}"
-    gaq.save(quantized("w8"), path)
-    data = path.read_bytes()
-    for share in (0.0, 0.3, 0.9, 0.99):
-        path.write_bytes(data[: int(share * len(data))])
-        refuse(path, "truncated")
-    path.write_bytes(data[:-1])
-    refuse(path, "truncated")
-
-
-def test_damaged_archive(quantized: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "model.model"
-    gaq.save(quantized("w8"), path)
-    data = path.read_bytes()
-    for position in (len(data) // 3, len(data) // 2, 2 * len(data) // 3):
-        path.write_bytes(flip(data, position))
-        refuse(path, "damaged")
 
 
 class Elsewhere:

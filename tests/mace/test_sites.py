@@ -18,22 +18,6 @@ from gaq_mace.sites import POSITION_FREE, bystanders, find_sites
 VARIANTS = ("plain", "heads", "l2", "density", "correlation3", "residual_first")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_is_covered(float_model: Callable[..., Any], variant: str) -> None:
-    model = float_model(variant)
-    covered = [f"{site.name}.{weight.path}" for site in find_sites(model) for weight in site.weights]
-    parameters = {name: p for name, p in model.named_parameters() if p.numel() > 0}
-    assert len(covered) == len(set(covered))
-    assert set(covered) == set(parameters)
-
-
-def test_trained_model_is_covered(azobenzene: Any) -> None:
-    model = torch.load(azobenzene, map_location="cpu", weights_only=False)
-    covered = {f"{site.name}.{weight.path}" for site in find_sites(model) for weight in site.weights}
-    zero = {n for n, p in model.named_parameters() if p.numel() == 0 or (not p.requires_grad and not bool(p.any()))}
-    assert covered == {name for name, _ in model.named_parameters()} - zero
-
-
 LATER = (
     ("interactions.1.linear_up", 11),
     ("interactions.1.linear.", 11),

@@ -223,34 +223,11 @@ def test_trained_models_are_held_to_their_own_bound(
         assert gates["force_mae_ratio"]["bound"] == bound
 
 
-def test_bad_files(trained: Any, quantized_file: Callable[[str], Path], tmp_path: Path) -> None:
-    def refuse(path: Path, *words: str) -> None:
-        with pytest.raises(ModelFileError) as caught:
-            files.load(path)
-        for word in (path.name, *words):
-            assert word in str(caught.value)
-
-    refuse(tmp_path / "missing.ckpt", "no such file")
-    other = tmp_path / "model.pt"
-    other.write_bytes(b"x")
-    refuse(other, ".ckpt, .nequip.zip, .nequip.pt2")
-    package = quantized_file(".nequip.zip").read_bytes()
-    for share in (0.0, 0.5, 0.99):
-        path = tmp_path / "cut.nequip.zip"
-        path.write_bytes(package[: int(share * len(package))])
-        refuse(path, "truncated")
-    middle = len(package) // 3
-    path = tmp_path / "flipped.nequip.zip"
-    path.write_bytes(package[:middle] + bytes([package[middle] ^ 1]) + package[middle + 1 :])
-    with pytest.raises(ModelFileError):
+def test_files_of_other_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"x")
+    with pytest.raises(ModelFileError, match=r"model\.pt.*\.ckpt, \.nequip\.zip, \.nequip\.pt2"):
         files.load(path)
-    checkpoint = trained.best.read_bytes()
-    for share in (0.0, 0.7):
-        path = tmp_path / "cut.ckpt"
-        path.write_bytes(checkpoint[: int(share * len(checkpoint))])
-        refuse(path, "truncated")
-    torch.save({"a": 1}, tmp_path / "other.ckpt")
-    refuse(tmp_path / "other.ckpt", "not a NequIP model")
 
 
 def test_newer_files_are_refused(trained: Any, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import numpy as np
 import torch
 import yaml
+from nequip_runs import prepare_run
 
 import gaq
 from gaq.adapter import adapter_for
@@ -22,6 +25,9 @@ from gaq.model.state import UNFINISHED, feature_quantizers, state_of
 from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
 from gaq_nequip.layers import weight_quantizers
+
+# Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
+BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}
 
 
 def with_model_key(value: Any) -> Callable[[Any], None]:
@@ -33,7 +39,7 @@ def with_model_key(value: Any) -> Callable[[Any], None]:
 
 def with_key(value: Any, **vectors: Any) -> Callable[[Any], None]:
     def edit(config: Any) -> None:
-        config["quantization"] = {"preset": value, "vectors": vectors} if vectors else value
+        config["quantization"] = {"preset": value, "vectors": vectors, **BRIEF} if vectors else value
 
     return edit
 
@@ -67,37 +73,66 @@ def test_key_of_the_model_is_the_same(train: Callable[..., Any], trained: Any, t
     assert all(torch.equal(ours[k], theirs[k]) for k in ours if isinstance(ours[k], torch.Tensor) and "extra" not in k)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (with_key("gak"), ("quantization: 'gak' is not a preset", "Did you mean 'gaq'?")),
-        (with_key({"weights": {"bitz": 8}}), ("quantization.weights.bitz: unknown key", "Did you mean 'bits'?")),
-        (with_key({"weights": {"bits": 17}}), ("quantization.weights.bits: 17 bits cannot be stored",)),
-        (with_key({"overrides": {"*sc2": None}}), ("quantization.overrides['*sc2']: matches no module",)),
-        (with_model_key({"scalar": 8}), ("quantization.scalar: unknown key", "Did you mean 'scalars'?")),
-        (lambda c: c.update(quantisation="gaq"), ("quantisation: unknown key. Did you mean 'quantization'?",)),
-        (lambda c: c["training_module"].update(quantization="gaq"), ("quantization",)),
-    ],
-    ids=["preset", "key", "bits", "override", "model", "typo", "place"],
-)
-def test_bad_keys_stop_the_run(
-    train: Callable[..., Any], tmp_path: Path, changes: Callable[[Any], None], words: tuple[str, ...]
-) -> None:
-    run = train(tmp_path, changes)
-    assert run.code != 0
-    for word in words:
-        assert word in run.text
-    assert not run.best.exists()
+def with_both_keys(config: Any) -> None:
+    with_key("gaq")(config)
+    with_model_key("w8")(config)
 
 
-def test_two_keys_must_agree(train: Callable[..., Any], tmp_path: Path) -> None:
-    def both(config: Any) -> None:
-        with_key("gaq")(config)
-        with_model_key("w8")(config)
+BAD: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
+    "preset": (with_key("gak"), ("quantization: 'gak' is not a preset", "Did you mean 'gaq'?")),
+    "bits": (with_key({"weights": {"bits": 17}}), ("quantization.weights.bits: 17 bits cannot be stored",)),
+    "override": (
+        with_key({"overrides": {"*sc2": None}}),
+        ("quantization.overrides['*sc2']: matches no module",),
+    ),
+    "model": (with_model_key({"scalar": 8}), ("quantization.scalar: unknown key", "Did you mean 'scalars'?")),
+    "typo": (lambda c: c.update(quantisation="gaq"), ("quantisation: unknown key. Did you mean 'quantization'?",)),
+    "place": (lambda c: c["training_module"].update(quantization="gaq"), ("quantization",)),
+    "both": (with_both_keys, ("Give it once.",)),
+}
 
-    run = train(tmp_path, both)
-    assert run.code != 0
-    assert "Give it once." in run.text
+# The command again and again in one process: importing NequIP takes longer than to refuse a key.
+SEVERAL = """
+import sys
+from nequip.scripts.train import main
+from omegaconf import OmegaConf
+for folder in sys.argv[1:]:
+    sys.argv = ["nequip-train", "-cp", folder, "-cn", "config", f"hydra.run.dir={folder}/out"]
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = stopped.code
+    OmegaConf.clear_resolver("training_data_stats")
+    for stream in (sys.stdout, sys.stderr):
+        print(f"END {code}", file=stream, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
+    """Exit code, text and folder of a run with each of the bad keys."""
+    folders = {}
+    for name, (changes, _) in BAD.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        prepare_run(folders[name], changes)
+    script = [sys.executable, "-c", SEVERAL, *map(str, folders.values())]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    parts = [re.split(r"END (\S+)\n", stream) for stream in (done.stdout, done.stderr)]
+    for i, (name, folder) in enumerate(folders.items()):
+        found[name] = (int(parts[1][2 * i + 1]), parts[0][2 * i] + parts[1][2 * i], folder)
+    return found
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_keys_stop_the_run(refusals: dict[str, tuple[int, str, Path]], name: str) -> None:
+    code, text, folder = refusals[name]
+    assert code != 0
+    for word in BAD[name][1]:
+        assert word in text
+    assert not list(folder.rglob("*.ckpt"))
 
 
 @pytest.mark.slow
@@ -272,6 +307,7 @@ def test_static_ranges_and_equivariance_loss(train: Callable[..., Any], tmp_path
             "scalars": {"granularity": "per_channel"},
             "vectors": {"granularity": "per_channel", "frame": "fixed", "start_epoch": 0},
             "equivariance_loss": {"weight": 1.0, "rotations": 2},
+            **BRIEF,
         }
 
     run = train(tmp_path, changes)
@@ -370,7 +406,7 @@ def test_allegro(train: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_mapping_survives_the_checkpoint(train: Callable[..., Any], tmp_path: Path) -> None:
     weights = {"sensitive_bits": None, "compression": None}
-    spec = {"preset": "w8", "overrides": {"*layer0_convnet*": None}, "weights": weights}
+    spec = {"preset": "w8", "overrides": {"*layer0_convnet*": None}, "weights": weights, **BRIEF}
     run = train(tmp_path, with_key(spec), "trainer.max_epochs=1")
     assert run.code == 0, run.text
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["quantization"] == spec

@@ -1,0 +1,109 @@
+"""The installed frameworks, one after the other, and models of each that the tests of the suite share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from case import MODULES, Case, case_of, installed
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "ignore:.*TorchScript type system.*:UserWarning",
+        "ignore:.*torch.jit.*:DeprecationWarning",
+        "ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.*:UserWarning",
+        "ignore:Found `per_type_energy.*:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+ASKED: dict[str, Callable[[Case], Iterable[str]]] = {
+    "variant": lambda case: case.variants,
+    "suffix": lambda case: case.forms,
+    "checked_suffix": lambda case: [suffix for suffix, form in case.forms.items() if form.checked],
+}
+"""What a test may ask for besides a framework, by the name of its argument."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test each installed framework, with each variant or form of file if it asks for one."""
+    asked = next((name for name in ASKED if name in metafunc.fixturenames), None)
+    if asked is not None:
+        rows = [(name, value) for name in installed() for value in ASKED[asked](case_of(name))]
+        metafunc.parametrize(("case", asked), rows, indirect=["case"], scope="session")
+    elif "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", installed(), indirect=True, scope="session")
+    elif "framework" in metafunc.fixturenames:
+        metafunc.parametrize("framework", list(MODULES))
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    before = torch.get_default_dtype()
+    made = case_of(request.param)
+    made.start()
+    yield made
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def models(case: Case) -> Any:
+    from models import Models
+
+    return Models(case.build, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def trained_file(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained float model in a file of its framework; not to be written to."""
+    return case.write_trained(tmp_path_factory.mktemp(f"{case.name}_trained"))
+
+
+@pytest.fixture(scope="session")
+def trained_quantized(trained_file: Path) -> Callable[..., Any]:
+    """``trained_quantized(preset, status)``: a fresh copy of the trained model in float32, loaded and quantized."""
+    import copy
+
+    import trained
+    from small import without_distillation
+
+    import gaq
+
+    made: dict[str, Any] = {}
+
+    def get(preset: str, status: str = "converted") -> Any:
+        if preset not in made:
+            model = gaq.prepare(gaq.load(trained_file), without_distillation(preset))
+            made[preset] = gaq.calibrate(model, trained.ethanol("::10"), progress=False)
+        model = copy.deepcopy(made[preset])
+        return model if status == "training" else gaq.convert(model)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def saved(
+    trained_quantized: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """``saved(preset, suffix)``: a file of the trained model; not to be written to."""
+    import gaq
+
+    folder = tmp_path_factory.mktemp("saved")
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(preset: str, suffix: str) -> Path:
+        if (preset, suffix) not in made:
+            path = folder / f"{len(made)}{suffix}"
+            gaq.save(trained_quantized(preset), path)
+            made[preset, suffix] = path
+        return made[preset, suffix]
+
+    return get
