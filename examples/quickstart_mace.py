@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     description = "Train MACE with and without GAQ and compare the two."
     arguments = parse_arguments(description, "quickstart", 20, argv)
     directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed)
+    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
     configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed)
     models = {name: train(config, arguments.epochs) for name, config in configs.items()}
 

@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     for command in ("nequip-train", "nequip-compile", "nequip-deploy"):
         console_script(command, "NequIP and GAQ", "nequip")
     directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed)
+    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
     configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed)
     checkpoints = {name: train(config, arguments.epochs) for name, config in configs.items()}
     models = {name: deploy(checkpoint, arguments.device) for name, checkpoint in checkpoints.items()}
