@@ -169,8 +169,7 @@ def make_dataset(
     total = train + test + 2 * warm_up
     with tqdm(total=total, desc="GFN2-xTB dynamics", unit="frame") as progress:
         frames = tuple(
-            sample(molecule, count, rng, progress, warm_up)
-            for count, rng in ((train, train_rng), (test, test_rng))
+            sample(molecule, count, rng, progress, warm_up) for count, rng in ((train, train_rng), (test, test_rng))
         )
     # Written only when both are complete: an interrupted run leaves no half set behind.
     for path, structures in zip(paths, frames, strict=True):
