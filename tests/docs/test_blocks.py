@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,7 @@ def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
     for name, value in (("num_neighbors_mean", 8.0), ("per_type_forces_rms", 1.0), ("per_atom_energy_mean", -1.0)):
         text = text.replace(f"${{training_data_stats:{name}}}", str(value))
     training = yaml.safe_load(text)
-    own = {"_target_": None, **training["training_module"]["model"]}
+    own = training["training_module"]["model"]
     model = settings.get("training_module", {}).get("model", {"_target_": own["_target_"]})
     inner = model.get("model", model)
     assert inner["_target_"] == own["_target_"]
@@ -321,3 +322,24 @@ def test_presets_of_the_text_are_those_there_are() -> None:
     for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
         text = (ROOT / path).read_text()
         assert not [preset for preset in PRESETS if preset not in text], path
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_what_the_text_points_to_exists(path: Path) -> None:
+    """Links with their anchors, files in the text, extras, and the variables of the environment."""
+    text = path.read_text()
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)]*)?\)", text):
+        if target.startswith("http"):
+            continue
+        other = path.parent / target if target else path
+        assert other.exists(), f"{path.name} links to {target}"
+        headings = re.findall(r"^#+ (.+)$", other.read_text() if anchor else "", re.MULTILINE)
+        anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{path.name} links to {target}{anchor}"
+    for name in re.findall(r"`((?:gaq\w*|benchmarks|examples|configs|tests)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+    extras = extras_of(text) + re.findall(r"gaq\[(\w+)\]", text)
+    assert set(extras) <= set(metadata("gaq").get_all("Provides-Extra") or [])
+    sources = "".join(file.read_text() for package in ROOT.glob("gaq*/") for file in package.rglob("*.py"))
+    for variable in re.findall(r"GAQ_[A-Z_]+", text):
+        assert variable in sources, f"{path.name} names {variable}"

@@ -118,9 +118,18 @@ def files_named(text: str) -> list[str]:
     return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w-]+)/", text)))
 
 
+def commands_of(block: Block) -> list[tuple[str, ...]]:
+    """What is run for a block: Python as a whole, each command of a shell in a shell of its own."""
+    text = shortened(block.text)
+    if block.language == "python":
+        return [(sys.executable, "-c", text)]
+    lines = (line.split("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+    return [("bash", "-euo", "pipefail", "-c", line) for line in lines if line and not line.startswith("#")]
+
+
 @dataclass
 class Done:
-    """A block that was run.
+    """A block, or a command of one, that was run.
 
     Attributes:
         code: exit code.
@@ -145,6 +154,8 @@ class Workspace:
         self.folder = folder
         self.environment = environment
         self.done: dict[Block, Done] = {}
+        # The same command in two documents is run once.
+        self.finished: dict[tuple[str, ...], Done] = {}
         self.blocks = [
             block
             for block in all_blocks()
@@ -159,8 +170,7 @@ class Workspace:
         (commands / "pip").write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/../pip.log"\n')
         (commands / "pip").chmod(0o755)
         path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        # The kernels and the commands are those of this interpreter, and its package is this one's.
-        self.variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
     def execute(self, arguments: list[str], timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run a command in the folder; both streams in its ``stdout``."""
@@ -186,18 +196,25 @@ class Workspace:
             for earlier in self.blocks:
                 if earlier.document == block.document and earlier.line < block.line:
                     self.run(earlier)
-        names = files_named(block.text)
-        before = {name: self._changed(name) for name in names}
-        if block.language == "bash":
-            arguments = ["bash", "-euo", "pipefail", "-c", shortened(block.text)]
-        else:
-            arguments = [sys.executable, "-c", shortened(block.text)]
-        finished = self.execute(arguments)
-        made = [name for name in names if self._changed(name) not in (None, before[name])]
-        self.done[block] = Done(finished.returncode, finished.stdout, made)
-        if block is quickstart and finished.returncode == 0:
+        done = Done(0, "", [])
+        for command in commands_of(block):
+            if command not in self.finished:
+                self.finished[command] = self._finish(command, files_named(block.text))
+            one = self.finished[command]
+            done = Done(one.code, done.output + one.output, [*done.made, *one.made])
+            if done.code != 0:
+                break
+        self.done[block] = done
+        if block is quickstart and done.code == 0:
             self._name_models()
-        return self.done[block]
+        return done
+
+    def _finish(self, command: tuple[str, ...], names: list[str]) -> Done:
+        """Run a command, and see which of the named files it writes or changes."""
+        before = {name: self._changed(name) for name in names}
+        finished = self.execute(list(command))
+        made = [name for name in names if self._changed(name) not in (None, before[name])]
+        return Done(finished.returncode, finished.stdout, made)
 
     def _changed(self, name: str) -> int | None:
         path = self.folder / name
