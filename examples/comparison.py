@@ -96,7 +96,7 @@ def parse_arguments(
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"run every stage in about a minute, on too little data for the numbers to mean anything: {shortened}",
+        help=f"run every stage in minutes, on too little data for the numbers to mean anything: {shortened}",
     )
     arguments = parser.parse_args(argv)
     if arguments.quick:

@@ -236,7 +236,10 @@ class Workspace:
             shutil.copy(made / "train.xyz", self.folder / "train.xyz")
             done = self.execute(["nequip-package", "build", "MODEL.ckpt", "MODEL.nequip.zip"])
             assert done.returncode == 0, done.stdout
-            overrides = "trainer.max_epochs=1 run=[train] quantization={preset:gaq,distillation:{steps:5}}"
+            overrides = (
+                "trainer.max_epochs=1 run=[train] quantization={preset:gaq,distillation:{steps:5}} "
+                "training_module.model.l_max=1 training_module.model.num_layers=1"
+            )
             done = self.execute(["nequip-train", "--config-dir", "configs", "-cn", "allegro_gaq", *overrides.split()])
             assert done.returncode == 0, done.stdout
             shutil.copy(made / "allegro_gaq" / "best.ckpt", self.folder / "ALLEGRO_gaq.ckpt")
