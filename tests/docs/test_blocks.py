@@ -60,13 +60,23 @@ PRINTED = {
 """What a block prints if it has the command."""
 
 WITHOUT_PACKAGE = """
-import sys
+import importlib.metadata as metadata, os, sys
+# As where this package is not installed: none of its entry points, none of its modules.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+real = metadata.entry_points
+def entry_points(**keys):
+    found = real(**keys)
+    if keys.get("group") == "nequip.extension":
+        found = metadata.EntryPoints(e for e in found if not e.value.startswith("gaq"))
+    return found
+metadata.entry_points = entry_points
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0].startswith("gaq"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from ase.io import read
+
 path = sys.argv[1]
 if path.endswith(".model"):
     from mace.calculators import MACECalculator
