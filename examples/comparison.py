@@ -24,7 +24,7 @@ TIMESTEP = 0.5  # fs
 TEMPERATURE = 300.0  # K, of the velocities the dynamics starts with
 LEE_STRUCTURES = 20
 
-QUICK = {"train": 20, "test": 10, "warm_up": 5, "epochs": 2, "md_fs": 20.0}
+QUICK = {"train": 40, "test": 10, "warm_up": 5, "epochs": 10, "md_fs": 20.0}
 """Defaults with ``--quick``: every stage, on too little data for its numbers to mean anything."""
 
 
