@@ -17,12 +17,15 @@ import numpy as np
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
-from xtb_dataset import draw_velocities, make_dataset
+from xtb_dataset import WARM_UP_FRAMES, draw_velocities, make_dataset
 
 MODELS = ("fp32", "gaq")
 TIMESTEP = 0.5  # fs
 TEMPERATURE = 300.0  # K, of the velocities the dynamics starts with
 LEE_STRUCTURES = 20
+
+QUICK = {"train": 40, "test": 10, "warm_up": 5, "epochs": 10, "md_fs": 20.0}
+"""Defaults with ``--quick``: every stage, on too little data for its numbers to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,23 @@ def parse_arguments(
     parser.add_argument("--directory", type=Path, default=Path(directory), help="output directory")
     parser.add_argument("--train", type=int, default=800, help="number of training structures")
     parser.add_argument("--test", type=int, default=100, help="number of test structures")
+    parser.add_argument(
+        "--warm-up", type=int, default=WARM_UP_FRAMES, help="frames discarded at the start of the data's dynamics"
+    )
     parser.add_argument("--epochs", type=int, default=epochs, help="training epochs of each model")
     parser.add_argument("--md-fs", type=float, default=1000.0, help="length of the dynamics in fs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
+    shortened = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in QUICK.items())
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"run every stage in minutes, on too little data for the numbers to mean anything: {shortened}",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        parser.set_defaults(**QUICK)
+        arguments = parser.parse_args(argv)
     for option in ("train", "test", "epochs", "md_fs"):
         if getattr(arguments, option) <= 0:
             parser.error(f"--{option.replace('_', '-')} must be positive, got {getattr(arguments, option)}")
@@ -115,7 +130,9 @@ def console_script(name: str, package: str, extra: str) -> str:
     return command
 
 
-def prepare_data(directory: Path, train_frames: int, test_frames: int, seed: int) -> list[Atoms]:
+def prepare_data(
+    directory: Path, train_frames: int, test_frames: int, seed: int, warm_up: int = WARM_UP_FRAMES
+) -> list[Atoms]:
     """The test structures; both sets are made first unless files of the wanted size are there already."""
     from gaq.checks.errors import read_structures
 
@@ -123,7 +140,7 @@ def prepare_data(directory: Path, train_frames: int, test_frames: int, seed: int
     if all(path.is_file() and len(read_structures(path)) == frames for path, frames in files.items()):
         print(f"using the data set in {directory}")
     else:
-        make_dataset(directory, train=train_frames, test=test_frames, seed=seed)
+        make_dataset(directory, train=train_frames, test=test_frames, seed=seed, warm_up=warm_up)
     return read_structures(directory / "test.xyz")
 
 

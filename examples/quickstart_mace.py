@@ -3,7 +3,8 @@
     pip install '.[mace,examples]'
     python examples/quickstart_mace.py
 
-It takes 13 minutes on one CPU core. It makes a small GFN2-xTB data set, writes two MACE training files that
+It takes 13 minutes on one CPU core (``--quick`` about one, on too little data, for whoever wants to see that every
+stage works). It makes a small GFN2-xTB data set, writes two MACE training files that
 differ in their name and in the line ``quantization: gaq``, runs the stock ``mace_run_train`` on both, and
 then runs 1 ps of molecular dynamics with each model in the stock ``MACECalculator``. Results:
 ``quickstart/comparison.json`` and ``quickstart/nve.png``.
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     description = "Train MACE with and without GAQ and compare the two."
     arguments = parse_arguments(description, "quickstart", 20, argv)
     directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed)
+    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
     configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed)
     models = {name: train(config, arguments.epochs) for name, config in configs.items()}
 

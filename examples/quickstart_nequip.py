@@ -3,7 +3,8 @@
     pip install '.[nequip,examples]'
     python examples/quickstart_nequip.py
 
-It takes about 15 minutes on one CPU core, and a C++ compiler (g++), which NequIP's compilation calls. It makes
+It takes about 15 minutes on one CPU core (``--quick`` about 3, on too little data and a model of two layers, for
+whoever wants to see that every stage works), and a C++ compiler (g++), which NequIP's compilation calls. It makes
 a small GFN2-xTB data set, writes two NequIP training files that differ in their name and in the line
 ``quantization: gaq``, runs the stock ``nequip-train`` on both, deploys the first with the stock ``nequip-compile``
 and the second with ``nequip-deploy``, and then runs 1 ps of molecular dynamics with each in the stock
@@ -101,7 +102,7 @@ training_module:
     type_names: ${types}
     l_max: 1
     parity: false
-    num_layers: 3
+    num_layers: %(layers)d
     num_features: 32
     radial_mlp_depth: 1
     radial_mlp_width: 64
@@ -111,7 +112,7 @@ training_module:
 """
 
 
-def write_training_files(directory: Path, epochs: int, device: str, seed: int) -> dict[str, Path]:
+def write_training_files(directory: Path, epochs: int, device: str, seed: int, layers: int = 3) -> dict[str, Path]:
     """Write ``fp32.yaml`` and ``gaq.yaml``; the second has the one line ``quantization: gaq`` more.
 
     Args:
@@ -119,12 +120,19 @@ def write_training_files(directory: Path, epochs: int, device: str, seed: int) -
         epochs: training epochs; the learning rate falls to a tenth over them.
         device: ``cpu`` or ``cuda``.
         seed: of the initial weights and the batches.
+        layers: of the model; the time to compile it grows with them.
 
     Returns:
         The file of each model name.
     """
     accelerator = "gpu" if device == "cuda" else "cpu"
-    values = {"epochs": epochs, "accelerator": accelerator, "gamma": 0.1 ** (1 / epochs), "seed": seed}
+    values = {
+        "epochs": epochs,
+        "accelerator": accelerator,
+        "gamma": 0.1 ** (1 / epochs),
+        "seed": seed,
+        "layers": layers,
+    }
     files = {}
     for name in MODELS:
         text = TRAINING % {"name": name, **values}
@@ -309,8 +317,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     for command in ("nequip-train", "nequip-compile", "nequip-deploy"):
         console_script(command, "NequIP and GAQ", "nequip")
     directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed)
-    configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed)
+    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
+    layers = 2 if arguments.quick else 3
+    configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed, layers)
     checkpoints = {name: train(config, arguments.epochs) for name, config in configs.items()}
     models = {name: deploy(checkpoint, arguments.device) for name, checkpoint in checkpoints.items()}
 

@@ -87,7 +87,9 @@ def xtb_calculator() -> Any:
     return TBLite(method="GFN2-xTB", verbosity=0)
 
 
-def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[Any]) -> list[Atoms]:
+def sample(
+    start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[Any], warm_up: int = WARM_UP_FRAMES
+) -> list[Atoms]:
     """Langevin dynamics from ``start``; one labelled frame every ``STEPS_BETWEEN_FRAMES`` steps.
 
     Args:
@@ -95,6 +97,7 @@ def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[A
         frames: how many frames to keep.
         rng: source of the velocities and of the thermostat's noise.
         progress: bar to advance by one a frame, warm-up included.
+        warm_up: frames discarded first.
 
     Returns:
         Frames with ``info["REF_energy"]`` (eV) and ``arrays["REF_forces"]`` (eV/Å), without calculator.
@@ -115,7 +118,7 @@ def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[A
         rng=rng,
     )
     kept = []
-    for index in range(-WARM_UP_FRAMES, frames):
+    for index in range(-warm_up, frames):
         dynamics.run(STEPS_BETWEEN_FRAMES)
         progress.update()
         if index < 0:
@@ -131,7 +134,9 @@ def sample(start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[A
     return kept
 
 
-def make_dataset(directory: str | Path, train: int = 800, test: int = 100, seed: int = 0) -> tuple[Path, Path]:
+def make_dataset(
+    directory: str | Path, train: int = 800, test: int = 100, seed: int = 0, warm_up: int = WARM_UP_FRAMES
+) -> tuple[Path, Path]:
     """Make the training and test files.
 
     The two sets come from separate trajectories, so no test frame neighbours a training frame in time.
@@ -141,15 +146,18 @@ def make_dataset(directory: str | Path, train: int = 800, test: int = 100, seed:
         train: number of training frames.
         test: number of test frames.
         seed: of the velocities and the thermostat; the same seed gives the same trajectory on one machine.
+        warm_up: frames discarded at the start of each trajectory.
 
     Returns:
         Paths of ``train.xyz`` and ``test.xyz``.
 
     Raises:
-        ValueError: if a number of frames is not positive.
+        ValueError: if a number of frames is out of range.
     """
     if train < 1 or test < 1:
         raise ValueError(f"train and test must be at least 1 frame each, got train={train}, test={test}.")
+    if warm_up < 0:
+        raise ValueError(f"warm_up must be at least 0 frames, got {warm_up}.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     molecule = trans_azobenzene()
@@ -158,9 +166,11 @@ def make_dataset(directory: str | Path, train: int = 800, test: int = 100, seed:
 
     paths = directory / "train.xyz", directory / "test.xyz"
     train_rng, test_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    total = train + test + 2 * WARM_UP_FRAMES
+    total = train + test + 2 * warm_up
     with tqdm(total=total, desc="GFN2-xTB dynamics", unit="frame") as progress:
-        frames = sample(molecule, train, train_rng, progress), sample(molecule, test, test_rng, progress)
+        frames = tuple(
+            sample(molecule, count, rng, progress, warm_up) for count, rng in ((train, train_rng), (test, test_rng))
+        )
     # Written only when both are complete: an interrupted run leaves no half set behind.
     for path, structures in zip(paths, frames, strict=True):
         write(path, structures, format="extxyz")

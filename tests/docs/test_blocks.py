@@ -1,0 +1,355 @@
+"""README and docs are true: each of their blocks is run, and does what the text promises.
+
+    python -m pytest tests/docs -n 0                  # the blocks of the environment this is called in
+    python -m pytest tests/docs -n 0 -k mace.md       # those of one document
+    python -m pytest tests/docs -n 0 -k "README.md:11"    # one block, after those it builds on
+
+A new block needs nothing here unless it belongs to one environment or cannot be run (see `doc_blocks`), or promises
+something that can be checked: then it gets a line in `PRINTED`, or files of a new kind a check in `check_file`. Long
+commands are shortened in `doc_blocks.SHORTER`, by options that the text names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from doc_blocks import (
+    ENVIRONMENTS,
+    LANGUAGES,
+    ROOT,
+    SHORTER,
+    Block,
+    Done,
+    Workspace,
+    all_blocks,
+    documents,
+    installed,
+    shortened,
+)
+
+from gaq.config.parse import PRESETS, parse_config
+
+BLOCKS = all_blocks()
+HERE = [block for block in BLOCKS if block.environment is None or block.environment in installed()]
+RUN = [block for block in HERE if block.not_run is None and block.language in ("bash", "python")]
+NOT_RUN = [block for block in HERE if block.not_run is not None]
+YAML = [block for block in HERE if block.not_run is None and block.language == "yaml"]
+
+PRINTED = {
+    "quickstart_mace.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
+    "quickstart_nequip.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
+    "gaq quantize": ("force_mae_ratio", "lee", "times smaller"),
+    "gaq report": ("force_mae_ratio", "lee", "central_difference", "report.html"),
+    "gaq inspect": ("preset", "int16", "total"),
+    "gaq doctor": ("versions", "hardware", "adapters", "hooks", "kernels"),
+    "gaq.summary": ("int16", "total"),
+    "nequip-deploy build": ("weights, float32", "codes and scales", "largest force difference", "written: "),
+    "nequip-deploy info": ("quantized, compiled", "gaq_preset", "weights bytes"),
+    "gaq_mace_create_lammps_model": ("Kept of the quantization",),
+}
+"""What a block prints if it has the command."""
+
+WITHOUT_PACKAGE = """
+import importlib.metadata as metadata, os, sys
+# As where this package is not installed: none of its entry points, none of its modules.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+real = metadata.entry_points
+def entry_points(**keys):
+    found = real(**keys)
+    if keys.get("group") == "nequip.extension":
+        found = metadata.EntryPoints(e for e in found if not e.value.startswith("gaq"))
+    return found
+metadata.entry_points = entry_points
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0].startswith("gaq"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from ase.io import read
+
+path = sys.argv[1]
+if path.endswith(".model"):
+    from mace.calculators import MACECalculator
+    calculator = MACECalculator(model_paths=path, device="cpu", default_dtype="float32")
+else:
+    from nequip.integrations.ase import NequIPCalculator
+    load = NequIPCalculator.from_compiled_model if path.endswith(".pt2") else NequIPCalculator._from_saved_model
+    calculator = load(path, chemical_species_to_atom_type_map=True)
+for atoms in read("test.xyz", ":"):
+    atoms.calc = calculator
+    print("FORCES", *atoms.get_forces().ravel())
+assert not [name for name in sys.modules if name.split(".")[0].startswith("gaq")]
+"""
+
+pytestmark = pytest.mark.skipif(not installed(), reason="needs MACE or NequIP: pip install '.[mace]' or '.[nequip]'")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("documents"), installed()[0])
+
+
+@pytest.fixture(scope="module")
+def forces(workspace: Workspace) -> Callable[[str], np.ndarray]:
+    """``forces(file)``: forces (components,) on ``test.xyz`` by the stock calculator, without this package."""
+    found: dict[str, np.ndarray] = {}
+
+    def get(name: str) -> np.ndarray:
+        if name not in found:
+            done = workspace.execute([sys.executable, "-c", WITHOUT_PACKAGE, name])
+            assert done.returncode == 0, done.stdout
+            lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FORCES")]
+            found[name] = np.concatenate([np.array(line, dtype=float) for line in lines])
+        return found[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def unchanged_dtype() -> Iterator[None]:
+    """MACE and NequIP set torch's default dtype."""
+    import torch
+
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: str) -> None:
+    """What the text promises of a file that a block has written, by its kind."""
+    path = workspace.folder / name
+    if path.is_dir():
+        report = json.loads((path / "report.json").read_text())
+        assert (path / "report.html").stat().st_size > 0
+        assert {"model", "reference", "gates", "versions"} <= report.keys()
+        assert not [key for key, gate in report["gates"].items() if gate["enforced"] and gate["passed"] is False]
+        return
+    assert path.stat().st_size > 0
+    if name.endswith(".ckpt"):
+        import gaq
+        from gaq_nequip.files import state_of
+
+        assert state_of(gaq.load(path)) is not None
+    elif "lammps" in name and name.endswith(".nequip.pt2"):
+        from gaq_nequip import artefact
+
+        facts = artefact.metadata(path)
+        assert facts["gaq_preset"] == "w8a16"
+        assert facts["nequip_aoti_outputs"].split() == ["atomic_energy", "forces", "virial"]
+    elif name.endswith((".model", ".nequip.zip", ".nequip.pt2")):
+        original = forces("MACE.model" if name.endswith(".model") else "MODEL.nequip.zip")
+        found = forces(name)
+        # The run of the quickstart is another training than that of the float model.
+        bound = 0.5 if "trained" in name else 0.02
+        assert np.sqrt(np.mean((found - original) ** 2)) < bound * np.sqrt(np.mean(original**2))
+
+
+def check_quickstart(workspace: Workspace, block: Block) -> None:
+    """The table of the quickstart holds: as accurate as FP32, at least 4 times smaller, equivariant; one line apart."""
+    folder = workspace.folder / ("quickstart" if workspace.environment == "mace" else "quickstart/nequip")
+    table = json.loads((folder / "comparison.json").read_text())
+    assert list(table) == ["fp32", "gaq"]
+    assert np.isfinite([list(row.values()) for row in table.values()]).all()
+    assert table["gaq"]["force_mae_mev_per_angstrom"] < 1.1 * table["fp32"]["force_mae_mev_per_angstrom"]
+    assert table["gaq"]["size_ratio"] >= 4
+    assert table["gaq"]["lee_mev_per_angstrom"] <= 0.15
+    assert (folder / "nve.png").stat().st_size > 0
+    suffix = "yml" if workspace.environment == "mace" else "yaml"
+    stock, quantized = ((folder / f"{name}.{suffix}").read_text().splitlines() for name in table)
+    assert set(stock) ^ set(quantized) == {"name: fp32", "name: gaq", "quantization: gaq"}
+
+
+def check_extras(workspace: Workspace) -> None:
+    """The extras that the text tells to install exist, and `.ci/run` installs them for this environment."""
+    told = {extra for line in (workspace.folder / "pip.log").read_text().splitlines() for extra in extras_of(line)}
+    assert told <= set(metadata("gaq").get_all("Provides-Extra") or [])
+    script = (ROOT / ".ci" / "run").read_text()
+    built = re.search(rf'^environment {workspace.environment} "([\w,]+)"', script, re.MULTILINE)
+    assert built is not None
+    assert told <= set(built[1].split(","))
+
+
+def extras_of(text: str) -> list[str]:
+    """The extras of ``pip install '.[a,b]'``."""
+    return [extra for found in re.findall(r"\.\[([\w,]+)\]", text) for extra in found.split(",")]
+
+
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_block_does_what_the_text_says(block: Block, workspace: Workspace, forces: Callable[[str], np.ndarray]) -> None:
+    done: Done = workspace.run(block)
+    assert done.code == 0, f"{block} ended with exit code {done.code}:\n{shortened(block.text)}\n{done.output[-6000:]}"
+    for command, texts in PRINTED.items():
+        if command in block.text:
+            missing = [text for text in texts if text not in done.output]
+            assert not missing, f"{block}: `{command}` did not print {missing}:\n{done.output[-6000:]}"
+    if "-o " in block.text or "build " in block.text or "save(" in block.text:
+        assert done.made, f"{block} wrote none of the files that it names"
+    for name in done.made:
+        check_file(workspace, forces, name)
+    if "quickstart_" in block.text:
+        check_quickstart(workspace, block)
+        check_extras(workspace)
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=str)
+def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block, workspace: Workspace) -> None:
+    assert block.language == "bash", f"{block}: only commands can need what is not here"
+    for line in block.text.replace("&&", "\n").splitlines():
+        command = [word for word in re.split(r"\s+", line.split("  #")[0].strip()) if word]
+        if command[0] == "pip":
+            continue
+        program = command[: next((i for i, word in enumerate(command) if word.startswith("--")), len(command))]
+        done = workspace.execute([*program, "--help"])
+        assert done.returncode == 0, f"{block}: {' '.join(program)} --help: {done.stdout}"
+        for option in command[len(program) :]:
+            assert not option.startswith("--") or option in done.stdout, f"{block}: {program} has no {option}"
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
+    """A key `quantization` by the real parser and by a model of each kind, the other keys by the host's own reader."""
+    settings = yaml.safe_load(block.text)
+    if "quantization" in settings:
+        value = settings["quantization"]
+        config = parse_config(value)
+        if isinstance(value, dict) and "distillation" in value:
+            # The mapping written out: what differs from the preset is what the text says is off unless given.
+            plain = {key: part for key, part in value.items() if key not in ("attention", "overrides")}
+            assert parse_config(plain) == parse_config("gaq")
+            assert config.attention is not None
+            assert config.overrides
+    quickstart = next(b for b in workspace.blocks if f"quickstart_{workspace.environment}.py" in b.text)
+    assert workspace.run(quickstart).code == 0, workspace.run(quickstart).output[-6000:]
+    if workspace.environment == "mace":
+        accept_in_mace(workspace, settings)
+    else:
+        accept_in_nequip(workspace, settings)
+
+
+def accept_in_mace(workspace: Workspace, settings: dict[str, Any]) -> None:
+    """An architecture by the stock training command, a key alone by a trained model."""
+    import gaq
+    from gaq_mace.model import is_quantized
+
+    if settings.keys() == {"quantization"}:
+        assert is_quantized(gaq.prepare(gaq.load(workspace.folder / "MACE.model"), settings["quantization"]))
+        return
+    folder = workspace.folder / "quickstart"
+    training = yaml.safe_load((folder / "fp32.yml").read_text())
+    training |= {**settings, "name": "yaml", "max_num_epochs": 1}
+    if "quantization" in settings:
+        training["quantization"] = {**settings["quantization"], "distillation": {"steps": 5}}
+    (folder / "yaml.yml").write_text(yaml.safe_dump(training))
+    script = "cd quickstart && mace_run_train --config yaml.yml"
+    done = workspace.execute(["bash", "-c", script])
+    assert done.returncode == 0, done.stdout[-6000:]
+    model = gaq.load(folder / "yaml.model")
+    assert is_quantized(model)
+    if "interaction" in settings:
+        assert type(model.interactions[-1]).__name__ == settings["interaction"]
+
+
+def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
+    """The model of the quickstart's training file with what the block says of it, built as ``nequip-train`` does."""
+    import nequip.utils.resolvers  # noqa: F401  (`list_to_identity_dict`)
+    from hydra.utils import instantiate
+    from nequip.utils.global_state import set_global_state
+    from omegaconf import OmegaConf
+
+    from gaq_nequip.files import state_of
+
+    set_global_state()
+    text = (workspace.folder / "quickstart" / "nequip" / "fp32.yaml").read_text()
+    # What the statistics of the data would fill in.
+    for name, value in (("num_neighbors_mean", 8.0), ("per_type_forces_rms", 1.0), ("per_atom_energy_mean", -1.0)):
+        text = text.replace(f"${{training_data_stats:{name}}}", str(value))
+    training = yaml.safe_load(text)
+    own = training["training_module"]["model"]
+    model = settings.get("training_module", {}).get("model", {"_target_": own["_target_"]})
+    inner = model.get("model", model)
+    assert inner["_target_"] == own["_target_"]
+    inner.pop("...", None)
+    inner |= own
+    if inner is model:
+        assert "quantization" in settings
+        model = {"_target_": "gaq_nequip.quantized", "quantization": settings["quantization"], "model": inner}
+    training["training_module"]["model"] = model
+    resolved = OmegaConf.create(training).training_module.model
+    built = instantiate(OmegaConf.to_container(resolved, resolve=True), _recursive_=False)
+    assert any(state_of(module) is not None for module in built.modules())
+
+
+def test_every_block_can_be_run_or_says_why_not() -> None:
+    for block in BLOCKS:
+        assert block.language in LANGUAGES, f"{block}: give the fence one of the languages {', '.join(LANGUAGES)}"
+        assert block.environment in (None, *ENVIRONMENTS), f"{block}: environment {block.environment!r}"
+    assert {block.not_run for block in BLOCKS} - {None} == {
+        "needs a GPU",
+        ".ci/run extracts this very block and runs it in both environments",
+    }
+
+
+def test_commands_stand_in_fences() -> None:
+    """Markdown's indented blocks would not be found."""
+    command = re.compile(r" {4,}(python|pip|gaq|gaq_\w+|mace_\w+|nequip-\w+|import|from) ")
+    for path in documents():
+        outside = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert not [line for line in outside.splitlines() if command.match(line)], path.name
+
+
+def test_readers_can_shorten_what_is_shortened_here() -> None:
+    text = "".join(path.read_text() for path in documents())
+    for command, shorter in SHORTER:
+        assert command in text, f"{command} is in no document any more: remove its line"
+        for option in re.findall(r"--[\w-]+", shorter):
+            assert f"`{option}" in text, f"no document says what {option} does"
+
+
+def test_the_test_command_is_the_one_that_ci_runs() -> None:
+    (block,) = (block for block in BLOCKS if block.not_run is not None and ".ci/run" in block.not_run)
+    script = (ROOT / ".ci" / "run").read_text()
+    extraction = re.search(r"^test_command=\$\((.+)\)$", script, re.MULTILINE)
+    assert extraction is not None
+    done = subprocess.run(["bash", "-c", extraction[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == block.text
+    for name in ENVIRONMENTS:
+        built = re.search(rf'^environment {name} "([\w,]+)"', script, re.MULTILINE)
+        assert built is not None
+        assert set(extras_of(block.text)) <= set(built[1].split(","))
+
+
+def test_presets_of_the_text_are_those_there_are() -> None:
+    for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
+        text = (ROOT / path).read_text()
+        assert not [preset for preset in PRESETS if preset not in text], path
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_what_the_text_points_to_exists(path: Path) -> None:
+    """Links with their anchors, files in the text, extras, and the variables of the environment."""
+    text = path.read_text()
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)]*)?\)", text):
+        if target.startswith("http"):
+            continue
+        other = path.parent / target if target else path
+        assert other.exists(), f"{path.name} links to {target}"
+        headings = re.findall(r"^#+ (.+)$", other.read_text() if anchor else "", re.MULTILINE)
+        anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{path.name} links to {target}{anchor}"
+    for name in re.findall(r"`((?:gaq\w*|benchmarks|examples|configs|tests)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+    extras = extras_of(text) + re.findall(r"gaq\[(\w+)\]", text)
+    assert set(extras) <= set(metadata("gaq").get_all("Provides-Extra") or [])
+    sources = "".join(file.read_text() for package in ROOT.glob("gaq*/") for file in package.rglob("*.py"))
+    for variable in re.findall(r"GAQ_[A-Z_]+", text):
+        assert variable in sources, f"{path.name} names {variable}"

@@ -1,0 +1,247 @@
+"""Fenced blocks of README and docs: how they are found, which environment they belong to, and how they are run.
+
+What a document says of a block stands in HTML comments right before its fence:
+
+    <!-- environment: mace -->       mace or nequip; without it that of docs/mace.md and docs/nequip.md, elsewhere both
+    <!-- not run: needs a GPU -->    the block is not run, and why; only its options are checked
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = ("mace", "nequip")
+LANGUAGES = ("bash", "python", "yaml")
+COMMENT = re.compile(r"<!-- (environment|not run): (.+) -->")
+FILE = re.compile(r"[\w./-]+\.(?:model(?:-[\w.]+)?|ckpt|safetensors|nequip\.zip|nequip\.pt2|lmp\.pt|xyz)(?![\w.])")
+
+STEPS = "distillation: {steps: 20}"
+SHORTER = (
+    ("quickstart_mace.py", "quickstart_mace.py --quick"),
+    ("quickstart_nequip.py", "quickstart_nequip.py --quick"),
+    ("gaq quantize ", f"gaq quantize --config '{{preset: gaq, {STEPS}}}' "),
+    ("gaq report ", "gaq report --nve-ps 0.02 "),
+    ('gaq.prepare(model, "gaq")', 'gaq.prepare(model, {"preset": "gaq", "distillation": {"steps": 20}})'),
+)
+"""What is put in place of a command so that it takes seconds: options that README or docs name."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document.
+
+    Attributes:
+        document: path relative to the repository.
+        line: of the opening fence, from 1.
+        heading: the heading it stands under.
+        language: of the fence; empty if it names none.
+        text: between the fences.
+        environment: ``mace`` or ``nequip``; None for both.
+        not_run: why it is not run; None if it is.
+    """
+
+    document: str
+    line: int
+    heading: str
+    language: str
+    text: str
+    environment: str | None
+    not_run: str | None
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line} ({self.language or 'no language'})"
+
+
+def documents() -> list[Path]:
+    """README and every page below docs, in the order in which they are read."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks_of(path: Path) -> Iterator[Block]:
+    """The fenced blocks of a document, in its order.
+
+    Raises:
+        ValueError: for a fence that is never closed.
+    """
+    document = path.relative_to(ROOT).as_posix()
+    heading, said, lines = "", dict[str, str](), path.read_text().splitlines()
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        if line.lstrip().startswith("```"):
+            indent = len(line) - len(line.lstrip())
+            end = next((i for i in range(at + 1, len(lines)) if lines[i].strip() == "```"), None)
+            if end is None:
+                raise ValueError(f"{document}:{at + 1}: this fence is never closed")
+            text = "".join(f"{line[indent:]}\n" for line in lines[at + 1 : end])
+            environment = said.get("environment", path.stem if path.stem in ENVIRONMENTS else None)
+            yield Block(document, at + 1, heading, line.strip("` "), text, environment, said.get("not run"))
+            said, at = {}, end + 1
+            continue
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if (comment := COMMENT.fullmatch(line.strip())) is not None:
+            said[comment[1]] = comment[2]
+        elif line.strip() and not line.strip().startswith("<!--"):
+            said = {}
+        at += 1
+
+
+def all_blocks() -> list[Block]:
+    """Every block of README and docs, in order."""
+    return [block for path in documents() for block in blocks_of(path)]
+
+
+def installed() -> list[str]:
+    """Environments whose framework can be imported here; one, as MACE and NequIP need different versions of e3nn."""
+    return [name for name in ENVIRONMENTS if find_spec(name) is not None]
+
+
+def shortened(text: str) -> str:
+    """The text with long commands shortened by the options of `SHORTER`."""
+    for command, shorter in SHORTER:
+        text = text.replace(command, shorter)
+    return text
+
+
+def files_named(text: str) -> list[str]:
+    """Model files, structures and report folders that a block names, its comments included, in order."""
+    return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w-]+)/", text)))
+
+
+def commands_of(block: Block) -> list[tuple[str, ...]]:
+    """What is run for a block: Python as a whole, each command of a shell in a shell of its own."""
+    text = shortened(block.text)
+    if block.language == "python":
+        return [(sys.executable, "-c", text)]
+    lines = (line.split("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+    return [("bash", "-euo", "pipefail", "-c", line) for line in lines if line and not line.startswith("#")]
+
+
+@dataclass
+class Done:
+    """A block, or a command of one, that was run.
+
+    Attributes:
+        code: exit code.
+        output: what it printed to both streams.
+        made: paths, relative to the folder, that it wrote or changed, of those it names.
+    """
+
+    code: int
+    output: str
+    made: list[str]
+
+
+class Workspace:
+    """A folder in which the blocks of one environment are run, each after those that stand before it in its document.
+
+    It has the folders of the repository that commands name, the models and structures under the names that the text
+    uses (those of the quickstart), and a ``pip`` that only notes what it was asked to install: what the extras bring is
+    installed already, and they are compared with those of ``.ci/run``.
+    """
+
+    def __init__(self, folder: Path, environment: str) -> None:
+        self.folder = folder
+        self.environment = environment
+        self.done: dict[Block, Done] = {}
+        # The same command in two documents is run once.
+        self.finished: dict[tuple[str, ...], Done] = {}
+        self.blocks = [
+            block
+            for block in all_blocks()
+            if block.language in ("bash", "python")
+            and block.not_run is None
+            and block.environment in (None, environment)
+        ]
+        for name in ("examples", "benchmarks", "configs"):
+            (folder / name).symlink_to(ROOT / name)
+        commands = folder / ".bin"
+        commands.mkdir()
+        (commands / "pip").write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/../pip.log"\n')
+        (commands / "pip").chmod(0o755)
+        path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self.variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+    def execute(self, arguments: list[str], timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder; both streams in its ``stdout``."""
+        return subprocess.run(
+            arguments,
+            cwd=self.folder,
+            env=self.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=timeout,
+        )
+
+    def run(self, block: Block) -> Done:
+        """Run a block, once, after the blocks before it in its document and the quickstart of this environment."""
+        if block in self.done:
+            return self.done[block]
+        quickstart = next(b for b in self.blocks if f"quickstart_{self.environment}.py" in b.text)
+        if block is not quickstart:
+            self.run(quickstart)
+            for earlier in self.blocks:
+                if earlier.document == block.document and earlier.line < block.line:
+                    self.run(earlier)
+        done = Done(0, "", [])
+        for command in commands_of(block):
+            if command not in self.finished:
+                self.finished[command] = self._finish(command, files_named(block.text))
+            one = self.finished[command]
+            done = Done(one.code, done.output + one.output, [*done.made, *one.made])
+            if done.code != 0:
+                break
+        self.done[block] = done
+        if block is quickstart and done.code == 0:
+            self._name_models()
+        return done
+
+    def _finish(self, command: tuple[str, ...], names: list[str]) -> Done:
+        """Run a command, and see which of the named files it writes or changes."""
+        before = {name: self._changed(name) for name in names}
+        finished = self.execute(list(command))
+        made = [name for name in names if self._changed(name) not in (None, before[name])]
+        return Done(finished.returncode, finished.stdout, made)
+
+    def _changed(self, name: str) -> int | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        newest = [path.stat().st_mtime_ns, *(file.stat().st_mtime_ns for file in path.rglob("*"))]
+        return max(newest)
+
+    def _name_models(self) -> None:
+        """The quickstart's data and models, under the names that the text uses for the reader's own."""
+        if self.environment == "mace":
+            made = self.folder / "quickstart"
+            shutil.copy(made / "fp32.model", self.folder / "MACE.model")
+        else:
+            made = self.folder / "quickstart" / "nequip"
+            shutil.copy(made / "fp32" / "best.ckpt", self.folder / "MODEL.ckpt")
+            shutil.copytree(made / "gaq", self.folder / "RUN")
+            # Where the checkpoints have their training data: beside the folder in which training was started.
+            shutil.copy(made / "train.xyz", self.folder / "train.xyz")
+            done = self.execute(["nequip-package", "build", "MODEL.ckpt", "MODEL.nequip.zip"])
+            assert done.returncode == 0, done.stdout
+            overrides = (
+                "trainer.max_epochs=1 run=[train] quantization={preset:gaq,distillation:{steps:5}} "
+                "training_module.model.l_max=1 training_module.model.num_layers=1"
+            )
+            done = self.execute(["nequip-train", "--config-dir", "configs", "-cn", "allegro_gaq", *overrides.split()])
+            assert done.returncode == 0, done.stdout
+            shutil.copy(made / "allegro_gaq" / "best.ckpt", self.folder / "ALLEGRO_gaq.ckpt")
+        shutil.copy(made / "train.xyz", self.folder / "structures.xyz")
+        shutil.copy(made / "test.xyz", self.folder / "test.xyz")
