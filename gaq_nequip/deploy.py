@@ -12,12 +12,13 @@ import argparse
 import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gaq.third_party_warnings import hidden_in_commands, known_hidden
 
 __all__ = ["main"]
 
@@ -303,8 +304,7 @@ def _save_data(data: Any, path: Path) -> None:
     holder = torch.nn.Module()
     for name, value in data.items():
         holder.register_buffer(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and what NequIP asks for
+    with known_hidden():  # TorchScript is deprecated, and what NequIP asks for
         torch.jit.save(torch.jit.script(holder), path)
 
 
@@ -414,10 +414,10 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@hidden_in_commands()
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command ``nequip-deploy``; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
     logging.disable(logging.INFO)
     try:
         return _build(arguments) if arguments.command == "build" else _info(arguments)
