@@ -35,14 +35,13 @@ from torch import Tensor
 
 from gaq.archive import deflate
 from gaq.packing import pack, packed_bytes, unpack
+from gaq.quantized import StoredState, check_format
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
 from gaq.third_party_warnings import known_hidden
 from gaq_mace.model import (
     FixedWeight,
     ModelFileError,
-    StoredState,
     _layouts,
-    check_format,
     feature_quantizers,
     is_quantized,
     meta_of,

@@ -137,10 +137,11 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.target not in COMPILE_TARGET_DICT:
         raise InputError(f"--target {arguments.target}: choose one of {', '.join(COMPILE_TARGET_DICT)}.")
 
+    from gaq.quantized import state_of
     from gaq_nequip import files
 
     model = files.load(source)
-    state = files.state_of(model)
+    state = state_of(model)
     if state is None:
         raise InputError(
             f"{source}: a float model. Quantize it first (gaq quantize {source.name} --calibration DATA.xyz -o "
@@ -400,12 +401,13 @@ def _info(arguments: argparse.Namespace) -> int:
         for name in ("total", "weights", "code", "sources", "other"):
             print(f"  {name + ' bytes':28s} {getattr(sizes, name)}")
         return 0
+    from gaq.quantized import state_of
     from gaq.summary_table import format_rows
     from gaq_nequip import files
     from gaq_nequip.model import rows
 
     model = files.load(path)
-    state = files.state_of(model)
+    state = state_of(model)
     print(f"{path}: {'float' if state is None else f'preset {state.config.preset}, {state.status}'}")
     for key, value in sorted(model.metadata.items()):  # type: ignore[operator,union-attr]
         if key != "gaq_config":
