@@ -26,6 +26,7 @@ def refused(*more):
 """
 
 
+@pytest.mark.smoke
 def test_parser_knows_quantization(python: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "preset.yml").write_text("quantization: w4a16\n")
     (tmp_path / "null.yml").write_text("quantization:\n")
@@ -119,6 +120,7 @@ print("ALL")
     assert done.stdout.endswith("ALL\n")
 
 
+@pytest.mark.smoke
 def test_a_broken_hook_does_not_break_torch(python: Callable[..., Any]) -> None:
     code = """
 import gaq_mace._autoload as autoload
@@ -136,6 +138,7 @@ print(torch.ones(2).sum().item())
     assert "gaq: the MACE hook could not be installed (broken on purpose); use gaq_mace_train." in done.stderr
 
 
+@pytest.mark.smoke
 def test_importing_torch_imports_nothing_else(python: Callable[..., Any]) -> None:
     code = """
 import sys, torch
