@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Starting a process that imports MACE takes seconds, so each does as much as it can.
 PARSER = """
 import contextlib, io, os, sys
