@@ -167,7 +167,7 @@ def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
 
         return prepare(model, {"preset": preset, **keys})
 
-    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))
+    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]
 
 
 def install() -> None:
