@@ -11,12 +11,12 @@ import json
 import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gaq import settings
+from gaq.third_party_warnings import hidden_in_commands
 
 __all__ = ["main"]
 
@@ -304,13 +304,10 @@ def _doctor() -> int:
     return 0
 
 
+@hidden_in_commands()
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command ``gaq``; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    # What torch and e3nn say about themselves would bury the one line a user has to read.
-    warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.command == "quantize":

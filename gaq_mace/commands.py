@@ -12,12 +12,15 @@ from typing import Any
 import mace  # noqa: F401  (before e3nn)
 import torch
 
+from gaq.third_party_warnings import hidden_in_commands
+
 __all__ = ["create_lammps_model", "train"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
 
 
+@hidden_in_commands()
 def train() -> None:
     """`mace_run_train`, whether or not torch's plugin autoload is on: the script ``gaq_mace_train``."""
     from gaq_mace.hook.patches import ensure_installed
@@ -124,6 +127,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"Wrote {target} ({arguments.format}, {arguments.dtype}, {os.path.getsize(target):,} bytes)")
 
 
+@hidden_in_commands()
 def create_lammps_model(argv: Sequence[str] | None = None) -> int:
     """`mace_create_lammps_model` for quantized models: the script ``gaq_mace_create_lammps_model``.
 

@@ -21,11 +21,9 @@ import importlib
 import json
 import operator
 import pickle
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +39,14 @@ from torch import Tensor
 
 from gaq.files.archive import deflate
 from gaq.files.packing import pack, packed_bytes, unpack
+from gaq.model.state import StoredState, check_format
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
+from gaq.third_party_warnings import known_hidden
 from gaq_mace.layers import original_type
 from gaq_mace.model import (
     FixedWeight,
     ModelFileError,
-    StoredState,
     _layouts,
-    check_format,
     feature_quantizers,
     is_quantized,
     meta_of,
@@ -108,19 +106,10 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
     return plain
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """e3nn compiles the modules it makes, and torch warns about each: dozens of lines for one model."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        yield
-
-
 def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
     before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), known_hidden():
         try:
             torch.set_default_dtype(dtype)
             return mace_models.ScaleShiftMACE(**config)
@@ -682,7 +671,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             return _load_safetensors(path).to(device)
         if is_packed(str(path)):
             _check_archive(path)
-        with _quiet():
+        with known_hidden():
             model = torch.load(path, map_location=device, weights_only=False)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
-
 _PUBLIC = {
     "NequIPAdapter": "gaq_nequip.adapter",
     "load": "gaq_nequip.files",

@@ -12,12 +12,13 @@ import argparse
 import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gaq.third_party_warnings import hidden_in_commands, known_hidden
 
 __all__ = ["main"]
 
@@ -136,10 +137,11 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.target not in COMPILE_TARGET_DICT:
         raise InputError(f"--target {arguments.target}: choose one of {', '.join(COMPILE_TARGET_DICT)}.")
 
+    from gaq.model.state import state_of
     from gaq_nequip import files
 
     model = files.load(source)
-    state = files.state_of(model)
+    state = state_of(model)
     if state is None:
         raise InputError(
             f"{source}: a float model. Quantize it first (gaq quantize {source.name} --calibration DATA.xyz -o "
@@ -305,8 +307,7 @@ def _save_data(data: Any, path: Path) -> None:
     holder = torch.nn.Module()
     for name, value in data.items():
         holder.register_buffer(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and what NequIP asks for
+    with known_hidden():  # TorchScript is deprecated, and what NequIP asks for
         torch.jit.save(torch.jit.script(holder), path)
 
 
@@ -402,12 +403,13 @@ def _info(arguments: argparse.Namespace) -> int:
         for name in ("total", "weights", "code", "sources", "other"):
             print(f"  {name + ' bytes':28s} {getattr(sizes, name)}")
         return 0
+    from gaq.model.state import state_of
     from gaq.model.summary_table import format_rows
     from gaq_nequip import files
     from gaq_nequip.model import rows
 
     model = files.load(path)
-    state = files.state_of(model)
+    state = state_of(model)
     print(f"{path}: {'float' if state is None else f'preset {state.config.preset}, {state.status}'}")
     for key, value in sorted(model.metadata.items()):  # type: ignore[operator,union-attr]
         if key != "gaq_config":
@@ -416,10 +418,10 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@hidden_in_commands()
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command ``nequip-deploy``; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
     logging.disable(logging.INFO)
     try:
         return _build(arguments) if arguments.command == "build" else _info(arguments)

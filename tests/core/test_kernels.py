@@ -78,6 +78,7 @@ def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[T
 
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.integers(2, 9), st.sampled_from([0, 1, 5, 30, 200]), st.booleans())
+@pytest.mark.smoke
 def test_convolution_is_the_reference(
     made: tuple[convolution.ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool
 ) -> None:
@@ -111,6 +112,7 @@ def test_convolution_is_the_reference(
     st.integers(2, 9),
     st.sampled_from([0, 1, 5, 30, 200]),
 )
+@pytest.mark.smoke
 def test_product_is_the_reference(
     seed: int, channels: int, shape: tuple[int, int, int, int], atoms: int, degree: int
 ) -> None:
@@ -269,6 +271,7 @@ def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
 
 @settings(max_examples=40, deadline=None)
 @given(polynomials(), st.integers(0, 7), st.sampled_from([1, 7, 8, 20]), st.integers(1, 4))
+@pytest.mark.smoke
 def test_contraction_is_the_reference(
     made: tuple[contraction.Polynomial, int], atoms: int, channels: int, species: int
 ) -> None:
@@ -360,6 +363,7 @@ def test_harmonics_fit_refuses_other_functions() -> None:
 @pytest.mark.parametrize("frame", ["local", "fixed"])
 @pytest.mark.parametrize("channels", [5, 32])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.smoke
 def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> None:
     layout = FeatureLayout(((channels, 1), (channels, 1), (channels, 3), (-channels, 3), (channels, 5), (channels, 7)))
     quantizer = FeatureQuantizer(layout, ScalarConfig(), VectorConfig(frame=frame), 1.0)
@@ -430,6 +434,7 @@ def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, t
     assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
 
 
+@pytest.mark.smoke
 def test_rounding_can_be_traced() -> None:
     quantizer = FeatureQuantizer(FeatureLayout(((4, 1), (4, 3))), ScalarConfig(), VectorConfig(), 1.0)
     quantizer.differentiable_twice = False

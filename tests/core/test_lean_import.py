@@ -19,6 +19,7 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.smoke
 def test_the_package_alone_takes_nothing() -> None:
     loaded = modules_after("import gaq")
     assert "gaq" in loaded
@@ -29,6 +30,7 @@ def test_the_configuration_needs_not_even_torch() -> None:
     assert not modules_after("import gaq; gaq.parse_config('gaq')") & {*HEAVY, "torch", "numpy"}
 
 
+@pytest.mark.smoke
 def test_the_core_needs_no_framework() -> None:
     core = [
         "quantizers.features",

@@ -403,6 +403,7 @@ def test_learned_envelope() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.smoke
 def test_torchscript(bits: int | None) -> None:
     q, k, u, receiver = graph(seed=10)
     module = attention(bits=bits)

@@ -89,6 +89,7 @@ def test_no_component_is_lost_where_mixtures_are_dependent(device: torch.device,
         assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
+@pytest.mark.smoke
 def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from gaq.kernels.cpu import native
 

@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "ignore:.*TorchScript type system.*:UserWarning",
         "ignore:.*torch.jit.*:DeprecationWarning",
+        "ignore:.*torch.jit.*:FutureWarning",
         "ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.*:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)

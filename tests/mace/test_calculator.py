@@ -95,6 +95,7 @@ def test_energies(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.smoke
 def test_forces_are_the_slope(
     calculator: Callable[..., MACECalculator], structures: list[Any], crystal: Any, preset: str
 ) -> None:

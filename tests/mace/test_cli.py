@@ -52,6 +52,7 @@ def folder(
     return path
 
 
+@pytest.mark.smoke
 def test_quantize_inspect_report(
     folder: Path,
     tmp_path: Path,
@@ -161,6 +162,7 @@ def test_failed_gate(
     assert "MARKED: written with --force although these gates failed: lee" in capsys.readouterr().out
 
 
+@pytest.mark.smoke
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -320,6 +322,7 @@ def test_usage_errors() -> None:
         assert stop.value.code == 2
 
 
+@pytest.mark.smoke
 def test_streams_of_the_command(python: Callable[..., Any], folder: Path) -> None:
     """In a process of its own, with warnings on: results on stdout, and on stderr nothing but the error."""
     code = "import sys; from gaq.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -105,6 +105,7 @@ def expected(path: Path, atoms: Any, dtype: str, head: str | None = None) -> tup
 
 @pytest.mark.parametrize("where", ["molecule", "crystal"])
 @pytest.mark.parametrize(("preset", "dtype"), [("gaq", "float64"), ("w8a8", "float32"), ("w4", "float64")])
+@pytest.mark.smoke
 def test_mliap(
     preset: str, dtype: str, where: str, saved: Any, structures: Any, crystal: Any, capsys: pytest.CaptureFixture
 ) -> None:
@@ -167,6 +168,7 @@ def test_mliap_file_is_packed_and_loads_without_the_plugin(
 
 
 @pytest.mark.parametrize(("preset", "suffix"), [("gaq", ".model"), ("w8", ".model"), ("w8a8", ".safetensors")])
+@pytest.mark.smoke
 def test_libtorch(preset: str, suffix: str, saved: Any, structures: Any, capsys: pytest.CaptureFixture) -> None:
     from mace import data
     from mace.tools import torch_geometric, utils

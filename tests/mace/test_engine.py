@@ -142,6 +142,7 @@ def both(model: torch.nn.Module, structures: list[Atoms], **options: bool) -> tu
 
 
 @pytest.mark.parametrize("preset", ["w8", "gaq", "w4a8"])
+@pytest.mark.smoke
 def test_the_engine_is_the_reference(plain: Callable[[], torch.nn.Module], preset: str) -> None:
     model = converted(plain(), preset, STRUCTURES[:3])
     ours, theirs = both(model, STRUCTURES, compute_stress=True)
@@ -215,6 +216,7 @@ def test_forces_are_the_gradient_of_the_energy() -> None:
         assert -(energies[0] - energies[1]) / (2 * h) == pytest.approx(float(forces[index, axis]), abs=2e-7)
 
 
+@pytest.mark.smoke
 def test_calculator_uses_the_engine_without_being_told(tmp_path: Path) -> None:
     path = tmp_path / "model.model"
     gaq.save(converted(MODELS["agnostic"]().float(), "gaq", STRUCTURES[:3]), path)
@@ -238,6 +240,7 @@ def test_switched_off_by_the_environment(setting: Callable[..., Any]) -> None:
     assert "gaq_engine" not in model.__dict__
 
 
+@pytest.mark.smoke
 def test_training_goes_through_the_reference_path() -> None:
     model = converted(MODELS["scalars"](), "w8", STRUCTURES[:3])
     assert not engine.serves(model, {"training": True})

@@ -213,6 +213,7 @@ print("RESULT" + json.dumps(result))
 
 
 @pytest.mark.parametrize("presets", [("gaq", "w4a16"), pytest.param(PRESETS, marks=pytest.mark.slow)])
+@pytest.mark.smoke
 def test_loads_where_this_package_is_not_installed(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -419,6 +420,7 @@ def test_nothing_is_left_behind_when_writing_fails(
     assert (tmp_path / "kept.model").read_bytes() == kept
 
 
+@pytest.mark.smoke
 def test_stock_models_load_and_save_as_stock(
     float_model: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Starting a process that imports MACE takes seconds, so each does as much as it can.
 PARSER = """
 import contextlib, io, os, sys
@@ -26,6 +28,7 @@ def refused(*more):
 """
 
 
+@pytest.mark.smoke
 def test_parser_knows_quantization(python: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "preset.yml").write_text("quantization: w4a16\n")
     (tmp_path / "null.yml").write_text("quantization:\n")
@@ -119,6 +122,7 @@ print("ALL")
     assert done.stdout.endswith("ALL\n")
 
 
+@pytest.mark.smoke
 def test_a_broken_hook_does_not_break_torch(python: Callable[..., Any]) -> None:
     code = """
 import gaq_mace.hook.autoload as autoload
@@ -136,6 +140,7 @@ print(torch.ones(2).sum().item())
     assert "gaq: the MACE hook could not be installed (broken on purpose); use gaq_mace_train." in done.stderr
 
 
+@pytest.mark.smoke
 def test_importing_torch_imports_nothing_else(python: Callable[..., Any]) -> None:
     code = """
 import sys, torch

@@ -33,6 +33,7 @@ from gaq.config.parse import PRESETS
 from gaq_mace.model import weight_quantizers
 
 
+@pytest.mark.smoke
 def test_scalar_form(train: Any, stock: Run) -> None:
     run = train(quantization="gaq", swa=None)
     check(run, stock)

@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "ignore:.*TorchScript type system.*:UserWarning",
         "ignore:.*torch.jit.*:DeprecationWarning",
+        "ignore:.*torch.jit.*:FutureWarning",
         "ignore:Found `per_type_energy.*:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)

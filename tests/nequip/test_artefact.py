@@ -96,6 +96,7 @@ needs_strip = pytest.mark.skipif(shutil.which("strip") is None, reason="needs th
 
 
 @needs_strip
+@pytest.mark.smoke
 def test_slim_computes_the_same_in_less_space(compiled: Path, inputs: torch.Tensor) -> None:
     target = compiled.with_name("slim.nequip.pt2")
     assert artefact.slim(compiled, target) is True

@@ -19,6 +19,7 @@ from gaq_nequip import artefact, deploy
 from gaq_nequip.deploy import main
 
 
+@pytest.mark.smoke
 def test_package(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.nequip.zip"
     assert main(["build", str(trained.best), str(path)]) == 0
@@ -66,7 +67,7 @@ def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["ase", "pair_nequip"])
+@pytest.mark.parametrize("target", [pytest.param("ase", marks=pytest.mark.smoke), "pair_nequip"])
 def test_compiled(
     trained: Any,
     trained_float: Any,

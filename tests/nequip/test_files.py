@@ -111,6 +111,7 @@ def quantized_file(trained_float: Any, tmp_path_factory: pytest.TempPathFactory)
     return get
 
 
+@pytest.mark.smoke
 def test_stock_package_of_a_trained_checkpoint(
     trained: Any, command: Callable[..., Any], frames: list[Any], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_stock_package_of_a_trained_checkpoint(
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".nequip.zip"])
+@pytest.mark.smoke
 def test_quantize_command(
     quantized_file: Callable[[str], Path], trained_float: Any, frames: list[Any], suffix: str
 ) -> None:
@@ -286,6 +288,7 @@ def test_unknown_elements_and_empty_data(
     assert not output.exists()
 
 
+@pytest.mark.smoke
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "nequip-train knows the key `quantization`" in capsys.readouterr().out

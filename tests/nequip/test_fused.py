@@ -30,6 +30,7 @@ def blocks(model: Any) -> list[Any]:
 @pytest.mark.parametrize("preset", ["w8", "gaq"])
 @pytest.mark.parametrize("variant", ["plain", "parity", "wide"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.smoke
 def test_fused_is_the_same_function(
     quantized: Callable[..., Any],
     evaluate: Callable[..., Any],
@@ -122,6 +123,7 @@ def test_fused_product_is_the_same_function(
 
 @pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("irreps", [("0e+1o+2e", "0e+1o+2e", "0e+1o+2e"), ("0e+1o", "0e+1o", "0e"), ("0e", "0e", "0e")])
+@pytest.mark.smoke
 def test_fused_product_is_that_of_allegro(irreps: tuple[str, str, str], coupled: bool) -> None:
     """With and without weights for each channel, several paths and one, diagonal coefficients and full ones."""
     contract = pytest.importorskip("allegro.nn._strided._contract", reason="needs Allegro: pip install '.[allegro]'")
@@ -137,6 +139,7 @@ def test_fused_product_is_that_of_allegro(irreps: tuple[str, str, str], coupled:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.smoke
 def test_shims_are_those_of_the_library(dtype: torch.dtype) -> None:
     """The declarations that Inductor gets name functions that the static library has, for its dtype only."""
     import subprocess
@@ -172,6 +175,7 @@ def test_there_are_kernels_for_two_dtypes() -> None:
         native.kernel("round", torch.bfloat16)
 
 
+@pytest.mark.smoke
 def test_operations_can_be_traced() -> None:
     """`torch.library`'s own checks of schema, fake tensors and gradient."""
     path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))

@@ -52,6 +52,7 @@ def test_every_parameter_is_covered(float_model: Callable[..., Any], variant: st
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.smoke
 def test_converted_frozen_and_folded_are_the_same(
     quantized: Callable[..., Any],
     float_model: Callable[..., Any],
@@ -220,6 +221,7 @@ def test_second_derivatives_of_training(quantized: Callable[..., Any], structure
             assert float(parameter.grad.view(-1)[index]) == pytest.approx(numeric, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.smoke
 def test_deep_copies_and_states(
     quantized: Callable[..., Any], float_model: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any]
 ) -> None:
