@@ -19,7 +19,7 @@ from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.recording import recorded_outputs
 from gaq.summary_table import SummaryRow
-from gaq_mace import files, inspection, moments
+from gaq_mace import engine, files, inspection, moments
 from gaq_mace import model as quantized
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 
@@ -94,6 +94,15 @@ class MACEAdapter:
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
+
+    def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
+        return "model"
+
+    def is_fused(self, model: torch.nn.Module) -> bool:
+        return engine.serves(model, {})
+
+    def reference_path(self) -> AbstractContextManager[None]:
+        return engine.disabled()
 
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
         return MACEPotential(model, batch_size)
