@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..physics.potential import CalculatorPotential, Potential
-from .gates import FLOAT, NAIVE
+from .gates import FLOAT, NAIVE, quotient
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -36,8 +36,8 @@ class Subject:
         training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
         file_kind: what the file is, as its adapter names it.
         weight_bytes: of codes, scales and what stays float; None if the file does not tell.
-        engine_error: error of the fused kernels over that of the reference path, on structures; None where the model
-            does not run through them.
+        engine_error: error of the fused kernels over that of the reference path, on structures; gives None where the
+            model does not run through them.
         naive: of a float model, what makes its `gaq.reporting.gates.NAIVE` twin, with ranges observed on structures.
     """
 
@@ -49,7 +49,7 @@ class Subject:
     training: str = "ptq"
     file_kind: str | None = None
     weight_bytes: int | None = None
-    engine_error: Callable[[Sequence[Atoms]], float] | None = None
+    engine_error: Callable[[Sequence[Atoms]], float | None] | None = None
     naive: Callable[[Sequence[Atoms]], Potential] | None = None
 
     @property
@@ -90,7 +90,10 @@ def open_file(
     if len(structures):
         adapter.batches(model, structures, 1)
     config = adapter.config(model)
-    calculator = adapter.calculator(path, device)
+    first = next(model.parameters(), None)
+    # Said to the calculator: MACE's warns of a dtype that it has to find out.
+    dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
+    calculator = adapter.calculator(path, device, dtype)
     potential: Potential = CalculatorPotential(calculator)
     exact = potential
     if not through_calculator:
@@ -106,21 +109,22 @@ def open_file(
         file_kind=adapter.file_kind(model, path),
         weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
         engine_error=_engine_error(adapter, model),
-        naive=_naive(adapter, model) if is_float and any(True for _ in model.parameters()) else None,
+        naive=_naive(adapter, model) if is_float and first is not None else None,
     )
 
 
-def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float] | None:
-    """See `Subject.engine_error`; None in float64 too, where there is nothing more exact to compare with.
+def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None]:
+    """See `Subject.engine_error`; gives None in float64 too, where there is nothing more exact to compare with.
 
     Both errors are those of one model: the unquantized one, which has no features that fall to the other side of a
     rounding threshold, would compare the arithmetic with the rounding.
     """
-    first = next(model.parameters(), None)
-    if first is None or first.dtype != torch.float32 or not adapter.is_fused(model):
-        return None
 
-    def measure(structures: Sequence[Atoms]) -> float:
+    def measure(structures: Sequence[Atoms]) -> float | None:
+        first = next(model.parameters(), None)
+        if first is None or first.dtype != torch.float32 or not adapter.is_fused(model):
+            return None
+
         def forces(model: torch.nn.Module) -> np.ndarray:
             # One at a time: the reference path holds the features of every edge.
             return np.concatenate(adapter.potential(model, 1)(structures)[1]).astype(float)
@@ -129,7 +133,7 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
         with adapter.reference_path():
             exact, plain = forces(adapter.in_float64(model)), forces(model)
         errors = [float(np.sqrt(np.mean((found - exact) ** 2))) for found in (fused, plain)]
-        return errors[0] / errors[1] if errors[1] else (0.0 if errors[0] == 0.0 else float("inf"))
+        return quotient(*errors)
 
     return measure
 
