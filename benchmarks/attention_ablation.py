@@ -31,15 +31,14 @@ import numpy as np
 import torch
 import yaml
 from ase.io import read, write
-from common import SHARED, load_json, spaced, write_result
+from common import SHARED, load_json, write_result
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.checks.conservation import central_difference_error
-from gaq.checks.errors import force_and_energy_mae
-from gaq.checks.lee import local_equivariance_error
+from gaq.checks.errors import spaced
 from gaq.config.parse import PRESETS
 from gaq.quantizers.attention import RobustAttention
+from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
 
 ATTENTION = "GAQAttentionResidualInteractionBlock"
@@ -106,26 +105,23 @@ def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int,
 
 
 def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
-    """Errors in the model's own dtype; equivariance and conservation in float64, as deployed and without rounding."""
+    """Errors, equivariance and conservation, and the distance in forces to the same without rounding of features."""
     model = gaq.load(path)
     adapter = adapter_for(model)
     chosen = spaced(test, frames)
-    errors = force_and_energy_mae(adapter.potential(model, 50), chosen)
+    found = quality(
+        open_model(adapter, model), chosen, rotated=spaced(chosen, 10), displaced=spaced(chosen, 5), components=8
+    )
     double = adapter.in_float64(model)
     potential = adapter.potential(double, 20)
     sample = spaced(chosen, 20)
     forces = np.concatenate(potential(sample)[1])
     with adapter.unquantized(double):
         smooth = np.concatenate(potential(sample)[1])
-    central = central_difference_error(potential, spaced(chosen, 5), components_per_structure=8)
-    lee = local_equivariance_error(potential, spaced(chosen, 10), rotations=4)
     temperatures = [m.temperature().tolist() for m in model.modules() if isinstance(m, RobustAttention)]
     return {
-        "force_mae_mev_per_angstrom": errors.force_mae_mev_per_angstrom,
-        "energy_mae_mev_per_atom": errors.energy_mae_mev_per_atom,
+        **found.metrics,
         "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
-        "lee_mev_per_angstrom": lee.mean_mev_per_angstrom,
-        "central_difference_relative_error": {f"{h:g}": e.relative_error for h, e in central.items()},
         "temperatures": temperatures,
         "parameters": sum(p.numel() for p in model.parameters()),
         "file_bytes": path.stat().st_size,

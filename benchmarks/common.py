@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: data, batched NVE runs, result files."""
+"""What the benchmark scripts share: where data lie, means of NVE runs, result files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,17 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import Atoms, units
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
 
-from gaq.checks.nve import fit_drift
-from gaq.checks.potential import Potential
 from gaq.reporting.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
-    """`count` of the structures, evenly spaced."""
-    chosen = np.unique(np.linspace(0, len(structures) - 1, min(count, len(structures))).astype(int))
-    return [structures[i] for i in chosen]
 
 
 def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None, **extra: Any) -> Path:
@@ -52,73 +42,22 @@ def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None
     return path
 
 
-def nve_replicas(
-    potential: Potential,
-    structure: Atoms,
-    replicas: int = 6,
-    duration_ps: float = 2.0,
-    timestep_fs: float = 0.5,
-    temperature_k: float = 300.0,
-    equilibrate_ps: float = 0.2,
-    seed: int = 0,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Several NVE runs of one molecule, all in one batch a step (velocity Verlet).
+def mean_of_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Drift of several NVE runs of one system that differ in their seed.
 
-    Returns:
-        Mean drift (meV/atom/ps), its standard error over the replicas, and the ratio of |drift x time| to the
-        standard deviation of the kinetic energy.
+    The standard error is the larger of two: the runs' own in quadrature, and the scatter of their drifts, which also
+    sees slow fluctuations that a single run mistakes for drift.
+
+    Args:
+        rows: fields of `gaq.checks.nve.NVEResult`.
     """
-    rng = np.random.default_rng(seed)
-    copies = []
-    for _ in range(replicas):
-        atoms = structure.copy()
-        MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature_k, rng=rng)
-        Stationary(atoms)
-        ZeroRotation(atoms)
-        copies.append(atoms)
-    mass = copies[0].get_masses()[None, :, None]
-    x = np.array([a.positions for a in copies])
-    v = np.array([a.get_velocities() for a in copies])
-    dt = timestep_fs * units.fs
-
-    def forces(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for atoms, p in zip(copies, positions, strict=True):
-            atoms.positions = p
-        energy, force = potential(copies)
-        return energy, np.array(force)
-
-    n = len(structure)
-    energy, force = forces(x)
-    first = round(equilibrate_ps * 1000 / timestep_fs)
-    steps = first + round(duration_ps * 1000 / timestep_fs)
-    times, totals, kinetics = [], [], []
-    for step in range(steps):
-        v += 0.5 * dt * force / mass
-        x = x + dt * v
-        energy, force = forces(x)
-        v += 0.5 * dt * force / mass
-        kinetic = 0.5 * (mass * v**2).sum((1, 2))
-        if step < first and step % 10 == 0:
-            # A thermostat for the start only: rescale to the target temperature.
-            v *= np.sqrt(1.5 * n * units.kB * temperature_k / kinetic)[:, None, None]
-        if step >= first and step % 10 == 0:
-            times.append((step - first) * timestep_fs / 1000)
-            totals.append(energy.astype(float) + kinetic)
-            kinetics.append(kinetic)
-        tick()
-    t = np.array(times)
-    total = np.array(totals)
-    slopes = np.array([fit_drift(t, total[:, i])[0] for i in range(replicas)]) / n * 1000
-    spread = np.array(kinetics).std(0).mean()
-    drift = float(slopes.mean())
+    drifts = np.array([row["drift_mev_per_atom_per_ps"] for row in rows])
+    errors = np.array([row["standard_error"] for row in rows])
+    scatter = drifts.std(ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
     return {
-        "drift_mev_per_atom_per_ps": drift,
-        "standard_error": float(slopes.std(ddof=1) / np.sqrt(replicas)),
-        "drift_over_std_kinetic": float(abs(drift) * n / 1000 * duration_ps / spread),
-        "replicas": replicas,
-        "duration_ps": duration_ps,
-        "timestep_fs": timestep_fs,
+        "drift_mev_per_atom_per_ps": float(drifts.mean()),
+        "standard_error": float(max(scatter, np.sqrt((errors**2).sum()) / len(rows))),
+        "drift_over_std_kinetic": float(np.mean([row["drift_over_std_kinetic"] for row in rows])),
     }
 
 

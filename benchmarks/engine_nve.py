@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from ase.io import read
 from ase.optimize import FIRE
-from common import RESULTS, SHARED, load_json, write_result
+from common import RESULTS, SHARED, load_json, mean_of_runs, write_result
 from mace.calculators import MACECalculator
 from mace_speed import water_box
 
@@ -80,9 +80,9 @@ def simulate(work: Path, system: str, path: str, seed: int) -> None:
         bonds = system == "azobenzene"
         result = nve_drift(calculator, atoms, **options, seed=seed, check_bonds=bonds, progress=True)
         seconds = time.perf_counter() - began
-    row = {key: value for key, value in dataclasses.asdict(result).items() if not isinstance(value, tuple)}
+    row = {key: value for key, value in dataclasses.asdict(result).items() if not isinstance(value, np.ndarray)}
     row |= {"system": system, "path": path, "seed": seed, "seconds": seconds}
-    np.savez(work / f"{name}.npz", times_ps=result.times_ps[0], total_energy_ev=result.total_energy_ev[0])
+    np.savez(work / f"{name}.npz", times_ps=result.times_ps, total_energy_ev=result.total_energy_ev)
     (work / f"{name}.json").write_text(json.dumps(row, indent=1))
     print(json.dumps(row), flush=True)
 
@@ -92,18 +92,13 @@ def average(rows: list[dict[str, Any]], system: str, path: str) -> dict[str, Any
     own = [row for row in rows if (row["system"], row["path"]) == (system, path)]
     if not own:
         return None
-    drifts = np.array([row["drift_mev_per_atom_per_ps"] for row in own])
-    errors = np.array([row["standard_error"] for row in own])
-    scatter = drifts.std(ddof=1) / len(own) ** 0.5 if len(own) > 1 else 0.0
     return {
         "system": system,
         "path": path,
         "n_atoms": own[0]["n_atoms"],
         "runs": len(own),
         "duration_ps": own[0]["duration_ps"],
-        "drift_mev_per_atom_per_ps": float(drifts.mean()),
-        "standard_error": float(max(scatter, np.sqrt((errors**2).sum()) / len(own))),
-        "drift_over_std_kinetic": float(np.mean([row["drift_over_std_kinetic"] for row in own])),
+        **mean_of_runs(own),
     }
 
 

@@ -20,8 +20,8 @@ from common import RESULTS, SHARED, load_json, spaced, write_result
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.checks.conservation import central_difference_error
-from gaq.checks.lee import local_equivariance_error
+from gaq.checks.errors import spaced
+from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
 from gaq.training import ptq
 from gaq_mace.evaluate import MACEPotential
@@ -100,16 +100,15 @@ def main() -> None:
         forces = np.concatenate(potential(sample)[1])
         with adapter.unquantized(model):
             smooth = np.concatenate(potential(sample)[1])
-        lee = local_equivariance_error(potential, spaced(test, 10), rotations=4)
-        central = central_difference_error(potential, spaced(test, 6), components_per_structure=8)
+        found = quality(open_model(adapter, model), rotated=spaced(test, 10), displaced=spaced(test, 6), components=8)
         rows.append(
             {
                 "bits_per_vector": bits,
                 "scalar_bits": scalar_bits,
                 "encoding": name,
-                "lee_mev_per_angstrom": lee.mean_mev_per_angstrom,
+                "lee_mev_per_angstrom": found.metrics["lee_mev_per_angstrom"],
                 "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
-                "central_difference_relative_error": {f"{h:g}": e.relative_error for h, e in central.items()},
+                "central_difference_relative_error": found.metrics["central_difference_relative_error"],
             }
         )
         print(rows[-1], flush=True)

@@ -30,12 +30,13 @@ import numpy as np
 import torch
 import yaml
 from ase.io import read
-from common import RESULTS, SHARED, load_json, spaced, write_result
+from common import RESULTS, SHARED, load_json, write_result
 from mace_presets import training_input
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.errors import spaced
+from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
 
 # Bits that are given, not those a size allows; distillation as it was tuned for them.
@@ -95,13 +96,12 @@ def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 def row_of(args: argparse.Namespace, model: Any, variant: str, seed: int, seconds: float) -> dict[str, Any]:
     """A model's errors on the test structures, and what it cost."""
-    errors = force_and_energy_mae(adapter_for(model).potential(model, 50), spaced(read(args.test, ":"), args.frames))
+    found = quality(open_model(adapter_for(model), model), spaced(read(args.test, ":"), args.frames))
     return {
         "variant": variant,
         "seed": seed,
         "epochs": args.epochs,
-        "force_mae_mev_per_angstrom": errors.force_mae_mev_per_angstrom,
-        "energy_mae_mev_per_atom": errors.energy_mae_mev_per_atom,
+        **found.metrics,
         "seconds": seconds,
     }
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from ase.io import read
-from common import SHARED, spaced, write_result
+from common import SHARED, write_result
 
 import gaq
 from gaq.adapter import adapter_for
+from gaq.checks.errors import spaced
 from gaq.reporting.tables import markdown_table
 
 ALIKE = dict.fromkeys(("sensitive_bits", "first_bits", "mixing_bits", "species_bits"))

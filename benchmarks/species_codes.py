@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from ase.io import read
-from common import SHARED, spaced, write_result
+from common import SHARED, write_result
 
 import gaq
 from gaq.adapter import adapter_for
+from gaq.checks.errors import spaced
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.reporting.tables import markdown_table
 

@@ -7,17 +7,18 @@ import json
 import os
 import shutil
 import sys
-import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ase import Atoms, units
-from ase.md.verlet import VelocityVerlet
-from tqdm import tqdm
+from ase import Atoms
 from xtb_dataset import WARM_UP_FRAMES, draw_velocities, make_dataset
+
+if TYPE_CHECKING:
+    from gaq.checks.nve import NVEResult
 
 MODELS = ("fp32", "gaq")
 TIMESTEP = 0.5  # fs
@@ -51,23 +52,6 @@ class Result:
     drift_mev_per_atom_per_ps: float
     drift_standard_error: float
     ms_per_step: float
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """An NVE run.
-
-    Attributes:
-        times: fs.
-        energies: total energy, eV per atom.
-        seconds_per_step: wall time.
-        drift: slope of a straight line through the energy and its standard error, meV/atom/ps.
-    """
-
-    times: np.ndarray
-    energies: np.ndarray
-    seconds_per_step: float
-    drift: tuple[float, float]
 
 
 def parse_arguments(
@@ -151,71 +135,61 @@ def starting_structure(test: list[Atoms], seed: int) -> Atoms:
     return start
 
 
-def run_nve(calculator: Any, start: Atoms, length: float, label: str) -> Trajectory:
-    """Constant-energy dynamics with the velocity Verlet algorithm.
+def run_nve(calculator: Any, start: Atoms, length: float) -> NVEResult:
+    """Constant-energy dynamics with the velocity Verlet algorithm, sampled at every step.
 
     Args:
         calculator: an ASE calculator.
         start: structure with velocities; left unchanged.
-        length: in fs.
-        label: of the progress bar.
-
-    Returns:
-        Total energy at every step, its drift, and the median wall time of a step.
+        length: in fs; at least ten steps are taken, as fewer give no standard error.
     """
-    from gaq.checks.nve import fit_drift
+    from gaq.checks.nve import nve_drift
 
-    atoms = start.copy()
-    atoms.calc = calculator
-    dynamics = VelocityVerlet(atoms, TIMESTEP * units.fs)
-    steps = max(10, round(length / TIMESTEP))  # fewer give no standard error
-    energies, seconds = [atoms.get_total_energy() / len(atoms)], []
-    for _ in tqdm(range(steps), desc=f"NVE with {label}", unit="step"):
-        before = time.perf_counter()
-        dynamics.run(1)
-        seconds.append(time.perf_counter() - before)
-        energies.append(atoms.get_total_energy() / len(atoms))
-    # The median: other programs on the machine lengthen some of the steps.
-    times, per_atom = TIMESTEP * np.arange(steps + 1), np.array(energies)
-    drift = fit_drift(times * 1e-3, per_atom * 1e3)
-    return Trajectory(times, per_atom, float(np.median(seconds)), drift)
+    return nve_drift(
+        calculator,
+        start,
+        duration_ps=1e-3 * max(length, 10 * TIMESTEP),
+        timestep_fs=TIMESTEP,
+        sample_fs=TIMESTEP,
+        check_bonds=False,
+        keep_velocities=True,
+        progress=True,
+    )
 
 
 def measure(
-    calculator: Any, label: str, model: Path, reference: Path, test: list[Atoms], start: Atoms, length: float
-) -> tuple[Result, Trajectory]:
-    """Errors, symmetry, size, dynamics and speed of one model.
+    model: Path, reference: Path, test: list[Atoms], start: Atoms, length: float, device: str
+) -> tuple[Result, NVEResult]:
+    """Errors, symmetry, size, dynamics and speed of one model file in the stock calculator.
 
     Args:
-        calculator: ASE calculator of the model.
-        label: name of the model.
-        model: its file.
+        model: the file.
         reference: the FP32 model file, for the ratio of sizes.
         test: structures with ``REF_energy`` (eV) and ``REF_forces`` (eV/Å).
         start: structure and velocities for the dynamics.
         length: of the dynamics, in fs.
+        device: ``cpu`` or ``cuda``.
 
     Returns:
         The row of the table and the trajectory.
     """
-    from gaq.checks.errors import force_and_energy_mae
-    from gaq.checks.lee import local_equivariance_error
-    from gaq.checks.potential import CalculatorPotential
+    from gaq.reporting import open_file, quality
 
-    potential = CalculatorPotential(calculator)
-    errors = force_and_energy_mae(potential, test)
-    lee = local_equivariance_error(potential, test[:LEE_STRUCTURES], rotations=4, seed=0)
-    trajectory = run_nve(calculator, start, length, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading a model warns of its pickle and TorchScript parts
+        subject = open_file(model, device, through_calculator=True)
+    metrics = quality(subject, test, rotated=test[:LEE_STRUCTURES]).metrics
+    trajectory = run_nve(subject.calculator, start, length)
     size = model.stat().st_size
     return (
         Result(
-            force_mae_mev_per_angstrom=errors.force_mae_mev_per_angstrom,
-            energy_mae_mev_per_atom=errors.energy_mae_mev_per_atom,
+            force_mae_mev_per_angstrom=metrics["force_mae_mev_per_angstrom"],
+            energy_mae_mev_per_atom=metrics["energy_mae_mev_per_atom"],
             file_bytes=size,
             size_ratio=reference.stat().st_size / size,
-            lee_mev_per_angstrom=lee.mean_mev_per_angstrom,
-            drift_mev_per_atom_per_ps=trajectory.drift[0],
-            drift_standard_error=trajectory.drift[1],
+            lee_mev_per_angstrom=metrics["lee_mev_per_angstrom"],
+            drift_mev_per_atom_per_ps=trajectory.drift_mev_per_atom_per_ps,
+            drift_standard_error=trajectory.standard_error,
             ms_per_step=1e3 * trajectory.seconds_per_step,
         ),
         trajectory,
@@ -247,15 +221,16 @@ def format_table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def plot_energies(trajectories: dict[str, Trajectory], path: Path) -> None:
+def plot_energies(trajectories: dict[str, NVEResult], path: Path) -> None:
     """Total energy relative to the start (meV/atom) against time (fs), one line a model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, trajectory in trajectories.items():
-        shift = 1e3 * (trajectory.energies - trajectory.energies[0])
-        axes.plot(trajectory.times, shift, lw=0.8, label=f"{name}: {trajectory.drift[0]:+.4f} meV/atom/ps")
+        shift = 1e3 * (trajectory.total_energy_ev - trajectory.total_energy_ev[0]) / trajectory.n_atoms
+        label = f"{name}: {trajectory.drift_mev_per_atom_per_ps:+.4f} meV/atom/ps"
+        axes.plot(1e3 * trajectory.times_ps, shift, lw=0.8, label=label)
     axes.set_xlabel("time (fs)")
     axes.set_ylabel("change of total energy (meV/atom)")
     axes.set_title(f"trans-azobenzene, NVE from {TEMPERATURE:g} K velocities, {TIMESTEP:g} fs steps")
@@ -263,7 +238,7 @@ def plot_energies(trajectories: dict[str, Trajectory], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_comparison(directory: Path, results: dict[str, Result], trajectories: dict[str, Trajectory]) -> None:
+def write_comparison(directory: Path, results: dict[str, Result], trajectories: dict[str, NVEResult]) -> None:
     """Write ``comparison.json`` and ``nve.png`` to a folder, and print the table."""
     table = {name: asdict(result) for name, result in results.items()}
     (directory / "comparison.json").write_text(json.dumps(table, indent=2) + "\n")

@@ -16,16 +16,13 @@ import os
 import re
 import subprocess
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase import Atoms
 from comparison import (
     MODELS,
     Result,
-    Trajectory,
     console_script,
     measure,
     parse_arguments,
@@ -154,30 +151,6 @@ def train(config: Path, epochs: int) -> Path:
     return model
 
 
-def evaluate(
-    model: Path, reference: Path, test: list[Atoms], start: Atoms, length: float, device: str
-) -> tuple[Result, Trajectory]:
-    """Measure one model file in the stock ``MACECalculator``.
-
-    Args:
-        model: the file to measure.
-        reference: the FP32 model file, for the ratio of sizes.
-        test: structures with ``REF_energy`` (eV) and ``REF_forces`` (eV/Å).
-        start: structure and velocities for the dynamics.
-        length: of the dynamics, in fs.
-        device: ``cpu`` or ``cuda``.
-
-    Returns:
-        The row of the table and the trajectory.
-    """
-    from mace.calculators import MACECalculator
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading any MACE model warns of its pickle and TorchScript parts
-        calculator = MACECalculator(model_paths=str(model), device=device, default_dtype="float32")
-    return measure(calculator, model.stem, model, reference, test, start, length)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """Run every stage.
 
@@ -198,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     print()
     results, trajectories = {}, {}
     for name, model in models.items():
-        results[name], trajectories[name] = evaluate(
+        print(f"measuring {name}")
+        results[name], trajectories[name] = measure(
             model, models["fp32"], test, start, arguments.md_fs, arguments.device
         )
     write_comparison(directory, results, trajectories)

@@ -21,11 +21,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ase import Atoms
 from comparison import (
     MODELS,
     Result,
-    Trajectory,
     console_script,
     measure,
     parse_arguments,
@@ -279,29 +277,6 @@ def slimmed_bytes(model: Path) -> int:
         return slimmed.stat().st_size
 
 
-def evaluate(
-    name: str, model: Path, reference: Path, test: list[Atoms], start: Atoms, length: float, device: str
-) -> tuple[Result, Trajectory]:
-    """Measure one deployed file in the stock ``NequIPCalculator``.
-
-    Args:
-        name: of the model.
-        model: the file to measure.
-        reference: the FP32 model file, for the ratio of sizes.
-        test: structures with ``REF_energy`` (eV) and ``REF_forces`` (eV/Å).
-        start: structure and velocities for the dynamics.
-        length: of the dynamics, in fs.
-        device: ``cpu`` or ``cuda``.
-
-    Returns:
-        The row of the table and the trajectory.
-    """
-    from nequip.integrations.ase import NequIPCalculator
-
-    calculator = NequIPCalculator.from_compiled_model(str(model), device=device, chemical_species_to_atom_type_map=True)
-    return measure(calculator, name, model, reference, test, start, length)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """Run every stage.
 
@@ -327,8 +302,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     print()
     results, trajectories = {}, {}
     for name, model in models.items():
-        results[name], trajectories[name] = evaluate(
-            name, model, models["fp32"], test, start, arguments.md_fs, arguments.device
+        print(f"measuring {name}")
+        results[name], trajectories[name] = measure(
+            model, models["fp32"], test, start, arguments.md_fs, arguments.device
         )
     write_comparison(directory, results, trajectories)
     slim = slimmed_bytes(models["fp32"])

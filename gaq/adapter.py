@@ -83,6 +83,18 @@ class Adapter(Protocol):
         """For each quantized parameter and block the matrix ``sum x x^T`` of its inputs, where it has one."""
         ...
 
+    def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
+        """What a file is: one of `gaq.checks.gates.FILE_KINDS`."""
+        ...
+
+    def is_fused(self, model: torch.nn.Module) -> bool:
+        """Whether energies and forces of a model go through fused kernels that `reference_path` switches off."""
+        ...
+
+    def reference_path(self) -> AbstractContextManager[None]:
+        """Within the context models run through plain operations."""
+        ...
+
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential: ...
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:

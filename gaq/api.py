@@ -144,39 +144,23 @@ def report(
     nve_ps: float = 0.0,
     progress: bool = True,
     device: str = "cpu",
+    trained: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model file: errors, equivariance, conservation, size, speed, and the gates.
+    """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
     Args:
-        path: the model.
+        path: the model, quantized or float; no gates apply to a float one.
         structures: labelled structures (energies in eV, forces in eV/Å).
         reference: the float model to compare with.
         nve_ps: length of a simulation without thermostat; 0 leaves it out.
         progress: whether to show progress bars.
         device: to run on.
+        trained: hold the force error to the bound for models trained with the key ``quantization``; checkpoints of
+            such a training are anyway.
 
     Returns:
-        The report as plain data, see `gaq.reporting.build_report`.
+        The report as plain data, see `gaq.reporting.measure_subject`.
     """
-    from gaq.reporting import ReferenceModel, build_report
+    from gaq.reporting import measure_file
 
-    adapter = adapter_for_file(path)
-    model = adapter.load(path, device)
-    config = adapter.config(model)
-    other: Any = None
-    if reference is not None:
-        reference_adapter = adapter_for_file(reference)
-        float_model = reference_adapter.load(reference, device)
-        other = ReferenceModel(
-            reference_adapter.potential(float_model), reference_adapter.calculator(reference, device), str(reference)
-        )
-    return build_report(
-        adapter.potential(model),
-        adapter.calculator(path, device),
-        structures,
-        model_path=str(path),
-        preset=config.preset if config is not None else "float",
-        reference=other,
-        nve_ps=nve_ps,
-        progress=progress,
-    )
+    return measure_file(path, structures, reference, trained=trained, device=device, nve_ps=nve_ps, progress=progress)

@@ -76,86 +76,40 @@ def _read(path: str) -> list[Any]:
     return read_structures(path)
 
 
-def _spaced(structures: Sequence[Any], count: int) -> list[Any]:
-    import numpy as np
-
-    if len(structures) <= count:
-        return list(structures)
-    return [structures[int(i)] for i in np.linspace(0, len(structures) - 1, count)]
-
-
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
+    from gaq.checks.gates import verdict
     from gaq.reporting.tables import format_table
 
     rows = []
     for name, gate in gates.items():
-        verdict = {True: "pass", False: "FAIL" if gate["enforced"] else "fails (printed only)", None: "not measured"}
+        word = verdict(gate)
         rows.append(
             {
                 "gate": name,
                 "value": gate["value"],
                 "bound": "" if gate["bound"] is None else f"{gate['comparison']} {gate['bound']:.4g}",
                 "unit": gate["unit"],
-                "verdict": verdict[gate["passed"]],
+                "verdict": word if word != "fail" else "FAIL" if gate["enforced"] else "fails (printed only)",
                 "what": gate["note"],
             }
         )
     return format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"])
 
 
-def failed_gates(gates: dict[str, dict[str, Any]]) -> list[str]:
-    """Names of the enforced gates that were measured and failed."""
-    return [name for name, gate in gates.items() if gate["enforced"] and gate["passed"] is False]
+def _metric_lines(report: dict[str, Any]) -> str:
+    from gaq.reporting.tables import format_table, metric_rows
 
-
-def _measure(
-    adapter: Any,
-    path: str,
-    structures: Sequence[Any],
-    reference: tuple[Any, str] | None,
-    nve_ps: float,
-    device: str,
-    extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    from gaq.checks.gates import BOUNDS
-    from gaq.reporting import ReferenceModel, build_report
-
-    model = adapter.load(path, device)
-    adapter.batches(model, structures, 1)  # raises for what the model does not know, before the long part
-    config = adapter.config(model)
-    if config is None:
-        preset = "gaq"
-    else:
-        preset = config.preset if config.preset in BOUNDS else "gaq"
-    if config is not None and adapter.status(model) == "training":
-        extra = {"training": "qat", **(extra or {})}
-    other = None
-    if reference is not None:
-        reference_adapter, reference_path = reference
-        float_model = reference_adapter.load(reference_path, device)
-        other = ReferenceModel(
-            potential=reference_adapter.potential(reference_adapter.in_float64(float_model)),
-            calculator=reference_adapter.calculator(reference_path, device),
-            path=reference_path,
-        )
-    # Float64: differences of energies at 0.01 Å are the rounding of float32.
-    return build_report(
-        adapter.potential(adapter.in_float64(model)),
-        adapter.calculator(path, device),
-        structures,
-        model_path=path,
-        preset=preset,
-        reference=other,
-        nve_ps=nve_ps,
-        progress=True,
-        extra=extra,
-    )
+    rows = metric_rows(report["model"], report["reference"])
+    names = ["metric", "unit", "model", "reference"]
+    return format_table([dict(zip(names, row, strict=True)) for row in rows], ["metric", "model", "reference", "unit"])
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
+    from gaq.checks.errors import spaced
     from gaq.config.parse import parse_config
+    from gaq.reporting import failed_gates
 
     output = Path(arguments.output)
     if not output.parent.is_dir():
@@ -188,14 +142,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         adapter.save(quantized, trial)
         gates: dict[str, dict[str, Any]] = {}
         if structures:
-            measured = _measure(
-                adapter,
-                str(trial),
-                _spaced(structures, 64),
-                (adapter, arguments.model),
-                nve_ps=0.0,
-                device=arguments.device,
-            )
+            measured = api.report(trial, spaced(structures, 64), arguments.model, nve_ps=0.0, device=arguments.device)
             gates = measured["gates"]
             print(_gate_lines(gates))
         failed = failed_gates(gates)
@@ -218,8 +165,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from gaq.adapter import adapter_for_file
-    from gaq.reporting import write_report
+    from gaq import api
+    from gaq.checks.errors import spaced
+    from gaq.reporting import failed_gates, write_report
 
     if not arguments.nve_ps >= 0:
         raise InputError(f"--nve-ps {arguments.nve_ps:g}: give a length in ps, or 0 to leave the runs out.")
@@ -227,15 +175,19 @@ def _report(arguments: argparse.Namespace) -> int:
         raise InputError(f"--frames {arguments.frames}: at least one structure is needed.")
     if Path(arguments.output).exists() and not Path(arguments.output).is_dir():
         raise InputError(f"--output {arguments.output}: is a file; give the name of a folder.")
-    structures = _spaced(_read(arguments.data), arguments.frames)
-    adapter = adapter_for_file(arguments.model)
-    reference = None
-    if arguments.reference:
-        reference = (adapter_for_file(arguments.reference), arguments.reference)
-    extra = {"training": "qat"} if arguments.trained else None
-    report = _measure(adapter, arguments.model, structures, reference, arguments.nve_ps, arguments.device, extra)
+    report = api.report(
+        arguments.model,
+        spaced(_read(arguments.data), arguments.frames),
+        arguments.reference,
+        nve_ps=arguments.nve_ps,
+        device=arguments.device,
+        trained=arguments.trained,
+    )
     write_report(report, arguments.output)
-    print(_gate_lines(report["gates"]))
+    if report["gates"]:
+        print(_gate_lines(report["gates"]))
+    else:
+        print(f"{_metric_lines(report)}\n{arguments.model}: a float model: no gates apply")
     print(f"written: {Path(arguments.output) / 'report.html'}")
     return 1 if failed_gates(report["gates"]) else 0
 
@@ -243,6 +195,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
+    from gaq.checks.errors import spaced
 
     adapter = adapter_for_file(arguments.model)
     model = adapter.load(arguments.model, arguments.device)
@@ -261,7 +214,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if config is not None:
             raise InputError("--sensitivity needs the float model: this one is rounded already.")
         print("one tensor at 8 bits at a time: mean force difference, meV/Å")
-        for entry in api.sensitivity(model, _spaced(_read(arguments.sensitivity), 20)):
+        for entry in api.sensitivity(model, spaced(_read(arguments.sensitivity), 20)):
             mark = "  <- deserves 16 bits" if entry.deserves_16_bits else ""
             print(f"  {entry.parameter:60s} {entry.force_difference:8.3f} {entry.numel:9d} weights{mark}")
     return 0

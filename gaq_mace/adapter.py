@@ -18,7 +18,7 @@ from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
-from gaq_mace import files, moments
+from gaq_mace import engine, files, moments
 from gaq_mace import model as quantized
 from gaq_mace import summary as inspection
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
@@ -91,6 +91,15 @@ class MACEAdapter:
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
+
+    def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
+        return "model"
+
+    def is_fused(self, model: torch.nn.Module) -> bool:
+        return engine.serves(model, {})
+
+    def reference_path(self) -> AbstractContextManager[None]:
+        return engine.disabled()
 
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
         return MACEPotential(model, batch_size)

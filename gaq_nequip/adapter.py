@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,19 @@ class NequIPAdapter:
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
+
+    def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
+        if isinstance(model, files.CompiledModel):
+            return "compiled"
+        if not str(path).endswith(files.PACKAGE):
+            return "checkpoint"
+        return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
+
+    def is_fused(self, model: torch.nn.Module) -> bool:
+        return False  # the kernels are in compiled files only, and there is no way around them
+
+    def reference_path(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
         if isinstance(model, files.CompiledModel):

@@ -121,6 +121,12 @@ def read_structures(path: str | Path, index: str = ":") -> list[Atoms]:
     return structures
 
 
+def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
+    """At most `count` of the structures, evenly spaced, the first and the last among them."""
+    count = min(count, len(structures))
+    return [structures[int(n)] for n in np.linspace(0, len(structures) - 1, count)]
+
+
 def _labels(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> tuple[float, np.ndarray]:
     """Energy (eV) and forces (n_atoms, 3) (eV/Å) of one labelled structure."""
     from ase.calculators.singlepoint import SinglePointCalculator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 Metrics = Mapping[str, Any]
@@ -18,7 +18,7 @@ class Gate:
         name: key of the gate.
         value: measured value; None if it was not measured; infinite if the check ran and broke down.
         bound: the bound; None if it depends on something that was not measured.
-        passed: whether ``value comparison bound``; None if not measured.
+        passed: whether ``value comparison bound``; None if not measured, or not comparable.
         unit: unit of value and bound; empty for ratios.
         note: what is compared, or what to do to measure it.
         comparison: ``"<="``, ``"<"`` or ``">="``.
@@ -33,6 +33,10 @@ class Gate:
     note: str
     comparison: str = "<="
     enforced: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``report.json``, under its name."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
 
 
 @dataclass(frozen=True)
@@ -75,24 +79,31 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+FLOAT = "float"
+"""What stands for the preset of a model that is not quantized; no gates apply to it."""
+
+NAIVE = "naive_w8a8"
+"""Preset that ``lee_against_naive`` compares with."""
+
+
 def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = None) -> dict[str, Gate]:
     """Judge the measured metrics of one model.
 
     Args:
-        results: metrics under the names of ``report.json`` (`gaq.reporting.build_report`), and optionally
-            ``training`` (``"ptq"``, the default, or ``"qat"``), ``naive_lee_mev_per_angstrom`` (of
-            ``naive_w8a8`` on the same checkpoint), ``smoothness`` (``largest_jump_mev``, ``allowed_mev``)
-            and ``engine_error_ratio`` (error of the fused kernels over the error of the unquantized model,
-            both against float64).
-        preset: a name in `BOUNDS`.
+        results: metrics under the names of ``report.json`` (`gaq.checks.measure`), with ``training`` (``"ptq"``,
+            the default, or ``"qat"``).
+        preset: a name in `BOUNDS`, or `FLOAT`.
         reference: the same metrics of the unquantized model on the same data.
 
     Returns:
-        Every gate by name. A gate whose inputs are missing has ``passed`` None and says what to supply.
+        Every gate by name, none for a float model. A gate whose inputs are missing, or cannot be compared, has
+        ``passed`` None and says what to supply.
 
     Raises:
         ValueError: if the preset or ``training`` is unknown.
     """
+    if preset == FLOAT:
+        return {}
     if preset not in BOUNDS:
         raise ValueError(f"no gates for preset {preset!r}; use the nearest of {', '.join(BOUNDS)}")
     training = results.get("training") or "ptq"
@@ -100,116 +111,169 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
         raise ValueError(f"training is {training!r}; it must be 'ptq' or 'qat'")
     bounds = BOUNDS[preset]
     fp32: Metrics = reference or {}
-    physics = bounds.physics_enforced
-    gates: dict[str, Gate] = {}
+    gates = (
+        _accuracy_gate(results, fp32, bounds, training),
+        *_symmetry_gates(results, bounds),
+        *_energy_gates(results, fp32, bounds),
+        _gate(
+            "engine",
+            results.get("engine_error_ratio"),
+            bounds.engine_error,
+            "error of the fused kernels over that of the reference path, both in float32 against float64",
+            "needs a float32 model that runs through the fused kernels here; nequip-deploy checks compiled files",
+        ),
+        _size_gate(results, fp32, bounds),
+    )
+    return {gate.name: gate for gate in gates}
 
-    def add(
-        name: str,
-        value: float | None,
-        bound: float | None,
-        note: str,
-        missing: str,
-        unit: str = "",
-        comparison: str = "<=",
-        enforced: bool = physics,
-    ) -> None:
-        passed = None
-        if value is not None and bound is not None:
-            passed = bool(_COMPARE[comparison](value, bound))  # False for NaN
-        text = f"not measured: {missing}" if passed is None else note
-        gates[name] = Gate(name, value, bound, passed, unit, text, comparison, enforced)
 
-    add(
+def failed_gates(gates: Mapping[str, Gate | Mapping[str, Any]]) -> list[str]:
+    """Names of the enforced gates that were measured and failed, of gates or of their form in ``report.json``."""
+    plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
+    return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
+
+
+def verdict(gate: Mapping[str, Any]) -> str:
+    """``pass``, ``fail``, ``not measured`` or ``not comparable``, of a gate as it stands in ``report.json``."""
+    if gate["passed"] is None:
+        return str(gate["note"]).partition(":")[0]
+    return "pass" if gate["passed"] else "fail"
+
+
+def _gate(
+    name: str,
+    value: float | None,
+    bound: float | None,
+    note: str,
+    missing: str,
+    unit: str = "",
+    comparison: str = "<=",
+    enforced: bool = True,
+) -> Gate:
+    passed = None
+    if value is not None and bound is not None:
+        passed = bool(_COMPARE[comparison](value, bound))  # False for NaN
+    text = f"not measured: {missing}" if passed is None else note
+    return Gate(name, value, bound, passed, unit, text, comparison, enforced)
+
+
+def _accuracy_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: str) -> Gate:
+    held = training == "qat" or bounds.force_mae_ptq is not None
+    return _gate(
         "force_mae_ratio",
-        _quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom")),
+        quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom")),
         bounds.force_mae_qat if training == "qat" or bounds.force_mae_ptq is None else bounds.force_mae_ptq,
         f"force MAE over that of the reference model on the same data ({training})",
         "needs labelled structures and a reference model",
-        enforced=bounds.accuracy_enforced and (training == "qat" or bounds.force_mae_ptq is not None),
+        enforced=bounds.accuracy_enforced and held,
     )
-    lee = results.get("lee_mev_per_angstrom")
-    add(
-        "lee",
-        lee,
-        bounds.lee,
-        "force error under random rotations",
-        "needs structures",
-        unit="meV/Å",
+
+
+def _symmetry_gates(results: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
+    return (
+        _gate(
+            "lee",
+            results.get("lee_mev_per_angstrom"),
+            bounds.lee,
+            "force error under random rotations",
+            "needs structures",
+            unit="meV/Å",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "lee_against_naive",
+            results.get("lee_naive_ratio"),
+            bounds.lee_against_naive,
+            f"rotation error of {NAIVE} made of the reference model over this model's, on the same structures",
+            f"needs a float reference model to make {NAIVE} of, and structures that its plain operations can hold",
+            comparison=">=",
+            enforced=bounds.physics_enforced,
+        ),
     )
-    add(
-        "lee_against_naive",
-        _quotient(results.get("naive_lee_mev_per_angstrom"), lee),
-        bounds.lee_against_naive,
-        "rotation error of naive_w8a8 on the same checkpoint over this model's",
-        "needs the rotation error of naive_w8a8 on the same checkpoint",
-        comparison=">=",
-        enforced=physics,
-    )
-    add(
-        "central_difference",
-        _at_step(results.get("central_difference_relative_error"), CENTRAL_DIFFERENCE_STEP),
-        bounds.central_difference,
-        f"relative force error against central differences, h = {CENTRAL_DIFFERENCE_STEP} Å",
-        f"needs central differences at h = {CENTRAL_DIFFERENCE_STEP} Å",
-    )
+
+
+def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
     nve, nve_fp32 = results.get("nve") or {}, fp32.get("nve") or {}
     unstable = nve.get("stable") is False
     reason = nve.get("reason") or "NaN, explosion or a broken bond"
     note = "drift over the run against the spread of the kinetic energy"
-    add(
-        "nve_drift",
-        math.inf if unstable else nve.get("drift_over_std_kinetic"),
-        bounds.drift_over_std_kinetic,
-        f"the run was not stable: {reason}" if unstable else note,
-        "needs an NVE run (a length above 0 ps)",
-        comparison="<",
-    )
     difference, bar = None, _drift_bar(nve_fp32)
     if nve.get("drift_mev_per_atom_per_ps") is not None and bar is not None:
         difference = abs(nve["drift_mev_per_atom_per_ps"] - nve_fp32["drift_mev_per_atom_per_ps"])
-    add(
-        "nve_drift_against_reference",
-        math.inf if unstable and bar is not None else difference,
-        bar,
-        "difference to the reference model's drift; bound: 2 √2 standard errors of the reference",
-        "needs NVE runs of model and reference",
-        unit="meV/atom/ps",
-    )
     smoothness = results.get("smoothness") or {}
-    add(
-        "bond_stretch",
-        smoothness.get("largest_jump_mev"),
-        smoothness.get("allowed_mev"),
-        "largest step of a bond-stretch scan against the reference's curvature",
-        "needs a reference model and a bond to stretch",
-        unit="meV",
+    return (
+        _gate(
+            "central_difference",
+            _at_step(results.get("central_difference_relative_error"), CENTRAL_DIFFERENCE_STEP),
+            bounds.central_difference,
+            f"relative force error against central differences, h = {CENTRAL_DIFFERENCE_STEP} Å",
+            f"needs central differences at h = {CENTRAL_DIFFERENCE_STEP} Å",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "nve_drift",
+            math.inf if unstable else nve.get("drift_over_std_kinetic"),
+            bounds.drift_over_std_kinetic,
+            f"the run was not stable: {reason}" if unstable else note,
+            "needs an NVE run (a length above 0 ps)",
+            comparison="<",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "nve_drift_against_reference",
+            math.inf if unstable and bar is not None else difference,
+            bar,
+            "difference to the reference model's drift; bound: 2 √2 standard errors of the reference",
+            "needs NVE runs of model and reference",
+            unit="meV/atom/ps",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "bond_stretch",
+            smoothness.get("largest_jump_mev"),
+            smoothness.get("allowed_mev"),
+            "largest step of a bond-stretch scan against the reference's curvature",
+            "needs a reference model and a bond to stretch",
+            unit="meV",
+            enforced=bounds.physics_enforced,
+        ),
     )
-    add(
-        "engine",
-        results.get("engine_error_ratio"),
-        bounds.engine_error,
-        "error of the fused kernels over that of the unquantized model, both against float64",
-        "needs the fused kernels compared with the float64 reference path",
-        enforced=True,
+
+
+FILE_KINDS = {
+    "model": "a model file of MACE",
+    "package": "a package of NequIP with the weights as they are used: codes, or those of a float model",
+    "compiled": "a compiled file of NequIP; most of it is code",
+    "checkpoint": "a checkpoint of NequIP: float weights, whatever the model, and the state of its training",
+    "package of float weights": "a package that the stock command made of a checkpoint of a quantized model",
+}
+"""What files adapters know. Those of one kind are compared by their sizes, unless they hold float weights anyway."""
+
+_FLOAT_WEIGHTS = ("checkpoint", "package of float weights")
+
+
+def _size_gate(results: Metrics, fp32: Metrics, bounds: _Bounds) -> Gate:
+    """Files of one kind by their sizes, otherwise weights with weights, otherwise nothing."""
+    own, other = results.get("file_kind"), fp32.get("file_kind")
+
+    def gate(key: str, note: str) -> Gate:
+        ratio = quotient(fp32.get(key), results.get(key))
+        missing = "needs a reference model file"
+        return _gate("file_size_ratio", ratio, bounds.file_size, note, missing, comparison=">=")
+
+    if not fp32 or (own == other and own not in _FLOAT_WEIGHTS):
+        return gate("file_bytes", "reference file size over this file's")
+    if "compiled" not in (own, other) and results.get("weight_bytes") and fp32.get("weight_bytes"):
+        return gate("weight_bytes", f"float weights of the reference ({other}) over codes and scales of this {own}")
+    note = (
+        f"not comparable: the size of a {own} with that of a {other}; give as reference the FP32 model compiled by "
+        "nequip-compile or, for a package, packaged by nequip-package"
     )
-    add(
-        "file_size_ratio",
-        _quotient(fp32.get("file_bytes"), results.get("file_bytes")),
-        bounds.file_size,
-        "reference file size over this file's",
-        "needs a reference model file",
-        comparison=">=",
-        enforced=True,
-    )
-    return gates
+    return Gate("file_size_ratio", None, bounds.file_size, None, "", note, ">=", enforced=False)
 
 
-def all_passed(gates: Mapping[str, Gate]) -> bool:
-    """True if no enforced gate failed; gates that were not measured do not count."""
-    return not any(gate.enforced and gate.passed is False for gate in gates.values())
-
-
-def _quotient(numerator: float | None, denominator: float | None) -> float | None:
+def quotient(numerator: float | None, denominator: float | None) -> float | None:
+    """Their ratio; None if one was not measured, 1 of two zeros."""
     if numerator is None or denominator is None:
         return None
     if denominator == 0:

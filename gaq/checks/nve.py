@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +19,26 @@ _EXPLOSION_K = 10_000.0
 
 @dataclass(frozen=True, eq=False)
 class NVEResult:
-    """Drift of the total energy in one NVE run, or in several combined.
+    """Drift of the total energy in one NVE run.
 
     Attributes:
         drift_mev_per_atom_per_ps: slope of a linear fit to the total energy. NaN if too little was sampled.
-        standard_error: of the slope, meV/atom/ps, from blocks (and from the scatter of runs when combined).
+        standard_error: of the slope, meV/atom/ps, from blocks.
         drift_over_std_kinetic: ``|slope x duration| / std(kinetic energy)``, dimensionless; below 1 the drift
             is hidden in the thermal exchange of potential and kinetic energy.
-        std_kinetic_ev: standard deviation of the total kinetic energy, eV (mean over runs).
+        std_kinetic_ev: standard deviation of the total kinetic energy, eV.
         mean_temperature_K: mean over samples.
         max_temperature_K: largest sampled temperature, the equilibration included.
         stable: False if the energy was not finite, the temperature exploded, or a bond came apart.
         reason: why the run is not stable; empty if it is.
-        duration_ps: length of the sampled part (mean over runs), ps.
+        duration_ps: length of the sampled part, ps.
         timestep_fs: integration step, fs.
         temperature_K: target temperature of the equilibration.
         n_atoms: number of atoms.
-        runs: number of runs combined.
-        times_ps: sampled times, one array (samples,) per run, ps.
-        total_energy_ev: total energy at those times, one array per run, eV.
-        kinetic_energy_ev: kinetic energy at those times, one array per run, eV.
+        seconds_per_step: median wall time of an integration step between two samples.
+        times_ps: sampled times, shape (samples,), ps.
+        total_energy_ev: total energy at those times, eV.
+        kinetic_energy_ev: kinetic energy at those times, eV.
     """
 
     drift_mev_per_atom_per_ps: float
@@ -53,10 +53,10 @@ class NVEResult:
     timestep_fs: float
     temperature_K: float
     n_atoms: int
-    runs: int
-    times_ps: tuple[np.ndarray, ...]
-    total_energy_ev: tuple[np.ndarray, ...]
-    kinetic_energy_ev: tuple[np.ndarray, ...]
+    seconds_per_step: float
+    times_ps: np.ndarray
+    total_energy_ev: np.ndarray
+    kinetic_energy_ev: np.ndarray
 
 
 def nve_drift(
@@ -69,6 +69,7 @@ def nve_drift(
     seed: int = 0,
     sample_fs: float = 10.0,
     check_bonds: bool = True,
+    keep_velocities: bool = False,
     progress: bool | None = None,
 ) -> NVEResult:
     """Run velocity Verlet without a thermostat and fit the drift of the total energy.
@@ -89,6 +90,7 @@ def nve_drift(
         seed: seed of velocities and thermostat.
         sample_fs: time between samples, fs; rounded to whole steps.
         check_bonds: False for a chemistry whose bonds do break.
+        keep_velocities: True to start the NVE part at once, with the velocities that ``atoms`` has.
         progress: True for a progress bar.
 
     Returns:
@@ -97,11 +99,6 @@ def nve_drift(
     Raises:
         ValueError: if a time is not positive, or the run is too short for three samples.
     """
-    from ase import units
-    from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import Stationary, ZeroRotation
-    from ase.md.verlet import VelocityVerlet
-
     for name, value in (
         ("duration_ps", duration_ps),
         ("timestep_fs", timestep_fs),
@@ -123,10 +120,33 @@ def nve_drift(
     atoms = atoms.copy()
     atoms.set_constraint()
     atoms.calc = calculator
-    rng = np.random.RandomState(seed)  # ASE draws from the legacy interface
     monitor = _Monitor(atoms, temperature_K, check_bonds)
-    warm_up = round(equilibrate_ps * 1e3 / timestep_fs) // stride
+    warm_up = 0 if keep_velocities else round(equilibrate_ps * 1e3 / timestep_fs) // stride
     bar = _progress_bar(warm_up + samples, progress)
+    if not keep_velocities:
+        _equilibrate(atoms, monitor, bar, warm_up, stride, timestep_fs, temperature_K, seed)
+    indices, total_energy, kinetic_energy, seconds = _sample(atoms, monitor, bar, samples, stride, timestep_fs)
+    bar.close()
+    times = 1e-3 * indices * stride * timestep_fs
+    return _result(atoms, monitor, times, total_energy, kinetic_energy, seconds, timestep_fs, temperature_K)
+
+
+def _equilibrate(
+    atoms: Atoms,
+    monitor: _Monitor,
+    bar: Any,
+    samples: int,
+    stride: int,
+    timestep_fs: float,
+    temperature_K: float,
+    seed: int,
+) -> None:
+    """Draw velocities and run the thermostat for `samples` strides, in place; momentum and rotation end at zero."""
+    from ase import units
+    from ase.md.langevin import Langevin
+    from ase.md.velocitydistribution import Stationary, ZeroRotation
+
+    rng = np.random.RandomState(seed)  # ASE draws from the legacy interface
 
     def still() -> None:
         Stationary(atoms)
@@ -138,51 +158,77 @@ def nve_drift(
     atoms.set_momenta(widths[:, None] * rng.standard_normal((len(atoms), 3)))
     if len(atoms) > 1:
         still()
-    if warm_up:
-        # fixcm=False samples the correct ensemble; the momentum it leaves is removed below.
-        thermostat = Langevin(
-            atoms,
-            timestep_fs * units.fs,
-            temperature_K=temperature_K,
-            friction=0.02 / units.fs,
-            fixcm=False,
-            rng=rng,
-        )
-        for _ in range(warm_up):
-            if not monitor.advance(thermostat, stride):
-                break
-            bar.update(1)
-        if monitor.stable and len(atoms) > 1:
-            still()
+    if not samples:
+        return
+    # fixcm=False samples the correct ensemble; the momentum it leaves is removed below.
+    thermostat = Langevin(
+        atoms,
+        timestep_fs * units.fs,
+        temperature_K=temperature_K,
+        friction=0.02 / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+    for _ in range(samples):
+        if not monitor.advance(thermostat, stride):
+            break
+        bar.update(1)
+    if monitor.stable and len(atoms) > 1:
+        still()
 
-    times, totals, kinetics = [], [], []
+
+def _sample(
+    atoms: Atoms, monitor: _Monitor, bar: Any, samples: int, stride: int, timestep_fs: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Run NVE while it is stable: sample numbers, total and kinetic energies (eV), and seconds per step."""
+    from ase import units
+    from ase.md.verlet import VelocityVerlet
+
+    indices, totals, kinetics, seconds = [], [], [], []
     verlet = VelocityVerlet(atoms, timestep_fs * units.fs)
     for sample in range(samples + 1):
+        start = time.perf_counter()
         if not monitor.stable or (sample and not monitor.advance(verlet, stride)):
             break
+        if sample:
+            seconds.append((time.perf_counter() - start) / stride)
         kinetic = float(atoms.get_kinetic_energy())
         total = kinetic + float(atoms.get_potential_energy())
         if not np.isfinite(total):
             monitor.fail("the total energy is not finite")
             break
-        times.append(1e-3 * sample * stride * timestep_fs)
+        indices.append(sample)
         totals.append(total)
         kinetics.append(kinetic)
         if sample:
             bar.update(1)
-    bar.close()
+    # The median: other programs on the machine lengthen some of the steps.
+    median = float(np.median(seconds)) if seconds else float("nan")
+    return np.array(indices), np.array(totals), np.array(kinetics), median
 
-    time, total_energy, kinetic_energy = np.array(times), np.array(totals), np.array(kinetics)
-    slope, error = fit_drift(time, total_energy)
+
+def _result(
+    atoms: Atoms,
+    monitor: _Monitor,
+    times: np.ndarray,
+    total_energy: np.ndarray,
+    kinetic_energy: np.ndarray,
+    seconds: float,
+    timestep_fs: float,
+    temperature_K: float,
+) -> NVEResult:
+    from ase import units
+
+    slope, error = fit_drift(times, total_energy)
     spread = float(kinetic_energy.std()) if len(kinetic_energy) > 1 else float("nan")
-    covered = float(time[-1]) if len(time) else 0.0
+    covered = float(times[-1]) if len(times) else 0.0
     temperatures = kinetic_energy / (1.5 * len(atoms) * units.kB)
     return NVEResult(
         drift_mev_per_atom_per_ps=1e3 * slope / len(atoms),
         standard_error=1e3 * error / len(atoms),
         drift_over_std_kinetic=_ratio(abs(slope) * covered, spread),
         std_kinetic_ev=spread,
-        mean_temperature_K=float(temperatures.mean()) if len(time) else float("nan"),
+        mean_temperature_K=float(temperatures.mean()) if len(times) else float("nan"),
         max_temperature_K=max([monitor.max_temperature, *temperatures.tolist()]),
         stable=monitor.stable,
         reason=monitor.reason,
@@ -190,10 +236,10 @@ def nve_drift(
         timestep_fs=timestep_fs,
         temperature_K=temperature_K,
         n_atoms=len(atoms),
-        runs=1,
-        times_ps=(time,),
-        total_energy_ev=(total_energy,),
-        kinetic_energy_ev=(kinetic_energy,),
+        seconds_per_step=seconds,
+        times_ps=times,
+        total_energy_ev=total_energy,
+        kinetic_energy_ev=kinetic_energy,
     )
 
 
@@ -204,7 +250,7 @@ def fit_drift(times: np.ndarray, energies: np.ndarray, blocks: int = 10) -> tupl
     the means of ``blocks`` consecutive blocks: means of blocks longer than the correlation time are nearly
     independent, where the samples are not (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461 (1989), applied to
     a slope). It is too small if the residuals are correlated over more than a block, as in a random walk;
-    `combine` several seeds then.
+    take the scatter of several seeds then.
 
     Args:
         times: shape (n,), any unit.
@@ -229,58 +275,6 @@ def fit_drift(times: np.ndarray, energies: np.ndarray, blocks: int = 10) -> tupl
     block_slope = block_times @ block_energies / spread
     residuals = block_energies - block_energies.mean() - block_slope * block_times
     return slope, float(np.sqrt(residuals @ residuals / (blocks - 2) / spread))
-
-
-def combine(results: Sequence[NVEResult]) -> NVEResult:
-    """Average the runs of several seeds.
-
-    The standard error is the larger of two estimates: the runs' own errors in quadrature, and the scatter of
-    their drifts. The second also sees slow energy fluctuations that a single run mistakes for drift.
-
-    Args:
-        results: runs of the same system with the same step, from `nve_drift`.
-
-    Returns:
-        Mean drift, mean spread of the kinetic energy, the highest temperature; stable if all runs were.
-
-    Raises:
-        ValueError: if there are no results, or they differ in number of atoms or timestep.
-    """
-    if len(results) == 0:
-        raise ValueError("combine: no results given; pass at least one NVEResult")
-    settings = {(result.n_atoms, result.timestep_fs) for result in results}
-    if len(settings) > 1:
-        raise ValueError(
-            f"combine: the runs differ in (n_atoms, timestep_fs): {sorted(settings)}; combine equal runs only"
-        )
-    drifts = np.array([result.drift_mev_per_atom_per_ps for result in results])
-    own = np.array([result.standard_error for result in results])
-    error = float(np.sqrt(np.sum(own**2)) / len(results))
-    if len(results) > 1:
-        scatter = float(drifts.std(ddof=1) / np.sqrt(len(results)))
-        error = float(np.fmax(error, scatter))
-    first = results[0]
-    drift = float(drifts.mean())
-    duration = float(np.mean([result.duration_ps for result in results]))
-    spread = float(np.mean([result.std_kinetic_ev for result in results]))
-    return NVEResult(
-        drift_mev_per_atom_per_ps=drift,
-        standard_error=error,
-        drift_over_std_kinetic=_ratio(1e-3 * abs(drift) * first.n_atoms * duration, spread),
-        std_kinetic_ev=spread,
-        mean_temperature_K=float(np.mean([result.mean_temperature_K for result in results])),
-        max_temperature_K=max(result.max_temperature_K for result in results),
-        stable=all(result.stable for result in results),
-        reason="; ".join(f"run {n}: {result.reason}" for n, result in enumerate(results) if result.reason),
-        duration_ps=duration,
-        timestep_fs=first.timestep_fs,
-        temperature_K=first.temperature_K,
-        n_atoms=first.n_atoms,
-        runs=sum(result.runs for result in results),
-        times_ps=tuple(array for result in results for array in result.times_ps),
-        total_energy_ev=tuple(array for result in results for array in result.total_energy_ev),
-        kinetic_energy_ev=tuple(array for result in results for array in result.kinetic_energy_ev),
-    )
 
 
 class _Monitor:

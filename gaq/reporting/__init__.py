@@ -1,22 +1,26 @@
-"""Reports on a quantized potential: metrics, gates, tables, and the page that shows them."""
+"""Reports on a potential: measured metrics, gates, tables, and the page that shows them."""
 
-from gaq.checks.gates import BOUNDS, Gate, all_passed, evaluate_gates
-from gaq.reporting.build import ReferenceModel, build_report, peak_memory, seconds_per_step, write_report
+from gaq.checks.gates import BOUNDS, Gate, evaluate_gates, failed_gates
+from gaq.checks.measure import measure_file, measure_subject, quality
 from gaq.reporting.environment import hardware, versions
+from gaq.reporting.page import write_report
+from gaq.reporting.subject import Subject, open_file, open_model
 from gaq.reporting.tables import format_table, markdown_table
 
 __all__ = [
     "BOUNDS",
     "Gate",
-    "ReferenceModel",
-    "all_passed",
-    "build_report",
+    "Subject",
     "evaluate_gates",
+    "failed_gates",
     "format_table",
     "hardware",
     "markdown_table",
-    "peak_memory",
-    "seconds_per_step",
+    "measure_file",
+    "measure_subject",
+    "open_file",
+    "open_model",
+    "quality",
     "versions",
     "write_report",
 ]

@@ -8,6 +8,46 @@ from typing import Any
 
 MISSING = "-"
 
+_METRICS = (
+    ("force_mae_mev_per_angstrom", "Force MAE", "meV/Å"),
+    ("energy_mae_mev_per_atom", "Energy MAE", "meV/atom"),
+    ("lee_mev_per_angstrom", "Force error under rotations (LEE)", "meV/Å"),
+)
+_NVE_METRICS = (
+    ("drift_mev_per_atom_per_ps", "NVE drift", "meV/atom/ps"),
+    ("standard_error", "NVE drift, standard error", "meV/atom/ps"),
+    ("drift_over_std_kinetic", "NVE |drift x time| / std(kinetic energy)", ""),
+    ("stable", "NVE run stable", ""),
+)
+_COST_METRICS = (
+    ("file_bytes", "File size", "bytes"),
+    ("weight_bytes", "Weights: codes, scales and what is float", "bytes"),
+    ("seconds_per_step", "Energy and forces, median", "s/step"),
+    ("peak_bytes", "Peak memory", "bytes"),
+)
+
+
+def metric_rows(
+    model: Mapping[str, Any], reference: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, Any, Any]]:
+    """Label, unit, and the values of model and reference, of each metric of a report."""
+    rows: list[tuple[str, str, Any, Any]] = []
+
+    def add(entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+        rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
+
+    other = reference or {}
+    add(_METRICS, model, other)
+    ours = model.get("central_difference_relative_error") or {}
+    theirs = other.get("central_difference_relative_error") or {}
+    rows.extend(
+        (f"Force against central differences, h = {step} Å", "relative", ours[step], theirs.get(step)) for step in ours
+    )
+    if model.get("nve"):
+        add(_NVE_METRICS, model["nve"], other.get("nve") or {})
+    add(_COST_METRICS, model, other)
+    return rows
+
 
 def format_number(value: Any, digits: int = 3) -> str:
     """A cell's text.

@@ -16,7 +16,7 @@ from ase.io import write
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import MissingLabelsError, force_and_energy_mae, read_structures
 from gaq.checks.lee import local_equivariance_error, random_rotations
-from gaq.checks.nve import combine, fit_drift, nve_drift
+from gaq.checks.nve import fit_drift, nve_drift
 from gaq.checks.potential import CalculatorPotential
 from gaq.checks.smoothness import bond_stretch_scan
 
@@ -222,14 +222,14 @@ class TestNVE:
         assert abs(sound_run.drift_mev_per_atom_per_ps) < 4 * sound_run.standard_error
         assert sound_run.drift_over_std_kinetic < 0.05
         assert sound_run.duration_ps == pytest.approx(1.0)
-        assert len(sound_run.times_ps[0]) == 101  # every 10 fs, both ends
-        assert sound_run.total_energy_ev[0].shape == sound_run.kinetic_energy_ev[0].shape == (101,)
+        assert len(sound_run.times_ps) == 101  # every 10 fs, both ends
+        assert sound_run.total_energy_ev.shape == sound_run.kinetic_energy_ev.shape == (101,)
         assert sound_run.mean_temperature_K <= sound_run.max_temperature_K < 2000
 
     def test_same_seed_same_run(self, sound_run):
         # A shorter run is the beginning of the longer one.
         again = nve_drift(morse(), p4(), duration_ps=0.2, equilibrate_ps=0.2, seed=1)
-        np.testing.assert_array_equal(again.total_energy_ev[0], sound_run.total_energy_ev[0][:21])
+        np.testing.assert_array_equal(again.total_energy_ev, sound_run.total_energy_ev[:21])
 
     def test_drift_of_friction_is_known(self):
         # F = -gamma p loses energy at 2 gamma times the kinetic energy.
@@ -243,7 +243,7 @@ class TestNVE:
         )
         from ase import units
 
-        per_ps = 1e3 * units.fs * -2 * gamma * run.kinetic_energy_ev[0].mean()
+        per_ps = 1e3 * units.fs * -2 * gamma * run.kinetic_energy_ev.mean()
         assert run.drift_mev_per_atom_per_ps == pytest.approx(1e3 * per_ps / 4, rel=0.15)
         assert run.drift_mev_per_atom_per_ps < -5 * run.standard_error
         assert run.drift_over_std_kinetic == pytest.approx(0.26, rel=0.2)
@@ -318,24 +318,15 @@ class TestNVE:
         assert np.isnan(fit_drift(times[:1], times[:1])[0])
         assert np.isnan(fit_drift(times[:4], times[:4])[1])
 
-    def test_combine(self, sound_run):
-        other = nve_drift(morse(), p4(), duration_ps=0.4, equilibrate_ps=0.1, seed=2)
-        both = combine([sound_run, other])
-        drifts = [sound_run.drift_mev_per_atom_per_ps, other.drift_mev_per_atom_per_ps]
-        assert both.drift_mev_per_atom_per_ps == pytest.approx(np.mean(drifts))
-        within = np.hypot(sound_run.standard_error, other.standard_error) / 2
-        between = abs(drifts[0] - drifts[1]) / 2
-        assert both.standard_error == pytest.approx(max(within, between))
-        assert both.runs == 2
-        assert len(both.times_ps) == 2
-        assert both.stable
-
-    def test_combine_refuses_different_runs(self, sound_run):
-        other = nve_drift(morse(), p4(), duration_ps=0.1, timestep_fs=0.5, equilibrate_ps=0.0)
-        with pytest.raises(ValueError, match="combine equal runs only"):
-            combine([sound_run, other])
-        with pytest.raises(ValueError, match="no results"):
-            combine([])
+    def test_given_velocities_are_kept(self, sound_run):
+        atoms = p4()
+        atoms.set_velocities(0.01 * np.random.default_rng(0).standard_normal((4, 3)))
+        run = nve_drift(morse(), atoms, duration_ps=0.01, timestep_fs=0.5, sample_fs=0.5, keep_velocities=True)
+        assert len(run.times_ps) == 21  # every step, both ends
+        assert run.kinetic_energy_ev[0] == atoms.get_kinetic_energy()
+        atoms.calc = morse()
+        assert run.total_energy_ev[0] == atoms.get_total_energy()
+        assert 0 < run.seconds_per_step < 1
 
     @pytest.mark.parametrize(
         "options",

@@ -14,20 +14,22 @@ import pytest
 from ase import Atoms
 from ase.calculators.morse import MorsePotential
 
+from gaq.checks.gates import verdict
 from gaq.checks.potential import CalculatorPotential
 from gaq.reporting import (
     BOUNDS,
-    ReferenceModel,
-    all_passed,
-    build_report,
+    Subject,
     evaluate_gates,
+    failed_gates,
     format_table,
     hardware,
     markdown_table,
-    seconds_per_step,
+    measure_subject,
+    quality,
     versions,
     write_report,
 )
+from gaq.reporting.cost import seconds_per_step
 
 METRICS = {
     "force_mae_mev_per_angstrom",
@@ -35,10 +37,13 @@ METRICS = {
     "lee_mev_per_angstrom",
     "central_difference_relative_error",
     "nve",
+    "file_kind",
     "file_bytes",
+    "weight_bytes",
     "seconds_per_step",
     "peak_bytes",
 }
+OF_THE_MODEL = {"preset", "training", "engine_error_ratio", "lee_naive_ratio", "smoothness"}
 
 FP32 = {
     "force_mae_mev_per_angstrom": 10.0,
@@ -48,7 +53,7 @@ FP32 = {
 GOOD = {
     "force_mae_mev_per_angstrom": 10.1,
     "lee_mev_per_angstrom": 0.1,
-    "naive_lee_mev_per_angstrom": 17.4,
+    "lee_naive_ratio": 174.0,
     "central_difference_relative_error": {"0.1": 0.016, "0.03": 0.0014, "0.01": 0.0002},
     "nve": {"drift_mev_per_atom_per_ps": 0.005, "drift_over_std_kinetic": 0.1, "stable": True},
     "smoothness": {"largest_jump_mev": 0.1, "allowed_mev": 1.0},
@@ -82,19 +87,19 @@ class TestGates:
         assert {name: gate.passed for name, gate in gates.items()} == dict.fromkeys(gates, True)
         assert len(gates) == 9
         assert all(gate.enforced for gate in gates.values())
-        assert gates["lee_against_naive"].value == pytest.approx(174.0)
+        assert gates["lee_against_naive"].value == 174.0
         assert gates["central_difference"].value == 0.0002
         assert gates["nve_drift_against_reference"].value == pytest.approx(0.004)
         assert gates["nve_drift_against_reference"].bound == pytest.approx(0.004 * math.sqrt(2))
         assert gates["file_size_ratio"].value == pytest.approx(4.444, abs=1e-3)
-        assert all_passed(gates)
+        assert failed_gates(gates) == []
 
     @pytest.mark.parametrize(
         ("change", "name"),
         [
             ({"force_mae_mev_per_angstrom": 10.21}, "force_mae_ratio"),
             ({"lee_mev_per_angstrom": 0.16}, "lee"),
-            ({"naive_lee_mev_per_angstrom": 2.9}, "lee_against_naive"),
+            ({"lee_naive_ratio": 29.0}, "lee_against_naive"),
             ({"central_difference_relative_error": {0.01: 0.011}}, "central_difference"),
             ({"nve": {**GOOD["nve"], "drift_over_std_kinetic": 1.0}}, "nve_drift"),
             ({"nve": {**GOOD["nve"], "drift_mev_per_atom_per_ps": 0.0067}}, "nve_drift_against_reference"),
@@ -106,7 +111,8 @@ class TestGates:
     def test_each_gate_fails_alone(self, change, name):
         gates = evaluate_gates({**GOOD, **change}, "w8a16", FP32)
         assert [key for key, gate in gates.items() if gate.passed is False] == [name]
-        assert not all_passed(gates)
+        assert failed_gates(gates) == [name]
+        assert verdict(gates[name].to_dict()) == "fail"
 
     def test_bounds_by_preset_and_training(self):
         assert set(BOUNDS) == {"gaq", "w8a16", "w8", "w4a16", "w4", "w8a8", "w4a8", "naive_w8a8"}
@@ -126,7 +132,7 @@ class TestGates:
         assert gates["lee"].passed is False
         assert gates["nve_drift"].passed is False
         assert not gates["lee"].enforced
-        assert all_passed(gates)
+        assert failed_gates(gates) == []
         assert gates["file_size_ratio"].enforced
         # These presets need training: after the fact their accuracy is printed, after training it counts.
         assert not gates["force_mae_ratio"].enforced
@@ -138,7 +144,7 @@ class TestGates:
         assert gates["lee"].passed is True
         others = [gate for name, gate in gates.items() if name != "lee"]
         assert all(gate.passed is None and gate.note.startswith("not measured: ") for gate in others)
-        assert all_passed(gates)
+        assert failed_gates(gates) == []
 
     def test_broken_numbers_fail(self):
         gates = evaluate_gates(
@@ -150,14 +156,48 @@ class TestGates:
         assert gates["nve_drift"].value == math.inf
         assert gates["nve_drift"].passed is False
         assert "not stable" in gates["nve_drift"].note
-        exact = evaluate_gates({**GOOD, "lee_mev_per_angstrom": 0.0}, "w8", FP32)
-        assert exact["lee_against_naive"].passed is True
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"'w2'.*naive_w8a8"):
             evaluate_gates(GOOD, "w2", FP32)
         with pytest.raises(ValueError, match="'ptq' or 'qat'"):
             evaluate_gates({**GOOD, "training": "magic"}, "w8", FP32)
+
+    def test_no_gates_of_a_float_model(self):
+        assert evaluate_gates(FP32, "float") == {}
+
+    @pytest.mark.parametrize(
+        ("kinds", "ratio"),
+        [
+            (("model", "model"), 4_000_000 / 900_000),
+            (("package", "package"), 4_000_000 / 900_000),
+            (("compiled", "compiled"), 4_000_000 / 900_000),
+            (("checkpoint", "checkpoint"), 5.0),
+            (("package", "checkpoint"), 5.0),
+            (("package of float weights", "package"), 5.0),
+            (("compiled", "checkpoint"), None),
+            (("compiled", "package"), None),
+            (("checkpoint", "compiled"), None),
+        ],
+    )
+    def test_sizes_of_like_with_like(self, kinds, ratio):
+        own = {**GOOD, "file_kind": kinds[0], "weight_bytes": 200_000}
+        gate = evaluate_gates(own, "gaq", {**FP32, "file_kind": kinds[1], "weight_bytes": 1_000_000})["file_size_ratio"]
+        assert gate.value == ratio
+        assert gate.bound == 4.0
+        if ratio is None:
+            assert gate.passed is None
+            assert not gate.enforced
+            assert verdict(gate.to_dict()) == "not comparable"
+            assert "compiled by nequip-compile" in gate.note
+        else:
+            assert gate.passed
+            assert ("weights" in gate.note) == (ratio == 5.0)
+
+    def test_too_many_bits_in_a_checkpoint_fail(self):
+        own = {**GOOD, "file_kind": "checkpoint", "weight_bytes": 300_000}
+        gates = evaluate_gates(own, "gaq", {**FP32, "file_kind": "checkpoint", "weight_bytes": 1_000_000})
+        assert failed_gates(gates) == ["file_size_ratio"]
 
     def test_gates_are_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -229,23 +269,25 @@ def case(tmp_path_factory):
     for frame, energy, force in zip(structures, energies, forces, strict=True):
         frame.info["REF_energy"] = energy + 0.004
         frame.arrays["REF_forces"] = force + 0.01
-    reference = ReferenceModel(CalculatorPotential(morse()), morse(), folder / "fp32.model")
-    return folder, structures, reference
+
+    def subject(name, preset="float", potential=None, **changes):
+        """A Morse potential in a file of that name."""
+        sound = CalculatorPotential(morse())
+        return Subject(potential or sound, potential or sound, morse(), str(folder / name), preset, **changes)
+
+    return subject, structures
+
+
+def tilted(structures):
+    """The twin of plain rounding: forces that do not turn with the structure, by 30 meV/Å."""
+    return Staircase(morse())
 
 
 @pytest.fixture(scope="module")
 def good_report(case):
-    folder, structures, reference = case
-    return build_report(
-        CalculatorPotential(morse()),
-        morse(),
-        structures,
-        model_path=folder / "quantized.model",
-        preset="gaq",
-        reference=reference,
-        nve_ps=0.3,
-        extra={"naive_lee_mev_per_angstrom": 17.0},
-    )
+    subject, structures = case
+    model = subject("quantized.model", "gaq", engine_error=lambda structures: 1.5)
+    return measure_subject(model, structures, subject("fp32.model", naive=tilted), nve_ps=0.3)
 
 
 class TestReport:
@@ -259,7 +301,7 @@ class TestReport:
             "gates",
             "figures",
         }
-        assert set(good_report["model"]) == METRICS | {"path", "preset"}
+        assert set(good_report["model"]) == METRICS | OF_THE_MODEL | {"path"}
         assert set(good_report["reference"]) == METRICS | {"path"}
         model = good_report["model"]
         assert model["force_mae_mev_per_angstrom"] == pytest.approx(10.0)
@@ -271,22 +313,16 @@ class TestReport:
         assert 0 < model["seconds_per_step"] < 1
         assert 1e7 < model["peak_bytes"] < 1e11
         gates = good_report["gates"]
-        assert [name for name, gate in gates.items() if gate["passed"] is not True] == ["engine"]
-        assert gates["engine"]["passed"] is None
+        assert [name for name, gate in gates.items() if gate["passed"] is not True] == []
+        assert gates["engine"]["value"] == 1.5
+        assert gates["lee_against_naive"]["value"] > 1e9
         assert gates["file_size_ratio"]["value"] == pytest.approx(4000 / 900)
         assert gates["bond_stretch"]["value"] == 0.0
 
     def test_a_broken_model_fails_the_gates_that_see_it(self, case):
-        folder, structures, reference = case
-        report = build_report(
-            Staircase(morse()),
-            morse(),
-            structures,
-            model_path=folder / "quantized.model",
-            preset="gaq",
-            reference=reference,
-            extra={"naive_lee_mev_per_angstrom": 17.0},
-        )
+        subject, structures = case
+        broken = subject("quantized.model", "gaq", Staircase(morse()))
+        report = measure_subject(broken, structures, subject("fp32.model", naive=tilted))
         assert report["model"]["lee_mev_per_angstrom"] == pytest.approx(40.0, rel=0.15)  # 4/3 of 30 meV/Å
         assert report["model"]["nve"] is None
         failed = {name for name, gate in report["gates"].items() if gate["passed"] is False}
@@ -312,7 +348,7 @@ class TestReport:
         images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
         assert len(images) == 3
         assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-        assert page.count('class="pass">pass') == 8
+        assert page.count('class="pass">pass') == 9
         # A report read back from disk makes a page too, without figures.
         write_report(data, tmp_path / "again")
         assert "No figure data" in (tmp_path / "again" / "report.html").read_text()
@@ -339,29 +375,45 @@ class TestReport:
         assert "pip install gaq[report]" in page
 
     def test_unlabelled_structures_without_reference(self, case, tmp_path):
-        folder = case[0]
-        report = build_report(
-            CalculatorPotential(morse()),
-            morse(),
-            [cluster()],
-            model_path=folder / "quantized.model",
-            preset="w8",
-        )
+        report = measure_subject(case[0]("quantized.model", "w8"), [cluster()])
         assert report["reference"] is None
         assert report["model"]["force_mae_mev_per_angstrom"] is None
         assert report["gates"]["force_mae_ratio"]["passed"] is None
         assert "Nothing to plot" in write_report(report, tmp_path)[1].read_text()
 
+    def test_a_float_model_is_reported(self, case, tmp_path):
+        subject, structures = case
+        report = measure_subject(subject("fp32.model"), structures)
+        assert report["gates"] == {}
+        assert report["model"]["preset"] == "float"
+        assert report["model"]["lee_naive_ratio"] is None
+        assert "no gates apply" in write_report(report, tmp_path)[1].read_text()
+
+    def test_plain_operations_are_spared_large_structures(self, case, monkeypatch):
+        def never(structures):
+            raise AssertionError
+
+        monkeypatch.setattr("gaq.checks.measure.LARGEST_OF_THE_REFERENCE_PATH", 3)
+        subject, structures = case
+        model = subject("quantized.model", "gaq", engine_error=never)
+        report = measure_subject(model, structures[:1], subject("fp32.model", naive=never))
+        for name in ("engine", "lee_against_naive"):
+            assert verdict(report["gates"][name]) == "not measured"
+
+    def test_quality_measures_what_it_is_given_structures_for(self, case):
+        subject, structures = case
+        found = quality(subject("fp32.model"), rotated=structures[:2])
+        assert set(found.metrics) == {"lee_mev_per_angstrom"}
+        assert found.labels is None
+
     def test_bad_input(self, case):
-        folder, structures, _ = case
-        potential = CalculatorPotential(morse())
-        good = {"model_path": folder / "quantized.model", "preset": "gaq"}
-        for frames, change, message in (
-            ([], {}, "no structures"),
-            (structures, {"model_path": folder / "none.model"}, "none.model does not exist"),
-            (structures, {"preset": "w2"}, "'w2'"),
-            (structures, {"extra": {"lee": 1.0}}, r"unknown \['lee'\]"),
-            ([*structures, cluster()], {}, "frame 10"),
+        subject, structures = case
+        good = subject("quantized.model", "gaq")
+        for frames, model, message in (
+            ([], good, "no structures"),
+            (structures, subject("none.model", "gaq"), "none.model does not exist"),
+            (structures, subject("quantized.model", "w2"), "'w2'"),
+            ([*structures, cluster()], good, "frame 10"),
         ):
             with pytest.raises(ValueError, match=message):
-                build_report(potential, morse(), frames, **{**good, **change})
+                measure_subject(model, frames)

@@ -18,6 +18,7 @@ import gaq
 from gaq.cli import main
 from gaq_mace.model import state_of
 
+SUBJECTS = ("model", "reference")
 TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_size: 2}}"
 
 
@@ -113,6 +114,47 @@ def test_quantize_inspect_report(
     assert "lee" in printed
 
 
+def numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report measured, without what depends on the clock and the process."""
+    timed = ("seconds_per_step", "peak_bytes")
+    subjects = {name: {k: v for k, v in (report[name] or {}).items() if k not in timed} for name in SUBJECTS}
+    return {**subjects, "gates": report["gates"]}
+
+
+def test_python_and_the_command_measure_and_judge_alike(folder: Path, tmp_path: Path) -> None:
+    """Central differences of float32 energies would be ten times the float64 ones, and another verdict."""
+    from ase.io import read
+
+    from gaq.reporting import write_report
+
+    model, reference, data = (str(folder / name) for name in ("gaq.model", "float.model", "data.xyz"))
+    arguments = ["report", model, "--data", data, "--reference", reference, "--nve-ps", "0.02", "--trained"]
+    code = main([*arguments, "-o", str(tmp_path / "report")])
+    by_command = json.loads((tmp_path / "report" / "report.json").read_text())
+    report = gaq.report(model, read(data, ":"), reference, nve_ps=0.02, trained=True, progress=False)
+    by_python = json.loads(write_report(report, tmp_path / "by_python")[0].read_text())
+    assert numbers(by_python) == numbers(by_command)
+    assert code == (1 if any(g["enforced"] and g["passed"] is False for g in by_command["gates"].values()) else 0)
+    assert by_python["model"]["training"] == "qat"
+
+
+def test_float_models_are_reported_without_gates(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ase.io import read
+
+    path, data = str(folder / "float.model"), str(folder / "data.xyz")
+    report = gaq.report(path, read(data, ":"), progress=False)
+    assert report["model"]["preset"] == "float"
+    assert report["model"]["force_mae_mev_per_angstrom"] > 0
+    assert report["gates"] == {}
+    assert main(["report", path, "--data", data, "--nve-ps", "0", "-o", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "a float model: no gates apply" in printed
+    assert "Force MAE" in printed
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
 @pytest.mark.slow
 def test_trained_model_passes_its_gates(
     trained_file: Path, trained_frames: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,7 +186,7 @@ def test_failed_gate(
         printed = {**gate, "passed": False, "enforced": False}
         return {"gates": {"lee": {**gate, "passed": False, "enforced": True}, "engine": printed}}
 
-    monkeypatch.setattr("gaq.cli._measure", measure)
+    monkeypatch.setattr("gaq.api.report", measure)
     output = tmp_path / "bad.model"
     arguments = ["quantize", str(folder / "float.model"), "-o", str(output), "--config", TINY]
     arguments += ["--calibration", str(folder / "data.xyz")]

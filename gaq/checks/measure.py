@@ -1,0 +1,242 @@
+"""Measure a model, and the reference on the same data: the one place that says how each number is taken."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaq.checks.conservation import central_difference_error
+from gaq.checks.errors import LabelErrors, MissingLabelsError, force_and_energy_mae, spaced
+from gaq.checks.gates import BOUNDS, FLOAT, evaluate_gates, quotient
+from gaq.checks.lee import local_equivariance_error
+from gaq.checks.nve import NVEResult, nve_drift
+from gaq.checks.smoothness import SmoothnessResult, bond_stretch_scan
+from gaq.reporting.cost import cost
+from gaq.reporting.environment import hardware, versions
+from gaq.reporting.subject import Subject, open_file
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["Quality", "measure_file", "measure_subject", "quality"]
+
+LARGEST_OF_THE_REFERENCE_PATH = 500
+"""Atoms of a structure beyond which plain operations, which hold the features of every edge, are not asked for it."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What `quality` finds.
+
+    Attributes:
+        metrics: under their names in ``report.json``; only those that structures were given for.
+        labels: the errors with the forces behind them, for figures; None without labels.
+    """
+
+    metrics: dict[str, Any]
+    labels: LabelErrors | None = None
+
+
+def quality(
+    subject: Subject,
+    labelled: Sequence[Atoms] = (),
+    rotated: Sequence[Atoms] = (),
+    displaced: Sequence[Atoms] = (),
+    rotations: int = 4,
+    components: int = 6,
+    seed: int = 0,
+    energy_key: str = "REF_energy",
+    forces_key: str = "REF_forces",
+) -> Quality:
+    """Errors against labels in the model's own arithmetic, rotation error and central differences in float64.
+
+    Args:
+        subject: what to measure.
+        labelled: structures for the errors; their metrics are None if none of them has labels.
+        rotated: structures for the rotation error.
+        displaced: structures for central differences.
+        rotations: random rotations a structure.
+        components: force components a structure.
+        seed: of rotations and components.
+        energy_key: key of the reference energy in ``info``.
+        forces_key: key of the reference forces in ``arrays``.
+
+    Raises:
+        ValueError: if only some structures are labelled.
+    """
+    metrics: dict[str, Any] = {}
+    labels = None
+    if len(labelled):
+        labels = _label_errors(subject, labelled, energy_key, forces_key)
+        metrics["force_mae_mev_per_angstrom"] = labels.force_mae_mev_per_angstrom if labels else None
+        metrics["energy_mae_mev_per_atom"] = labels.energy_mae_mev_per_atom if labels else None
+    if len(rotated):
+        error = local_equivariance_error(subject.exact, rotated, rotations=rotations, seed=seed)
+        metrics["lee_mev_per_angstrom"] = error.mean_mev_per_angstrom
+    if len(displaced):
+        errors = central_difference_error(subject.exact, displaced, components_per_structure=components, seed=seed)
+        metrics["central_difference_relative_error"] = {f"{h:g}": e.relative_error for h, e in errors.items()}
+    return Quality(metrics, labels)
+
+
+def measure_file(
+    path: str | Path,
+    structures: Sequence[Atoms],
+    reference: str | Path | None = None,
+    *,
+    trained: bool = False,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure and judge a model file.
+
+    Args:
+        path: the model.
+        structures: structures, labelled or not.
+        reference: the float model to compare with.
+        trained: hold the model to the bounds of models that were trained with their rounding.
+        device: to run on.
+        options: of `measure_subject`.
+
+    Returns:
+        See `measure_subject`.
+
+    Raises:
+        ValueError: for a file that cannot be read, structures that the model does not know, and as `measure_subject`.
+    """
+    subject = open_file(path, device, trained, structures=structures)
+    other = None if reference is None else open_file(reference, device)
+    return measure_subject(subject, structures, other, **options)
+
+
+def measure_subject(
+    subject: Subject,
+    structures: Sequence[Atoms],
+    reference: Subject | None = None,
+    *,
+    nve_ps: float = 0.0,
+    seed: int = 0,
+    progress: bool = False,
+    check_structures: int = 8,
+    energy_key: str = "REF_energy",
+    forces_key: str = "REF_forces",
+) -> dict[str, Any]:
+    """Measure one model, and the reference on the same data, and judge it.
+
+    Errors against labels use every structure. Rotations and central differences, which cost dozens of
+    evaluations a structure, use ``check_structures`` of them, evenly spaced. The NVE run, the bond-stretch
+    scan and the timing use the first.
+
+    Args:
+        subject: the model.
+        structures: structures, labelled or not.
+        reference: the unquantized model.
+        nve_ps: length of the NVE runs, ps; 0 leaves them out.
+        seed: seed of rotations, components, velocities.
+        progress: show progress bars.
+        check_structures: number of structures for rotations and central differences.
+        energy_key: key of the reference energy in ``info``.
+        forces_key: key of the reference forces in ``arrays``.
+
+    Returns:
+        ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
+        ``command``, ``gates``, all of plain Python types; and ``figures``, arrays for `gaq.reporting.write_report`,
+        which are not part of ``report.json``.
+
+    Raises:
+        ValueError: if there are no structures, a file is missing, the preset is unknown, or only some structures
+            are labelled.
+    """
+    if len(structures) == 0:
+        raise ValueError("measure: no structures given; pass at least one")
+    if subject.preset not in (*BOUNDS, FLOAT):
+        raise ValueError(f"measure: no gates for preset {subject.preset!r}; nearest of: {', '.join(BOUNDS)}")
+    for one in filter(None, (subject, reference)):
+        if one.path is None or not Path(one.path).is_file():
+            raise ValueError(f"measure: model file {one.path} does not exist; its size is part of the report")
+    checked = spaced(structures, max(1, check_structures))
+    metrics: dict[str, dict[str, Any]] = {}
+    labels: dict[str, LabelErrors] = {}
+    runs: dict[str, NVEResult] = {}
+    for name, one in {"model": subject, **({"reference": reference} if reference else {})}.items():
+        found = quality(one, structures, checked, checked, seed=seed, energy_key=energy_key, forces_key=forces_key)
+        if found.labels is not None:
+            labels[name] = found.labels
+        if nve_ps > 0:
+            runs[name] = nve_drift(one.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
+        metrics[name] = {"path": one.path, **found.metrics, **_of_the_file(one, structures[0], runs.get(name), seed)}
+    scan = None if reference is None else _scan(subject, reference, structures[0])
+    metrics["model"] |= {
+        "preset": subject.preset,
+        "training": subject.training,
+        "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
+        **_against_plain_operations(subject, reference, checked, seed),
+    }
+    gates = evaluate_gates(metrics["model"], subject.preset, metrics.get("reference"))
+    return {
+        "model": metrics["model"],
+        "reference": metrics.get("reference"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "command": shlex.join(sys.argv),
+        "gates": {name: gate.to_dict() for name, gate in gates.items()},
+        "figures": {"labels": labels, "nve": runs, "scan": scan},
+    }
+
+
+def _label_errors(
+    subject: Subject, structures: Sequence[Atoms], energy_key: str, forces_key: str
+) -> LabelErrors | None:
+    """Errors against labels, or None if no structure is labelled. Some without labels is an error."""
+    try:
+        return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
+    except MissingLabelsError:
+        for structure in structures:
+            stored = getattr(structure.calc, "results", {})
+            if energy_key in structure.info or forces_key in structure.arrays or "forces" in stored:
+                raise
+        return None
+
+
+def _of_the_file(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> dict[str, Any]:
+    """Drift, size and speed."""
+    drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
+    seconds, peak = cost(subject.calculator, atoms, seed)
+    return {
+        "nve": run and {name: getattr(run, name) for name in drift},
+        "file_kind": subject.file_kind,
+        "file_bytes": subject.file_bytes,
+        "weight_bytes": subject.weight_bytes,
+        "seconds_per_step": seconds,
+        "peak_bytes": peak,
+    }
+
+
+def _scan(subject: Subject, reference: Subject, atoms: Atoms) -> SmoothnessResult | None:
+    try:
+        return bond_stretch_scan(subject.exact, atoms, reference.exact)
+    except ValueError:  # no bond to stretch: the gate reads "not measured"
+        return None
+
+
+def _against_plain_operations(
+    subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int
+) -> dict[str, float | None]:
+    """The fused kernels against the reference path, and the rotation error of plain rounding over the model's."""
+    small = [atoms for atoms in checked if len(atoms) <= LARGEST_OF_THE_REFERENCE_PATH][:4]
+    found: dict[str, float | None] = {"engine_error_ratio": None, "lee_naive_ratio": None}
+    if subject.preset == FLOAT or not small:
+        return found
+    if subject.engine_error is not None:
+        found["engine_error_ratio"] = subject.engine_error(small)
+    if reference is not None and reference.naive is not None:
+        naive, own = (
+            local_equivariance_error(potential, small, seed=seed).mean_mev_per_angstrom
+            for potential in (reference.naive(small), subject.exact)
+        )
+        found["lee_naive_ratio"] = quotient(naive, own)
+    return found

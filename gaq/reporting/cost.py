@@ -1,0 +1,98 @@
+"""Wall time of a step, and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["cost", "peak_memory", "seconds_per_step"]
+
+
+def seconds_per_step(calculator: Any, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
+    """Median wall time of energy and forces, in seconds.
+
+    The positions change by 1 mÅ before each evaluation, so that the calculator's cache is of no use, while
+    the neighbour list stays that of a typical step.
+
+    Args:
+        calculator: an ASE calculator with ``energy`` and ``forces``.
+        atoms: the structure; not changed.
+        repeats: timed evaluations.
+        warmup: evaluations before them, not timed.
+        seed: seed of the perturbations.
+
+    Returns:
+        Seconds per evaluation.
+
+    Raises:
+        ValueError: if ``repeats`` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"seconds_per_step: repeats is {repeats}; it must be at least 1")
+    copy = atoms.copy()
+    copy.set_constraint()
+    copy.calc = calculator
+    rng = np.random.default_rng(seed)
+    times = []
+    for repeat in range(warmup + repeats):
+        copy.positions = atoms.positions + 1e-3 * rng.standard_normal(atoms.positions.shape)
+        start = time.perf_counter()
+        copy.get_forces()
+        copy.get_potential_energy()
+        if repeat >= warmup:
+            times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def peak_memory() -> int | None:
+    """Peak memory in bytes: of torch's CUDA allocator if CUDA was used, else the process's resident set.
+
+    None where the system does not tell (Windows).
+    """
+    if _cuda_used():
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    # The unit is the kilobyte, but the byte on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _reset_peak_memory() -> None:
+    """Start a new peak where the system allows it, so that two models in one process can be told apart."""
+    if _cuda_used():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the current resident set
+
+
+def _cuda_used() -> bool:
+    # Asking torch itself would initialise CUDA, so look whether anything has.
+    torch = sys.modules.get("torch")
+    return bool(torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)
+
+
+def cost(calculator: Any, atoms: Atoms, seed: int = 0) -> tuple[float, int | None]:
+    """Seconds per step of a calculator, and peak bytes while taking them."""
+    _reset_peak_memory()
+    seconds = seconds_per_step(calculator, atoms, seed=seed)
+    return seconds, peak_memory()

@@ -1,0 +1,147 @@
+"""The result of a measurement as JSON and as one self-contained page."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gaq.checks.gates import failed_gates, verdict
+from gaq.reporting.plots import figures
+from gaq.reporting.tables import format_number, metric_rows
+
+__all__ = ["write_report"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .35rem .75rem; border-bottom: 1px solid #d6dbe1; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #8a94a0; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.pass { color: #14622f; font-weight: 600; } .fail { color: #a8201a; font-weight: 600; }
+.muted { color: #5b6570; } code { overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #5b6570; font-size: .9rem; }
+"""
+
+
+def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.html``.
+
+    The page needs nothing but itself: figures are embedded, there is no script and no external address.
+    Without matplotlib it is written without figures and says so. NaN and infinity, which JSON lacks, become
+    null.
+
+    Args:
+        report: from `gaq.checks.measure`, or read back from a ``report.json`` (then there are no figures).
+        directory: where to write; created if missing.
+
+    Returns:
+        The paths of the JSON file and of the page.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = {key: value for key, value in report.items() if key != "figures"}
+    json_path, html_path = directory / "report.json", directory / "report.html"
+    json_path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    html_path.write_text(_page(report), encoding="utf-8")
+    return json_path, html_path
+
+
+def _plain(value: Any) -> Any:
+    """The same value in JSON's types; NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _page(report: Mapping[str, Any]) -> str:
+    """The HTML page."""
+    model, reference = report["model"], report.get("reference")
+    gates = report["gates"]
+    failed = failed_gates(gates)
+    if not gates:
+        summary = '<p class="muted">A float model: no gates apply.</p>'
+    elif failed:
+        summary = f'<p class="fail">Failed: {_text(", ".join(failed))}.</p>'
+    else:
+        summary = '<p class="pass">No enforced gate failed.</p>'
+    compared = f", compared with <code>{_text(reference['path'])}</code>" if reference else ""
+    gpu = report["hardware"].get("gpu") or "none"
+    software = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Quantization report: {_text(Path(model["path"]).name)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>Quantization report</h1>
+<p><code>{_text(model["path"])}</code>, preset <strong>{_text(model["preset"])}</strong>{compared}.</p>
+{summary}
+<h2>Gates</h2>
+{_gate_table(gates)}
+<h2>Metrics</h2>
+{_metric_table(model, reference)}
+<h2>Figures</h2>
+{figures(report.get("figures"))}
+<h2>How it was measured</h2>
+<p>Command: <code>{_text(report["command"])}</code></p>
+<p>Hardware: {_text(report["hardware"].get("cpu"))}, {_text(report["hardware"].get("cores"))} cores,
+{_text(report["hardware"].get("torch_threads"))} torch threads; GPU: {_text(gpu)}.</p>
+<p>Software: {_text(software)}.</p>
+</body>
+</html>
+"""
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, gate in gates.items():
+        word = verdict(gate)
+        result = f'<span class="{word if gate["passed"] is not None else "muted"}">{word}</span>'
+        if not gate["enforced"] and gate["passed"] is not None:
+            result += ' <span class="muted">(not enforced for this preset)</span>'
+        sign = {"<=": "≤", ">=": "≥"}.get(gate["comparison"], gate["comparison"])
+        bound = "-" if gate["bound"] is None else f"{sign} {format_number(gate['bound'])} {gate['unit']}"
+        rows.append(
+            f"<tr><td>{_text(name)}</td><td class='n'>{_text(_value(gate['value'], digits=4))}</td>"
+            f"<td class='n'>{_text(bound)}</td><td>{result}</td>"
+            f"<td class='muted'>{_text(gate['note'])}</td></tr>"
+        )
+    head = "<tr><th>Gate</th><th class='n'>Value</th><th class='n'>Bound</th><th>Result</th><th>Meaning</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    body = "".join(
+        f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(ours))}</td>"
+        f"<td class='n'>{_text(_value(theirs))}</td><td class='muted'>{_text(unit)}</td></tr>"
+        for label, unit, ours, theirs in metric_rows(model, reference)
+    )
+    head = "<tr><th>Metric</th><th class='n'>Model</th><th class='n'>Reference</th><th>Unit</th></tr>"
+    return f"<table>{head}{body}</table>"
+
+
+def _value(value: Any, digits: int = 3) -> str:
+    if isinstance(value, float) and math.isinf(value):
+        return "∞"
+    return format_number(value, digits)

@@ -1,0 +1,156 @@
+"""A model file as the checks see it: potentials, calculator, kind and size, and what it has to be compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gaq.checks.gates import FLOAT, NAIVE, quotient
+from gaq.checks.potential import CalculatorPotential, Potential
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from ..adapter import Adapter
+
+__all__ = ["Subject", "open_file", "open_model"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        potential: the model in its own arithmetic, as it will be used.
+        exact: the same in float64 where it can be had: differences of energies at 0.01 Å, and the rotation error of a
+            sound model, are the rounding of float32.
+        calculator: the stock ASE calculator of the file; None without one.
+        path: the file; None for a model in memory.
+        preset: of a quantized model; `gaq.checks.gates.FLOAT` of any other.
+        training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
+        file_kind: what the file is, as its adapter names it.
+        weight_bytes: of codes, scales and what stays float; None if the file does not tell.
+        engine_error: error of the fused kernels over that of the reference path, on structures; gives None where the
+            model does not run through them.
+        naive: of a float model, what makes its `gaq.checks.gates.NAIVE` twin, with ranges observed on structures.
+    """
+
+    potential: Potential
+    exact: Potential
+    calculator: Any = None
+    path: str | None = None
+    preset: str = FLOAT
+    training: str = "ptq"
+    file_kind: str | None = None
+    weight_bytes: int | None = None
+    engine_error: Callable[[Sequence[Atoms]], float | None] | None = None
+    naive: Callable[[Sequence[Atoms]], Potential] | None = None
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Size of the file."""
+        return None if self.path is None else Path(self.path).stat().st_size
+
+
+def open_model(adapter: Adapter, model: torch.nn.Module) -> Subject:
+    """A model in memory, without what only its file has."""
+    return Subject(adapter.potential(model), adapter.potential(adapter.in_float64(model)))
+
+
+def open_file(
+    path: str | Path,
+    device: str = "cpu",
+    trained: bool = False,
+    through_calculator: bool = False,
+    structures: Sequence[Atoms] = (),
+) -> Subject:
+    """A model file, float or quantized, of any framework that is installed.
+
+    Args:
+        path: the file.
+        device: to run on.
+        trained: whether the model was trained with its rounding; files that say so need not be told.
+        through_calculator: take every number through the stock calculator, in the file's own arithmetic.
+        structures: what it will be measured on, to say at once what the model does not know.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or of no known kind, and for structures with elements that the
+            model does not know.
+    """
+    from ..adapter import adapter_for_file
+
+    adapter = adapter_for_file(path)
+    model = adapter.load(path, device)
+    if len(structures):
+        adapter.batches(model, structures, 1)
+    config = adapter.config(model)
+    first = next(model.parameters(), None)
+    # Said to the calculator: MACE's warns of a dtype that it has to find out.
+    dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
+    calculator = adapter.calculator(path, device, dtype)
+    potential: Potential = CalculatorPotential(calculator)
+    exact = potential
+    if not through_calculator:
+        potential, exact = adapter.potential(model), adapter.potential(adapter.in_float64(model))
+    is_float = config is None
+    return Subject(
+        potential=potential,
+        exact=exact,
+        calculator=calculator,
+        path=str(path),
+        preset=FLOAT if config is None else config.preset,
+        training="qat" if not is_float and (trained or adapter.status(model) == "training") else "ptq",
+        file_kind=adapter.file_kind(model, path),
+        weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
+        engine_error=_engine_error(adapter, model),
+        naive=_naive(adapter, model) if is_float and first is not None else None,
+    )
+
+
+def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None]:
+    """See `Subject.engine_error`; gives None in float64 too, where there is nothing more exact to compare with.
+
+    Both errors are those of one model: the unquantized one, which has no features that fall to the other side of a
+    rounding threshold, would compare the arithmetic with the rounding.
+    """
+
+    def measure(structures: Sequence[Atoms]) -> float | None:
+        first = next(model.parameters(), None)
+        if first is None or first.dtype != torch.float32 or not adapter.is_fused(model):
+            return None
+
+        def forces(model: torch.nn.Module) -> np.ndarray:
+            # One at a time: the reference path holds the features of every edge.
+            return np.concatenate(adapter.potential(model, 1)(structures)[1]).astype(float)
+
+        fused = forces(model)
+        with adapter.reference_path():
+            exact, plain = forces(adapter.in_float64(model)), forces(model)
+        errors = [float(np.sqrt(np.mean((found - exact) ** 2))) for found in (fused, plain)]
+        return quotient(*errors)
+
+    return measure
+
+
+def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], Potential]:
+    def make(structures: Sequence[Atoms]) -> Potential:
+        from ..config import parse_config
+        from ..ptq import observe_ranges
+
+        twin = adapter.prepare(copy.deepcopy(model), parse_config(NAIVE))
+        observe_ranges(adapter, twin, structures)
+        potential = adapter.potential(adapter.in_float64(adapter.convert(twin)))
+
+        def plain(structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+            with adapter.reference_path():
+                return potential(structures)
+
+        return plain
+
+    return make
