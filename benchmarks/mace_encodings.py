@@ -16,7 +16,7 @@ import mace  # noqa: F401  (before e3nn)
 import numpy as np
 import torch
 from ase.io import read
-from common import RESULTS, SHARED, load_json, spaced, write_result
+from common import RESULTS, SHARED, load_json, write_result
 
 import gaq
 from gaq.adapter import adapter_for
