@@ -19,10 +19,10 @@ from common import load_json, mean_of_runs, write_result
 import gaq
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.errors import spaced
-from gaq.checks.gates import evaluate_gates, quotient
 from gaq.checks.nve import nve_drift
 from gaq.config.parse import parse_config
 from gaq.reporting import open_model, quality
+from gaq.reporting.gates import evaluate_gates, quotient
 from gaq.reporting.tables import markdown_table
 
 __all__ = ["PRESETS", "Framework", "main", "run_name"]

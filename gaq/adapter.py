@@ -84,7 +84,7 @@ class Adapter(Protocol):
         ...
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
-        """What a file is: one of `gaq.checks.gates.FILE_KINDS`."""
+        """What a file is: one of `gaq.reporting.gates.FILE_KINDS`."""
         ...
 
     def is_fused(self, model: torch.nn.Module) -> bool:

@@ -77,7 +77,7 @@ def _read(path: str) -> list[Any]:
 
 
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
-    from gaq.checks.gates import verdict
+    from gaq.reporting.gates import verdict
     from gaq.reporting.tables import format_table
 
     rows = []

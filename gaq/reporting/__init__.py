@@ -1,8 +1,8 @@
 """Reports on a potential: measured metrics, gates, tables, and the page that shows them."""
 
-from gaq.checks.gates import BOUNDS, Gate, evaluate_gates, failed_gates
-from gaq.checks.measure import measure_file, measure_subject, quality
 from gaq.reporting.environment import hardware, versions
+from gaq.reporting.gates import BOUNDS, Gate, evaluate_gates, failed_gates
+from gaq.reporting.measure import measure_file, measure_subject, quality
 from gaq.reporting.page import write_report
 from gaq.reporting.subject import Subject, open_file, open_model
 from gaq.reporting.tables import format_table, markdown_table

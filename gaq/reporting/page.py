@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gaq.checks.gates import failed_gates, verdict
+from gaq.reporting.gates import failed_gates, verdict
 from gaq.reporting.plots import figures
 from gaq.reporting.tables import format_number, metric_rows
 
@@ -39,7 +39,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
     null.
 
     Args:
-        report: from `gaq.checks.measure`, or read back from a ``report.json`` (then there are no figures).
+        report: from `gaq.reporting.measure`, or read back from a ``report.json`` (then there are no figures).
         directory: where to write; created if missing.
 
     Returns:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gaq.checks.gates import FLOAT, NAIVE, quotient
 from gaq.checks.potential import CalculatorPotential, Potential
+from gaq.reporting.gates import FLOAT, NAIVE, quotient
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ..adapter import Adapter
+    from gaq.adapter import Adapter
 
 __all__ = ["Subject", "open_file", "open_model"]
 
@@ -32,13 +32,13 @@ class Subject:
             sound model, are the rounding of float32.
         calculator: the stock ASE calculator of the file; None without one.
         path: the file; None for a model in memory.
-        preset: of a quantized model; `gaq.checks.gates.FLOAT` of any other.
+        preset: of a quantized model; `gaq.reporting.gates.FLOAT` of any other.
         training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
         file_kind: what the file is, as its adapter names it.
         weight_bytes: of codes, scales and what stays float; None if the file does not tell.
         engine_error: error of the fused kernels over that of the reference path, on structures; gives None where the
             model does not run through them.
-        naive: of a float model, what makes its `gaq.checks.gates.NAIVE` twin, with ranges observed on structures.
+        naive: of a float model, what makes its `gaq.reporting.gates.NAIVE` twin, with ranges observed on structures.
     """
 
     potential: Potential
@@ -83,7 +83,7 @@ def open_file(
         ValueError: for a file that is missing, damaged or of no known kind, and for structures with elements that the
             model does not know.
     """
-    from ..adapter import adapter_for_file
+    from gaq.adapter import adapter_for_file
 
     adapter = adapter_for_file(path)
     model = adapter.load(path, device)
@@ -140,8 +140,8 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
 
 def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], Potential]:
     def make(structures: Sequence[Atoms]) -> Potential:
-        from ..config import parse_config
-        from ..ptq import observe_ranges
+        from gaq.config.parse import parse_config
+        from gaq.training.ptq import observe_ranges
 
         twin = adapter.prepare(copy.deepcopy(model), parse_config(NAIVE))
         observe_ranges(adapter, twin, structures)

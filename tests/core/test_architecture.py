@@ -13,12 +13,13 @@ PACKAGES = ("gaq", "gaq_mace", "gaq_nequip")
 
 # A module may import from its own level and from those above it in this list.
 LEVELS = (
-    ("gaq.settings", "gaq.caches", "gaq.config", "gaq.files", "gaq.codebooks"),
+    ("gaq.settings", "gaq.caches", "gaq.config.parse", "gaq.files", "gaq.codebooks"),
     ("gaq.quantizers",),
     ("gaq.kernels", "gaq.model"),
     ("gaq.checks",),
     ("gaq.adapter",),
-    ("gaq.training", "gaq.reporting"),
+    ("gaq.training",),
+    ("gaq.reporting",),
     ("gaq.api",),
     ("gaq.cli",),
 )

@@ -14,7 +14,6 @@ import pytest
 from ase import Atoms
 from ase.calculators.morse import MorsePotential
 
-from gaq.checks.gates import verdict
 from gaq.checks.potential import CalculatorPotential
 from gaq.reporting import (
     BOUNDS,
@@ -30,6 +29,7 @@ from gaq.reporting import (
     write_report,
 )
 from gaq.reporting.cost import seconds_per_step
+from gaq.reporting.gates import verdict
 
 METRICS = {
     "force_mae_mev_per_angstrom",
@@ -393,7 +393,7 @@ class TestReport:
         def never(structures):
             raise AssertionError
 
-        monkeypatch.setattr("gaq.checks.measure.LARGEST_OF_THE_REFERENCE_PATH", 3)
+        monkeypatch.setattr("gaq.reporting.measure.LARGEST_OF_THE_REFERENCE_PATH", 3)
         subject, structures = case
         model = subject("quantized.model", "gaq", engine_error=never)
         report = measure_subject(model, structures[:1], subject("fp32.model", naive=never))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import LabelErrors, MissingLabelsError, force_and_energy_mae, spaced
-from gaq.checks.gates import BOUNDS, FLOAT, evaluate_gates, quotient
 from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.smoothness import SmoothnessResult, bond_stretch_scan
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
+from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, quotient
 from gaq.reporting.subject import Subject, open_file
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
     """Judge the measured metrics of one model.
 
     Args:
-        results: metrics under the names of ``report.json`` (`gaq.checks.measure`), with ``training`` (``"ptq"``,
+        results: metrics under the names of ``report.json`` (`gaq.reporting.measure`), with ``training`` (``"ptq"``,
             the default, or ``"qat"``).
         preset: a name in `BOUNDS`, or `FLOAT`.
         reference: the same metrics of the unquantized model on the same data.
