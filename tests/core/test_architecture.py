@@ -13,7 +13,15 @@ PACKAGES = ("gaq", "gaq_mace", "gaq_nequip")
 
 # A module may import from its own level and from those above it in this list.
 LEVELS = (
-    ("gaq.settings", "gaq.caches", "gaq.config.parse", "gaq.files", "gaq.codebooks"),
+    (
+        "gaq.settings",
+        "gaq.caches",
+        "gaq.process",
+        "gaq.third_party_warnings",
+        "gaq.config",
+        "gaq.files",
+        "gaq.codebooks",
+    ),
     ("gaq.quantizers",),
     ("gaq.kernels", "gaq.model"),
     ("gaq.checks",),
