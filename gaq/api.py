@@ -15,6 +15,7 @@ from gaq.config.parse import parse_config
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
+from gaq.training.sampling import choose
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -76,7 +77,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         raise ValueError("this model is converted: its rounding is final. Start again from the float model.")
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
-    sample = ptq.choose(structures, config.calibration.frames, config.calibration.seed)
+    sample = choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
     if result is not None:

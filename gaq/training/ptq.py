@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
-from gaq.config.schema import DistillationConfig, QuantizationConfig
+from gaq.config.schema import QuantizationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.quantizers.weights import WeightQuantizer, gptq_round
+from gaq.quantizers.weights import gptq_round
+from gaq.training.distillation import DistillationResult, distill, label
+from gaq.training.sampling import choose
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 __all__ = [
-    "DistillationResult",
     "Sensitivity",
     "calibrate_weights",
-    "distill",
     "gptq",
     "observe_ranges",
     "round_at_end",
@@ -41,15 +38,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-ENERGY_WEIGHT = 0.1
-"""Of the squared energy difference per atom (eV²) beside that of the forces (eV²/Å²): forces decide."""
-
-
-def choose(structures: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """At most `count` of the structures, drawn without replacement."""
-    order = np.random.default_rng(seed).permutation(len(structures))[:count]
-    return [structures[int(i)] for i in order]
 
 
 def observe_ranges(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> None:
@@ -103,183 +91,6 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
                 pick.copy_(codes.to(pick) * sizes)
                 done += 1
     return done
-
-
-@dataclass(frozen=True)
-class DistillationResult:
-    """How far self-distillation came.
-
-    Attributes:
-        before: RMS force difference to the float model, meV/Å, on the held-out structures.
-        after: the same at the end.
-        steps: optimiser steps taken.
-        structures: structures that served as input, without the held-out ones.
-    """
-
-    before: float
-    after: float
-    steps: int
-    structures: int
-
-
-@dataclass
-class _Labelled:
-    batch: Any
-    energy: Tensor
-    forces: Tensor
-
-
-def _label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[_Labelled]:
-    labelled = []
-    with adapter.unquantized(model):
-        for batch in adapter.batches(model, structures, batch_size):
-            energy, forces, _ = adapter.energy_and_forces(model, batch)
-            labelled.append(_Labelled(batch, energy.detach(), forces.detach()))
-    return labelled
-
-
-def _force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[_Labelled]) -> float:
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for item in labelled:
-        _, forces, _ = adapter.energy_and_forces(model, item.batch)
-        total += ((forces.detach() - item.forces) ** 2).sum().double().cpu()
-        count += forces.numel()
-    return 1000.0 * math.sqrt(float(total) / max(count, 1))
-
-
-def distill(
-    adapter: Adapter,
-    model: torch.nn.Module,
-    structures: Sequence[Atoms],
-    config: DistillationConfig,
-    seed: int = 0,
-    progress: bool = True,
-    teacher: torch.nn.Module | None = None,
-) -> DistillationResult:
-    """Adjust rounding and scales until the rounded model reproduces the float model's forces.
-
-    The float weights stay underneath the rounding (straight-through estimator) and move; scales are
-    learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
-    float model's forces plus that of the energy per atom; no reference labels enter. Activations are left exact
-    meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones, observed on weights
-    that are still far off, would saturate. Weights whose rounding is ``negligible`` are left exact too while they move.
-
-    The best weights, judged on one structure in ten that is held out, are kept.
-
-    Args:
-        adapter: of the model's framework.
-        model: prepared and not yet converted.
-        structures: what the model is to be used on, more or less; a few hundred serve well.
-        config: steps, batch size, learning rate.
-        seed: of the order of structures.
-        progress: whether to show a bar.
-        teacher: a copy of the model whose float weights are still the original ones, where those of
-            `model` are not (after calibrated rounding).
-
-    Returns:
-        The RMS force difference to the float model before and after, all weights rounded.
-    """
-    chosen = choose(structures, config.max_structures, seed)
-    held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
-    source = model if teacher is None else teacher
-    training = _label(adapter, source, chosen[held:], config.batch_size)
-    validation = _label(adapter, source, chosen[:held] or chosen, 16)
-    quantizers = adapter.weight_quantizers(model)
-    parameters = dict(model.named_parameters())
-    for name, quantizer in quantizers.items():
-        if not quantizer.scale_is_fixed:
-            quantizer.fix_scale(parameters[name])
-    with exact_features(adapter.feature_quantizers(model).values()):
-        before, after = _descend(adapter, model, quantizers, training, validation, config, seed, progress)
-    return DistillationResult(before, after, config.steps, len(chosen) - held)
-
-
-def _descend(
-    adapter: Adapter,
-    model: torch.nn.Module,
-    quantizers: Mapping[str, WeightQuantizer],
-    training: Sequence[_Labelled],
-    validation: Sequence[_Labelled],
-    config: DistillationConfig,
-    seed: int,
-    progress: bool,
-) -> tuple[float, float]:
-    """The steps of `distill`; returns the RMS force difference before and after them."""
-    parameters = dict(model.named_parameters())
-    weights = [parameters[name] for name in quantizers]
-    negligible = {name: q for name, q in quantizers.items() if q.negligible and q.enabled}
-    learned = {name: q for name, q in quantizers.items() if name not in negligible}
-    # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
-    # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
-    starts = [q.fixed_step.detach().clone() for q in learned.values()]
-    typical = [float(start.mean()) for start in starts]
-    factors = [torch.full_like(start, mean).requires_grad_(True) for start, mean in zip(starts, typical, strict=True)]
-    requires = {name: p.requires_grad for name, p in parameters.items()}
-    for p in parameters.values():
-        p.requires_grad_(False)
-    groups = []
-    rates = {}
-    for (name, quantizer), weight in zip(quantizers.items(), weights, strict=True):
-        size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
-        # A code changes when its weight has moved by about a step, and steps double with every bit less.
-        rates[name] = config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
-        groups.append({"params": [weight.requires_grad_(True)], "lr": rates[name] * size})
-    for name, factor, mean in zip(learned, factors, typical, strict=True):
-        groups.append({"params": [factor], "lr": 0.1 * rates[name] * mean})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.steps, 1), eta_min=0.0)
-
-    def apply_scales() -> None:
-        for quantizer, start, factor, mean in zip(learned.values(), starts, factors, typical, strict=True):
-            quantizer.fixed_step = start * (factor / mean)
-
-    def snapshot() -> list[Tensor]:
-        return [t.detach().clone() for t in (*weights, *factors)]
-
-    before = _force_rms(adapter, model, validation)
-    for quantizer in negligible.values():
-        quantizer.enabled = False
-    best = _force_rms(adapter, model, validation) if negligible else before
-    kept = snapshot()
-    generator = np.random.default_rng(seed)
-    order: list[int] = []
-    interval = max(20, config.steps // 10)
-    bar = tqdm(range(config.steps), desc="self-distillation", disable=not progress, unit="step")
-    try:
-        for step in bar:
-            if not order:
-                order = generator.permutation(len(training)).tolist()
-            item = training[order.pop()]
-            apply_scales()
-            energy, forces, counts = adapter.energy_and_forces(model, item.batch, create_graph=True)
-            force_error = ((forces - item.forces) ** 2).mean()
-            energy_error = (((energy - item.energy) / counts) ** 2).mean()
-            loss = force_error + ENERGY_WEIGHT * energy_error
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([*weights, *factors], 10.0)
-            optimizer.step()
-            schedule.step()
-            if (step + 1) % interval == 0 or step + 1 == config.steps:
-                apply_scales()
-                error = _force_rms(adapter, model, validation)
-                bar.set_postfix_str(f"force difference {error:.2f} meV/Å (from {before:.2f})")
-                if error < best:
-                    best, kept = error, snapshot()
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip((*weights, *factors), kept, strict=True):
-                tensor.requires_grad_(False)
-                tensor.copy_(value)
-                tensor.grad = None
-            apply_scales()
-        for name, quantizer in negligible.items():
-            quantizer.enabled = True
-            quantizer.refresh_scale(parameters[name])
-        for name, p in parameters.items():
-            p.requires_grad_(requires[name])
-    return before, _force_rms(adapter, model, validation) if negligible else best
 
 
 def calibrate_weights(
@@ -396,7 +207,7 @@ def sensitivity_scan(
     """
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
-    labelled = _label(adapter, model, structures, 16)
+    labelled = label(adapter, model, structures, 16)
     costs = {}
     with exact_features(adapter.feature_quantizers(model).values()):
         for name in tqdm(quantizers, desc="sensitivity", disable=not progress, unit="tensor"):

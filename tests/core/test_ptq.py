@@ -16,6 +16,7 @@ from gaq.config.parse import DistillationConfig, ScalarConfig, VectorConfig
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureLayout, FeatureQuantizer
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer, gptq_round
 from gaq.training import ptq
+from gaq.training.sampling import choose
 
 ATOMS = 6
 
@@ -152,7 +153,7 @@ def rms(difference: Tensor) -> float:
 
 
 def held_out(data: Sequence[Tensor], config: DistillationConfig, seed: int = 0) -> list[Any]:
-    chosen = ptq.choose(data, config.max_structures, seed)
+    chosen = choose(data, config.max_structures, seed)
     return chosen[: len(chosen) // 10]
 
 
@@ -161,11 +162,11 @@ def held_out(data: Sequence[Tensor], config: DistillationConfig, seed: int = 0) 
 
 def test_choose_draws_without_replacement() -> None:
     data: list[Any] = list(range(20))
-    drawn = ptq.choose(data, 8, seed=1)
+    drawn = choose(data, 8, seed=1)
     assert len(set(drawn)) == 8
-    assert drawn == ptq.choose(data, 8, seed=1)
-    assert drawn != ptq.choose(data, 8, seed=2)
-    assert sorted(ptq.choose(data, 100, seed=0)) == data
+    assert drawn == choose(data, 8, seed=1)
+    assert drawn != choose(data, 8, seed=2)
+    assert sorted(choose(data, 100, seed=0)) == data
 
 
 def test_observed_ranges_are_those_of_exact_features(adapter: Any) -> None:
