@@ -45,9 +45,6 @@ def test_checkpoints_of_before(trained: Any, tmp_path: Path) -> None:
     of_before(trained.best, path, IDLE)
     loaded, model = gaq.load(path), gaq.load(trained.best)
     assert state_of(loaded).config == state_of(model).config
-    assert (
-        dataclasses.replace(state_of(loaded).config, weights=PRESETS["gaq"].weights).vectors == PRESETS["gaq"].vectors
-    )
     for name, value in model.state_dict().items():
         if "extra_state" not in name:
             assert torch.equal(loaded.state_dict()[name], value), name
