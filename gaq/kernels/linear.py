@@ -2,8 +2,8 @@
 
 **Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
 `gaq.quantizers.features.FeatureQuantizer` with ranges of the atom's own. A code of 16 bits is ``256 hi + lo`` with both
-planes signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products of
-int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
+planes signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products
+of int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
 `MAX_INPUTS` inputs; the two are combined in 64 bits, because ``256 (hi W)`` leaves 32 bits from 512 inputs on.
 
 **Not rounded.** The features are float, and only the weights are integers (presets ``w8`` and ``w4``).
