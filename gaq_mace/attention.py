@@ -28,7 +28,7 @@ from torch import Tensor
 from gaq.quantizers.attention import LearnedEnvelope, RobustAttention, heads_of_weights
 from gaq_mace.hook.patches import ATTENTION
 
-__all__ = ["GAQAttentionResidualInteractionBlock", "has_attention", "register"]
+__all__ = ["GAQAttentionResidualInteractionBlock", "register"]
 
 HEADS = 4
 DIM = 16
@@ -138,11 +138,6 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
 def register() -> None:
     """Make the block known to MACE by its name."""
     interaction_classes[ATTENTION] = GAQAttentionResidualInteractionBlock
-
-
-def has_attention(model: torch.nn.Module) -> bool:
-    """Whether a model has interaction blocks that only this package knows."""
-    return any(isinstance(block, GAQAttentionResidualInteractionBlock) for block in model.modules())
 
 
 register()

@@ -218,11 +218,11 @@ def insert(site: Site, weights: dict[str, WeightQuantizer], features: FeatureQua
         weights: a quantizer for each weight to round, by `WeightSite.path`; may be empty.
         features: of the input, or None.
     """
-    module = site.module
+    module: Any = site.module
     device = next(module.parameters()).device
     identity = torch.nn.Identity()
     if site.kind == "contraction":
-        for i, contraction in enumerate(module.contractions):  # type: ignore[arg-type,union-attr]
+        for i, contraction in enumerate(module.contractions):
             own = {k.removeprefix(f"contractions.{i}."): q for k, q in weights.items() if f"contractions.{i}." in k}
             if own:
                 contraction.weights_max_quantizer = own.get("weights_max", identity).to(device)
@@ -271,14 +271,14 @@ def weight_quantizers(site: Site) -> dict[str, WeightQuantizer]:
     """The weight quantizers now in a site, by `WeightSite.path`."""
     found: dict[str, WeightQuantizer] = {}
     for weight in site.weights:
-        owner = site.module.get_submodule(weight.owner) if weight.owner else site.module
+        owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
         if site.kind == "contraction":
             if not isinstance(owner, QuantizedContraction):
                 continue
             if weight.parameter == "weights_max":
                 quantizer = owner.weights_max_quantizer
             else:
-                quantizer = owner.weights_quantizers[int(weight.parameter.split(".")[1])]  # type: ignore[index]
+                quantizer = owner.weights_quantizers[int(weight.parameter.split(".")[1])]
         else:
             quantizer = getattr(owner, "weight_quantizer", None)
         if isinstance(quantizer, WeightQuantizer):

@@ -16,9 +16,9 @@ from gaq_mace.sites import find_sites
 __all__ = ["input_moments"]
 
 
-def _slices(module: torch.nn.Module) -> list[slice]:
+def _slices(module: Any) -> list[slice]:
     irreps = module.irreps_in1 if hasattr(module, "irreps_in1") else module.irreps_in
-    return list(irreps.slices())  # type: ignore[union-attr,operator]
+    return list(irreps.slices())
 
 
 def _rows(x: Tensor, span: slice, multiplicity: int) -> Tensor:

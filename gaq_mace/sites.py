@@ -93,12 +93,12 @@ def _source_of_node_feats(name: str, model: torch.nn.Module) -> int | None:
     """The layer whose node features a module reads unchanged: -1 the species embedding, None if it does not."""
     parts = name.split(".")
     if parts[0] == "interactions" and len(parts) == 3:
-        block = type(model.interactions[int(parts[1])]).__name__  # type: ignore[index]
+        block = type(model.get_submodule(".".join(parts[:2]))).__name__
         if parts[2] in _READERS or (parts[2] == "skip_tp" and "Residual" in block):
             return int(parts[1]) - 1
     if parts[0] == "readouts" and parts[2:] in (["linear"], ["linear_1"]):
-        layers = len(model.products)  # type: ignore[arg-type]
-        return layers - 1 if len(model.readouts) == 1 else int(parts[1])  # type: ignore[arg-type]
+        layers, readouts = (len(list(model.get_submodule(kind).children())) for kind in ("products", "readouts"))
+        return layers - 1 if readouts == 1 else int(parts[1])
     return None
 
 
@@ -118,7 +118,7 @@ def _attention_weights(name: str, model: torch.nn.Module) -> AttentionSite | Non
     parts = name.split(".")
     if parts[0] != "interactions" or parts[2:3] != ["conv_tp_weights"] or parts[1] == "0":
         return None
-    block: Any = model.interactions[int(parts[1])]  # type: ignore[index]
+    block: Any = model.get_submodule(".".join(parts[:2]))
     if not isinstance(block, RealAgnosticAttResidualInteractionBlock):
         return None
     layer: Any = block.conv_tp_weights.get_submodule(parts[3])
@@ -167,7 +167,8 @@ def find_sites(model: torch.nn.Module) -> list[Site]:
         weights: tuple[WeightSite, ...]
         features: FeatureLayout | None
         if isinstance(module, EquivariantProductBasisBlock):
-            out: Any = module.linear.irreps_out  # type: ignore[attr-defined]
+            linear: Any = module.linear
+            out = linear.irreps_out
             note = "its output, the node features all later layers read"
             own = FeatureLayout(_pieces(out))
             sites.append(Site(name, module, "product", (), own, note, False, False, f"-> {out}"))

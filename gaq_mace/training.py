@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
-import numpy as np
 import torch
 from mace.tools import torch_geometric
 from torch import Tensor
@@ -19,7 +18,7 @@ from gaq.model.state import require_state, round_weights
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
-from gaq.training.ptq import round_at_end
+from gaq.training.ptq import choose, round_at_end
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
@@ -63,18 +62,12 @@ def refresh_scales(model: torch.nn.Module) -> None:
 def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed: int, device: torch.device) -> int:
     """Observe activation ranges on structures of a MACE dataset; returns how many were used."""
     quantizers = feature_quantizers(model).values()
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:frames]
-    loader = torch_geometric.dataloader.DataLoader(
-        dataset=[dataset[int(i)] for i in chosen],  # type: ignore[arg-type]
-        batch_size=8,
-        shuffle=False,
-        drop_last=False,
-    )
+    chosen = choose(dataset, frames, seed)
     with unquantized(model):
         for quantizer in quantizers:
             quantizer.start_observing()
-        for batch in loader:
-            model(batch.to(device).to_dict(), training=False, compute_force=False)
+        for batch in _TrainingData(device).batches(model, chosen, 8):
+            model(batch, training=False, compute_force=False)
     for quantizer in quantizers:
         quantizer.observing = False
         quantizer.decay = OBSERVER_DECAY
@@ -89,7 +82,7 @@ class _TrainingData(MACEAdapter):
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
         loader = torch_geometric.dataloader.DataLoader(
-            dataset=list(structures),  # type: ignore[arg-type]
+            dataset=list(structures),  # type: ignore[arg-type]  # MACE's graphs are of a class of its own
             batch_size=batch_size,
             shuffle=False,
             drop_last=False,

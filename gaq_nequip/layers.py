@@ -141,7 +141,8 @@ def _quantized_class(kind: str) -> type:
     if kind in _ALLEGRO_KINDS:
         # Allegro is an extension of its own and need not be there; a packager, which reads imports from the source,
         # would ask for it.
-        return importlib.import_module("gaq_nequip.allegro_layers").CLASSES[kind]  # type: ignore[no-any-return]
+        classes: dict[str, type] = importlib.import_module("gaq_nequip.allegro_layers").CLASSES
+        return classes[kind]
     return _CLASSES[kind]
 
 
@@ -153,7 +154,8 @@ class _Rounding(torch.nn.Module):
         self.input_quantizer = quantizer
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.input_quantizer(features)  # type: ignore[no-any-return]
+        rounded: Tensor = self.input_quantizer(features)
+        return rounded
 
 
 def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: FeatureQuantizer | None) -> None:
@@ -166,7 +168,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
     """
     if not weights and features is None:
         return
-    module = site.module
+    module: Any = site.module
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if site.kind == "tensor_track":
@@ -177,7 +179,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
     if site.kind == "deep_linear":
         quantizers = [weights.get(w.path, torch.nn.Identity()) for w in site.weights]
         module.weights_quantizers = torch.nn.ModuleList(quantizers).to(device)
-        module.gaq_shapes = [w.layout.shape for w in site.weights]  # type: ignore[assignment]
+        module.gaq_shapes = [w.layout.shape for w in site.weights]
     elif site.weights:
         module.weight_quantizer = weights.get(site.weights[0].path, torch.nn.Identity()).to(device)
     elif site.kind == "tensor_track" and not hasattr(module, "weight_quantizer"):
@@ -199,22 +201,22 @@ def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
 
 def weight_quantizers(model: torch.nn.Module) -> dict[str, WeightQuantizer]:
     """The weight quantizers of a model that still has its weights, by parameter name."""
-    return {
-        f"{site.name}.{path}": quantizer  # type: ignore[misc]
-        for site in find_sites(model)
-        for path, quantizer in site_quantizers(site).items()
-        if is_kind(quantizer, WeightQuantizer)
-    }
+    found: dict[str, WeightQuantizer] = {}
+    for site in find_sites(model):
+        for path, quantizer in site_quantizers(site).items():
+            if is_kind(quantizer, WeightQuantizer):
+                found[f"{site.name}.{path}"] = quantizer
+    return found
 
 
 def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
     """The packed weights of a frozen model, by the name its parameter had."""
-    return {
-        f"{site.name}.{path}": packed  # type: ignore[misc]
-        for site in find_sites(model)
-        for path, packed in site_quantizers(site).items()
-        if is_kind(packed, PackedWeight)
-    }
+    found: dict[str, PackedWeight] = {}
+    for site in find_sites(model):
+        for path, packed in site_quantizers(site).items():
+            if is_kind(packed, PackedWeight):
+                found[f"{site.name}.{path}"] = packed
+    return found
 
 
 def stored_state(model: torch.nn.Module) -> StoredState:
@@ -234,7 +236,7 @@ class _QuantizedRoot:
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; in evaluation scales are held."""
-        super().train(mode)  # type: ignore[misc]
+        super().train(mode)  # type: ignore[misc]  # of the host's class, which comes after this one
         model: Any = self
         state = state_of(model)
         if state is None:
@@ -286,7 +288,7 @@ class _QuantizedRoot:
     def metadata(self) -> dict[str, str]:
         """NequIP's metadata, and what a compiled file is to say about its quantization."""
         model: Any = self
-        found: dict[str, str] = dict(super().metadata)  # type: ignore[misc]
+        found: dict[str, str] = dict(super().metadata)  # type: ignore[misc]  # of the host's class
         state = state_of(model)
         if state is not None:
             found["gaq_preset"] = state.config.preset
@@ -310,7 +312,8 @@ class _QuantizedRoot:
         For ``nequip-compile --modifiers enable_GAQInt8``; the model can only be evaluated afterwards. Codes of 9 to 15
         bits are kept as int16: they are read in every step.
         """
-        frozen = model.freeze_weights()  # type: ignore[operator]
+        own: Any = model
+        frozen = own.freeze_weights()
         for module in frozen.modules():
             if is_kind(module, PackedWeight):
                 module.widen()

@@ -209,10 +209,10 @@ class _Finder:
         elif kind == "Embedding":
             shape = (int(module.num_embeddings), int(module.embedding_dim))
             layout = WeightLayout.single(shape, 1)
-            parent = self.modules[name.rsplit(".", 1)[0]]
+            parent: Any = self.modules[name.rsplit(".", 1)[0]]
             if class_name(parent) == "PerClassSpline":
                 # Rows hold a function a channel, as coefficients of splines: one scale a class and channel.
-                cube = (shape[0], int(parent.num_channels), int(parent.num_splines))  # type: ignore[arg-type]
+                cube = (shape[0], int(parent.num_channels), int(parent.num_splines))
                 layout = WeightLayout(shape, (Block(0, cube, 2),))
             yield site(
                 "embedding", (WeightSite("", "weight", layout),), None, POSITION_FREE, f"{shape[0]} -> {shape[1]}"

@@ -176,9 +176,11 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
 
 def _temperature(path: str, value: Any) -> str | float:
     low, high = TEMPERATURES
+    if value == "learned":
+        return "learned"
     number = _number(value, "float")
-    if value == "learned" or (number is not None and low < number < high):
-        return value if value == "learned" else float(number)  # type: ignore[arg-type,return-value]
+    if number is not None and low < number < high:
+        return float(number)
     hint = _closest(value, ["learned"]) if isinstance(value, str) else ""
     raise ConfigError(f"{path}: {value!r} is neither 'learned' nor a number between {low:g} and {high:g}.{hint}")
 
@@ -211,7 +213,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         if dataclasses.is_dataclass(current):
             if value is None and key in ("weights", "scalars", "vectors"):
                 off = "magnitude_bits" if key == "vectors" else "bits"
-                values[key] = dataclasses.replace(current, **{off: None})  # type: ignore[type-var]
+                values[key] = _merge(current, {off: None}, here, f"{key}.")
                 continue
             if not isinstance(value, Mapping):
                 raise ConfigError(
@@ -364,8 +366,8 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
         base = dataclasses.replace(config, overrides={})
         if isinstance(weights, Mapping) and "bits" in weights:
             # Bits that are named for some modules are what these have, wherever they stand in the model.
-            groups = (*_BITS_OF_GROUPS, "compression", "least_compression")
-            own = dataclasses.replace(config.weights, **dict.fromkeys(groups))  # type: ignore[arg-type]
+            groups: dict[str, Any] = dict.fromkeys((*_BITS_OF_GROUPS, "compression", "least_compression"))
+            own = dataclasses.replace(config.weights, **groups)
             base = dataclasses.replace(base, weights=own)
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from gaq.config.schema import QuantizationConfig, TrainingConfig, WeightConfig
 from gaq.files.packing import packed_bytes
@@ -79,8 +80,8 @@ def _at_level(level: int, open_groups: Sequence[str], weights: WeightConfig) -> 
 
 
 def _with_bits(bits: Mapping[str, int], weights: WeightConfig) -> WeightConfig:
-    named = {"bits" if group == "rest" else f"{group}_bits": value for group, value in bits.items()}
-    return dataclasses.replace(weights, **named)  # type: ignore[arg-type]
+    keys: dict[str, Any] = {"bits" if group == "rest" else f"{group}_bits": value for group, value in bits.items()}
+    return dataclasses.replace(weights, **keys)
 
 
 def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> WeightConfig:
@@ -122,8 +123,8 @@ def _at_least(sites: Sequence[Site], weights: WeightConfig, budget: float) -> We
     """The bits as they are, or where they do not fit, as `spend` gives them."""
     if weight_bytes(sites, weights) <= budget:
         return _settled(weights)
-    shared = {f"{group}_bits": None for group in GROUPS if group != "rest"}
-    return spend(sites, dataclasses.replace(weights, **shared), budget)  # type: ignore[arg-type]
+    keys: dict[str, Any] = {f"{group}_bits": None for group in GROUPS if group != "rest"}
+    return spend(sites, dataclasses.replace(weights, **keys), budget)
 
 
 def settle_bits(

@@ -374,7 +374,8 @@ class FeatureQuantizer(torch.nn.Module):
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        return _RoundFeatures.apply(x, self)[0]  # type: ignore[no-any-return]
+        rounded: Tensor = _RoundFeatures.apply(x, self)[0]
+        return rounded
 
     @torch.jit.unused
     def active_pieces(self, dtype: torch.dtype) -> list[_Piece]:
@@ -433,7 +434,9 @@ class _RoundFeatures(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, quantizer: FeatureQuantizer) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch declares any arguments
+        x: Tensor, quantizer: FeatureQuantizer
+    ) -> tuple[Tensor, ...]:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         saved: list[Tensor] = []
         for piece in quantizer.active_pieces(x.dtype):

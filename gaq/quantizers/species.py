@@ -174,7 +174,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         self.effective_bits = bits + 5
         self.negligible = bits > 2
         self.held = False
-        size = int(embedding.weight.shape[1])  # type: ignore[union-attr,index]
+        size = self.table().shape[1]
         numbers = torch.arange(layout.numel)
         blocks = [
             numbers[b.offset : b.offset + b.numel].view(-1, size, b.shape[1]).transpose(0, 1).reshape(size, -1)
@@ -188,7 +188,8 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         embedding: Any = self.__dict__["embedding"]
         weight = embedding.weight.detach()
         quantizer = getattr(embedding, "weight_quantizer", None)
-        return weight if quantizer is None else quantizer(weight).detach()  # type: ignore[no-any-return]
+        table: Tensor = weight if quantizer is None else quantizer(weight).detach()
+        return table
 
     def settle(self) -> None:
         """Say that the weights are codes now, and stay."""

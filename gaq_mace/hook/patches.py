@@ -53,15 +53,18 @@ def ensure_installed() -> None:
     for name in TARGETS:
         module = import_module(name)
         apply(module)
-    # `mace.tools` re-exports some names, bound before a late patch.
-    tools: Any = sys.modules["mace.tools"]
-    tools.build_default_arg_parser = sys.modules["mace.tools.arg_parser"].build_default_arg_parser  # type: ignore[attr-defined]
-    tools.train = sys.modules["mace.tools.train"].train  # type: ignore[attr-defined]
-    runner: Any = sys.modules.get("mace.cli.run_train")
-    if runner is not None:
-        runner.get_params_options = sys.modules["mace.tools.scripts_utils"].get_params_options  # type: ignore[attr-defined]
-        runner.extract_config_mace_model = sys.modules["mace.tools.scripts_utils"].extract_config_mace_model  # type: ignore[attr-defined]
-        runner.create_error_table = sys.modules["mace.tools.tables_utils"].create_error_table  # type: ignore[attr-defined]
+    # Names bound elsewhere before a late patch: `mace.tools` re-exports some.
+    _copy_names("mace.tools.arg_parser", "mace.tools", "build_default_arg_parser")
+    _copy_names("mace.tools.train", "mace.tools", "train")
+    if "mace.cli.run_train" in sys.modules:
+        _copy_names("mace.tools.scripts_utils", "mace.cli.run_train", "get_params_options", "extract_config_mace_model")
+        _copy_names("mace.tools.tables_utils", "mace.cli.run_train", "create_error_table")
+
+
+def _copy_names(source: str, target: str, *names: str) -> None:
+    """Give a loaded module the functions that another one has by these names."""
+    for name in names:
+        setattr(sys.modules[target], name, getattr(sys.modules[source], name))
 
 
 def is_installed() -> bool:
@@ -142,7 +145,7 @@ def _patch_arg_parser(module: Any) -> None:
                     )
             return namespace
 
-        parser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+        parser.parse_args = parse_args  # type: ignore[method-assign,assignment]  # of this one parser
         return parser
 
     module.build_default_arg_parser = build_default_arg_parser

@@ -40,7 +40,9 @@ def _run_config() -> Mapping[str, Any] | None:
 
     if not HydraConfig.initialized():
         return None
-    return HydraConfig.get()._get_parent()  # type: ignore[attr-defined,no-any-return]
+    hydra: Any = HydraConfig.get()
+    config: Mapping[str, Any] = hydra._get_parent()
+    return config
 
 
 def _top_level() -> Any:

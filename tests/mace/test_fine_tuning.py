@@ -50,9 +50,9 @@ def test_restarts_of_fine_tuning_take_the_scales_where_they_were(train: Any, sto
 def test_four_bit_presets_fine_tune_as_fp32_does(train: Any, stock: Run) -> None:
     """Weights are rounded when training is over, and nothing acts on them before."""
     options = {"foundation_model": str(stock.model), "ema": True, "max_num_epochs": 2}
-    plain = train(name="plain", **options)
     run = train(quantization={"preset": "w4", "distillation": {"steps": 4}}, **options)
     check(run, activations=False)
+    plain = train(name="plain", **options)
     assert losses(run) == losses(plain)
 
 

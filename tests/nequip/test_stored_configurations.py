@@ -1,0 +1,79 @@
+"""Checkpoints of earlier versions: keys that are gone are dropped where they do nothing, and named where they act."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
+
+import torch
+from nequip_models import with_key
+
+import gaq
+from gaq.config.parse import ConfigError
+from gaq.model.state import state_of
+
+IDLE = {
+    "vectors": {"magnitude": "linear"},
+    "distillation": {"features": 0.0},
+    "training": {"warm_start": False, "learned_scales": False, "anneal_epochs": 0},
+}
+
+
+def of_before(source: Path, target: Path, keys: dict[str, dict[str, Any]]) -> None:
+    """Write a checkpoint as an earlier version did, with more keys in its configuration and in its state."""
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    model = checkpoint["hyper_parameters"]["model"]
+    model["quantization"] = {"preset": model["quantization"], **keys}
+    for name, value in checkpoint["state_dict"].items():
+        if name.endswith("_extra_state") and isinstance(value, torch.Tensor):
+            stored = json.loads(bytes(value.numpy().tobytes()))
+            for section, more in keys.items():
+                stored["meta"]["config"][section] |= more
+            text = bytearray(json.dumps(stored).encode())
+            checkpoint["state_dict"][name] = torch.frombuffer(text, dtype=torch.uint8).clone()
+    torch.save(checkpoint, target)
+
+
+def test_checkpoints_of_before(trained: Any, tmp_path: Path) -> None:
+    path = tmp_path / "before.ckpt"
+    of_before(trained.best, path, IDLE)
+    loaded, model = gaq.load(path), gaq.load(trained.best)
+    assert state_of(loaded).config == state_of(model).config
+    for name, value in model.state_dict().items():
+        if "extra_state" not in name:
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"magnitude": "log"}, r"quantization\.vectors\.magnitude: 'log' is at work in this file, and the key is gone"),
+        ({"codebook": "fibonacci"}, r"quantization\.vectors\.codebook: 'fibonacci' is gone; write geodesic"),
+    ],
+)
+def test_checkpoints_whose_keys_act(trained: Any, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    path = tmp_path / "before.ckpt"
+    of_before(trained.best, path, {"vectors": keys})
+    with pytest.raises(ConfigError, match=message):
+        gaq.load(path)
+
+
+def test_a_restart_goes_on_from_a_checkpoint_of_before(trained: Any, train: Callable[..., Any], tmp_path: Path) -> None:
+    """With a key that does nothing it goes on; with one that acts, or one that the user still writes, it says so."""
+    path = tmp_path / "before.ckpt"
+    of_before(trained.last, path, IDLE)
+    run = train(tmp_path / "float", None, "trainer.max_epochs=3", f"++ckpt_path={path}")
+    assert run.code == 0, run.text
+    of_before(trained.last, path, {"training": {"learned_scales": True}})
+    run = train(tmp_path / "acting", None, "trainer.max_epochs=3", f"++ckpt_path={path}")
+    assert run.code != 0
+    assert "quantization.training.learned_scales: True is at work in this file" in run.text
+    run = train(tmp_path / "written", with_key({"preset": "gaq", "training": {"learned_scales": False}}))
+    assert run.code != 0
+    assert "quantization.training.learned_scales: this key is gone; leave it out" in run.text
