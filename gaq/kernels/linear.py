@@ -11,8 +11,8 @@ int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums o
 The gradient by the features is that of the layer without rounding of features (straight-through): float by integer
 weights, in the precision of the features. Weights and scales have none.
 
-`reference` is the same in plain torch with one product of floats, differentiable any number of times. It serves what the
-Triton kernel does not, and CPUs, where two planes take longer than the float product (`benchmarks/int8_linear.py`).
+`reference` is the same in plain torch with one product of floats, differentiable any number of times. It serves what
+the Triton kernel does not, and CPUs, where two planes take longer than the float product (`benchmarks/int8_linear.py`).
 """
 
 from __future__ import annotations

@@ -70,5 +70,5 @@ def test_the_library_has_every_kernel() -> None:
             function = getattr(native.library(), signatures.c_name(kernel, dtype))
             assert function.argtypes == signatures.argument_types(kernel)
             assert function.restype is None
-            with pytest.raises(TypeError, match="required argument|takes at least|arguments"):
+            with pytest.raises(TypeError, match="argument"):
                 function(0)
