@@ -1,7 +1,7 @@
 """NequIP adapter of GAQ: an extension that NequIP loads by itself.
 
-Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip.hook.patches`). It is not embedded in packages:
-a packaged model takes only the modules it is made of.
+Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip.hook.patches`). It is not embedded in
+packages: a packaged model takes only the modules it is made of.
 """
 
 from __future__ import annotations

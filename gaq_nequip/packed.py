@@ -16,8 +16,8 @@ __all__ = ["PackedWeight"]
 class PackedWeight(torch.nn.Module):
     """Stands where a `gaq.quantizers.weights.WeightQuantizer` stood, with the codes of the weight it rounded.
 
-    The codes are buffers, never parameters: int8 or int16 where they have 8 or 16 bits, else packed (`gaq.files.packing`) in
-    uint8; the scales are bfloat16. `widen` trades bytes for time.
+    The codes are buffers, never parameters: int8 or int16 where they have 8 or 16 bits, else packed
+    (`gaq.files.packing`) in uint8; the scales are bfloat16. `widen` trades bytes for time.
     ``codes * scale`` is exact in float32 and float64, so that both give the weights that were trained.
 
     Args:

@@ -47,8 +47,8 @@ class WeightConfig:
             numbers as there are species: its codes are chosen together (`gaq.quantizers.species`), so that few bits
             serve. None rounds it like the rest.
         compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
-            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than weights,
-            the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
+            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than
+            weights, the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
         least_compression: MACE: where all this would leave the file less than this many times smaller than FP32's, the
             bits of all groups follow from that size instead (models of many elements). Bits that are given turn it
             off. Of NequIP's packages weights are the smaller part.
