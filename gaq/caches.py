@@ -142,7 +142,8 @@ def cached(most: int) -> Callable[[Callable[..., Result]], Callable[..., Result]
         def wrapper(*args: Any) -> Result:
             return results.get(args, lambda: function(*args))
 
-        wrapper.cache_clear = results.clear  # type: ignore[attr-defined]  (as functools names it)
+        # As functools names it; mypy knows no attributes of functions.
+        wrapper.cache_clear = results.clear  # type: ignore[attr-defined]
         return wrapper
 
     return decorate

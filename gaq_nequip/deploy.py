@@ -191,8 +191,8 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
     from nequip.scripts import compile as nequip_compile
     from torch._inductor import config as inductor
 
-    from gaq.kernels import convolution, product, rounding
     from gaq.kernels.cpu import native
+    from gaq.kernels.shims import c_shims
     from gaq_nequip.engine.fused import fuse
 
     before = os.environ.get("LIBRARY_PATH")
@@ -200,7 +200,7 @@ def _kernels_at_hand(device: str) -> Iterator[None]:
     on_cpu = device.split(":")[0] == "cpu"  # for a card Inductor compiles the Triton kernels it sees
     if on_cpu:
         options = {
-            "aot_inductor.custom_ops_to_c_shims": convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS,
+            "aot_inductor.custom_ops_to_c_shims": c_shims(),
             "aot_inductor.custom_op_libs": [native.STATIC_NAME],
         }
     modify = nequip_compile.modify

@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu, harmonics, radial
+from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 from gaq.kernels.problem import ConvolutionProblem, Graph, Path, neighbours
 
-__all__ = ["C_SHIMS", "ConvolutionProblem", "Graph", "Path", "convolution", "neighbours", "reference"]
+__all__ = ["ConvolutionProblem", "Graph", "Path", "convolution", "neighbours", "reference"]
 
 # Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
 
 
-@torch.library.custom_op("gaq::edge_convolution", mutates_args=(), device_types="cpu")
+@native.operation("edge_convolution")
 def _convolution(
     features: Tensor,
     vectors: Tensor,
@@ -87,7 +88,7 @@ def _convolution_fake(
     return features.new_empty(rows_out * features.shape[0], features.shape[2])
 
 
-@torch.library.custom_op("gaq::edge_convolution_backward", mutates_args=(), device_types="cpu")
+@native.operation("edge_convolution_backward")
 def _convolution_backward(
     grad: Tensor,
     features: Tensor,
@@ -167,21 +168,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _convolution.register_autograd(_differentiate, setup_context=_setup)
-
-
-_TENSORS = "AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights, AtenTensorHandle ints, "
-_TENSORS += "AtenTensorHandle reals, AtenTensorHandle sender, AtenTensorHandle receiver, AtenTensorHandle tables"
-
-_SHIM = "AOTITorchError aoti_torch_cpu_edge_convolution"
-
-C_SHIMS = {
-    torch.ops.gaq.edge_convolution.default: [f"{_SHIM}({_TENSORS}, int64_t rows_out, AtenTensorHandle* ret0)"],
-    torch.ops.gaq.edge_convolution_backward.default: [
-        f"{_SHIM}_backward(AtenTensorHandle grad, {_TENSORS}, int32_t of_features, int32_t of_weights, "
-        "AtenTensorHandle* ret0, AtenTensorHandle* ret1, AtenTensorHandle* ret2)"
-    ],
-}
-"""For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""
 
 
 def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers with integer weights, on features rounded to 16 bits or left in float.
+"""Linear layers with integer weights for GPUs, on features rounded to 16 bits or left in float.
 
 **Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
 `gaq.quantizers.features.FeatureQuantizer` with ranges of the atom's own. A code of 16 bits is ``256 hi + lo`` with both
@@ -11,19 +11,17 @@ of int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sum
 The gradient by the features is that of the layer without rounding of features (straight-through): float by integer
 weights, in the precision of the features. Weights and scales have none.
 
-`reference` is the same in plain torch, differentiable any number of times.
+`reference` is the same in plain torch with one product of floats, differentiable any number of times. It serves what
+the Triton kernel does not, and CPUs, where two planes take longer than the float product (`benchmarks/int8_linear.py`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gaq.files.packing import PLANES_MAX, split_planes, unpack_int4
+from gaq.files.packing import PLANES_MAX, unpack_int4
 from gaq.kernels import gpu
-from gaq.kernels.cpu.native import refuse_second_derivative
 
 __all__ = ["MAX_INPUTS", "linear", "reference", "round_rows", "unpacked"]
 
@@ -79,55 +77,6 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rou
         raise TypeError(f"features and residual in one floating dtype, not {x.dtype}")
 
 
-def _integer_product(x: Tensor, codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    rows, step = round_rows(x)
-    planes = split_planes(rows.to(torch.int32), check=False)
-    inputs = x.shape[1]
-    total = torch.zeros(x.shape[0], codes.shape[1], dtype=torch.float64)
-    for group, start in enumerate(range(0, inputs, group_size or inputs)):
-        part = slice(start, start + (group_size or inputs))
-        high, low = (plane[:, part].contiguous() for plane in planes)
-        weights = codes[part].contiguous()
-        # With one input, torch 2.13 returns garbage for some layouts.
-        product = torch._int_mm if weights.shape[0] > 1 and x.shape[0] > 0 else _small_product
-        total += (product(high, weights).double() * 256.0 + product(low, weights)) * scale[group]
-    return (total * step).to(x.dtype)
-
-
-def _small_product(plane: Tensor, weights: Tensor) -> Tensor:
-    return plane.double() @ weights.double()
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        ctx.group_size, ctx.inputs = group_size, x.shape[1]
-        integers = unpacked(codes, x.shape[1], scale.shape[1])
-        if rounded:
-            out = _integer_product(x, integers, scale.double(), group_size)
-        elif group_size:
-            out = x @ (integers.to(x.dtype) * _scales(scale, x.shape[1], group_size, x.dtype))
-        else:
-            out = (x @ integers.to(x.dtype)) * scale.to(x.dtype)
-        return out if residual is None else out + residual
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        refuse_second_derivative()
-        codes, scale = ctx.saved_tensors
-        if ctx.needs_input_grad[2]:
-            raise RuntimeError("the fused kernels give no gradient by the scales")
-        back = None
-        if ctx.needs_input_grad[0]:
-            integers = unpacked(codes, ctx.inputs, scale.shape[1])
-            weights = integers.to(grad.dtype) * _scales(scale, ctx.inputs, ctx.group_size, grad.dtype)
-            back = grad @ weights.T
-        return back, None, None, grad if ctx.needs_input_grad[3] else None, None, None
-
-
 def linear(
     x: Tensor,
     codes: Tensor,
@@ -136,7 +85,7 @@ def linear(
     rounded: bool = True,
     group_size: int = 0,
 ) -> Tensor:
-    """A linear layer; differentiable once, by the features and the residual.
+    """A linear layer by the Triton kernel where it serves it, else by `reference`; differentiable once.
 
     Args:
         x: features (rows, inputs), float32 or float64.
@@ -158,9 +107,7 @@ def linear(
 
         if triton_twin.serves(x, codes, group_size):
             return triton_twin.linear(x, codes, scale, residual, rounded, group_size)
-    if x.device.type != "cpu":
-        return reference(x, codes, scale, residual, rounded, group_size)
-    return _Linear.apply(x, codes, scale, residual, rounded, group_size)  # type: ignore[no-any-return]
+    return reference(x, codes, scale, residual, rounded, group_size)
 
 
 def reference(

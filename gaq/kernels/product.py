@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 
-__all__ = ["C_SHIMS", "ProductProblem", "product", "reference"]
+__all__ = ["ProductProblem", "product", "reference"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ProductProblem:
 # Registered operations, so that graphs can be traced through them and compiled files can hold them (`shims.cpp`).
 
 
-@torch.library.custom_op("gaq::edge_product", mutates_args=(), device_types="cpu")
+@native.operation("edge_product")
 def _product(
     x: Tensor, y: Tensor, weights: Tensor, ints: Tensor, reals: Tensor, centre: Tensor, rows_out: int
 ) -> Tensor:
@@ -103,7 +104,7 @@ def _product_fake(
     return x.new_empty(x.shape[0], x.shape[1], rows_out)
 
 
-@torch.library.custom_op("gaq::edge_product_backward", mutates_args=(), device_types="cpu")
+@native.operation("edge_product_backward")
 def _product_backward(
     grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, ints: Tensor, reals: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -147,18 +148,6 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_differentiate, setup_context=_setup)
-
-
-_TENSORS = ", ".join(f"AtenTensorHandle {name}" for name in ("x", "y", "weights", "ints", "reals", "centre"))
-_SHIM = "AOTITorchError aoti_torch_cpu_edge_product"
-
-C_SHIMS = {
-    torch.ops.gaq.edge_product.default: [f"{_SHIM}({_TENSORS}, int64_t rows_out, AtenTensorHandle* ret0)"],
-    torch.ops.gaq.edge_product_backward.default: [
-        f"{_SHIM}_backward(AtenTensorHandle grad, {_TENSORS}, AtenTensorHandle* ret0, AtenTensorHandle* ret1)"
-    ],
-}
-"""For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""
 
 
 def _check(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, centre: Tensor) -> None:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from gaq.kernels import gpu
+from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
 
-__all__ = ["C_SHIMS", "Piece", "Plan", "own_layout", "plan", "reference", "round_features", "rounded"]
+__all__ = ["Piece", "Plan", "own_layout", "plan", "reference", "round_features", "rounded"]
 
 COMPONENTS = (1, 3, 5, 7, 9)
 WORDS = 9
@@ -210,7 +211,7 @@ def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
     return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("gaq::rounded", mutates_args=(), device_types="cpu")
+@native.operation("rounded")
 def _rounded(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
     return _call(features.contiguous(), ints.contiguous(), reals.contiguous(), features.shape[0])
 
@@ -225,14 +226,6 @@ def _pass(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _rounded.register_autograd(_pass)
-
-C_SHIMS = {
-    torch.ops.gaq.rounded.default: [
-        "AOTITorchError aoti_torch_cpu_rounded(AtenTensorHandle features, AtenTensorHandle ints, "
-        "AtenTensorHandle reals, AtenTensorHandle* ret0)"
-    ]
-}
-"""For Inductor's option ``aot_inductor.custom_ops_to_c_shims``: what `shims.cpp` defines."""
 
 
 def rounded(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers with integer weights: the CPU's way and the Triton kernel against float64."""
+"""Linear layers with integer weights: the Triton kernel and the reference against float64."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ shapes = st.sampled_from([(0, 5, 3), (1, 1, 1), (3, 1, 9), (17, 40, 20), (35, 70
     rounded=st.booleans(),
     kind=st.sampled_from([(8, 0), (8, 32), (4, 0), (4, 32)]),
     added=st.booleans(),
-    on_card=st.booleans(),
+    by_kernel=st.booleans(),
 )
 def test_linear_is_exact(
     device: torch.device,
@@ -63,15 +63,15 @@ def test_linear_is_exact(
     rounded: bool,
     kind: tuple[int, int],
     added: bool,
-    on_card: bool,
+    by_kernel: bool,
 ) -> None:
     bits, group_size = kind
     x, codes, scale, residual = layer(seed, *shape, bits, group_size)
     stored = pack_int4(codes) if bits == 4 else codes
     expected, weights = exact(x, codes, scale, rounded, group_size)
-    place = device if on_card else torch.device("cpu")
+    place = device if by_kernel else torch.device("cpu")
     on_place, added_there = (t.detach().to(place).requires_grad_() for t in (x, residual))
-    with override(kernels="triton" if on_card else "auto"):
+    with override(kernels="triton" if by_kernel else "auto"):
         out = linear.linear(
             on_place, stored.to(place), scale.to(place), added_there if added else None, rounded, group_size
         )
@@ -148,6 +148,14 @@ def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
     with pytest.raises(TypeError, match="floating"):
         linear.linear(x.int(), codes, scale)
     assert linear.MAX_INPUTS * 128 * 128 < 2**31
+
+
+def test_on_a_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAQ_KERNELS", "")
+    x, codes, scale, residual = layer(0, 6, 12, 5, 8, 0)
+    for rounded in (True, False):
+        found = linear.linear(x, codes, scale, residual, rounded)
+        assert torch.equal(found, linear.reference(x, codes, scale, residual, rounded))
 
 
 def test_reference_is_straight_through() -> None:

@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 from e3nn import o3
 
-from gaq.kernels import convolution, product, rounding
+from gaq.kernels import convolution, product, shims, signatures
 from gaq.kernels.cpu import native
 from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse
 
@@ -147,9 +147,9 @@ def test_shims_are_those_of_the_library(dtype: torch.dtype) -> None:
     archive = native.static_library(dtype) / f"lib{native.STATIC_NAME}.a"
     symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
     assert {f"torch.{found}" for found in re.findall(r" T gaq_\w+_(float\d+)$", symbols, re.M)} == {str(dtype)}
-    for declaration in (
-        text for texts in (convolution.C_SHIMS | product.C_SHIMS | rounding.C_SHIMS).values() for text in texts
-    ):
+    declarations = shims.c_shims()
+    assert {str(operation) for operation in declarations} == {f"gaq.{name}.default" for name in signatures.OPERATIONS}
+    for (declaration,) in declarations.values():
         name = declaration.split("(")[0].split()[-1]
         assert f" T {name}\n" in symbols
 

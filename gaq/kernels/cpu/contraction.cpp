@@ -9,13 +9,14 @@
 #include <vector>
 
 #include "lanes.h"
+#include "signatures.h"
 
 namespace {
 
 struct Node {
-  int64_t parent;  // slot of the parent's value; -1: none, the monomial is the feature itself
-  int64_t factor;  // row of the feature it is multiplied by
-  int64_t slot;    // where its value is kept; -1: it has no children
+  int64_t parent;      // slot of the parent's value; -1: none, the monomial is the feature itself
+  int64_t factor;      // row of the feature it is multiplied by
+  int64_t slot;        // where its value is kept; -1: it has no children
   int64_t begin, end;  // its terms
 };
 
@@ -33,7 +34,8 @@ struct Plan {
 
 template <typename T> struct Scratch {
   std::vector<Vec<T>> x, value, out, grad_x, grad_value;
-  explicit Scratch(const Plan& p) : x(p.rows_in), value(p.slots), out(p.rows_out), grad_x(p.rows_in), grad_value(p.slots) {}
+  explicit Scratch(const Plan& p)
+      : x(p.rows_in), value(p.slots), out(p.rows_out), grad_x(p.rows_in), grad_value(p.slots) {}
 };
 
 template <typename T>
@@ -56,8 +58,7 @@ void forward(const int64_t* ints, int64_t atoms, const int64_t* species, const T
           Vec<T> v = s.x[n.factor];
           if (n.parent >= 0) v *= s.value[n.parent];
           if (n.slot >= 0) s.value[n.slot] = v;
-          for (int64_t t = n.begin; t < n.end; ++t)
-            s.out[plan.output[t]] += v * load(coefficients + t * C + c, left);
+          for (int64_t t = n.begin; t < n.end; ++t) s.out[plan.output[t]] += v * load(coefficients + t * C + c, left);
         }
         for (int64_t o = 0; o < plan.rows_out; ++o) store(out + (a * plan.rows_out + o) * C + c, s.out[o], left);
       }
@@ -66,8 +67,8 @@ void forward(const int64_t* ints, int64_t atoms, const int64_t* species, const T
 }
 
 template <typename T>
-void backward(const int64_t* ints, int64_t atoms, const int64_t* species, const T* x, const T* table,
-              const T* grad_out, T* grad_x, int64_t threads) {
+void backward(const int64_t* ints, int64_t atoms, const int64_t* species, const T* x, const T* table, const T* grad_out,
+              T* grad_x, int64_t threads) {
   const Plan plan(ints);
   const int64_t C = plan.channels;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -91,8 +92,7 @@ void backward(const int64_t* ints, int64_t atoms, const int64_t* species, const 
           const Node& n = plan.node[i];
           Vec<T> g = {};
           if (n.slot >= 0) g = s.grad_value[n.slot];
-          for (int64_t t = n.begin; t < n.end; ++t)
-            g += s.out[plan.output[t]] * load(coefficients + t * C + c, left);
+          for (int64_t t = n.begin; t < n.end; ++t) g += s.out[plan.output[t]] * load(coefficients + t * C + c, left);
           if (n.parent >= 0) {
             s.grad_value[n.parent] += g * s.x[n.factor];
             s.grad_x[n.factor] += g * s.value[n.parent];
@@ -110,14 +110,10 @@ void backward(const int64_t* ints, int64_t atoms, const int64_t* species, const 
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                        \
-  void gaq_contraction_##NAME(const int64_t* ints, int64_t atoms, const int64_t* species, const T* x,              \
-                              const T* table, T* out, int64_t threads) {                                          \
-    forward<T>(ints, atoms, species, x, table, out, threads);                                                     \
-  }                                                                                                               \
-  void gaq_contraction_backward_##NAME(const int64_t* ints, int64_t atoms, const int64_t* species, const T* x,     \
-                                       const T* table, const T* grad_out, T* grad_x, int64_t threads) {           \
-    backward<T>(ints, atoms, species, x, table, grad_out, grad_x, threads);                                       \
+#define GAQ_EXPORT(NAME, T)                                                                                    \
+  GAQ_KERNEL(contraction, NAME, T) { forward<T>(ints, atoms, species, features, coefficients, out, threads); } \
+  GAQ_KERNEL(contraction_backward, NAME, T) {                                                                  \
+    backward<T>(ints, atoms, species, features, coefficients, grad, grad_features, threads);                   \
   }
 GAQ_EXPORT(float32, float)
 GAQ_EXPORT(float64, double)

@@ -11,6 +11,7 @@
 
 #include "edges.h"
 #include "lanes.h"
+#include "signatures.h"
 
 namespace {
 
@@ -34,9 +35,7 @@ struct Plan {
   int64_t b_size;
 
   // Row of the radial tables, of `channels` numbers each, with the value at a knot; slope and curvature follow.
-  int64_t table_row(int64_t table, int64_t p, int64_t knot) const {
-    return ((table * paths + p) * knots + knot) * 3;
-  }
+  int64_t table_row(int64_t table, int64_t p, int64_t knot) const { return ((table * paths + p) * knots + knot) * 3; }
 
   Plan(const int64_t* ints, const double* reals) {
     channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], knots = ints[4];
@@ -225,23 +224,21 @@ void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>*
   }
 }
 
-#define GAQ_CASE(FUNCTION, A, B, ...)          \
-  case (A) * 16 + (B):                         \
-    FUNCTION<T, A, B>(__VA_ARGS__);            \
-    break;
-#define GAQ_ROW(FUNCTION, A, ...)              \
-  GAQ_CASE(FUNCTION, A, 1, __VA_ARGS__)        \
-  GAQ_CASE(FUNCTION, A, 3, __VA_ARGS__)        \
-  GAQ_CASE(FUNCTION, A, 5, __VA_ARGS__)        \
-  GAQ_CASE(FUNCTION, A, 7, __VA_ARGS__)        \
+#define GAQ_CASE(FUNCTION, A, B, ...) \
+  case (A) * 16 + (B): FUNCTION<T, A, B>(__VA_ARGS__); break;
+#define GAQ_ROW(FUNCTION, A, ...)       \
+  GAQ_CASE(FUNCTION, A, 1, __VA_ARGS__) \
+  GAQ_CASE(FUNCTION, A, 3, __VA_ARGS__) \
+  GAQ_CASE(FUNCTION, A, 5, __VA_ARGS__) \
+  GAQ_CASE(FUNCTION, A, 7, __VA_ARGS__) \
   GAQ_CASE(FUNCTION, A, 9, __VA_ARGS__)
-#define GAQ_DISPATCH(FUNCTION, A, B, ...)      \
-  switch ((A) * 16 + (B)) {                    \
-    GAQ_ROW(FUNCTION, 1, __VA_ARGS__)          \
-    GAQ_ROW(FUNCTION, 3, __VA_ARGS__)          \
-    GAQ_ROW(FUNCTION, 5, __VA_ARGS__)          \
-    GAQ_ROW(FUNCTION, 7, __VA_ARGS__)          \
-    GAQ_ROW(FUNCTION, 9, __VA_ARGS__)          \
+#define GAQ_DISPATCH(FUNCTION, A, B, ...) \
+  switch ((A) * 16 + (B)) {               \
+    GAQ_ROW(FUNCTION, 1, __VA_ARGS__)     \
+    GAQ_ROW(FUNCTION, 3, __VA_ARGS__)     \
+    GAQ_ROW(FUNCTION, 5, __VA_ARGS__)     \
+    GAQ_ROW(FUNCTION, 7, __VA_ARGS__)     \
+    GAQ_ROW(FUNCTION, 9, __VA_ARGS__)     \
   }
 
 // Atoms whose edges are treated together: enough to keep a slice of the table in cache, few enough for their edges to.
@@ -312,8 +309,8 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
 
 template <typename T>
 void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h, T* grad_table,
-              int64_t threads) {
+              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors,
+              T* grad_h, T* grad_table, int64_t threads) {
   const Plan plan(ints, reals);
   const int64_t size = atoms * plan.rows_in * plan.channels;
   // Each part adds into node features of its own; they are summed at the end, in a fixed order.
@@ -377,20 +374,14 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                         \
-  void gaq_convolution_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,               \
-                              const int64_t* sender, const int64_t* receiver, const int64_t* tables,                \
-                              const T* vectors, const T* h,                                                         \
-                              const T* table, T* out, int64_t threads) {                                           \
-    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, h, table, out, threads);       \
-  }                                                                                                                \
-  void gaq_convolution_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,      \
-                                       const int64_t* sender, const int64_t* receiver, const int64_t* tables,      \
-                                       const T* vectors,                                                           \
-                                       const T* h, const T* table, const T* grad_out, T* grad_vectors, T* grad_h,  \
-                                       T* grad_table, int64_t threads) {                                           \
-    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, h, table, grad_out,           \
-                grad_vectors, grad_h, grad_table, threads);                                                        \
+#define GAQ_EXPORT(NAME, T)                                                                                           \
+  GAQ_KERNEL(convolution, NAME, T) {                                                                                  \
+    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights,        \
+               message, threads);                                                                                     \
+  }                                                                                                                   \
+  GAQ_KERNEL(convolution_backward, NAME, T) {                                                                         \
+    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights, grad, \
+                grad_vectors, grad_features, grad_weights, threads);                                                  \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

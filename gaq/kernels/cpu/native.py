@@ -16,11 +16,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gaq import settings
 from gaq.caches import cached
+from gaq.kernels import signatures
 
 __all__ = [
     "STATIC_NAME",
@@ -29,6 +31,7 @@ __all__ = [
     "cache_folder",
     "kernel",
     "library",
+    "operation",
     "refuse_second_derivative",
     "static_library",
     "why_not",
@@ -88,7 +91,7 @@ def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
     compiler = _compiler()
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (*FLAGS, *parts, compiler, version, _processor()):
+    for part in (*FLAGS, *parts, compiler, version, _processor(), signatures.header()):
         digest.update(part.encode() + b"\0")
     for name in (*HEADERS, *sources):
         digest.update((folder / name).read_bytes())
@@ -154,6 +157,8 @@ def static_library(dtype: torch.dtype) -> Path:
 
 
 def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[str]) -> list[str]:
+    (folder / "signatures.h").write_text(signatures.header())
+    options = [*options, f"-I{folder}"]
     running = []
     for name in sources:
         target = folder / (Path(name).stem + ".o")
@@ -178,25 +183,11 @@ def _run(command: list[str]) -> None:
         raise CompilerError(_FAILED.format(compiler=command[0], output=done.stdout))
 
 
-_POINTER = ctypes.c_void_p
-_INT = ctypes.c_int64
-
-
 def _declare(loaded: ctypes.CDLL) -> None:
-    p, i = _POINTER, _INT
-    signatures = {
-        "convolution": [p, p, i, i, p, p, p, p, p, p, p, i],
-        "convolution_backward": [p, p, i, i, p, p, p, p, p, p, p, p, p, p, i],
-        "product": [p, p, i, i, p, p, p, p, p, i],
-        "product_backward": [p, p, i, i, p, p, p, p, p, p, p, i],
-        "contraction": [p, i, p, p, p, p, i],
-        "contraction_backward": [p, i, p, p, p, p, p, i],
-        "round": [p, p, i, p, p, i],
-    }
-    for name, arguments in signatures.items():
-        for dtype in ("float32", "float64"):
-            function = getattr(loaded, f"gaq_{name}_{dtype}")
-            function.argtypes, function.restype = arguments, None
+    for name in signatures.KERNELS:
+        for dtype in signatures.DTYPES:
+            function = getattr(loaded, signatures.c_name(name, dtype))
+            function.argtypes, function.restype = signatures.argument_types(name), None
 
 
 @cached(most=1)
@@ -222,7 +213,19 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
         TypeError: for dtypes other than float32 and float64.
         CompilerError: where the kernels cannot be built.
     """
-    return getattr(library(), f"gaq_{name}_{_name(dtype)}")  # type: ignore[no-any-return]
+    return getattr(library(), signatures.c_name(name, _name(dtype)))  # type: ignore[no-any-return]
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that registers a function as the operation ``gaq::NAME`` of torch on the CPU.
+
+    Graphs can be traced through it, and compiled files can hold it: `shims.cpp` defines its C function.
+
+    Args:
+        name: a key of `gaq.kernels.signatures.OPERATIONS`.
+    """
+    schema = signatures.OPERATIONS[name]
+    return torch.library.custom_op(f"gaq::{name}", mutates_args=(), device_types="cpu", schema=schema)
 
 
 def _name(dtype: torch.dtype) -> str:

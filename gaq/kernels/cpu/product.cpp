@@ -9,6 +9,7 @@
 
 #include "edges.h"
 #include "lanes.h"
+#include "signatures.h"
 
 namespace {
 
@@ -130,15 +131,12 @@ void backward(const Plan& plan, int64_t atoms, const Sorted& edges, const T* x1,
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                          \
-  void gaq_product_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,                    \
-                          const int64_t* centre, const T* x1, const T* x2, const T* w, T* out, int64_t threads) {    \
-    forward<T>(Plan(ints, reals), atoms, Sorted(edges, atoms, centre), x1, x2, w, out, threads);                     \
-  }                                                                                                                  \
-  void gaq_product_backward_##NAME(const int64_t* ints, const double* reals, int64_t atoms, int64_t edges,           \
-                                   const int64_t* centre, const T* x1, const T* x2, const T* w, const T* grad,       \
-                                   T* grad_x1, T* grad_x2, int64_t threads) {                                        \
-    backward<T>(Plan(ints, reals), atoms, Sorted(edges, atoms, centre), x1, x2, w, grad, grad_x1, grad_x2, threads); \
+#define GAQ_EXPORT(NAME, T)                                                                                            \
+  GAQ_KERNEL(product, NAME, T) {                                                                                       \
+    forward<T>(Plan(ints, reals), atoms, Sorted(edges, atoms, centre), x, y, weights, out, threads);                   \
+  }                                                                                                                    \
+  GAQ_KERNEL(product_backward, NAME, T) {                                                                              \
+    backward<T>(Plan(ints, reals), atoms, Sorted(edges, atoms, centre), x, y, weights, grad, grad_x, grad_y, threads); \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

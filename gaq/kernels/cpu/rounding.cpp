@@ -1,4 +1,5 @@
-// Rounding of features of nodes or edges, scalars by ruler and vectors by magnitude and direction code, on CPU. See rounding.py.
+// Rounding of features of nodes or edges, scalars by ruler and vectors by magnitude and direction code, on CPU. See
+// rounding.py.
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +16,7 @@
 #define GAQ_BYTES 16
 #endif
 #include "lanes.h"
+#include "signatures.h"
 
 namespace {
 
@@ -70,7 +72,8 @@ inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
 
 // Sums of the components of x over channels with fixed factors, one for each axis: v[k][m].
 template <typename T>
-void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, int count, double v[MAX_D][MAX_D]) {
+void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, int count,
+              double v[MAX_D][MAX_D]) {
   constexpr int W = Lanes<double>::width;
   typedef T Narrow __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
   const int d = int(p.dimension);
@@ -262,11 +265,8 @@ void round(const int64_t* ints, const double* reals, int64_t atoms, const T* x, 
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                   \
-  void gaq_round_##NAME(const int64_t* ints, const double* reals, int64_t atoms, const T* x, T* out,          \
-                        int64_t threads) {                                                                   \
-    round<T>(ints, reals, atoms, x, out, threads);                                                           \
-  }
+#define GAQ_EXPORT(NAME, T) \
+  GAQ_KERNEL(round, NAME, T) { round<T>(ints, reals, atoms, features, rounded, threads); }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)
 #endif

@@ -1,5 +1,5 @@
-// The operations on edges and features as the C functions that a compiled file of AOTInductor calls: linked into it as a static library, so
-// that it runs where this package is not installed, in C++ hosts too. See convolution.py,
+// The operations on edges and features as the C functions that a compiled file of AOTInductor calls: linked into it as
+// a static library, so that it runs where this package is not installed, in C++ hosts too. See convolution.py,
 // product.py and rounding.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,30 +9,20 @@
 #include <cstring>
 #include <omp.h>
 
+#include "signatures.h"
+
 extern "C" {
-#define GAQ_DECLARE(NAME, T)                                                                                     \
-  void gaq_convolution_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const int64_t*,   \
-                              const int64_t*,                                                                    \
-                              const T*, const T*, const T*, T*, int64_t);                                        \
-  void gaq_convolution_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*,          \
-                                       const int64_t*, const int64_t*, const T*, const T*, const T*, const T*,   \
-                                       T*, T*, T*, int64_t);                                                     \
-  void gaq_product_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*, const T*,   \
-                          const T*, T*, int64_t);                                                                \
-  void gaq_product_backward_##NAME(const int64_t*, const double*, int64_t, int64_t, const int64_t*, const T*,    \
-                                   const T*, const T*, const T*, T*, T*, int64_t);                        \
-  void gaq_round_##NAME(const int64_t*, const double*, int64_t, const T*, T*, int64_t);
-GAQ_DECLARE(float32, float)
-GAQ_DECLARE(float64, double)
+GAQ_DECLARE_KERNELS(float32, float)
+GAQ_DECLARE_KERNELS(float64, double)
 }
 
 // A model computes in one dtype: its file carries the kernels of that, and fails with tensors of another.
 #if defined(GAQ_ONLY_FLOAT32)
-#define GAQ_CALL_OF(DTYPE)                                           \
+#define GAQ_CALL_OF(DTYPE)                                            \
   if (DTYPE != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE; \
   GAQ_CALL(float32, float)
 #elif defined(GAQ_ONLY_FLOAT64)
-#define GAQ_CALL_OF(DTYPE)                                           \
+#define GAQ_CALL_OF(DTYPE)                                            \
   if (DTYPE != aoti_torch_dtype_float64()) return AOTI_TORCH_FAILURE; \
   GAQ_CALL(float64, double)
 #else
@@ -85,10 +75,7 @@ AOTITorchError make(int64_t dimensions, const int64_t* sizes, int32_t dtype, Ate
 
 extern "C" {
 
-AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTensorHandle vectors, AtenTensorHandle weights,
-                                          AtenTensorHandle ints, AtenTensorHandle reals, AtenTensorHandle sender,
-                                          AtenTensorHandle receiver, AtenTensorHandle tables, int64_t rows_out,
-                                          AtenTensorHandle* ret0) {
+GAQ_SHIM(edge_convolution) {
   View h, r, w, i, d, s, t, k, out;
   GAQ_CHECK(h.read(features));
   GAQ_CHECK(r.read(vectors));
@@ -100,23 +87,16 @@ AOTITorchError aoti_torch_cpu_edge_convolution(AtenTensorHandle features, AtenTe
   GAQ_CHECK(k.read(tables));
   const int64_t sizes[2] = {rows_out * h.sizes[0], h.sizes[2]};
   GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
-#define GAQ_CALL(NAME, T)                                                                                          \
-  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],                    \
-                         (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data,            \
-                         (const T*)h.data,                                                                         \
-                         (const T*)w.data, (T*)out.data, omp_get_max_threads());
+#define GAQ_CALL(NAME, T)                                                                               \
+  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],         \
+                         (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data, \
+                         (const T*)h.data, (const T*)w.data, (T*)out.data, omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, AtenTensorHandle features,
-                                                   AtenTensorHandle vectors, AtenTensorHandle weights,
-                                                   AtenTensorHandle ints, AtenTensorHandle reals,
-                                                   AtenTensorHandle sender, AtenTensorHandle receiver,
-                                                   AtenTensorHandle tables,
-                                                   int32_t of_features, int32_t of_weights, AtenTensorHandle* ret0,
-                                                   AtenTensorHandle* ret1, AtenTensorHandle* ret2) {
+GAQ_SHIM(edge_convolution_backward) {
   View g, h, r, w, i, d, s, t, k, gh, gr, gw;
   GAQ_CHECK(g.read(grad));
   GAQ_CHECK(h.read(features));
@@ -135,19 +115,16 @@ AOTITorchError aoti_torch_cpu_edge_convolution_backward(AtenTensorHandle grad, A
   std::memset(gr.data, 0, gr.bytes());
   if (of_weights) std::memset(gw.data, 0, gw.bytes());
 #define GAQ_CALL(NAME, T)                                                                                          \
-  gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],           \
-                                  (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data,   \
-                                  (const T*)h.data, (const T*)w.data, (const T*)g.data, (T*)gr.data,               \
-                                  of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr,         \
-                                  omp_get_max_threads());
+  gaq_convolution_backward_##NAME(                                                                                 \
+      (const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0], (const int64_t*)s.data,               \
+      (const int64_t*)t.data, k.numbers(), (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)g.data, \
+      (T*)gr.data, of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr, omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_edge_product(AtenTensorHandle x, AtenTensorHandle y, AtenTensorHandle weights,
-                                           AtenTensorHandle ints, AtenTensorHandle reals, AtenTensorHandle centre,
-                                           int64_t rows_out, AtenTensorHandle* ret0) {
+GAQ_SHIM(edge_product) {
   View v, u, w, i, d, a, out;
   GAQ_CHECK(v.read(x));
   GAQ_CHECK(u.read(y));
@@ -157,18 +134,15 @@ AOTITorchError aoti_torch_cpu_edge_product(AtenTensorHandle x, AtenTensorHandle 
   GAQ_CHECK(a.read(centre));
   const int64_t sizes[3] = {v.sizes[0], v.sizes[1], rows_out};
   GAQ_CHECK(make(3, sizes, v.dtype, ret0, &out));
-#define GAQ_CALL(NAME, T)                                                                                            \
-  gaq_product_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0], (const int64_t*)a.data,  \
+#define GAQ_CALL(NAME, T)                                                                                           \
+  gaq_product_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0], (const int64_t*)a.data, \
                      (const T*)v.data, (const T*)u.data, (const T*)w.data, (T*)out.data, omp_get_max_threads());
   GAQ_CALL_OF(v.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_edge_product_backward(AtenTensorHandle grad, AtenTensorHandle x, AtenTensorHandle y,
-                                                    AtenTensorHandle weights, AtenTensorHandle ints,
-                                                    AtenTensorHandle reals, AtenTensorHandle centre,
-                                                    AtenTensorHandle* ret0, AtenTensorHandle* ret1) {
+GAQ_SHIM(edge_product_backward) {
   View g, v, u, w, i, d, a, gv, gu;
   GAQ_CHECK(g.read(grad));
   GAQ_CHECK(v.read(x));
@@ -179,17 +153,16 @@ AOTITorchError aoti_torch_cpu_edge_product_backward(AtenTensorHandle grad, AtenT
   GAQ_CHECK(a.read(centre));
   GAQ_CHECK(make(v.dimensions, v.sizes, v.dtype, ret0, &gv));
   GAQ_CHECK(make(u.dimensions, u.sizes, u.dtype, ret1, &gu));
-#define GAQ_CALL(NAME, T)                                                                                           \
-  gaq_product_backward_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0],                \
-                              (const int64_t*)a.data, (const T*)v.data, (const T*)u.data, (const T*)w.data,         \
+#define GAQ_CALL(NAME, T)                                                                                   \
+  gaq_product_backward_##NAME((const int64_t*)i.data, (const double*)d.data, u.sizes[0], a.sizes[0],        \
+                              (const int64_t*)a.data, (const T*)v.data, (const T*)u.data, (const T*)w.data, \
                               (const T*)g.data, (T*)gv.data, (T*)gu.data, omp_get_max_threads());
   GAQ_CALL_OF(v.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_rounded(AtenTensorHandle features, AtenTensorHandle ints, AtenTensorHandle reals,
-                                      AtenTensorHandle* ret0) {
+GAQ_SHIM(rounded) {
   View x, i, d, out;
   GAQ_CHECK(x.read(features));
   GAQ_CHECK(i.read(ints));

@@ -1,0 +1,16 @@
+"""What `shims.cpp` defines, as Inductor has to be told: the C functions by which compiled files call the operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gaq.kernels import convolution, product, rounding, signatures  # noqa: F401  (they register the operations)
+
+__all__ = ["c_shims"]
+
+
+def c_shims() -> dict[Any, list[str]]:
+    """Declarations by operation, for Inductor's option ``aot_inductor.custom_ops_to_c_shims``."""
+    return {getattr(torch.ops.gaq, name).default: [signatures.c_shim(name)] for name in signatures.OPERATIONS}

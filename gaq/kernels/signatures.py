@@ -1,0 +1,110 @@
+"""The signatures of the C++ kernels, and of the operations of torch that compiled files call, each in this one place.
+
+From `KERNELS` follow the argument types by which Python calls a kernel (`argument_types`) and the prototype that its
+C++ source defines; from `OPERATIONS` the registration of an operation with torch, the declaration that Inductor is
+given of its C function (`c_shim`), and the prototype that `shims.cpp` defines. The prototypes are macros of a header
+that is written when the kernels are compiled (`header`): ``GAQ_KERNEL(product, float32, float) { ... }`` and
+``GAQ_SHIM(edge_product) { ... }``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+__all__ = ["DTYPES", "KERNELS", "OPERATIONS", "argument_types", "c_name", "c_shim", "header"]
+
+DTYPES = {"float32": "float", "float64": "double"}
+"""What kernels compute in: the name in torch and that in C++, which is T below."""
+
+KERNELS = {
+    "convolution": (
+        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
+        "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
+        "T* message, int64_t threads"
+    ),
+    "convolution_backward": (
+        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
+        "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
+        "const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, int64_t threads"
+    ),
+    "product": (
+        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* centre, "
+        "const T* x, const T* y, const T* weights, T* out, int64_t threads"
+    ),
+    "product_backward": (
+        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* centre, "
+        "const T* x, const T* y, const T* weights, const T* grad, T* grad_x, T* grad_y, int64_t threads"
+    ),
+    "contraction": (
+        "const int64_t* ints, int64_t atoms, const int64_t* species, const T* features, const T* coefficients, "
+        "T* out, int64_t threads"
+    ),
+    "contraction_backward": (
+        "const int64_t* ints, int64_t atoms, const int64_t* species, const T* features, const T* coefficients, "
+        "const T* grad, T* grad_features, int64_t threads"
+    ),
+    "round": (
+        "const int64_t* ints, const double* reals, int64_t atoms, const T* features, T* rounded, int64_t threads"
+    ),
+}
+"""Arguments of each kernel, as in C++. Pointers may be null where the kernel's source says so."""
+
+_EDGES = "Tensor features, Tensor vectors, Tensor weights, Tensor ints, Tensor reals, Tensor sender, Tensor receiver"
+
+OPERATIONS = {
+    "edge_convolution": f"({_EDGES}, Tensor tables, SymInt rows_out) -> Tensor",
+    "edge_convolution_backward": (
+        f"(Tensor grad, {_EDGES}, Tensor tables, bool of_features, bool of_weights) -> (Tensor, Tensor, Tensor)"
+    ),
+    "edge_product": (
+        "(Tensor x, Tensor y, Tensor weights, Tensor ints, Tensor reals, Tensor centre, SymInt rows_out) -> Tensor"
+    ),
+    "edge_product_backward": (
+        "(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor ints, Tensor reals, Tensor centre) -> "
+        "(Tensor, Tensor)"
+    ),
+    "rounded": "(Tensor features, Tensor ints, Tensor reals) -> Tensor",
+}
+"""Schemas of the operations ``gaq::NAME``, as torch writes them."""
+
+_C_TYPES = {"Tensor": "AtenTensorHandle", "SymInt": "int64_t", "bool": "int32_t"}
+
+
+def argument_types(kernel: str) -> list[Any]:
+    """Types of the arguments of a kernel, for `ctypes`."""
+    types = [argument.rsplit(" ", 1)[0] for argument in KERNELS[kernel].split(", ")]
+    return [ctypes.c_void_p if type.endswith("*") else {"int64_t": ctypes.c_int64}[type] for type in types]
+
+
+def c_name(kernel: str, dtype: str) -> str:
+    """Name of a kernel's function for a dtype (a key of `DTYPES`)."""
+    return f"gaq_{kernel}_{dtype}"
+
+
+def c_shim(operation: str) -> str:
+    """Declaration of the C function of an operation, as AOTInductor calls it."""
+    matched = re.fullmatch(r"\((.*)\) -> (.*)", OPERATIONS[operation])
+    assert matched is not None, operation
+    given = [argument.split(" ") for argument in matched[1].split(", ")]
+    arguments = [f"{_C_TYPES[type]} {name}" for type, name in given]
+    results = [f"AtenTensorHandle* ret{i}" for i in range(matched[2].count("Tensor"))]
+    return f"AOTITorchError aoti_torch_cpu_{operation}({', '.join(arguments + results)})"
+
+
+def header() -> str:
+    """The text of ``signatures.h``, which all C++ sources include."""
+    lines = [
+        "// Written by gaq/kernels/signatures.py.",
+        "#pragma once",
+        "#include <cstdint>",
+        "#define GAQ_KERNEL(KERNEL, NAME, T) GAQ_KERNEL_##KERNEL(NAME, T)",
+        "#define GAQ_SHIM(OPERATION) GAQ_SHIM_##OPERATION",
+    ]
+    for kernel, arguments in KERNELS.items():
+        lines.append(f"#define GAQ_KERNEL_{kernel}(NAME, T) void {c_name(kernel, '##NAME')}({arguments})")
+    every = " ".join(f"GAQ_KERNEL_{kernel}(NAME, T);" for kernel in KERNELS)
+    lines.append(f"#define GAQ_DECLARE_KERNELS(NAME, T) {every}")
+    lines += [f"#define GAQ_SHIM_{operation} {c_shim(operation)}" for operation in OPERATIONS]
+    return "\n".join(lines) + "\n"
