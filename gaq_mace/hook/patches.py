@@ -7,8 +7,8 @@
 ``train``                     activation ranges are calibrated before the first epoch
 ``train_one_epoch``           the schedule of the branches; the equivariance loss
 ``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
-``create_error_table``        prints the same weights without quantization beside the table, and compresses the
-                              files that have been written just before
+``create_error_table``        prints the same weights without quantization beside the table
+``run_train.run``             compresses the files of the run when it is over
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
 ``_atoms_to_batch``           the calculator keeps the neighbour lists of quantized models over some steps
 ==========================  ==============================================================
@@ -46,12 +46,14 @@ def ensure_installed() -> None:
     """Patch MACE now, whether or not torch's autoload ran (it can be switched off)."""
     from importlib import import_module
 
-    from gaq_mace.hook.autoload import TARGETS
+    from gaq_mace.hook.autoload import RUN_TRAIN, TARGETS
 
     import_module("mace")
     for name in TARGETS:
-        module = import_module(name)
-        apply(module)
+        # The command itself takes long to import, and only a process that trains needs it.
+        module = sys.modules.get(name) if name == RUN_TRAIN else import_module(name)
+        if module is not None:
+            apply(module)
     # `mace.tools` re-exports some names, bound before a late patch.
     tools: Any = sys.modules["mace.tools"]
     tools.build_default_arg_parser = sys.modules["mace.tools.arg_parser"].build_default_arg_parser  # type: ignore[attr-defined]
@@ -229,6 +231,22 @@ def _patch_tables(module: Any) -> None:
     module.create_error_table = create_error_table
 
 
+def _patch_run_train(module: Any) -> None:
+    original = module.run
+
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            # Where it was never imported nothing was quantized.
+            training = sys.modules.get("gaq_mace.training")
+            if training is not None:
+                training.compress_written()  # type: ignore[attr-defined]
+
+    module.run = run
+
+
 def _patch_models(module: Any) -> None:
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         import torch
@@ -260,6 +278,7 @@ def _patch_calculator(module: Any) -> None:
 
 _PATCHES = {
     "mace.calculators.mace": _patch_calculator,
+    "mace.cli.run_train": _patch_run_train,
     "mace.modules.models": _patch_models,
     "mace.tools.arg_parser": _patch_arg_parser,
     "mace.tools.scripts_utils": _patch_scripts_utils,
