@@ -73,7 +73,7 @@ class Nequip:
         from nequip.model.inference_models import load_compiled_model
         from nequip.scripts._compile_utils import COMPILE_TARGET_DICT
 
-        from gaq_nequip.deploy import _save_data
+        from gaq_nequip.deploy_compile import save_data
 
         fields = COMPILE_TARGET_DICT["ase"]["input"]
         example = self.data(water(24))
@@ -81,7 +81,7 @@ class Nequip:
             folder = Path(name)
             checkpoint, path, structure = folder / "model.ckpt", folder / "model.nequip.pt2", folder / "example.pt"
             self.write_checkpoint(checkpoint)
-            _save_data({key: example[key] for key in fields}, structure)
+            save_data({key: example[key] for key in fields}, structure)
             command = [sys.executable, "-m", "nequip.scripts.compile", str(checkpoint), str(path)]
             command += ["--mode", "aotinductor", "--device", self.device, "--target", "ase"]
             command += ["--data-path", str(structure)]

@@ -42,7 +42,8 @@ from nequip_presets import training_input
 import gaq
 from gaq.config.parse import parse_config
 from gaq.reporting.tables import markdown_table
-from gaq_nequip import artefact, deploy, files, freeze
+from gaq_nequip import artefact, deploy_compile, files, freeze
+from gaq_nequip.deploy_check import default_tolerance
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
 KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
@@ -98,15 +99,14 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     path: Path = args.work / f"{name}.nequip.pt2"
     if path.exists():
         return path
-    data = deploy._with_cell(files.example_data(args.model))
+    data = deploy_compile.with_cell(files.example_data(args.model))
     if name == FP32_FUSED:
-        deploy.compile_model(args.model, path, "ase", "cpu", fused=True, frozen=False)
+        deploy_compile.compile_file(args.model, path, "ase", "cpu", fused=True, frozen=False)
         return path
     if name == FP32:
         arguments = [str(args.model), str(path), "--mode", "aotinductor", "--device", "cpu", "--target", "ase"]
-        if data is not None:
-            deploy._save_data(data, args.work / "example.pt")
-            arguments += ["--data-path", str(args.work / "example.pt")]
+        deploy_compile.save_data(data, args.work / "example.pt")
+        arguments += ["--data-path", str(args.work / "example.pt")]
         nequip_compile.main(arguments)
         return path
     structures = read(args.data, ":16")
@@ -114,10 +114,10 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     spec = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
     gaq.save(model, args.work / f"{name}.ckpt")
-    tolerance = deploy.default_tolerance(parse_config(preset)) if parse_config(preset).rounds_activations else 0.0
+    tolerance = default_tolerance(parse_config(preset)) if parse_config(preset).rounds_activations else 0.0
     no_fold = mock.patch.object(freeze, "_foldable", return_value=None)
     with no_fold if name.endswith("_unfolded") else nullcontext():
-        deploy.compile_model(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
+        deploy_compile.compile_file(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
     return path
 
 

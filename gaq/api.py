@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -24,17 +25,39 @@ __all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "sav
 
 logger = logging.getLogger(__name__)
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Subject = TypeVar("Subject", bound="torch.nn.Module | str | Path")
 
+
+def _in_its_process_state(
+    function: Callable[Concatenate[Subject, Arguments], Result],
+) -> Callable[Concatenate[Subject, Arguments], Result]:
+    """Call a function in the process-wide state of the framework its first argument is of, and put that back."""
+
+    @functools.wraps(function)
+    def call(subject: Subject, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        of_model = isinstance(subject, torch.nn.Module)
+        adapter = adapter_for(subject) if of_model else adapter_for_file(subject)  # type: ignore[arg-type]
+        with adapter.process_state():
+            return function(subject, *args, **kwargs)
+
+    return call
+
+
+@_in_its_process_state
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """Load a model, float or quantized; see the adapter of its framework for what it raises."""
     return adapter_for_file(path).load(path, device)
 
 
+@_in_its_process_state
 def save(model: torch.nn.Module, path: str | Path) -> None:
     """Write a quantized model, packed; ``*.safetensors`` for the form that runs no code on load."""
     adapter_for(model).save(model, path)
 
 
+@_in_its_process_state
 def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
@@ -52,6 +75,7 @@ def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
     return adapter_for(model).prepare(model, parse_config(config))
 
 
+@_in_its_process_state
 def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: bool = True) -> torch.nn.Module:
     """Post-training quantization of a prepared model, in place, without reference labels.
 
@@ -91,6 +115,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     return model
 
 
+@_in_its_process_state
 def sensitivity(
     model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "naive_w8a8", progress: bool = True
 ) -> list[ptq.Sensitivity]:
@@ -110,6 +135,7 @@ def sensitivity(
     return ptq.sensitivity_scan(adapter_for(prepared), prepared, structures, progress=progress)
 
 
+@_in_its_process_state
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Round the weights for good, in place. The model is then what its file will hold.
 
@@ -125,6 +151,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     return adapter.convert(model)
 
 
+@_in_its_process_state
 def quantize(
     model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "gaq", progress: bool = True
 ) -> torch.nn.Module:
@@ -133,11 +160,13 @@ def quantize(
     return convert(calibrate(quantized, structures, progress))
 
 
+@_in_its_process_state
 def summary(model: torch.nn.Module) -> str:
     """A table with a row a module: irreps, bits, scales, bytes, and why what is left in float is."""
     return format_rows(adapter_for(model).rows(model))
 
 
+@_in_its_process_state
 def report(
     path: str | Path,
     structures: Sequence[Atoms],

@@ -11,7 +11,8 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -257,19 +258,28 @@ def _doctor() -> int:
     return 0
 
 
+@contextmanager
+def _as_a_command() -> Iterator[None]:
+    """Within this context logs go to the terminal and frameworks are set up; afterwards the process is as before."""
+    from gaq.adapter import adapters
+    from gaq.process import command_output, unchanged
+
+    with ExitStack() as stack:
+        stack.enter_context(command_output(logging.INFO))
+        stack.enter_context(unchanged())
+        for adapter in adapters().values():
+            stack.enter_context(adapter.process_state())
+        yield
+
+
 @hidden_in_commands()
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command ``gaq``; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commands = {"quantize": _quantize, "report": _report, "inspect": _inspect}
     try:
-        if arguments.command == "quantize":
-            return _quantize(arguments)
-        if arguments.command == "report":
-            return _report(arguments)
-        if arguments.command == "inspect":
-            return _inspect(arguments)
-        return _doctor()
+        with _as_a_command():
+            return commands[arguments.command](arguments) if arguments.command in commands else _doctor()
     except (ValueError, TypeError, OSError) as error:
         print(f"gaq: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
+from gaq.process import default_dtype
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import engine, files, moments
@@ -39,6 +40,10 @@ class MACEAdapter:
 
     def owns_file(self, path: Path) -> bool:
         return path.suffix in (".model", ".safetensors")
+
+    def process_state(self) -> AbstractContextManager[None]:
+        # MACE sets the default dtype of what it makes; where this package calls it, that is put back at once.
+        return default_dtype(torch.get_default_dtype())
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
         return files.load(path, device)
@@ -105,12 +110,12 @@ class MACEAdapter:
         return MACEPotential(model, batch_size)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
-        from mace.calculators import MACECalculator
+        from gaq_mace.calculator import Calculator
 
         path = Path(path)
         if path.suffix == ".safetensors":
-            return MACECalculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
-        return MACECalculator(model_paths=str(path), device=device, default_dtype=dtype)
+            return Calculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
+        return Calculator(model_paths=str(path), device=device, default_dtype=dtype)
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""

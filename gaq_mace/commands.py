@@ -98,6 +98,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from mace.calculators import LAMMPS_MACE
     from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 
+    from gaq.process import default_dtype
     from gaq_mace.files import load
     from gaq_mace.model import convert, is_quantized
 
@@ -112,17 +113,13 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{target}: a directory; give a file to write.")
     dtype = DTYPES[arguments.dtype]
     model = model.to(dtype)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         options = {} if head is None else {"head": head}
         if arguments.format == "mliap":
             model.lammps_mliap = True  # type: ignore[assignment]
             _write(LAMMPS_MLIAP_MACE(model, **options), target, "mliap")
         else:
             _write(LAMMPS_MACE(model, **options), target, "libtorch")
-    finally:
-        torch.set_default_dtype(before)
     print(_kept(model))
     print(f"Wrote {target} ({arguments.format}, {arguments.dtype}, {os.path.getsize(target):,} bytes)")
 

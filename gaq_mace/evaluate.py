@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mace  # noqa: F401  (before e3nn)
@@ -13,21 +12,12 @@ from mace import data
 from mace.tools import torch_geometric, utils
 from torch import Tensor
 
+from gaq.process import default_dtype
+
 if TYPE_CHECKING:
     from ase import Atoms
 
 __all__ = ["MACEPotential", "energy_and_forces", "make_batches"]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """MACE builds its inputs in torch's default dtype; set it and put it back."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make_batches(

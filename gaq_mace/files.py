@@ -40,6 +40,7 @@ from torch import Tensor
 from gaq.files.archive import deflate
 from gaq.files.packing import pack, packed_bytes, unpack
 from gaq.model.state import StoredState, check_format
+from gaq.process import default_dtype
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, dequantize
 from gaq.third_party_warnings import known_hidden
 from gaq_mace.layers import original_type
@@ -108,13 +109,8 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
 
 def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), known_hidden():
-        try:
-            torch.set_default_dtype(dtype)
-            return mace_models.ScaleShiftMACE(**config)
-        finally:
-            torch.set_default_dtype(before)
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype), known_hidden():
+        return mace_models.ScaleShiftMACE(**config)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -671,7 +667,8 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             return _load_safetensors(path).to(device)
         if is_packed(str(path)):
             _check_archive(path)
-        with known_hidden():
+        # A packed pickle sets both and puts them back, but where MACE's constructor raises.
+        with torch.random.fork_rng(devices=[]), default_dtype(torch.get_default_dtype()), known_hidden():
             model = torch.load(path, map_location=device, weights_only=False)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error

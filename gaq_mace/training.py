@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -217,19 +218,30 @@ def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             reference = original(*args, **{**kwargs, "log_wandb": False})
         logging.info("The same weights without quantization (FP32 against the quantized table that follows):")
         logging.info("\n" + str(reference))
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            for name, folder in _written:
-                compress_packed(folder, name)
     return table
 
 
 _written: list[tuple[str, str]] = []
-"""Names and folders of the models that the run in progress writes before its error tables."""
+"""Names and folders of the models that the run in progress writes."""
 
 
 def writes(name: str, *folders: str | None) -> None:
-    """Say where the run that begins writes models: MACE does not compress them."""
-    _written[:] = [(name, folder) for folder in folders if folder is not None]
+    """Say where the run that begins writes models: MACE does not compress them, so `compress_written` does.
+
+    It is called when the run ends. Where MACE's script is itself the main program, which cannot be hooked, it is called
+    when the process ends.
+    """
+    atexit.unregister(compress_written)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _written[:] = [(name, folder) for folder in folders if folder is not None]
+        atexit.register(compress_written)
+
+
+def compress_written() -> None:
+    """Compress the models that a run has written, as `gaq.save` does with its own; once."""
+    while _written:
+        name, folder = _written.pop()
+        compress_packed(folder, name)
 
 
 class EquivarianceLoss(torch.nn.Module):

@@ -19,7 +19,9 @@ from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_nequip import files, model, moments
 from gaq_nequip import layers as modules
+from gaq_nequip.calculator import saved_calculator
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
+from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class NequIPAdapter:
 
     def owns_file(self, path: Path) -> bool:
         return path.name.endswith(files.SUFFIXES)
+
+    def process_state(self) -> AbstractContextManager[None]:
+        return nequip_state()
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
         return files.load(path, device)
@@ -112,11 +117,9 @@ class NequIPAdapter:
         return NequIPPotential(model, batch_size)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
-        from nequip.integrations.ase import NequIPCalculator
-
         if str(path).endswith(files.COMPILED):
             return files.CompiledModel(Path(path), device).calculator()
-        return NequIPCalculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=True)
+        return saved_calculator(path, device)
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""

@@ -78,7 +78,8 @@ def _extend(block: Any) -> None:
     before = torch.get_default_dtype()
     # Scripted layers would fix the number of atoms where a model is traced for compilation.
     with torch.random.fork_rng(devices=[]), conditional_torchscript_mode(False):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds every GPU as well.
+        torch.default_generator.manual_seed(seed)
         try:
             torch.set_default_dtype(weight.dtype)
             scalars = Irreps(f"{HEADS * DIM}x0e")

@@ -11,7 +11,10 @@ import torch
 from nequip.data import AtomicDataDict, from_ase
 from nequip.integrations.utils import basic_transforms
 from nequip.nn import graph_model
+from nequip.utils.global_dtype import _GLOBAL_DTYPE
 from torch import Tensor
+
+from gaq.process import default_dtype
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -51,11 +54,12 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
     graphs = []
-    for atoms in structures:
-        data = from_ase(atoms)
-        for transform in transforms:
-            data = transform(data)
-        graphs.append(data)
+    with default_dtype(_GLOBAL_DTYPE):
+        for atoms in structures:
+            data = from_ase(atoms)
+            for transform in transforms:
+                data = transform(data)
+            graphs.append(data)
     device = device_of(model)
     spans = range(0, len(graphs), batch_size)
     batches = [AtomicDataDict.batched_from_list(graphs[i : i + batch_size]) for i in spans]
@@ -80,7 +84,7 @@ def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
-    with _mode(model, create_graph):
+    with default_dtype(_GLOBAL_DTYPE), _mode(model, create_graph):
         output: Any = model(dict(batch))
     energy = output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
     counts = batch[AtomicDataDict.NUM_NODES_KEY].reshape(-1)

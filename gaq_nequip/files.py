@@ -22,6 +22,7 @@ from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq_nequip.host import nequip_state
 from gaq_nequip.model import graph_models
 
 __all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
@@ -53,11 +54,9 @@ class CompiledModel(torch.nn.Module):
 
     def calculator(self) -> Any:
         """NequIP's ASE calculator of the file."""
-        from nequip.integrations.ase import NequIPCalculator
+        from gaq_nequip.calculator import compiled_calculator
 
-        return NequIPCalculator.from_compiled_model(
-            str(self.path), device=self.device, chemical_species_to_atom_type_map=True
-        )
+        return compiled_calculator(self.path, self.device)
 
 
 def _name_of(path: Path) -> str:
@@ -128,6 +127,18 @@ def _load_package(path: Path) -> Any:
         return _importer(path).load_pickle("model", "eager_model.pkl", map_location="cpu")
 
 
+def _other_nequip(path: Path, error: str) -> str:
+    """What to tell a reader whose NequIP builds a model with other tensors than the checkpoint holds."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    versions: dict[str, Any] = checkpoint["hyper_parameters"]["info_dict"].get("versions", {})
+    writer = ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
+    details = " ".join(error.split("\n", 1)[-1].split())
+    return (
+        f"this checkpoint was written with {writer}, and the nequip installed here builds its model with other "
+        f"tensors. {details} Install the versions that wrote it (pip install nequip=={versions.get('nequip', '...')})."
+    )
+
+
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """Load a NequIP model, float or quantized, from a checkpoint, a package or a compiled file.
 
@@ -139,7 +150,6 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """
     from nequip.model.saved_models.load_utils import load_saved_model
     from nequip.train.lightning import _SOLE_MODEL_KEY
-    from nequip.utils.global_state import set_global_state
 
     path = Path(path)
     kind = _name_of(path)
@@ -156,10 +166,12 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             raise ModelFileError(str(error)) from error
     if kind == PACKAGE:
         _check_package(path)
-    set_global_state()
     try:
-        loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
+        with nequip_state():
+            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
     except _UNREADABLE as error:
+        if str(error).startswith("Error(s) in loading state_dict"):
+            raise ModelFileError(f"{path}: {_other_nequip(path, str(error))}") from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFileError(f"{path}: truncated, damaged, or not a NequIP model ({first}).") from error
     models = graph_models(loaded)
@@ -224,14 +236,17 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     prefix = "model.sole_model."
     entries: dict[str, Any] = checkpoint["state_dict"]
     own = model.state_dict()
+    _check_same_tensors(entries, own, prefix, source)
     for name, value in own.items():
         # Constants of e3nn's generated code are buffers or not, as the process that builds the model is set up.
         if "._tensor_constant" in name and prefix + name not in entries:
             continue
         entries[prefix + name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
     # Averaged weights, where there are any, are what inference takes: in NequIP's order of the parameters.
-    for i, parameter in enumerate(model.parameters()):
-        if f"ema.ema_weight_{i}" in entries:
+    if "ema.ema_weight_0" in entries:
+        for name in [name for name in entries if name.startswith("ema.ema_weight_")]:
+            del entries[name]
+        for i, parameter in enumerate(model.parameters()):
             entries[f"ema.ema_weight_{i}"] = parameter.detach().cpu().clone()
     spec = state.config.to_dict()
     hyper = checkpoint["hyper_parameters"]
@@ -242,6 +257,27 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     for key in ("optimizer_states", "lr_schedulers"):
         checkpoint[key] = []
     torch.save(checkpoint, path)
+
+
+def _check_same_tensors(entries: dict[str, Any], own: dict[str, Any], prefix: str, source: Path) -> None:
+    """Refuse to write a model into a checkpoint of another one.
+
+    Raises:
+        ModelFileError: naming the tensors of the checkpoint that the model has not, or has in another shape.
+    """
+    differing = []
+    for name, value in entries.items():
+        if not name.startswith(prefix) or not isinstance(value, Tensor) or name.endswith("_extra_state"):
+            continue
+        ours = own.get(name.removeprefix(prefix))
+        # Constants of e3nn's generated code are buffers or not, as the process that builds the model is set up.
+        if "._tensor_constant" not in name and (ours is None or ours.shape != value.shape):
+            differing.append(f"{name.removeprefix(prefix)} {tuple(value.shape)}")
+    if differing:
+        raise ModelFileError(
+            f"{source}: the checkpoint this model was loaded from now holds tensors that the model has not "
+            f"({', '.join(differing)}): it was overwritten. Load the model again."
+        )
 
 
 def example_data(source: Path) -> Any:

@@ -13,8 +13,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+RUN_TRAIN = "mace.cli.run_train"
 TARGETS = (
     "mace.calculators.mace",
+    RUN_TRAIN,
     "mace.modules.models",
     "mace.tools.arg_parser",
     "mace.tools.scripts_utils",

@@ -8,8 +8,8 @@
                               rounded after each checkpoint that is loaded when training is over
 ``train_one_epoch``           the schedule of the branches; the equivariance loss
 ``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
-``create_error_table``        prints the same weights without quantization beside the table, and compresses the
-                              files that have been written just before
+``create_error_table``        prints the same weights without quantization beside the table
+``run_train.run``             compresses the files of the run when it is over
 ``MACE.__setstate__``         a packed file gets its quantizers back on load
 ``_atoms_to_batch``           the calculator keeps the neighbour lists of accelerated models over some steps
 ==========================  ==============================================================
@@ -47,18 +47,20 @@ def ensure_installed() -> None:
     """Patch MACE now, whether or not torch's autoload ran (it can be switched off)."""
     from importlib import import_module
 
-    from gaq_mace.hook.autoload import TARGETS
+    from gaq_mace.hook.autoload import RUN_TRAIN, TARGETS
 
     import_module("mace")
     for name in TARGETS:
-        module = import_module(name)
-        apply(module)
+        # The command itself takes long to import, and only a process that trains needs it.
+        module = sys.modules.get(name) if name == RUN_TRAIN else import_module(name)
+        if module is not None:
+            apply(module)
     # Names bound elsewhere before a late patch: `mace.tools` re-exports some.
     _copy_names("mace.tools.arg_parser", "mace.tools", "build_default_arg_parser")
     _copy_names("mace.tools.train", "mace.tools", "train")
-    if "mace.cli.run_train" in sys.modules:
-        _copy_names("mace.tools.scripts_utils", "mace.cli.run_train", "get_params_options", "extract_config_mace_model")
-        _copy_names("mace.tools.tables_utils", "mace.cli.run_train", "create_error_table")
+    if RUN_TRAIN in sys.modules:
+        _copy_names("mace.tools.scripts_utils", RUN_TRAIN, "get_params_options", "extract_config_mace_model")
+        _copy_names("mace.tools.tables_utils", RUN_TRAIN, "create_error_table")
 
 
 def _copy_names(source: str, target: str, *names: str) -> None:
@@ -244,6 +246,22 @@ def _patch_tables(module: Any) -> None:
     module.create_error_table = create_error_table
 
 
+def _patch_run_train(module: Any) -> None:
+    original = module.run
+
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            # Where it was never imported nothing was quantized.
+            training = sys.modules.get("gaq_mace.training")
+            if training is not None:
+                training.compress_written()  # type: ignore[attr-defined]
+
+    module.run = run
+
+
 def _patch_models(module: Any) -> None:
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         import torch
@@ -275,6 +293,7 @@ def _patch_calculator(module: Any) -> None:
 
 _PATCHES = {
     "mace.calculators.mace": _patch_calculator,
+    "mace.cli.run_train": _patch_run_train,
     "mace.modules.models": _patch_models,
     "mace.tools.arg_parser": _patch_arg_parser,
     "mace.tools.scripts_utils": _patch_scripts_utils,

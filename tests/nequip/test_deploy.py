@@ -13,9 +13,10 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
 
+import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
-from gaq_nequip import artefact, deploy
+from gaq_nequip import artefact, deploy_check, deploy_compile, deploy_sizes
 from gaq_nequip.deploy import main
 
 
@@ -99,9 +100,9 @@ def test_compiled(
     stock = tmp_path / "stock.nequip.pt2"
     # NequIP itself cannot compile a molecule without a cell: the same example in a box.
     from gaq_nequip import files
-    from gaq_nequip.deploy import _save_data, _with_cell
+    from gaq_nequip.deploy_compile import save_data, with_cell
 
-    _save_data(_with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
+    save_data(with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
@@ -115,10 +116,10 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     from test_files import by_calculator, run_without_plugin
 
     from gaq_nequip import files
-    from gaq_nequip.deploy import _save_data, _with_cell
+    from gaq_nequip.deploy_compile import save_data, with_cell
 
     path = tmp_path / "plain.nequip.pt2"
-    _save_data(_with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
+    save_data(with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained.best, path, *arguments)
     assert done.returncode == 0, done.stderr
@@ -139,7 +140,7 @@ def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: P
     if not native.available():
         pytest.skip("no C++ compiler here")
     path = tmp_path / "float.nequip.pt2"
-    deploy.compile_model(trained_float.best, path, "ase", "cpu", fused=True, frozen=False)
+    deploy_compile.compile_file(trained_float.best, path, "ase", "cpu", fused=True, frozen=False)
     assert "gaq_preset" not in artefact.metadata(path)
     with zipfile.ZipFile(path) as archive:
         library = next(name for name in archive.namelist() if name.endswith(".so"))
@@ -181,11 +182,55 @@ def test_the_noise_of_rounding_is_allowed_in_the_hosts_own_check() -> None:
     from nequip.utils.dtype import floating_point_tolerance
 
     before = floating_point_tolerance("float32")
-    with deploy._tolerating(1e-3 * deploy.default_tolerance(parse_config("gaq"))):
+    with deploy_compile.tolerating(1e-3 * deploy_check.default_tolerance(parse_config("gaq"))):
         assert floating_point_tolerance("float32") == 5e-3
         assert floating_point_tolerance("float64") < 1e-8
-    with deploy._tolerating(0.0):
+    with deploy_compile.tolerating(0.0):
         assert floating_point_tolerance("float32") == before
-    with deploy._tolerating(1e-3 * deploy.default_tolerance(parse_config("w8a8"))):
+    with deploy_compile.tolerating(1e-3 * deploy_check.default_tolerance(parse_config("w8a8"))):
         assert before < floating_point_tolerance("float32") < float("inf")
     assert floating_point_tolerance("float32") == before
+
+
+@pytest.mark.parametrize("suffix", [".nequip.zip", ".nequip.pt2"])
+def test_the_model_is_loaded_once_and_frozen_once(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    import nequip.model.saved_models.load_utils as load_utils
+    import nequip.scripts.compile as nequip_compile
+    import nequip.utils.aot as aot
+
+    from gaq_nequip import freeze
+
+    loaded: list[str] = []
+    frozen: list[Any] = []
+    load, freeze_weights = load_utils.load_saved_model, freeze.freeze
+
+    def counted_load(path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(str(path))
+        return load(path, *args, **kwargs)
+
+    def counted_freeze(model: Any, *args: Any, **kwargs: Any) -> Any:
+        frozen.append(model)
+        return freeze_weights(model, *args, **kwargs)
+
+    def stop(**keywords: Any) -> None:
+        raise RuntimeError("nothing is compiled here")
+
+    monkeypatch.setattr(load_utils, "load_saved_model", counted_load)
+    monkeypatch.setattr(nequip_compile, "load_saved_model", counted_load)
+    monkeypatch.setattr(freeze, "freeze", counted_freeze)
+    monkeypatch.setattr(aot, "aot_export_model", stop)
+    arguments = ["build", str(trained.best), str(tmp_path / f"out{suffix}")]
+    if suffix == ".nequip.pt2":
+        with pytest.raises(RuntimeError, match="nothing is compiled here"):
+            main(arguments)
+    else:
+        assert main(arguments) == 0
+    assert loaded.count(str(trained.best)) == 1
+    assert len({id(model) for model in frozen}) == 1
+
+
+def test_sizes_without_freezing(trained: Any) -> None:
+    model = gaq.load(trained.best)
+    assert deploy_sizes.unfolded_bytes(model) == deploy_sizes.packed_bytes(model, fold=False)[0]

@@ -292,3 +292,42 @@ def test_unknown_elements_and_empty_data(
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "nequip-train knows the key `quantization`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing", "extra", "reshaped"])
+def test_checkpoints_of_another_nequip(trained: Any, tmp_path: Path, change: str) -> None:
+    """A tensor that the model has not, or the file has not, is named, with the versions that wrote the file."""
+    from importlib.metadata import version
+
+    path = tmp_path / "other.ckpt"
+    checkpoint = torch.load(trained.best, map_location="cpu", weights_only=False)
+    entries = checkpoint["state_dict"]
+    name = next(name for name in entries if name.startswith("model.") and name.endswith("weight"))
+    value = entries[name]
+    if change in ("renamed", "missing"):
+        del entries[name]
+    if change in ("renamed", "extra"):
+        entries[f"{name}_of_another_name"] = value
+    if change == "reshaped":
+        entries[name] = torch.cat((value, value))
+    torch.save(checkpoint, path)
+    with pytest.raises(ModelFileError) as caught:
+        gaq.load(path)
+    message = str(caught.value)
+    for word in (str(path), name, f"nequip {version('nequip')}", "pip install nequip=="):
+        assert word in message, message
+    assert "\n" not in message
+
+
+def test_a_checkpoint_that_was_overwritten_is_not_written_into(
+    trained_float: Any, trained: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.ckpt"
+    checkpoint = torch.load(trained_float.best, map_location="cpu", weights_only=False)
+    torch.save(checkpoint, path)
+    model = gaq.prepare(gaq.load(path), "w8")
+    name = next(name for name in checkpoint["state_dict"] if name.startswith("model.") and name.endswith("weight"))
+    checkpoint["state_dict"][f"{name}_of_another_name"] = checkpoint["state_dict"].pop(name)
+    torch.save(checkpoint, path)
+    with pytest.raises(ModelFileError, match="weight_of_another_name"):
+        files.save(model, tmp_path / "out.ckpt")

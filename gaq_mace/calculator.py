@@ -1,0 +1,29 @@
+"""MACE's ASE calculator that leaves torch's default dtype alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+from mace.calculators import MACECalculator
+
+from gaq.process import default_dtype
+
+__all__ = ["Calculator"]
+
+
+class Calculator(MACECalculator):
+    """`MACECalculator`, which sets torch's default dtype as it is made and takes structures in it ever after."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with default_dtype(torch.get_default_dtype()):
+            super().__init__(*args, **kwargs)
+
+    def _atoms_to_batch(self, atoms: Any) -> Any:
+        with default_dtype(getattr(torch, self.default_dtype)):
+            return super()._atoms_to_batch(atoms)
+
+    def calculate(self, *args: Any, **kwargs: Any) -> None:
+        with default_dtype(getattr(torch, self.default_dtype)):
+            super().calculate(*args, **kwargs)

@@ -1,0 +1,45 @@
+"""NequIP's ASE calculator that leaves torch's default dtype alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nequip.integrations.ase import NequIPCalculator
+from nequip.integrations.utils import basic_transforms
+from nequip.nn import graph_model
+from nequip.utils.global_dtype import _GLOBAL_DTYPE
+
+from gaq.process import default_dtype
+from gaq_nequip.host import nequip_state
+
+__all__ = ["Calculator", "compiled_calculator", "model_calculator", "saved_calculator"]
+
+
+class Calculator(NequIPCalculator):
+    """`NequIPCalculator`, which takes structures in torch's default dtype and expects NequIP's."""
+
+    def calculate(self, *args: Any, **kwargs: Any) -> None:
+        with default_dtype(_GLOBAL_DTYPE):
+            super().calculate(*args, **kwargs)
+
+
+def compiled_calculator(path: Any, device: str) -> Calculator:
+    """The calculator of a compiled file."""
+    with nequip_state():
+        return Calculator.from_compiled_model(str(path), device=device, chemical_species_to_atom_type_map=True)
+
+
+def saved_calculator(path: Any, device: str) -> Calculator:
+    """The calculator of a checkpoint or a package."""
+    with nequip_state():
+        return Calculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=True)
+
+
+def model_calculator(model: Any, device: str) -> Calculator:
+    """The calculator of a model that is loaded; its types are taken for chemical symbols."""
+    metadata = model.metadata
+    names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
+    cutoff = float(metadata[graph_model.R_MAX_KEY])
+    with nequip_state():
+        transforms = basic_transforms(metadata, cutoff, names, {name: name for name in names})
+        return Calculator(model=model.eval(), device=device, transforms=transforms)

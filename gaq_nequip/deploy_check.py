@@ -1,0 +1,84 @@
+"""Whether a deployed file computes what the model does that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gaq_nequip import files
+from gaq_nequip.calculator import compiled_calculator, model_calculator, saved_calculator
+
+__all__ = ["Check", "check", "default_tolerance"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a deployed file is from the model it was made of, on the example structure and distorted copies.
+
+    Attributes:
+        energy: largest difference of the energy per atom, meV.
+        forces: largest difference of a force component, meV/Å.
+        force_scale: largest force component, meV/Å.
+        structures: number compared.
+    """
+
+    energy: float
+    forces: float
+    force_scale: float
+    structures: int
+
+
+def check(model: Any, example: Any, deployed: Path, target: str, device: str) -> Check | None:
+    """Compare with the model; None for targets that ASE cannot run, whose graph is that of ``ase`` but for outputs."""
+    compiled = deployed.name.endswith(files.COMPILED)
+    if compiled and target != "ase":
+        return None
+    calculator = compiled_calculator(deployed, device) if compiled else saved_calculator(deployed, device)
+    return _compare(model_calculator(model, device), calculator, _structures(example))
+
+
+def default_tolerance(config: Any) -> float:
+    """Allowed force difference, meV/Å, between a deployed file and its model.
+
+    Where activations are exact, the fold is all that differs: 0.5. Where they are rounded, a number that lies on
+    the edge between two steps may fall on the other side in another order of summation, and forces differ by the
+    rounding noise itself, which at 16 bits is below 5; coarser grids are printed, not judged.
+    """
+    if not config.rounds_activations:
+        return 0.5
+    attention = None if config.attention is None else config.attention.bits
+    bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits, attention) if b is not None]
+    return 5.0 if min(bits) >= 16 else float("inf")
+
+
+def _structures(example: Any, count: int = 4, amplitude: float = 0.05) -> list[Any]:
+    """The example structure and copies of it with atoms moved at random by `amplitude` Å."""
+    from nequip.data import to_ase
+
+    first = to_ase(example)[0]
+    first.info.clear()
+    first.calc = None
+    structures = [first]
+    for seed in range(count - 1):
+        other = first.copy()
+        other.rattle(amplitude, seed=seed)
+        structures.append(other)
+    return structures
+
+
+def _compare(reference: Any, deployed: Any, structures: Sequence[Any]) -> Check:
+    energy = forces = scale = 0.0
+    for atoms in structures:
+        values = []
+        for calculator in (reference, deployed):
+            copy = atoms.copy()
+            copy.calc = calculator
+            values.append((copy.get_potential_energy(), copy.get_forces()))
+        energy = max(energy, 1e3 * abs(values[0][0] - values[1][0]) / len(atoms))
+        forces = max(forces, 1e3 * float(np.abs(values[0][1] - values[1][1]).max()))
+        scale = max(scale, 1e3 * float(np.abs(values[0][1]).max()))
+    return Check(energy, forces, scale, len(structures))

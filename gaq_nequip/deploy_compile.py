@@ -1,0 +1,191 @@
+"""NequIP's own compilation of a model that is loaded and frozen already, with the fused kernels where wanted."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaq.model.state import is_kind
+from gaq.third_party_warnings import known_hidden
+from gaq_nequip import artefact, files
+from gaq_nequip.host import nequip_state
+from gaq_nequip.layers import COMPILES
+from gaq_nequip.packed import PackedWeight
+
+__all__ = ["compile_file", "compile_model", "frozen_copy", "save_data", "tolerating", "with_cell"]
+
+
+def frozen_copy(model: Any, to_compile: bool) -> Any:
+    """A copy of a quantized model with its weights as integers, for a compiled file or for a package."""
+    frozen = copy.deepcopy(model)
+    frozen.__dict__[COMPILES] = to_compile
+    return frozen.freeze_weights()
+
+
+def widen_codes(frozen: torch.nn.Module) -> None:
+    """Keep codes of 9 to 15 bits as int16, in place: a compiled model reads them in every step."""
+    for module in frozen.modules():
+        if is_kind(module, PackedWeight):
+            module.widen()
+
+
+def compile_file(
+    source: Path,
+    output: Path,
+    target: str,
+    device: str,
+    fused: bool = False,
+    tolerance: float = 0.0,
+    frozen: bool = True,
+) -> None:
+    """Load a model and compile it; see `compile_model`.
+
+    Args:
+        source: quantized checkpoint or package; a float one if not `frozen`.
+        output: compiled file.
+        target: of `nequip-compile`.
+        device: cpu or cuda.
+        fused: whether convolutions go through the fused kernel, which the file then carries.
+        tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
+        frozen: whether weights are stored as integers. A float model has none to store, and keeps its own.
+    """
+    model = files.load(source)
+    if frozen:
+        model = frozen_copy(model, to_compile=True)
+    compile_model(model, files.example_data(source), output, target, device, fused, tolerance)
+
+
+def compile_model(
+    model: Any, example: Any, output: Path, target: str, device: str, fused: bool, tolerance: float
+) -> None:
+    """Compile a model by `nequip-compile` and slim the result; writes `output`.
+
+    Args:
+        model: float or frozen; it is used up.
+        example: a structure, as `gaq_nequip.files.example_data` gives it.
+        output: compiled file. The example is left beside it.
+        target: of `nequip-compile`.
+        device: cpu or cuda.
+        fused: whether convolutions go through the fused kernel, which the file then carries.
+        tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
+    """
+    from nequip.scripts import compile as nequip_compile
+
+    widen_codes(model)
+    path = output.with_name("example.pt")
+    save_data(with_cell(example), path)
+    arguments = ["--mode", "aotinductor", "--device", device, "--target", target, "--data-path", str(path)]
+    with ExitStack() as stack:
+        stack.enter_context(nequip_state())
+        stack.enter_context(_logging_unchanged())
+        stack.enter_context(tolerating(1e-3 * tolerance))
+        if fused:
+            stack.enter_context(_kernels_at_hand(model, device))
+        stack.enter_context(_handed_over(model))
+        # NequIP reads no model here: the name stands for the one that is handed over.
+        nequip_compile.main(["model", str(output), *arguments])
+    if not artefact.slim(output, output):
+        print("nequip-deploy: the debug symbols could not be stripped (program `strip`), and stay.", file=sys.stderr)
+
+
+@contextmanager
+def _handed_over(model: Any) -> Iterator[None]:
+    """Within this context `nequip-compile` takes this model in place of loading one."""
+    from nequip.scripts import compile as nequip_compile
+
+    before = nequip_compile.load_saved_model
+    nequip_compile.load_saved_model = lambda *args, **kwargs: model
+    try:
+        yield
+    finally:
+        nequip_compile.load_saved_model = before
+
+
+@contextmanager
+def _kernels_at_hand(model: Any, device: str) -> Iterator[None]:
+    """Fuse the convolutions of a model; within this context Inductor puts the kernels into what it compiles."""
+    from torch._inductor import config as inductor
+
+    from gaq.kernels.cpu import native
+    from gaq.kernels.shims import c_shims
+    from gaq_nequip.engine.fused import fuse
+
+    options: dict[str, Any] = {}
+    before = os.environ.get("LIBRARY_PATH")
+    if device.split(":")[0] == "cpu":  # for a GPU Inductor compiles the Triton kernels it sees
+        options = {
+            "aot_inductor.custom_ops_to_c_shims": c_shims(),
+            "aot_inductor.custom_op_libs": [native.STATIC_NAME],
+        }
+        folder = str(native.static_library(model.model_dtype))
+        os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
+    try:
+        for name, reason in fuse(model, device).items():
+            print(f"nequip-deploy: {name} keeps NequIP's own convolution: {reason}", file=sys.stderr)
+        with inductor.patch(options):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop("LIBRARY_PATH", None)
+        else:
+            os.environ["LIBRARY_PATH"] = before
+
+
+@contextmanager
+def _logging_unchanged() -> Iterator[None]:
+    """Compilation turns logs on that the caller may have turned off."""
+    before = logging.root.manager.disable
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def tolerating(force: float) -> Iterator[None]:
+    """Within this context NequIP lets compiled float32 models differ from plain ones by `force`, eV/Å, if that is more.
+
+    Its own bound, 5e-5, is that of sums in another order. A rounded feature on the edge of two steps may then fall to
+    the other side, which costs a step of its rounding.
+    """
+    from nequip.utils import dtype
+
+    before = dtype._FLOAT32_MODEL_TOL
+    # Not infinite: times zero that would be no number.
+    dtype._FLOAT32_MODEL_TOL = min(max(before, force), 1e3)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        dtype._FLOAT32_MODEL_TOL = before  # type: ignore[misc]
+
+
+def with_cell(data: Any) -> Any:
+    """The example structure, in a box if it is a molecule without one.
+
+    NequIP divides the virial by the volume and compares the stress it gets: without a cell its own compilation fails.
+    """
+    from nequip.data import AtomicDataDict
+
+    cell = data[AtomicDataDict.CELL_KEY]
+    if bool((torch.linalg.det(cell) != 0).all()):
+        return data
+    positions = data[AtomicDataDict.POSITIONS_KEY]
+    size = positions.amax(0) - positions.amin(0) + 20.0
+    return {**data, AtomicDataDict.CELL_KEY: torch.diag(size).unsqueeze(0).to(cell)}
+
+
+def save_data(data: Any, path: Path) -> None:
+    """Write data as `nequip-compile --data-path` reads it: the state of a TorchScript module."""
+    holder = torch.nn.Module()
+    for name, value in data.items():
+        holder.register_buffer(name, value)
+    with known_hidden():  # TorchScript is deprecated, and what NequIP asks for
+        torch.jit.save(torch.jit.script(holder), path)

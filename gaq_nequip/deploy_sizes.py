@@ -1,0 +1,102 @@
+"""Bytes of a model's weights, in float and packed, and the table that `nequip-deploy build` prints of them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaq.files.packing import packed_bytes as code_bytes
+from gaq.model.state import is_kind
+from gaq_nequip import artefact, files
+from gaq_nequip import layers as modules
+from gaq_nequip.deploy_check import Check
+from gaq_nequip.freeze import freeze
+from gaq_nequip.packed import PackedWeight
+
+__all__ = ["WeightSizes", "float_weight_bytes", "frozen_bytes", "packed_bytes", "table", "unfolded_bytes"]
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a model's weights.
+
+    Attributes:
+        floats: in float32.
+        plain: codes and scales, with what stays float.
+        frozen: the same as it is deployed, with the self-connection folded by type where that is smaller.
+        numbers: packed in the deployed form.
+    """
+
+    floats: int
+    plain: int
+    frozen: int
+    numbers: int
+
+    @classmethod
+    def of(cls, model: Any, frozen: Any) -> WeightSizes:
+        """Of a quantized model and its frozen copy."""
+        return cls(float_weight_bytes(model), unfolded_bytes(model), *frozen_bytes(frozen))
+
+
+def float_weight_bytes(model: Any) -> int:
+    """Bytes of the parameters of a model in float32."""
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+def unfolded_bytes(model: Any) -> int:
+    """Bytes of the codes and scales of a quantized model with what stays float; nothing is frozen for it."""
+    quantizers = modules.weight_quantizers(model)
+    packed = sum(code_bytes(q.layout.numel, q.bits) + 2 * q.groups for q in quantizers.values())
+    packed += sum(p.bytes for p in modules.packed_weights(model).values())
+    return packed + 4 * sum(p.numel() for name, p in model.named_parameters() if name not in quantizers)
+
+
+def frozen_bytes(frozen: Any) -> tuple[int, int]:
+    """Bytes of the codes and scales of a frozen model with what stays float, and how many numbers are packed."""
+    weights = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
+    return sum(m.bytes for m in weights) + float_weight_bytes(frozen), sum(m.numel for m in weights)
+
+
+def packed_bytes(model: Any, fold: bool) -> tuple[int, int]:
+    """`frozen_bytes` of a quantized model that is not changed.
+
+    Args:
+        model: quantized.
+        fold: whether the self-connection is folded by type, as in compiled files.
+    """
+    return frozen_bytes(freeze(copy.deepcopy(model), fold=fold))
+
+
+def table(sizes: WeightSizes, source: Path, deployed: Path, check: Check | None, compare: str | None) -> str:
+    """What `nequip-deploy build` prints: sizes of weights and files, and how far the file is from the model."""
+    rows: list[tuple[str, str, str]] = []
+    if sizes.floats:
+        rows.append(("weights, float32", _kib(sizes.floats), ""))
+        note = f"{sizes.floats / sizes.plain:.2f}x smaller"
+        rows.append(("weights, codes and scales", _kib(sizes.plain), note))
+        if sizes.frozen != sizes.plain:
+            note = f"{sizes.floats / sizes.frozen:.2f}x smaller ({sizes.numbers} numbers)"
+            rows.append(("  and self-connection folded by type", _kib(sizes.frozen), note))
+    if deployed.name.endswith(files.COMPILED):
+        rows.append(("constants in the file, not compressed", _kib(artefact.sections(deployed).weights), ""))
+    rows.append((f"{source.name}", _kib(source.stat().st_size), "the model it was made of"))
+    rows.append((deployed.name, _kib(deployed.stat().st_size), ""))
+    if compare is not None:
+        stock = Path(compare).stat().st_size
+        slimmed = deployed.with_name("slimmed" + files.COMPILED)
+        artefact.slim(Path(compare), slimmed)
+        size, equal = deployed.stat().st_size, slimmed.stat().st_size
+        rows.append((Path(compare).name, _kib(stock), f"{stock / size:.2f}x larger"))
+        rows.append(("  equally slimmed", _kib(equal), f"{equal / size:.2f}x larger"))
+    if check is not None:
+        rows.append((f"largest energy difference, {check.structures} structures", f"{check.energy:.2g}", "meV/atom"))
+        note = f"meV/Å (largest force {check.force_scale:.0f})"
+        rows.append((f"largest force difference, {check.structures} structures", f"{check.forces:.2g}", note))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.1f} KiB"

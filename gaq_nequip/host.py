@@ -1,0 +1,81 @@
+"""NequIP's process-wide settings: held while this package calls NequIP, and put back afterwards.
+
+NequIP computes in an environment of its own (float64 as torch's default dtype, e3nn without TorchScript, seeds, options
+of the compiler, TF32 off), which it sets up once in a process and never leaves. A process that only loads a quantized
+model is not its own: what NequIP has changed is undone, its note that it was set up included, so that it sets up itself
+again when it is next used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import e3nn
+import torch
+from nequip.scripts import _workflow_utils as workflow
+from nequip.utils import global_state
+from nequip.utils.global_dtype import _GLOBAL_DTYPE
+
+from gaq import process
+
+__all__ = ["nequip_state"]
+
+
+@contextmanager
+def nequip_state() -> Iterator[None]:
+    """Within this context NequIP is set up; afterwards the process is as it was, also where the context raises."""
+    with ExitStack() as stack:
+        stack.enter_context(process.unchanged())
+        stack.callback(workflow.set_workflow_state, workflow.get_workflow_state())
+        stack.enter_context(_tf32_unchanged())
+        if not global_state.global_state_initialized():
+            stack.enter_context(_set_up())
+        torch.set_default_dtype(_GLOBAL_DTYPE)
+        yield
+
+
+@contextmanager
+def _set_up() -> Iterator[None]:
+    dynamo: Any = torch._dynamo.config
+    flags = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
+    before = {name: getattr(dynamo, name) for name in flags}
+    optimizations = dict(e3nn.get_optimization_defaults())
+    sharing = torch.multiprocessing.get_sharing_strategy()
+    # Setting is the only way to ask.
+    fusion = torch.jit.set_fusion_strategy(global_state._JIT_FUSION_STRATEGY)
+    latest = dict(global_state._latest_global_config)
+    try:
+        global_state.set_global_state()
+        yield
+    finally:
+        torch.jit.set_fusion_strategy(fusion)
+        torch.multiprocessing.set_sharing_strategy(sharing)
+        e3nn.set_optimization_defaults(**optimizations)
+        for name, value in before.items():
+            setattr(dynamo, name, value)
+        global_state._latest_global_config.clear()
+        global_state._latest_global_config.update(latest)
+        global_state._GLOBAL_STATE_INITIALIZED = False
+
+
+@contextmanager
+def _tf32_unchanged() -> Iterator[None]:
+    """NequIP sets the precision of products on GPUs at every load."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    backends: Any = torch.backends
+    new = hasattr(backends, "fp32_precision")  # torch 2.9 and later, where reading the old flags may raise
+    before = backends.fp32_precision if new else (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
+    latest = dict(global_state._latest_global_config)
+    try:
+        yield
+    finally:
+        if new:
+            backends.fp32_precision = before
+        else:
+            backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before
+        global_state._latest_global_config.clear()
+        global_state._latest_global_config.update(latest)
