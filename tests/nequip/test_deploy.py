@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
+from gaq.checks.gates import verdict
 
 import gaq
 from gaq.adapter import adapter_for_file
@@ -107,6 +108,16 @@ def test_compiled(
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
     assert stock.stat().st_size / path.stat().st_size >= 4
+    # A compiled file is mostly code: its size is compared with that of its like, and of nothing else.
+    for reference, word, value in (
+        (trained_float.best, "not comparable", None),
+        (stock, "pass", stock.stat().st_size / path.stat().st_size),
+    ):
+        report = gaq.report(path, structures[:2], reference, progress=False)
+        gate = report["gates"]["file_size_ratio"]
+        assert (verdict(gate), gate["value"]) == (word, value)
+        assert gate["enforced"] == (value is not None)
+        assert ("compiled by nequip-compile" in gate["note"]) == (value is None)
 
 
 @pytest.mark.slow

@@ -137,6 +137,12 @@ def test_stock_package_of_a_trained_checkpoint(
     assert "folded by type" in gaq.summary(gaq.load(frozen))
 
 
+def weight_bytes(model: Any) -> int:
+    from gaq.adapter import adapter_for
+
+    return sum(row.bytes for row in adapter_for(model).rows(model))
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".nequip.zip"])
 @pytest.mark.smoke
 def test_quantize_command(
@@ -148,7 +154,12 @@ def test_quantize_command(
     assert state.config.preset == "w8"
     assert state.status == ("converted" if suffix == ".ckpt" else "frozen")
     assert state.notes["distillation"]["steps"] == 20
-    assert "central_differences" in str(state.notes["gates"]) or state.notes["gates"]
+    # A checkpoint stores float weights, and is judged by its codes and scales; so is a package against a checkpoint.
+    size = state.notes["gates"]["file_size_ratio"]
+    assert size["passed"]
+    assert size["enforced"]
+    assert size["value"] == pytest.approx(weight_bytes(gaq.load(trained_float.best)) / weight_bytes(model), rel=1e-12)
+    assert state.notes["gates"]["lee_against_naive"]["passed"]
     calculator = adapter_for_file(path).calculator(path)
     floats = adapter_for_file(trained_float.best).calculator(trained_float.best)
     found, exact = by_calculator(calculator, frames), by_calculator(floats, frames)
@@ -207,6 +218,20 @@ def test_inspect_and_report(
     assert (tmp_path / "report" / "report.json").is_file()
     assert main(["inspect", str(trained_float.best)]) == 0
     assert "a float model" in capsys.readouterr().out
+
+
+def test_packages_are_compared_with_packages(
+    quantized_file: Callable[[str], Path], trained_float: Any, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    package = tmp_path / "float.nequip.zip"
+    assert command("nequip-package", "build", trained_float.best, package, cwd=trained_float.folder).returncode == 0
+    path = quantized_file(".nequip.zip")
+    from ase.io import read
+
+    report = gaq.report(path, read(trained_float.folder / "test.xyz", ":2"), package, progress=False)
+    assert (report["model"]["file_kind"], report["reference"]["file_kind"]) == ("package", "package")
+    assert report["gates"]["file_size_ratio"]["value"] == package.stat().st_size / path.stat().st_size
+    assert report["gates"]["engine"]["passed"] is None
 
 
 def test_trained_models_are_held_to_their_own_bound(
