@@ -53,7 +53,8 @@ PRINTED = {
     "gaq inspect": ("preset", "int16", "total"),
     "gaq doctor": ("versions", "hardware", "adapters", "hooks", "kernels"),
     "gaq.summary": ("int16", "total"),
-    "nequip-deploy build": ("weights, float32", "codes and scales", "largest force difference", "written: "),
+    "nequip-deploy build": ("weights, float32", "codes and scales", "written: "),
+    "nequip-deploy build --train-dir": ("largest force difference",),
     "nequip-deploy info": ("quantized, compiled", "gaq_preset", "weights bytes"),
     "gaq_mace_create_lammps_model": ("Kept of the quantization",),
 }
