@@ -66,7 +66,7 @@ class Plan:
 
     label: str
     python: str
-    constraints: list[str] = field(default_factory=list)
+    constraints: dict[str, list[str]] = field(default_factory=dict)  # framework: of pip
     requested: dict[str, str] = field(default_factory=dict)  # framework: version beyond what pyproject allows
 
 
@@ -96,15 +96,15 @@ def highest_python(settings: dict[str, Any]) -> str:
     return max(found, key=lambda version: int(version.split(".")[1]))
 
 
-def floors(settings: dict[str, Any]) -> list[str]:
-    """``name==lowest`` for every dependency with a lower bound, those of the frameworks and the report included."""
+def floors(settings: dict[str, Any], framework: str) -> list[str]:
+    """``name==lowest`` for every dependency with a lower bound, those of the framework and the report included."""
     extras = settings["optional-dependencies"]
-    lines = [
+    found: dict[str, str] = {}
+    # An extra stands after the core, and may ask for more.
+    for line in [
         *settings["dependencies"],
-        *(line for name in ("mace", "nequip", "allegro", "report") for line in extras[name]),
-    ]
-    found = {}
-    for line in lines:
+        *(line for name in (*EXTRAS[framework], "report") for line in extras[name]),
+    ]:
         match = re.match(r"([\w.-]+).*?>=\s*([\w.]+)", line.split(";")[0])
         if match:
             found[match[1]] = match[2]
@@ -167,12 +167,17 @@ def pip(python: Path, what: Sequence[str], log: Path, deadline: float) -> None:
     raise Broken(f"pip install: {errors[0].removeprefix('ERROR: ')}")
 
 
-def make(plan: Plan, folder: Path, log: Path, deadline: float) -> Path:
-    """The environment, with torch in it."""
+def constrain(plan: Plan, framework: str, folder: Path) -> None:
+    lines = plan.constraints.get(framework, [])
+    (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def make(plan: Plan, framework: str, folder: Path, log: Path, deadline: float) -> Path:
+    """The environment, with the first framework's torch in it."""
     base = interpreter(plan.python)
     if run([base, "-m", "venv", str(folder)], log, deadline) != 0:
         raise Untested(f"{base} -m venv fails; see {log}")
-    (folder / "constraints.txt").write_text("".join(f"{line}\n" for line in plan.constraints))
+    constrain(plan, framework, folder)
     python = folder / "bin" / "python"
     pip(python, ["-q", "--upgrade", "pip"], log, deadline)
     pip(python, ["torch"], log, deadline)
@@ -181,6 +186,7 @@ def make(plan: Plan, folder: Path, log: Path, deadline: float) -> Path:
 
 def install(plan: Plan, framework: str, python: Path, log: Path, deadline: float) -> dict[str, str]:
     """Put a framework and this package into the environment; returns the versions that it holds."""
+    constrain(plan, framework, python.parents[1])
     others = [name for key, names in OF_FRAMEWORK.items() if key != framework for name in names]
     run([str(python), "-m", "pip", "uninstall", "-q", "-y", *others], log, deadline)
     wanted = plan.requested.get(framework)
@@ -234,7 +240,7 @@ def check(
         return min(deadline, time.monotonic() + 60 * minutes)
 
     try:
-        python = make(plan, place, log, limit(arguments.install_minutes))
+        python = make(plan, frameworks[0], place, log, limit(arguments.install_minutes))
         for result in results:
             print(f"== {plan.label}: {result.framework}", flush=True)
             try:
@@ -285,11 +291,11 @@ def plans(arguments: argparse.Namespace) -> list[Plan]:
         if arguments.ends:
             raise SystemExit("check_versions: give oldest or newest, or versions; not both")
         torch = arguments.torch
-        constraints = [f"torch=={torch}"] if torch not in (None, "newest") else []
+        constraints = {} if torch in (None, "newest") else {name: [f"torch=={torch}"] for name in HOSTS}
         return [Plan("given", arguments.python or highest_python(settings), constraints, requested)]
     both = {
         "newest": Plan("newest", highest_python(settings)),
-        "oldest": Plan("oldest", lowest_python(settings), floors(settings)),
+        "oldest": Plan("oldest", lowest_python(settings), {name: floors(settings, name) for name in HOSTS}),
     }
     return [both[end] for end in arguments.ends or both]
 
