@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE.parents[1] / "examples")]
-TRAIN, TEST = HERE / "ethanol_train.xyz", HERE / "ethanol_test.xyz"
-FRAMES = {TRAIN: 120, TEST: 40}
+from trained import SPLIT, TEST, TRAIN  # noqa: E402
+
+FRAMES = {TRAIN: sum(SPLIT), TEST: 40}
 COLUMNS = ["symbols", "positions", "REF_forces"]
 
 
@@ -139,7 +140,6 @@ def make_nequip() -> None:
     import gaq
 
     def changes(config: dict[str, Any]) -> None:
-        config["data"]["split_dataset"] |= {"train": 108, "val": 12}
         config["trainer"]["max_epochs"] = 60
         config["training_module"]["optimizer"]["lr"] = 0.01
         config["training_module"]["lr_scheduler"] = {
@@ -150,7 +150,7 @@ def make_nequip() -> None:
         config["training_module"]["model"]["radial_mlp_width"] = 64
 
     with tempfile.TemporaryDirectory() as folder:
-        config = training_config(TRAIN, TEST)
+        config = training_config(TRAIN, TEST, SPLIT)
         changes(config)
         (Path(folder) / "nequip.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         run(folder, "nequip-train", "-cp", folder, "-cn", "nequip", "hydra.run.dir=out")

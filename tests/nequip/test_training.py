@@ -26,7 +26,6 @@ from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
 from gaq_nequip.modules import weight_quantizers
 
-
 # Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
 BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}
 
