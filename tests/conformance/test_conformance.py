@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trained
-from case import Case, Outcome, installed
+from case import Case, Outcome
 from small import few_bits, molecules, without_distillation
 
 import gaq
@@ -31,12 +31,6 @@ Evaluate = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 def few_frames() -> list[Any]:
     return trained.ethanol("::10")
-
-
-def test_is_installed(framework: str) -> None:
-    """The one line that says which framework the suite has not seen."""
-    if framework not in installed():
-        pytest.skip(f"{framework} is not installed here: its conformance is not tested (pip install '.[{framework}]')")
 
 
 # Finding and evaluating
