@@ -12,7 +12,8 @@ import pytest
 import torch
 import trained
 from case import Case, Outcome
-from small import few_bits, molecules, without_distillation
+from physics import check_forces_are_the_gradient
+from small import few_bits, without_distillation
 
 import gaq
 from gaq.adapter import adapter_for, adapter_for_file
@@ -474,16 +475,7 @@ def test_rotation_error_in_float32(trained_quantized: Callable[..., Any]) -> Non
 @pytest.mark.parametrize("status", ["training", "converted"])
 @pytest.mark.parametrize("preset", WEIGHTS_ONLY)
 def test_rounded_weights_keep_forces_exact(models: Any, evaluate: Evaluate, preset: str, status: str) -> None:
-    model, ethanol, step = models.quantized(preset, dtype=DOUBLE, status=status), molecules()[0], 1e-4
-    _, forces = evaluate(model, [ethanol])
-    for atom, axis in ((0, 0), (2, 1), (5, 2)):
-        sides = []
-        for sign in (1, -1):
-            moved = ethanol.copy()
-            moved.positions[atom, axis] += sign * step
-            sides.append(moved)
-        (plus, minus), _ = evaluate(model, sides)
-        assert -(plus - minus) / (2 * step) == pytest.approx(forces[atom, axis], rel=1e-6, abs=1e-8)
+    check_forces_are_the_gradient(evaluate, models.quantized(preset, dtype=DOUBLE, status=status), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("preset", ["gaq", "w8"])
