@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     # Without a GPU Triton's kernels run through its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("physics")
 TESTS = Path(__file__).parent / "tests"
 FRAMEWORKS = {"MACE": "mace", "NequIP": "nequip", "Allegro": "allegro"}
 

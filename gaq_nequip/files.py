@@ -8,6 +8,7 @@ the classes that read them travel inside, so it needs nothing but NequIP.
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 import zipfile
 import zlib
@@ -85,6 +86,7 @@ _UNREADABLE = (
     ImportError,
     TypeError,
     AssertionError,
+    pickle.UnpicklingError,
     zipfile.BadZipFile,
     yaml.YAMLError,
 )

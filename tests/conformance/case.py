@@ -17,7 +17,7 @@ class Form:
     """One kind of file that `gaq.save` writes.
 
     Attributes:
-        packed: it holds integer codes, so that it is held to the size of its preset.
+        packed: it holds integer codes and little else, so that it is held to the size of its preset.
         checked: every flipped bit is noticed, not only missing bytes.
         tolerance: largest difference of a force (eV/Å) between the model and what is loaded from its file.
     """

@@ -10,7 +10,7 @@ import pytest
 from gaq.kernels.cpu import native
 
 
-@pytest.mark.skipif("CXX" in os.environ or shutil.which("g++") is None, reason="no g++ here")
+@pytest.mark.skipif("CXX" in os.environ or shutil.which("g++") is None, reason="needs g++, and CXX not set")
 @pytest.mark.smoke
 def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
     assert native.why_not() is None

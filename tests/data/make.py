@@ -7,7 +7,7 @@
 Structures are frames of two separate Langevin trajectories at 500 K. Models are trained by the stock commands
 (``mace_run_train``, ``nequip-train``) and stored in a form that no version of a framework is bound to: the options of
 the architecture in ``NAME.yaml`` and the parameters, by name, in ``NAME.safetensors``.
-`tests/helpers/trained_mace.py` and `tests/helpers/trained_nequip.py` build the models again.
+`trained_model` in `tests/helpers/mace_models.py` and `nequip_models.py` builds the models again.
 
 The same seeds give the same files on one machine only: tests that pin numbers have to be read again after this.
 """
@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE.parents[1] / "examples")]
-TRAIN, TEST = HERE / "ethanol_train.xyz", HERE / "ethanol_test.xyz"
-FRAMES = {TRAIN: 120, TEST: 40}
+from trained import SPLIT, TEST, TRAIN  # noqa: E402
+
+FRAMES = {TRAIN: sum(SPLIT), TEST: 40}
 COLUMNS = ["symbols", "positions", "REF_forces"]
 
 
@@ -134,30 +135,25 @@ def make_mace() -> None:
 
 def make_nequip() -> None:
     """A NequIP model of two layers, trained by `nequip-train`."""
+    import torch
     from nequip_runs import training_config
 
     import gaq
 
-    def changes(config: dict[str, Any]) -> None:
-        config["data"]["split_dataset"] |= {"train": 108, "val": 12}
-        config["trainer"]["max_epochs"] = 60
-        config["training_module"]["optimizer"]["lr"] = 0.01
-        config["training_module"]["lr_scheduler"] = {
-            "scheduler": {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 60},
-            "interval": "epoch",
-            "frequency": 1,
-        }
-        config["training_module"]["model"]["radial_mlp_width"] = 64
-
+    config = training_config(TRAIN, TEST, SPLIT)
+    config["trainer"]["max_epochs"] = 60
+    training = config["training_module"]
+    training["model"]["radial_mlp_width"] = 64
+    training["lr_scheduler"] = {
+        "scheduler": {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 60},
+        "interval": "epoch",
+        "frequency": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        config = training_config(TRAIN, TEST)
-        changes(config)
         (Path(folder) / "nequip.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         run(folder, "nequip-train", "-cp", folder, "-cn", "nequip", "hydra.run.dir=out")
         checkpoint = Path(folder) / "out" / "best.ckpt"
         model = gaq.load(checkpoint)
-        import torch
-
         options = torch.load(checkpoint, map_location="cpu", weights_only=False)["hyper_parameters"]["model"]
     architecture = {key: value for key, value in options.items() if key not in ("_target_", "seed", "model_dtype")}
     store("nequip", plain(architecture), model.named_parameters())

@@ -67,6 +67,9 @@ def make(kind: str, hidden: str, lmax: int, correlation: int, **options: Any) ->
 WATER = molecule("H2O")
 CRYSTAL = bulk("C", "diamond", a=3.6)
 CRYSTAL.rattle(0.05, seed=0)
+# Fewer neighbours: a step of the interpreter for each.
+SPARSE = bulk("C", "diamond", a=4.1)
+SPARSE.rattle(0.05, seed=0)
 LONELY = Atoms("OH", positions=[[0, 0, 0], [0, 0, 9.0]])
 
 
@@ -95,8 +98,8 @@ def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype
 def test_the_engine_is_the_reference(
     kind: str, hidden: str, lmax: int, correlation: int, options: dict[str, Any], preset: str
 ) -> None:
-    model = converted(make(kind, hidden, lmax, correlation, **options), preset, [WATER, CRYSTAL]).to(DEVICE)
-    structures = [WATER, CRYSTAL, LONELY]
+    model = converted(make(kind, hidden, lmax, correlation, **options), preset, [WATER, SPARSE]).to(DEVICE)
+    structures = [WATER, SPARSE, LONELY]
     assert engine.serves(model, {})
     ours = model(batch_of(model, structures), training=False, compute_stress=True)
     with engine.disabled():
@@ -136,22 +139,27 @@ def small(request: pytest.FixtureRequest) -> torch.nn.Module:
     return converted(make(kind, "3x0e+3x1o", 1, 2, **options), "gaq", structures).to(DEVICE)
 
 
+CRYSTAL_AMONG_MOLECULES = ([WATER], [strained(0.97, 1), *moved(1)], [LONELY])
+MOLECULES = (moved(1), [LONELY])
+
+
 @pytest.mark.parametrize(
-    ("small", "kernels"),
+    ("small", "kernels", "batches"),
     [
-        pytest.param(KINDS[0], "triton", id="plain-triton"),
-        pytest.param(KINDS[1], "triton", id="density-triton", marks=pytest.mark.slow),
-        pytest.param(KINDS[0], "", id="plain"),
-        pytest.param(KINDS[1], "", id="density"),
+        pytest.param(KINDS[0], "triton", MOLECULES, id="plain-triton"),
+        pytest.param(KINDS[0], "triton", CRYSTAL_AMONG_MOLECULES, id="plain-triton-crystal", marks=pytest.mark.slow),
+        pytest.param(KINDS[1], "triton", CRYSTAL_AMONG_MOLECULES, id="density-triton", marks=pytest.mark.slow),
+        pytest.param(KINDS[0], "", CRYSTAL_AMONG_MOLECULES, id="plain"),
+        pytest.param(KINDS[1], "", CRYSTAL_AMONG_MOLECULES, id="density"),
     ],
     indirect=["small"],
 )
 def test_edges_of_the_padding_contribute_nothing(
-    small: torch.nn.Module, kernels: str, setting: Callable[..., Any]
+    small: torch.nn.Module, kernels: str, batches: tuple[list[Atoms], ...], setting: Callable[..., Any]
 ) -> None:
     setting(kernels=kernels or "auto")
     own: Any = engine.Engine(small)
-    for structures in ([WATER], [strained(0.97, 1), *moved(1)], [LONELY]):
+    for structures in batches:
         data = batch_of(small, structures)
         given = {name: data[name] for name in replays.INPUTS}
         edges = given["edge_index"].shape[1]

@@ -21,7 +21,7 @@ seed: 1
 data:
   _target_: nequip.data.datamodule.ASEDataModule
   seed: 1
-  split_dataset: {file_path: train.xyz, train: 16, val: 4}
+  split_dataset: null
   test_file_path: test.xyz
   ase_args: {}
   include_keys: [REF_energy, REF_forces]
@@ -79,11 +79,11 @@ training_module:
 """
 
 
-def training_config(train: Path, test: Path) -> dict[str, Any]:
-    """The configuration of a run on two files."""
+def training_config(train: Path, test: Path, split: tuple[int, int] = (16, 4)) -> dict[str, Any]:
+    """The configuration of a run on two files, the first of which is split for training and validation."""
     config: dict[str, Any] = yaml.safe_load(TRAINING)
     # Absolute: packaging and compilation read one structure of it again, from wherever they are run.
-    config["data"]["split_dataset"]["file_path"] = str(train)
+    config["data"]["split_dataset"] = {"file_path": str(train), "train": split[0], "val": split[1]}
     config["data"]["test_file_path"] = str(test)
     return config
 
@@ -159,17 +159,15 @@ def write_trained_checkpoint(path: Path) -> Path:
     from hydra.utils import instantiate
     from nequip.utils import get_current_code_versions
     from nequip.utils.global_state import get_latest_global_state
-    from omegaconf import OmegaConf
 
-    run = training_config(trained.TRAIN, trained.TEST)
+    run = training_config(trained.TRAIN, trained.TEST, trained.SPLIT)
     run["training_module"]["model"] = {
         "_target_": "nequip.model.NequIPGNNModel",
         **trained.options("nequip"),
         "model_dtype": "float32",
         "seed": 0,
     }
-    training = OmegaConf.to_container(OmegaConf.create(run), resolve=False)
-    metrics = training["training_module"]["val_metrics"]  # type: ignore[index,call-overload]
+    metrics = run["training_module"]["val_metrics"]
     module_config = {**run["training_module"], "train_metrics": metrics, "test_metrics": metrics}
     about = {
         "versions": get_current_code_versions(verbose=False),

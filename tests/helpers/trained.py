@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parents[1] / "data"
 TRAIN, TEST = DATA / "ethanol_train.xyz", DATA / "ethanol_test.xyz"
+SPLIT = (108, 12)
+"""Frames of the first for training and for validation."""
 
 
 def ethanol(index: str = "::4", path: Path = TEST) -> list[Atoms]:

@@ -21,6 +21,12 @@ from ase.build import molecule
 from ase.io import read, write
 from mace_models import VARIANTS, build_model, molecules, without_distillation
 from mace_runs import BASE, BRIEF, labelled
+from physics import (
+    check_forces_are_the_gradient,
+    check_second_derivatives,
+    check_smooth_at_the_cutoff,
+    check_symmetries,
+)
 from scipy.spatial.transform import Rotation
 
 import gaq
@@ -85,38 +91,12 @@ def with_attention(preset: str = "gaq", **attention: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("block", OWN)
 def test_rotation_reflection_translation_permutation(evaluate: Callable[..., Any], block: str) -> None:
-    model = made(block)
-    atoms = molecules()[0]
-    energy, forces = evaluate(model, [atoms])
-    assert np.abs(forces).max() > 0.01
-    turn = Rotation.random(random_state=1).as_matrix() * -1.0
-    moved = atoms.copy()
-    moved.positions = moved.positions @ turn.T + [1.0, -2.0, 3.0]
-    turned = evaluate(model, [moved])
-    np.testing.assert_allclose(turned[0], energy, atol=1e-10)
-    np.testing.assert_allclose(turned[1], forces @ turn.T, atol=1e-9)
-    order = np.random.default_rng(0).permutation(len(atoms))
-    mixed = evaluate(model, [atoms[order]])
-    np.testing.assert_allclose(mixed[0], energy, atol=1e-10)
-    np.testing.assert_allclose(mixed[1], forces[order], atol=1e-9)
+    check_symmetries(evaluate, made(block), reflect=True)
 
 
 @pytest.mark.parametrize("block", OWN)
 def test_forces_are_the_gradient(evaluate: Callable[..., Any], block: str) -> None:
-    model = made(block)
-    atoms = molecules()[0]
-    _, forces = evaluate(model, [atoms])
-    shifted = []
-    h = 1e-4
-    picks = [(0, 0), (1, 1), (4, 2), (8, 0)]
-    for atom, axis in picks:
-        for sign in (1, -1):
-            frame = atoms.copy()
-            frame.positions[atom, axis] += sign * h
-            shifted.append(frame)
-    energies = evaluate(model, shifted)[0].reshape(-1, 2)
-    slopes = (energies[:, 1] - energies[:, 0]) / (2 * h)
-    np.testing.assert_allclose(slopes, [forces[a, x] for a, x in picks], rtol=1e-6, atol=1e-7)
+    check_forces_are_the_gradient(evaluate, made(block))
 
 
 @pytest.mark.parametrize("block", OWN)
@@ -141,24 +121,8 @@ def pair(r: float, others: bool) -> Atoms:
 @pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("block", OWN)
 def test_smooth_where_a_neighbour_leaves(evaluate: Callable[..., Any], block: str, others: bool) -> None:
-    """Energy and force on both sides of r_max = 4 Å, for the only neighbour and for one of several."""
-    model = made(block)
-    gaps = []
-    for h in (1e-2, 1e-3):
-        energies, forces = evaluate(model, [pair(4.0 - h, others), pair(4.0 + h, others)])
-        forces = forces.reshape(2, -1, 3)
-        gaps.append((abs(energies[0] - energies[1]), np.abs(forces[0] - forces[1]).max()))
-    # Two derivatives of the cutoff vanish: the energy's gap falls as h^3 or faster, the force's as h^2.
-    assert gaps[1][0] < 2e-3 * gaps[0][0] + 1e-12
-    assert gaps[1][1] < 3e-2 * gaps[0][1] + 1e-12
-    assert gaps[1][1] < 1e-4
-    scan = np.linspace(3.0, 4.4, 141)
-    energies, forces = evaluate(model, [pair(r, others) for r in scan])
-    along = forces.reshape(len(scan), -1, 3)[:, 1, 0]
-    spacing = scan[1] - scan[0]
-    # Differences of fourth order; a step in the energy or a kink in the force would stand out of it anywhere.
-    slope = (8 * (energies[3:-1] - energies[1:-3]) - (energies[4:] - energies[:-4])) / (12 * spacing)
-    np.testing.assert_allclose(along[2:-2], -slope, atol=2e-4 * np.abs(along).max() + 1e-9)
+    """The only neighbour, and one of several."""
+    check_smooth_at_the_cutoff(evaluate, made(block), lambda r: pair(r, others), (1e-2, 1e-3))
 
 
 def test_second_derivatives() -> None:
@@ -172,19 +136,7 @@ def test_second_derivatives() -> None:
 
     names = ("attention.theta", "envelope.log_weight", "linear_query.weight", "radial_key.layer0.weight")
     parameters = [dict(model.interactions[1].named_parameters())[name] for name in names]
-    gradients = torch.autograd.grad(loss(), parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        index = int(gradient.abs().argmax())
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.view(-1)[index] += sign * 1e-5
-            values.append(float(loss().detach()))
-            with torch.no_grad():
-                parameter.view(-1)[index] -= sign * 1e-5
-        slope = (values[0] - values[1]) / 2e-5
-        assert slope == pytest.approx(float(gradient.view(-1)[index]), rel=1e-5)
-        assert slope != 0.0
+    check_second_derivatives(loss, parameters)
 
 
 def test_attention_does_something(evaluate: Callable[..., Any]) -> None:

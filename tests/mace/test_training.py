@@ -175,7 +175,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_option(name: str, train: Any) -> None:
     if name == "schedulefree":
-        pytest.importorskip("schedulefree", reason="an optional dependency of MACE")
+        pytest.importorskip("schedulefree", reason="needs schedulefree: pip install schedulefree")
     check(train(**{"quantization": GAQ, **OPTIONS[name]}))
 
 

@@ -16,6 +16,12 @@ import torch
 from ase import Atoms
 from ase.io import read
 from nequip_models import build_model, molecules, with_key, without_distillation
+from physics import (
+    check_forces_are_the_gradient,
+    check_second_derivatives,
+    check_smooth_at_the_cutoff,
+    check_symmetries,
+)
 from scipy.spatial.transform import Rotation
 
 import gaq
@@ -45,38 +51,12 @@ def made(variant: str = "plain", dtype: str = "float64", spec: Any = None) -> An
 
 @pytest.mark.parametrize("variant", ["plain", "parity"])
 def test_rotation_reflection_translation_permutation(evaluate: Callable[..., Any], variant: str) -> None:
-    model = made(variant)
-    atoms = molecules()[0]
-    energy, forces = evaluate(model, [atoms])
-    assert np.abs(forces).max() > 0.01
     # Without parity NequIP's features do not tell a reflection: rotations only.
-    turn = Rotation.random(random_state=1).as_matrix() * (-1.0 if variant == "parity" else 1.0)
-    moved = atoms.copy()
-    moved.positions = moved.positions @ turn.T + [1.0, -2.0, 3.0]
-    turned = evaluate(model, [moved])
-    np.testing.assert_allclose(turned[0], energy, atol=1e-10)
-    np.testing.assert_allclose(turned[1], forces @ turn.T, atol=1e-9)
-    order = np.random.default_rng(0).permutation(len(atoms))
-    mixed = evaluate(model, [atoms[order]])
-    np.testing.assert_allclose(mixed[0], energy, atol=1e-10)
-    np.testing.assert_allclose(mixed[1], forces[order], atol=1e-9)
+    check_symmetries(evaluate, made(variant), reflect=variant == "parity")
 
 
 def test_forces_are_the_gradient(evaluate: Callable[..., Any]) -> None:
-    model = made("parity")
-    atoms = molecules()[0]
-    _, forces = evaluate(model, [atoms])
-    shifted = []
-    h = 1e-4
-    picks = [(0, 0), (1, 1), (4, 2), (8, 0)]
-    for atom, axis in picks:
-        for sign in (1, -1):
-            frame = atoms.copy()
-            frame.positions[atom, axis] += sign * h
-            shifted.append(frame)
-    energies = evaluate(model, shifted)[0].reshape(-1, 2)
-    slopes = (energies[:, 1] - energies[:, 0]) / (2 * h)
-    np.testing.assert_allclose(slopes, [forces[a, x] for a, x in picks], rtol=1e-6, atol=1e-7)
+    check_forces_are_the_gradient(evaluate, made("parity"))
 
 
 def test_extensive_and_right_for_lone_atoms(evaluate: Callable[..., Any]) -> None:
@@ -106,22 +86,8 @@ def pair(r: float, others: bool) -> Atoms:
 
 @pytest.mark.parametrize("others", [False, True])
 def test_smooth_where_a_neighbour_leaves(evaluate: Callable[..., Any], others: bool) -> None:
-    """Energy and force on both sides of r_max = 4 Å, for the only neighbour and for one of several."""
-    model = made()
-    gaps = []
-    for h in (4e-2, 4e-3):
-        energies, forces = evaluate(model, [pair(4.0 - h, others), pair(4.0 + h, others)])
-        forces = forces.reshape(2, -1, 3)
-        gaps.append((abs(energies[0] - energies[1]), np.abs(forces[0] - forces[1]).max()))
-    assert gaps[1][0] < 2e-3 * gaps[0][0] + 1e-12
-    assert gaps[1][1] < 3e-2 * gaps[0][1] + 1e-12
-    assert gaps[1][1] < 1e-4
-    scan = np.linspace(3.0, 4.4, 141)
-    energies, forces = evaluate(model, [pair(r, others) for r in scan])
-    along = forces.reshape(len(scan), -1, 3)[:, 1, 0]
-    spacing = scan[1] - scan[0]
-    slope = (8 * (energies[3:-1] - energies[1:-3]) - (energies[4:] - energies[:-4])) / (12 * spacing)
-    np.testing.assert_allclose(along[2:-2], -slope, atol=2e-4 * np.abs(along).max() + 1e-9)
+    """The only neighbour, and one of several."""
+    check_smooth_at_the_cutoff(evaluate, made(), lambda r: pair(r, others), (4e-2, 4e-3))
 
 
 def test_second_derivatives() -> None:
@@ -135,19 +101,7 @@ def test_second_derivatives() -> None:
     block = next(m for m in reversed(list(model.modules())) if isinstance(m, AttentionInteractionBlock))
     names = ("attention.theta", "linear_query.weight", "linear_key.weight", "edge_key.mlp.0.weight")
     parameters = [dict(block.named_parameters())[name] for name in names]
-    gradients = torch.autograd.grad(loss(), parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        index = int(gradient.abs().argmax())
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.view(-1)[index] += sign * 1e-5
-            values.append(float(loss().detach()))
-            with torch.no_grad():
-                parameter.view(-1)[index] -= sign * 1e-5
-        slope = (values[0] - values[1]) / 2e-5
-        assert slope == pytest.approx(float(gradient.reshape(-1)[index]), rel=1e-5)
-        assert slope != 0.0
+    check_second_derivatives(loss, parameters)
 
 
 def test_the_model_seed_decides_on_the_added_weights() -> None:

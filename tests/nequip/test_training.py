@@ -94,7 +94,8 @@ BAD: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
 
 # The command again and again in one process: importing NequIP takes longer than to refuse a key.
 SEVERAL = """
-import sys
+import sys, traceback
+from hydra.core.global_hydra import GlobalHydra
 from nequip.scripts.train import main
 from omegaconf import OmegaConf
 for folder in sys.argv[1:]:
@@ -104,6 +105,10 @@ for folder in sys.argv[1:]:
         main()
     except SystemExit as stopped:
         code = stopped.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    GlobalHydra.instance().clear()
     OmegaConf.clear_resolver("training_data_stats")
     for stream in (sys.stdout, sys.stderr):
         print(f"END {code}", file=stream, flush=True)
