@@ -73,7 +73,7 @@ class Nequip:
         from nequip.model.inference_models import load_compiled_model
         from nequip.scripts._compile_utils import COMPILE_TARGET_DICT
 
-        from gaq_nequip.deploy_compile import save_data
+        from gaq_nequip.deploy.compile import save_data
 
         fields = COMPILE_TARGET_DICT["ase"]["input"]
         example = self.data(water(24))

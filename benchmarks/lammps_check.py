@@ -140,7 +140,8 @@ def quantized(model: Path, kind: str, target: Path) -> Path:
 def nequip_cases(work: Path, kinds: Sequence[str], styles: Sequence[str]) -> Iterator[Case]:
     from nequip_speed import trained_briefly
 
-    from gaq_nequip import deploy_compile, files
+    from gaq_nequip import files
+    from gaq_nequip.deploy import compile as deploy_compile
 
     os.chdir(SHARED / "models")  # where the paths to the training data in the checkpoint start
     model = SHARED / "models/nequip_azobenzene.ckpt"

@@ -21,7 +21,7 @@ import yaml
 from common import SHARED
 from presets import Framework, main, run_name
 
-from gaq_nequip.deploy_sizes import packed_bytes
+from gaq_nequip.deploy.sizes import packed_bytes
 
 
 def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:

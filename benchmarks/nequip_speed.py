@@ -42,8 +42,10 @@ from nequip_presets import training_input
 import gaq
 from gaq.config.parse import parse_config
 from gaq.reporting.tables import markdown_table
-from gaq_nequip import artefact, deploy_compile, files, freeze
-from gaq_nequip.deploy_check import default_tolerance
+from gaq_nequip import files, freeze
+from gaq_nequip.deploy import artefact
+from gaq_nequip.deploy import compile as deploy_compile
+from gaq_nequip.deploy.check import default_tolerance
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
 KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")

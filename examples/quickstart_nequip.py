@@ -269,7 +269,7 @@ def deploy(checkpoint: Path, device: str) -> Path:
 
 def slimmed_bytes(model: Path) -> int:
     """Size a compiled file has after the slimming that ``nequip-deploy`` does: what of a ratio is not quantization."""
-    from gaq_nequip.artefact import slim
+    from gaq_nequip.deploy.artefact import slim
 
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         slimmed = Path(folder) / model.name

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_mace import engine, files, moments
-from gaq_mace import model as quantized
 from gaq_mace import summary as inspection
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
+from gaq_mace.hook import status
+from gaq_mace.model import convert, prepare
+from gaq_mace.weights import weight_quantizers
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -52,37 +55,37 @@ class MACEAdapter:
         files.save(model, path)
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
-        return quantized.prepare(model, config)
+        return prepare(model, config)
 
     def convert(self, model: torch.nn.Module) -> torch.nn.Module:
-        return quantized.convert(model)
+        return convert(model)
 
     def in_float64(self, model: torch.nn.Module) -> torch.nn.Module:
         return copy.deepcopy(model).double()
 
     def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
-        state = quantized.state_of(model)
+        state = state_of(model)
         return None if state is None else state.config
 
     def status(self, model: torch.nn.Module) -> str:
-        state = quantized.state_of(model)
+        state = state_of(model)
         return "float" if state is None else state.status
 
     def notes(self, model: torch.nn.Module) -> dict[str, Any]:
-        state = quantized.state_of(model)
+        state = state_of(model)
         return {} if state is None else state.notes
 
     def rows(self, model: torch.nn.Module) -> list[SummaryRow]:
         return inspection.rows(model)
 
     def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
-        return quantized.weight_quantizers(model)
+        return weight_quantizers(model)
 
     def feature_quantizers(self, model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
-        return quantized.feature_quantizers(model)
+        return feature_quantizers(model)
 
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        return quantized.unquantized(model)
+        return unquantized(model)
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
         # Readouts mask the channels of the other heads: what is calibrated has to see every head.
@@ -119,18 +122,4 @@ class MACEAdapter:
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""
-        import os
-        import sys
-
-        from gaq_mace.hook import autoload as _autoload
-        from gaq_mace.hook import patches as _patches
-
-        disabled = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
-        waiting = any(isinstance(finder, _autoload._Finder) for finder in sys.meta_path)
-        if disabled:
-            first = "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0): use gaq_mace_train in place of mace_run_train"
-        elif waiting and _patches.is_installed():
-            first = "active: mace_run_train knows the key `quantization`"
-        else:
-            first = "NOT active: reinstall gaq in this environment, or use gaq_mace_train"
-        return [f"mace training    {first}"]
+        return [f"mace training    {status.describe()}"]

@@ -26,7 +26,7 @@ from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
 from gaq.quantizers.attention import LearnedEnvelope, RobustAttention, heads_of_weights
-from gaq_mace.hook.patches import ATTENTION
+from gaq_mace.names import ATTENTION
 
 __all__ = ["GAQAttentionResidualInteractionBlock", "register"]
 

@@ -67,7 +67,7 @@ def _choose_head(model: torch.nn.Module, wanted: str | None) -> str | None:
 
 
 def _kept(model: torch.nn.Module) -> str:
-    from gaq_mace.model import feature_quantizers, state_of
+    from gaq.model.state import feature_quantizers, state_of
 
     state = state_of(model)
     if state is None:
@@ -100,7 +100,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     from gaq.process import default_dtype
     from gaq_mace.files import load
-    from gaq_mace.model import convert, is_quantized
+    from gaq_mace.model import convert
+    from gaq_mace.root import is_quantized
 
     model = load(arguments.model_path)
     if is_quantized(model):

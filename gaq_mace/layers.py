@@ -19,15 +19,11 @@ from mace.modules.blocks import (
     RealAgnosticDensityInteractionBlock,
     RealAgnosticDensityResidualInteractionBlock,
 )
-from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
+from mace.modules.symmetric_contraction import Contraction
 from mace.tools.scatter import scatter_sum
 from torch import Tensor
 
-from gaq.model.sites import Site
-from gaq.quantizers.features import FeatureQuantizer
-from gaq.quantizers.weights import WeightQuantizer
-
-__all__ = ["insert", "original_class", "original_type", "remove", "weight_quantizers"]
+__all__ = ["original_class", "original_type"]
 
 
 @compile_mode("script")
@@ -180,13 +176,6 @@ class QuantizedDensityResidual(RealAgnosticDensityResidualInteractionBlock):
         return self.reshape(message), sc
 
 
-_QUANTIZED = {
-    "product": QuantizedProduct,
-    "linear": QuantizedLinear,
-    "tensor_product": QuantizedTensorProduct,
-    "layer": QuantizedLayer,
-    "dense": QuantizedDense,
-}
 _ORIGINAL: dict[type, type] = {
     QuantizedProduct: EquivariantProductBasisBlock,
     QuantizedLinear: o3.Linear,
@@ -197,7 +186,6 @@ _ORIGINAL: dict[type, type] = {
     QuantizedDensity: RealAgnosticDensityInteractionBlock,
     QuantizedDensityResidual: RealAgnosticDensityResidualInteractionBlock,
 }
-_BLOCKS = {_ORIGINAL[own]: own for own in (QuantizedDensity, QuantizedDensityResidual)}
 
 
 def original_class(module: torch.nn.Module) -> type:
@@ -208,79 +196,3 @@ def original_class(module: torch.nn.Module) -> type:
 def original_type(kind: type) -> type:
     """The host's class that a class stands for."""
     return _ORIGINAL.get(kind, kind)
-
-
-def insert(site: Site, weights: dict[str, WeightQuantizer], features: FeatureQuantizer | None) -> None:
-    """Give a site its quantizers, in place.
-
-    Args:
-        site: the module and its layout.
-        weights: a quantizer for each weight to round, by `WeightSite.path`; may be empty.
-        features: of the input, or None.
-    """
-    module: Any = site.module
-    device = next(module.parameters()).device
-    identity = torch.nn.Identity()
-    if site.kind == "contraction":
-        for i, contraction in enumerate(module.contractions):
-            own = {k.removeprefix(f"contractions.{i}."): q for k, q in weights.items() if f"contractions.{i}." in k}
-            if own:
-                contraction.weights_max_quantizer = own.get("weights_max", identity).to(device)
-                quantizers = [own.get(f"weights.{k}", torch.nn.Identity()) for k in range(len(contraction.weights))]
-                contraction.weights_quantizers = torch.nn.ModuleList(quantizers).to(device)
-                contraction.__class__ = QuantizedContraction
-    elif site.kind == "product":
-        if not hasattr(module, "use_agnostic_product"):  # models from before MACE had it
-            module.use_agnostic_product = False
-    elif site.kind in ("density", "attention"):
-        if features is not None:
-            module.input_quantizer = features.to(device)
-            module.__class__ = _BLOCKS.get(type(module), type(module))  # attention calls its quantizer as it is
-        return
-    elif weights or features is not None:
-        module.weight_quantizer = weights.get("weight", identity).to(device)
-    if features is not None or (weights and site.kind != "contraction"):
-        module.input_quantizer = (features or identity).to(device)
-        module.__class__ = _QUANTIZED[site.kind]
-
-
-def remove(module: torch.nn.Module, keep_input: bool) -> None:
-    """Take the weight quantizers out of a site, and the input's unless it is to be kept.
-
-    The weights themselves are not touched: see `gaq_mace.model.convert` for writing them.
-    """
-    keep = keep_input and isinstance(getattr(module, "input_quantizer", None), FeatureQuantizer)
-    if isinstance(module, SymmetricContraction):
-        for contraction in module.contractions:
-            if isinstance(contraction, QuantizedContraction):
-                del contraction.weights_max_quantizer
-                del contraction.weights_quantizers
-                contraction.__class__ = Contraction
-    elif hasattr(module, "weight_quantizer"):
-        if keep:
-            module.weight_quantizer = torch.nn.Identity()
-        else:
-            del module.weight_quantizer
-    if not keep and type(module) in _ORIGINAL:
-        if hasattr(module, "input_quantizer"):
-            del module.input_quantizer
-        module.__class__ = _ORIGINAL[type(module)]
-
-
-def weight_quantizers(site: Site) -> dict[str, WeightQuantizer]:
-    """The weight quantizers now in a site, by `WeightSite.path`."""
-    found: dict[str, WeightQuantizer] = {}
-    for weight in site.weights:
-        owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
-        if site.kind == "contraction":
-            if not isinstance(owner, QuantizedContraction):
-                continue
-            if weight.parameter == "weights_max":
-                quantizer = owner.weights_max_quantizer
-            else:
-                quantizer = owner.weights_quantizers[int(weight.parameter.split(".")[1])]
-        else:
-            quantizer = getattr(owner, "weight_quantizer", None)
-        if isinstance(quantizer, WeightQuantizer):
-            found[weight.path] = quantizer
-    return found

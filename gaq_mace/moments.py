@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gaq.model.sites import Site
-from gaq_mace.model import unquantized
+from gaq.model.state import unquantized
 from gaq_mace.sites import find_sites
 
 __all__ = ["input_moments"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from gaq.model import summary as inspection
+from gaq.model.state import feature_quantizers, state_of
 from gaq.model.summary_table import SummaryRow
 from gaq_mace import sites as mace_sites
-from gaq_mace.model import feature_quantizers, quantized_weights, state_of
+from gaq_mace.weights import quantized_weights
 
 __all__ = ["rows"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
 from gaq.config.parse import CalibrationConfig, QuantizationConfig, VectorConfig
-from gaq.model.state import require_state, round_weights
+from gaq.model.state import feature_quantizers, require_state, round_weights, state_of, unquantized
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
@@ -23,16 +23,10 @@ from gaq.training.ptq import choose, round_at_end
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
-from gaq_mace.model import (
-    feature_quantizers,
-    is_quantized,
-    prepare,
-    search_ranges,
-    state_of,
-    unquantized,
-    weight_quantizers,
-)
+from gaq_mace.model import prepare, search_ranges
+from gaq_mace.root import is_quantized
 from gaq_mace.summary import rows
+from gaq_mace.weights import weight_quantizers
 
 __all__ = ["EquivarianceLoss", "error_table", "finish", "run", "run_epoch", "set_branches", "start"]
 

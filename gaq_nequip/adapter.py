@@ -18,11 +18,12 @@ from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_nequip import files, model, moments
-from gaq_nequip import layers as modules
 from gaq_nequip.calculator import saved_calculator
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
+from gaq_nequip.summary import rows
+from gaq_nequip.weights import weight_quantizers
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -76,10 +77,10 @@ class NequIPAdapter:
             status = ", ".join(f"{k.removeprefix('gaq_')} {v}" for k, v in sorted(facts.items())) or "float"
             weights = int(model_.metadata.get("gaq_weight_bytes", 0))
             return [SummaryRow("compiled model", "-", "-", "-", "-", weights, status)]
-        return model.rows(model_)
+        return rows(model_)
 
     def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
-        return modules.weight_quantizers(model)
+        return weight_quantizers(model)
 
     def feature_quantizers(self, model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
         return feature_quantizers(model)

@@ -43,7 +43,7 @@ class CompiledModel(torch.nn.Module):
     """
 
     def __init__(self, path: Path, device: str) -> None:
-        from gaq_nequip import artefact
+        from gaq_nequip.deploy import artefact
 
         super().__init__()
         self.path = path
@@ -160,7 +160,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
     if kind == COMPILED:
-        from gaq_nequip import artefact
+        from gaq_nequip.deploy import artefact
 
         try:
             return CompiledModel(path, device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from gaq.model.sites import Site
 from gaq.model.state import finish_features, is_kind, require_state, warn_if_unfinished
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
-from gaq_nequip.layers import site_quantizers
+from gaq_nequip.insertion import site_quantizers
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import class_name, find_sites
 

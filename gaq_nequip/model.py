@@ -1,41 +1,36 @@
-"""The quantized NequIP model: quantizers in, weights rounded for good, and its codes."""
+"""The quantized NequIP model: quantizers in, and weights rounded for good."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
 
 import nequip
 import torch
 from nequip.scripts._workflow_utils import get_workflow_state
 
 import gaq
-from gaq.config.parse import ConfigError, QuantizationConfig, resolve_overrides
-from gaq.model import state as quantized
-from gaq.model import summary as inspection
-from gaq.model.bits import settle_bits
+from gaq.config.schema import QuantizationConfig
+from gaq.model import insertion as shared
+from gaq.model.sites import Site
 from gaq.model.state import (
     FORMAT,
-    FixedWeight,
     ModelState,
-    feature_quantizers,
     finish_features,
-    is_kind,
     require_state,
     settle_codes,
     state_of,
     warn_if_unfinished,
 )
-from gaq.model.summary_table import SummaryRow
-from gaq.quantizers.attention import RobustAttention
-from gaq.quantizers.weights import QuantizedTensor
-from gaq_nequip import layers as modules
-from gaq_nequip.attention import add_attention
-from gaq_nequip.sites import bystanders, class_name, find_sites
+from gaq.quantizers.features import FeatureQuantizer
+from gaq.quantizers.weights import WeightQuantizer
+from gaq_nequip import insertion, root
+from gaq_nequip.sites import class_name, find_sites
+from gaq_nequip.weights import weight_quantizers
 
-__all__ = ["convert", "graph_models", "in_float64", "prepare", "quantized_weights", "rows"]
+__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "search_ranges"]
 
-_ROOTS = ("GraphModel", "CompileGraphModel")
+SUPPORTED = ("GraphModel", "CompileGraphModel")
 
 
 def graph_models(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -52,7 +47,7 @@ def check_supported(model: torch.nn.Module) -> None:
         ValueError: for anything but a complete model of NequIP's own root class, and for modules that an
             acceleration has replaced.
     """
-    if class_name(model) not in _ROOTS:
+    if class_name(model) not in SUPPORTED:
         raise ValueError(
             f"{type(model).__name__} cannot be quantized: give a complete NequIP model, whose root is a GraphModel "
             "(what the builders of nequip.model and allegro.model return)."
@@ -65,69 +60,48 @@ def check_supported(model: torch.nn.Module) -> None:
             )
 
 
-def _configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> None:
-    if config.attention is None:
-        return
-    if config.attention.messages:
-        add_attention(model)
-    for module in model.modules():
-        if is_kind(module, RobustAttention):
-            module.configure(config.attention)
+class NequIPHost:
+    """See `gaq.model.insertion.Host`."""
+
+    def check_supported(self, model: torch.nn.Module) -> None:
+        check_supported(model)
+
+    def configure_attention(self, model: torch.nn.Module, config: QuantizationConfig) -> None:
+        insertion.configure_attention(model, config)
+
+    def find_sites(self, model: torch.nn.Module) -> list[Site]:
+        return find_sites(model)
+
+    def insert(self, site: Site, weights: Mapping[str, WeightQuantizer], features: FeatureQuantizer | None) -> None:
+        insertion.insert(site, weights, features)
+
+    def site_quantizers(self, site: Site) -> Mapping[str, torch.nn.Module]:
+        return insertion.site_quantizers(site)
+
+    def float_size(self, model: torch.nn.Module) -> shared.FloatSize:
+        # Of the weights alone: what a file holds besides them is mostly code.
+        return shared.FloatSize(lambda: 4 * sum(p.numel() for p in model.parameters()), of_a_file=False)
+
+    def adopt(self, model: torch.nn.Module, state: ModelState) -> None:
+        versions = {"format": FORMAT, "gaq": gaq.__version__, "nequip": nequip.__version__, "torch": torch.__version__}
+        state.notes["meta"] = versions
+        root.adopt(model, state)
+        model.__dict__[root.COMPILES] = get_workflow_state() == "compile"
+
+
+HOST = NequIPHost()
 
 
 def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
-    """Insert quantizers into a NequIP or Allegro model, in place.
-
-    The weights stay in float; each forward pass rounds them (straight-through, so the model can be trained).
-    Activation ranges are empty until calibrated.
-
-    Args:
-        model: a complete model.
-        config: from `gaq.config.parse.parse_config`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        gaq.config.parse.ConfigError: for a configuration that this model cannot use, or overrides that match nothing.
-        ValueError: for a model that cannot be quantized.
-    """
-    check_supported(model)
-    if state_of(model) is not None:
-        raise ValueError("this model is already quantized. Start from the float model; rounding twice only adds error.")
-    _configure_attention(model, config)
-    sites = find_sites(model)
-    resolved = resolve_overrides(config, [site.name for site in sites])
-    if all(c is None for c in resolved.values()):
-        raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
-    parameters = dict(model.named_parameters())
-    config, resolved = settle_bits(
-        config, sites, resolved, lambda: sum(4 * p.numel() for p in parameters.values()), of_a_file=False
-    )
-    for site in sites:
-        own = resolved[site.name]
-        if own is None:
-            continue
-        quantizers = quantized.weight_quantizers(site, own)
-        for path, quantizer in quantizers.items():
-            quantizer.search(parameters[f"{site.name}.{path}"].detach().cpu(), own.weights.range)
-        modules.insert(site, quantizers, quantized.feature_quantizer(site, own))
-    meta = {"format": FORMAT, "gaq": gaq.__version__, "nequip": nequip.__version__, "torch": torch.__version__}
-    modules.adopt(model, ModelState(config, notes={"meta": meta}))
-    model.__dict__[modules.COMPILES] = get_workflow_state() == "compile"
-    return model
+    """Insert quantizers into a complete NequIP or Allegro model, in place; see `gaq.model.insertion.prepare`."""
+    return shared.prepare(HOST, model, config)
 
 
 def search_ranges(model: torch.nn.Module) -> None:
     """Set the range of every weight quantizer anew, for the weights the model has now."""
-    resolved = resolve_overrides(require_state(model).config, [site.name for site in find_sites(model)])
-    parameters = dict(model.named_parameters())
-    for name, quantizer in modules.weight_quantizers(model).items():
-        own = next(c for site, c in resolved.items() if name.startswith(site + ".") and c is not None)
-        quantizer.search(parameters[name], own.weights.range)
+    shared.search_ranges(HOST, model)
 
 
-@torch.no_grad()
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Round the weights for good, in place.
 
@@ -142,57 +116,15 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         return model
     warn_if_unfinished(state)
     parameters = dict(model.named_parameters())
-    for name, quantizer in modules.weight_quantizers(model).items():
-        tensor = quantizer.quantized(parameters[name])
-        quantizer.fix_scale(parameters[name], scale=tensor.scale)
-        parameters[name].copy_(tensor.dequantize().to(parameters[name]))
-        state.weights[name] = FixedWeight(tensor.bits, tensor.granularity, tensor.group_size, tensor.scale)
+    codes = {}
+    for name, quantizer in weight_quantizers(model).items():
+        codes[name] = quantizer.quantized(parameters[name])
+        quantizer.fix_scale(parameters[name], scale=codes[name].scale)
+    shared.write_codes(model, codes)
     settle_codes(model)
     finish_features(model)
     state.status = "converted"
     return model
-
-
-def quantized_weights(model: torch.nn.Module) -> dict[str, QuantizedTensor]:
-    """Codes and scales of every quantized weight, by parameter name."""
-    require_state(model)
-    parameters = dict(model.named_parameters())
-    found = {
-        name: quantizer.quantized(parameters[name])
-        for name, quantizer in modules.weight_quantizers(model).items()
-        if quantizer.enabled
-    }
-    found.update({name: packed.tensor() for name, packed in modules.packed_weights(model).items()})
-    return found
-
-
-def rows(model: torch.nn.Module) -> list[SummaryRow]:
-    """A row a module, and one for each that is never quantized, with the reason."""
-    state = state_of(model)
-    found = inspection.rows(
-        find_sites(model),
-        state,
-        dict(model.named_parameters()),
-        quantized_weights(model) if state is not None else {},
-        feature_quantizers(model),
-        bystanders(model),
-    )
-    for name, module in model.named_modules():
-        if getattr(module, "gaq_folded", False):
-            packed: Any = module.weight_quantizer
-            scale = packed.scale.float()
-            found.append(
-                SummaryRow(
-                    name,
-                    f"{packed.numel} weights",
-                    f"int{packed.bits} {packed.granularity}",
-                    "float: rounded at the output of the layer before",
-                    f"{float(scale.min()):.1e} .. {float(scale.max()):.1e}",
-                    packed.bytes,
-                    "rounded, folded by type",
-                )
-            )
-    return found
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:

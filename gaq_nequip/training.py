@@ -26,7 +26,7 @@ from gaq.model.state import (
     state_of,
     unquantized,
 )
-from gaq.model.summary import rows as inspection_rows
+from gaq.model.summary import rows as summary_rows
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
@@ -34,9 +34,10 @@ from gaq.training.averaging import averaging_deployed
 from gaq.training.ptq import round_at_end
 from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq_nequip.adapter import NequIPAdapter
-from gaq_nequip.layers import hold_codes, hold_scales, release_codes, weight_quantizers
-from gaq_nequip.model import graph_models, prepare, quantized_weights, search_ranges
+from gaq_nequip.model import graph_models, prepare, search_ranges
+from gaq_nequip.root import QuantizedGraphModel
 from gaq_nequip.sites import find_sites
+from gaq_nequip.weights import hold_codes, hold_scales, quantized_weights, release_codes, weight_quantizers
 
 __all__ = ["QuantizationCallback", "add_equivariance_loss", "calibrate_on", "is_quantized", "start"]
 
@@ -71,7 +72,7 @@ def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool =
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
         for line in describe_schedule(require_state(own).config):
             logger.info(line)
-        table = inspection_rows(
+        table = summary_rows(
             find_sites(own),
             state_of(own),
             dict(own.named_parameters()),
@@ -94,8 +95,6 @@ def _eager(model: Any) -> Iterator[None]:
     """A train-time compiled model evaluates its plain modules within this context."""
     before = model.__class__
     if getattr(model, "is_compile_graph_model", False):
-        from gaq_nequip.layers import QuantizedGraphModel
-
         model.__class__ = QuantizedGraphModel
     try:
         yield

@@ -13,9 +13,6 @@ from torch import Tensor
 
 import gaq
 from gaq.config.schema import QuantizationConfig, without_removed
-from gaq.model.bits import bits_of, granularity_of, group_of
-from gaq.model.sites import Site
-from gaq.quantizers.attention import BoundedGate, GridQuantizer
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
@@ -29,7 +26,6 @@ __all__ = [
     "StoredState",
     "check_format",
     "exact_features",
-    "feature_quantizer",
     "feature_quantizers",
     "finish_features",
     "fixed_codes",
@@ -41,7 +37,6 @@ __all__ = [
     "state_of",
     "unquantized",
     "warn_if_unfinished",
-    "weight_quantizers",
 ]
 
 Kind = TypeVar("Kind", bound=torch.nn.Module)
@@ -134,39 +129,6 @@ def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
             f"{where} was written by gaq {meta.get('gaq', '?')} (format {meta['format']}); this is gaq "
             f"{gaq.__version__}, which reads formats up to {FORMAT}. Upgrade with: pip install -U gaq"
         )
-
-
-def weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, WeightQuantizer]:
-    """New quantizers for the weights of a site, by `WeightSite.path`."""
-    weights = config.weights
-    if weights.bits is None:
-        return {}
-    group = group_of(site, weights)
-    bits = bits_of(group, weights)
-    if group == "species":
-        assert site.embedding is not None
-        return {w.path: SpeciesWeightQuantizer(w.layout, bits, site.embedding) for w in site.weights}
-    granularity = granularity_of(bits, weights)
-    return {w.path: WeightQuantizer(w.layout, bits, granularity, weights.group_size) for w in site.weights}
-
-
-def feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantizer | None:
-    """A new quantizer for the features of a site, None where the configuration leaves them in float."""
-    own, attention = site.attention, config.attention
-    if own is not None and attention is not None:
-        if own.limit is None:
-            return BoundedGate(own.layout, attention.bits, config.calibration.headroom, attention.gate_limit)
-        channels = sum(m for m, _ in own.layout.pieces)
-        bits = attention.bits
-        return None if bits is None else GridQuantizer(channels, bits, own.limit, own.signed, own.what)
-    if site.features is None or (site.radial and not config.radial_activations):
-        return None
-    scalars, vectors = config.scalars, config.vectors
-    has_scalars = any(d == 1 and m > 0 for m, d in site.features.pieces)
-    has_vectors = any(d > 1 and m > 0 for m, d in site.features.pieces)
-    if not ((has_scalars and scalars.bits is not None) or (has_vectors and vectors.magnitude_bits is not None)):
-        return None
-    return FeatureQuantizer(site.features, scalars, vectors, config.calibration.headroom)
 
 
 def is_kind(module: torch.nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:

@@ -56,7 +56,7 @@ def rounds_all(quantizer: FeatureQuantizer | None) -> bool:
 
 def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
     """Take the products of the engine's layers through integers where codes and roundings of the model allow it."""
-    from gaq_mace.model import quantized_weights
+    from gaq_mace.weights import quantized_weights
 
     codes = quantized_weights(model)
     before: FeatureQuantizer | None = None

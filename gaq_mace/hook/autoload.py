@@ -13,16 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-RUN_TRAIN = "mace.cli.run_train"
-TARGETS = (
-    "mace.calculators.mace",
-    RUN_TRAIN,
-    "mace.modules.models",
-    "mace.tools.arg_parser",
-    "mace.tools.scripts_utils",
-    "mace.tools.tables_utils",
-    "mace.tools.train",
-)
+from gaq_mace.names import TARGETS
 
 
 class _PatchingLoader(Loader):

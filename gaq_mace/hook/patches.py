@@ -23,31 +23,24 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import sys
-import zipfile
 from types import ModuleType
 from typing import Any
 
-_DONE = "__gaq_patched__"
-
-ATTENTION = "GAQAttentionResidualInteractionBlock"
-"""Name of the block in `gaq_mace.attention`."""
+from gaq_mace.names import ATTENTION, PACKED, PATCHED, RUN_TRAIN, TARGETS
 
 
 def apply(module: ModuleType) -> None:
-    """Patch one of the modules named in `gaq_mace.hook.autoload.TARGETS`, once."""
-    if getattr(module, _DONE, False):
+    """Patch one of the modules named in `gaq_mace.names.TARGETS`, once."""
+    if getattr(module, PATCHED, False):
         return
     _PATCHES[module.__name__](module)
-    setattr(module, _DONE, True)
+    setattr(module, PATCHED, True)
 
 
 def ensure_installed() -> None:
     """Patch MACE now, whether or not torch's autoload ran (it can be switched off)."""
     from importlib import import_module
-
-    from gaq_mace.hook.autoload import RUN_TRAIN, TARGETS
 
     import_module("mace")
     for name in TARGETS:
@@ -67,13 +60,6 @@ def _copy_names(source: str, target: str, *names: str) -> None:
     """Give a loaded module the functions that another one has by these names."""
     for name in names:
         setattr(sys.modules[target], name, getattr(sys.modules[source], name))
-
-
-def is_installed() -> bool:
-    """Whether the MACE modules loaded so far are patched."""
-    from gaq_mace.hook.autoload import TARGETS
-
-    return all(getattr(sys.modules[name], _DONE, False) for name in TARGETS if name in sys.modules)
 
 
 class QuantizationArgument(str):
@@ -153,15 +139,6 @@ def _patch_arg_parser(module: Any) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
-def is_packed(path: str | None) -> bool:
-    """Whether a file is a packed model, from its pickle alone (nothing in it is run)."""
-    if path is None or not os.path.isfile(path) or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        return any(b"gaq_packed" in archive.read(name) for name in pickles)
-
-
 def _patch_scripts_utils(module: Any) -> None:
     original = module.get_params_options
 
@@ -172,6 +149,8 @@ def _patch_scripts_utils(module: Any) -> None:
             logging.warning(
                 f"{ATTENTION} belongs to gaq: the models of this run can be loaded only where gaq is installed."
             )
+        from gaq_mace.files import is_packed
+
         packed = is_packed(getattr(args, "foundation_model", None))
         if packed and spec is None:
             logging.warning(
@@ -267,7 +246,7 @@ def _patch_models(module: Any) -> None:
         import torch
 
         torch.nn.Module.__setstate__(self, state)
-        payload = self.__dict__.pop("gaq_packed", None)
+        payload = self.__dict__.pop(PACKED, None)
         if payload is not None:
             from gaq_mace.files import restore_from_pickle
 

@@ -12,7 +12,7 @@ from case import Form, Outcome
 from mace_models import build_model, trained_model, write_trained_model
 from mace_runs import BASE, execute, write_data
 
-from gaq_mace.model import quantized_weights
+from gaq_mace.weights import quantized_weights
 
 
 class Adapted:

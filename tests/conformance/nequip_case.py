@@ -12,7 +12,7 @@ from case import Form, Outcome
 from nequip_models import build_model, trained_model, with_key
 from nequip_runs import train, write_trained_checkpoint
 
-from gaq_nequip.model import quantized_weights
+from gaq_nequip.weights import quantized_weights
 
 
 class Adapted:

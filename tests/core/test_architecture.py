@@ -36,6 +36,7 @@ LEVELS = (
 ROOMS = (
     "adapter",
     "attention",
+    "calculator",
     "engine",
     "evaluate",
     "files",

@@ -142,7 +142,7 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
 
         assert state_of(gaq.load(path)) is not None
     elif "lammps" in name and name.endswith(".nequip.pt2"):
-        from gaq_nequip import artefact
+        from gaq_nequip.deploy import artefact
 
         facts = artefact.metadata(path)
         assert facts["gaq_preset"] == "w8a16"
@@ -244,7 +244,7 @@ def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
 def accept_in_mace(workspace: Workspace, settings: dict[str, Any]) -> None:
     """An architecture by the stock training command, a key alone by a trained model."""
     import gaq
-    from gaq_mace.model import is_quantized
+    from gaq_mace.root import is_quantized
 
     if settings.keys() == {"quantization"}:
         assert is_quantized(gaq.prepare(gaq.load(workspace.folder / "MACE.model"), settings["quantization"]))

@@ -22,9 +22,10 @@ from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.io import read, write
 
+from gaq.model.state import feature_quantizers, state_of
 from gaq_mace import files
 from gaq_mace.engine import disabled
-from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of
+from gaq_mace.root import ScaleShiftMACE
 
 BASE: dict[str, Any] = {
     "name": "tiny",

@@ -31,12 +31,13 @@ from scipy.spatial.transform import Rotation
 
 import gaq
 from gaq.config.parse import ConfigError, parse_config
+from gaq.model.state import feature_quantizers, unquantized
 from gaq.quantizers.attention import BoundedGate, GridQuantizer, RobustAttention
 from gaq_mace import files
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
 from gaq_mace.evaluate import make_batches
 from gaq_mace.layers import QuantizedDensity, QuantizedDensityResidual
-from gaq_mace.model import feature_quantizers, is_quantized, unquantized
+from gaq_mace.root import is_quantized
 from gaq_mace.sites import bystanders, find_sites
 
 OURS = "GAQAttentionResidualInteractionBlock"

@@ -14,7 +14,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from mace.calculators import MACECalculator
 
 import gaq
-from gaq_mace.model import state_of
+from gaq.model.state import state_of
 
 PRESETS = ("gaq", "w8")
 # Rounded activations make the energy a fine staircase, so its differences are taken over a longer step; with

@@ -16,7 +16,7 @@ from e3nn.util.jit import compile as jit_compile
 
 import gaq
 from gaq.cli import main
-from gaq_mace.model import state_of
+from gaq.model.state import state_of
 
 SUBJECTS = ("model", "reference")
 TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_size: 2}}"

@@ -19,9 +19,9 @@ pytest.importorskip("mace", reason="needs MACE: pip install '.[mace]'")
 import torch
 from ase.neighborlist import neighbor_list
 
+from gaq.model.state import feature_quantizers
 from gaq_mace import files
 from gaq_mace.commands import create_lammps_model
-from gaq_mace.model import feature_quantizers
 
 LOAD = """
 import pickle, sys
@@ -170,7 +170,7 @@ def test_mliap_file_is_packed_and_loads_without_the_plugin(
     assert float(got["1"][0]) == pytest.approx(expected(path, structures[0], "float64")[0], rel=1e-12)
     # Without the plugin: the same rounded weights, with exact features.
     plain = quantized("gaq")
-    from gaq_mace.model import unquantized
+    from gaq.model.state import unquantized
 
     with unquantized(plain):
         from mace.calculators import MACECalculator

@@ -19,9 +19,10 @@ from e3nn.util.jit import compile as jit_compile
 
 import gaq
 import gaq_mace.model as quantized_model
+from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_mace import files
 from gaq_mace.files import ModelFileError
-from gaq_mace.model import feature_quantizers, quantized_weights, state_of, unquantized
+from gaq_mace.weights import quantized_weights
 
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 VARIANTS = ("heads", "l2", "density", "correlation3", "residual_first")

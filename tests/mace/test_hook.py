@@ -73,7 +73,7 @@ del os.environ["GAQ_QUANTIZATION"]
 
 from mace.cli import run_train
 for function in (run_train.get_params_options, run_train.create_error_table, run_train.tools.train):
-    assert function.__code__.co_filename.endswith("_patches.py"), function
+    assert function.__code__.co_filename.endswith("hook/patches.py"), function
 print("ALL")
 """
     done = python(code)
@@ -103,7 +103,8 @@ names = ("get_params_options", "create_error_table")
 stock = {{name: getattr(run_train, name) for name in names}}
 assert all(f.__module__.startswith("mace.") and not hasattr(f, "__wrapped__") for f in stock.values())
 
-from gaq_mace.hook.patches import ensure_installed, is_installed
+from gaq_mace.hook.patches import ensure_installed
+from gaq_mace.hook.status import is_installed
 assert not is_installed()
 ensure_installed()
 ensure_installed()
@@ -114,7 +115,7 @@ assert sum("--quantization" in action.option_strings for action in parser._actio
 assert get("--quantization", "gaq") == "gaq"
 for name in names:
     assert getattr(run_train, name).__wrapped__ is stock[name], name
-assert run_train.tools.train.__code__.co_filename.endswith("_patches.py")
+assert run_train.tools.train.__code__.co_filename.endswith("hook/patches.py")
 print("ALL")
 """
     done = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")

@@ -18,9 +18,10 @@ from mace.tools.scripts_utils import extract_config_mace_model, extract_model
 
 import gaq
 from gaq.adapter import adapter_for
+from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_mace.evaluate import energy_and_forces, make_batches
-from gaq_mace.model import feature_quantizers, quantized_weights, state_of, unquantized, weight_quantizers
 from gaq_mace.sites import find_sites
+from gaq_mace.weights import quantized_weights, weight_quantizers
 
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 VARIANTS = ("plain", "heads", "l2", "density", "correlation3", "residual_first")

@@ -456,7 +456,7 @@ assert not hasattr(MACECalculator._atoms_to_batch, "__wrapped__")
 from gaq_mace.hook.patches import ensure_installed
 ensure_installed()
 assert MACECalculator._atoms_to_batch.__wrapped__.__module__ == "mace.calculators.mace"
-assert MACECalculator._atoms_to_batch.__code__.co_filename.endswith("_patches.py")
+assert MACECalculator._atoms_to_batch.__code__.co_filename.endswith("hook/patches.py")
 print("ALL")
 """
 

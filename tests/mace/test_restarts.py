@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from mace_runs import GAQ, check, training_form
 
-from gaq_mace.model import feature_quantizers
+from gaq.model.state import feature_quantizers
 
 
 def first_epoch(log: str) -> int:

@@ -12,8 +12,8 @@ from e3nn import o3
 
 import gaq
 from gaq_mace.evaluate import make_batches
-from gaq_mace.model import weight_quantizers
 from gaq_mace.sites import POSITION_FREE, bystanders, find_sites
+from gaq_mace.weights import weight_quantizers
 
 VARIANTS = ("plain", "heads", "l2", "density", "correlation3", "residual_first")
 

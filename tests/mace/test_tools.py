@@ -18,8 +18,9 @@ from mace.calculators import MACECalculator
 from mace.cli import convert_device, create_lammps_model, eval_configs, select_head
 
 import gaq
+from gaq.model.state import state_of
 from gaq_mace.evaluate import make_batches
-from gaq_mace.model import quantized_weights, state_of
+from gaq_mace.weights import quantized_weights
 
 GAQ_FIRST = ("gaq", pytest.param("w4", marks=pytest.mark.slow))
 
@@ -136,7 +137,7 @@ def test_commands_in_a_fresh_process(
     code = (
         "import sys; sys.argv[0] = 'mace_convert_device'\n"
         "from mace.cli.convert_device import main; main()\n"
-        "from gaq_mace.model import state_of\n"
+        "from gaq.model.state import state_of\n"
         "import torch; print(state_of(torch.load(sys.argv[-1], weights_only=False)).status)"
     )
     done = python(code, "-o", str(other), str(path))

@@ -30,7 +30,7 @@ from mace_runs import (
 )
 
 from gaq.config.parse import PRESETS
-from gaq_mace.model import weight_quantizers
+from gaq_mace.weights import weight_quantizers
 
 
 @pytest.mark.smoke

@@ -1,4 +1,4 @@
-"""`gaq_nequip.artefact` on a small compiled module that is no NequIP model: the same format, compiled in seconds."""
+"""`gaq_nequip.deploy.artefact` on a small module that is no NequIP model: the same format, compiled in seconds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import torch
 from torch.export.pt2_archive._package import load_pt2
 
-from gaq_nequip import artefact
-from gaq_nequip.artefact import ArtefactError
+from gaq_nequip.deploy import artefact
+from gaq_nequip.deploy.artefact import ArtefactError
 
 METADATA = {"r_max": "5.0", "type_names": "H C", "num_types": "2", "gaq_preset": "gaq", "gaq_config": '{"a": [1, "µ"]}'}
 MODEL = "data/aotinductor/model"
@@ -309,7 +309,7 @@ def test_reading_needs_no_nequip(compiled: Path) -> None:
     code = (
         "import sys, types; package = types.ModuleType('gaq_nequip'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['gaq_nequip'] = package\n"
-        "from gaq_nequip import artefact; print(artefact.metadata(sys.argv[2])['gaq_preset'])\n"
+        "from gaq_nequip.deploy import artefact; print(artefact.metadata(sys.argv[2])['gaq_preset'])\n"
         "assert not {'torch', 'nequip'} & set(sys.modules)"
     )
     folder = Path(artefact.__file__).parent

@@ -17,8 +17,11 @@ from gaq.checks.gates import verdict
 import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
-from gaq_nequip import artefact, deploy_check, deploy_compile, deploy_sizes
-from gaq_nequip.deploy import main
+from gaq_nequip.deploy import artefact
+from gaq_nequip.deploy import check as deploy_check
+from gaq_nequip.deploy import compile as deploy_compile
+from gaq_nequip.deploy import sizes as deploy_sizes
+from gaq_nequip.deploy.cli import main
 
 
 @pytest.mark.smoke
@@ -101,7 +104,7 @@ def test_compiled(
     stock = tmp_path / "stock.nequip.pt2"
     # NequIP itself cannot compile a molecule without a cell: the same example in a box.
     from gaq_nequip import files
-    from gaq_nequip.deploy_compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data, with_cell
 
     save_data(with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
@@ -127,7 +130,7 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     from test_files import by_calculator, run_without_plugin
 
     from gaq_nequip import files
-    from gaq_nequip.deploy_compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data, with_cell
 
     path = tmp_path / "plain.nequip.pt2"
     save_data(with_cell(files.example_data(trained.best)), tmp_path / "data.pt")

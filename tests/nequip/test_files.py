@@ -24,7 +24,7 @@ from gaq.adapter import adapter_for_file
 from gaq.cli import main
 from gaq.model.state import ModelFileError, state_of
 from gaq_nequip import files
-from gaq_nequip.model import quantized_weights
+from gaq_nequip.weights import quantized_weights
 
 WITHOUT_PLUGIN = """
 import importlib.metadata as metadata, sys

@@ -20,18 +20,19 @@ import gaq
 from gaq.config.parse import ConfigError, parse_config
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_nequip.freeze import FoldedSelfConnection, freeze
-from gaq_nequip.layers import (
-    QuantizedGraphModel,
+from gaq_nequip.insertion import site_quantizers
+from gaq_nequip.model import in_float64, prepare
+from gaq_nequip.packed import PackedWeight
+from gaq_nequip.root import QuantizedGraphModel
+from gaq_nequip.sites import bystanders, find_sites
+from gaq_nequip.weights import (
     hold_codes,
     packed_weights,
+    quantized_weights,
     release_codes,
-    site_quantizers,
     species_quantizers,
     weight_quantizers,
 )
-from gaq_nequip.model import in_float64, prepare, quantized_weights
-from gaq_nequip.packed import PackedWeight
-from gaq_nequip.sites import bystanders, find_sites
 
 VARIANTS = ("plain", "parity", "wide", "readout", "allegro", "spline")
 PRESETS = ("gaq", "w8", "w4", "w4a16", "w8a8", "w4a8", "naive_w8a8")

@@ -23,7 +23,7 @@ from process_state import differing, state
 
 adapters()  # what frameworks change as they are imported is theirs
 import nequip.scripts.compile, nequip.model, nequip.train, nequip.integrations.ase
-import gaq_nequip.deploy as deploy, gaq_nequip.deploy_compile
+import gaq_nequip.deploy.cli as deploy, gaq_nequip.deploy.compile
 from ase.io import read
 
 checkpoint, data, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

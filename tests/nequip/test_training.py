@@ -24,7 +24,7 @@ from gaq.adapter import adapter_for
 from gaq.model.state import UNFINISHED, feature_quantizers, state_of
 from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
-from gaq_nequip.layers import weight_quantizers
+from gaq_nequip.weights import weight_quantizers
 
 # Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
 BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}

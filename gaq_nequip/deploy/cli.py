@@ -74,9 +74,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
     from gaq.model.state import state_of
     from gaq_nequip import files
-    from gaq_nequip.deploy_check import check, default_tolerance
-    from gaq_nequip.deploy_compile import compile_model, frozen_copy
-    from gaq_nequip.deploy_sizes import WeightSizes, table
+    from gaq_nequip.deploy.check import check, default_tolerance
+    from gaq_nequip.deploy.compile import compile_model, frozen_copy
+    from gaq_nequip.deploy.sizes import WeightSizes, table
 
     # Loaded and frozen once: the model is what the deployed file is compared with, its frozen copy what is deployed.
     model = files.load(source)
@@ -128,7 +128,7 @@ def _fuses(arguments: argparse.Namespace) -> bool:
 def _info(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
     if path.name.endswith(COMPILED):
-        from gaq_nequip import artefact
+        from gaq_nequip.deploy import artefact
 
         facts = artefact.metadata(path)
         sizes = artefact.sections(path)
@@ -141,7 +141,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from gaq.model.state import state_of
     from gaq.model.summary_table import format_rows
     from gaq_nequip import files
-    from gaq_nequip.model import rows
+    from gaq_nequip.summary import rows
 
     model = files.load(path)
     state = state_of(model)

@@ -9,9 +9,9 @@ from typing import Any
 
 from gaq.files.packing import packed_bytes as code_bytes
 from gaq.model.state import is_kind
-from gaq_nequip import artefact, files
-from gaq_nequip import layers as modules
-from gaq_nequip.deploy_check import Check
+from gaq_nequip import files, weights
+from gaq_nequip.deploy import artefact
+from gaq_nequip.deploy.check import Check
 from gaq_nequip.freeze import freeze
 from gaq_nequip.packed import PackedWeight
 
@@ -47,9 +47,9 @@ def float_weight_bytes(model: Any) -> int:
 
 def unfolded_bytes(model: Any) -> int:
     """Bytes of the codes and scales of a quantized model with what stays float; nothing is frozen for it."""
-    quantizers = modules.weight_quantizers(model)
+    quantizers = weights.weight_quantizers(model)
     packed = sum(code_bytes(q.layout.numel, q.bits) + 2 * q.groups for q in quantizers.values())
-    packed += sum(p.bytes for p in modules.packed_weights(model).values())
+    packed += sum(p.bytes for p in weights.packed_weights(model).values())
     return packed + 4 * sum(p.numel() for name, p in model.named_parameters() if name not in quantizers)
 
 

@@ -15,10 +15,11 @@ import torch
 
 from gaq.model.state import is_kind
 from gaq.third_party_warnings import known_hidden
-from gaq_nequip import artefact, files
+from gaq_nequip import files
+from gaq_nequip.deploy import artefact
 from gaq_nequip.host import nequip_state
-from gaq_nequip.layers import COMPILES
 from gaq_nequip.packed import PackedWeight
+from gaq_nequip.root import COMPILES
 
 __all__ = ["compile_file", "compile_model", "frozen_copy", "save_data", "tolerating", "with_cell"]
 

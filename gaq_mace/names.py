@@ -1,0 +1,27 @@
+"""Names that several modules share; imports nothing, so that the hook can read it while torch is being imported."""
+
+from __future__ import annotations
+
+__all__ = ["ATTENTION", "PACKED", "PATCHED", "RUN_TRAIN", "TARGETS"]
+
+ATTENTION = "GAQAttentionResidualInteractionBlock"
+"""Name under which MACE knows the interaction block of `gaq_mace.attention`."""
+
+PACKED = "gaq_packed"
+"""Attribute under which a packed pickle hands its state to the model it has built."""
+
+PATCHED = "__gaq_patched__"
+"""Attribute of a MACE module that the hook has patched."""
+
+RUN_TRAIN = "mace.cli.run_train"
+
+TARGETS = (
+    "mace.calculators.mace",
+    RUN_TRAIN,
+    "mace.modules.models",
+    "mace.tools.arg_parser",
+    "mace.tools.scripts_utils",
+    "mace.tools.tables_utils",
+    "mace.tools.train",
+)
+"""Modules of MACE that `gaq_mace.hook` patches."""

@@ -1,0 +1,125 @@
+"""The class of a quantized model's root: it packs itself when pickled, and keeps its quantization in the state dict."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from e3nn.util.jit import compile_mode
+from mace.modules import models as mace_models
+from torch import Tensor
+
+from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
+from gaq.model.bits import settle_bits
+from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
+from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
+from gaq_mace import packed, pickled
+from gaq_mace.engine import Served
+from gaq_mace.insertion import configure_attention, insert
+from gaq_mace.sites import find_sites
+from gaq_mace.weights import weight_quantizers
+
+__all__ = ["ScaleShiftMACE", "adopt", "is_quantized", "restore"]
+
+
+@compile_mode("script")
+class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
+    """A `mace.modules.ScaleShiftMACE` that keeps its quantization through copies, states and files."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if state_of(self) is not None:
+            return pickled.reduce_packed(self)
+        return pickled.reduce_stock(self, mace_models.ScaleShiftMACE)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
+        # Without this a copy would go through the packed form and lose the training state.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # An engine belongs to the weights it was made from.
+        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
+        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
+        return new
+
+    def get_extra_state(self) -> Tensor:
+        """Configuration and ranges, as bytes, so that checkpoints and rebuilt models keep them."""
+        state = state_of(self)
+        text = ""
+        if state is not None:
+            text = json.dumps(StoredState.of(self, packed.meta_of(self), weight_quantizers(self)).to_json())
+        return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the quantization of the model the state comes from."""
+        text = bytes(state.cpu().numpy().tobytes()).decode()
+        if text:
+            _take_over(self, json.loads(text))
+
+
+_ROOTS: dict[type, type] = {mace_models.ScaleShiftMACE: ScaleShiftMACE}
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether a model carries a quantization of ours."""
+    return state_of(model) is not None
+
+
+def adopt(model: torch.nn.Module, state: ModelState) -> None:
+    """Give a model its state, and its root the class that keeps it."""
+    if type(model) in _ROOTS:
+        model.__class__ = _ROOTS[type(model)]
+    model.__dict__["gaq_state"] = state
+
+
+def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
+    """Make a plain model the quantized one that was stored, in place.
+
+    Args:
+        model: of the right architecture; of a converted model its weights are the dequantized ones.
+        stored: what was stored.
+
+    Raises:
+        ModelFileError: if the stored form is newer than this version, or asks for what this version no longer does.
+    """
+    check_format(stored.meta)
+    try:
+        config = parse_stored(stored.meta["config"], finished=stored.meta["status"] != "training")
+    except ConfigError as error:
+        raise ModelFileError(str(error)) from error
+    state = ModelState(config, stored.meta["status"], dict(stored.weights), dict(stored.meta.get("notes", {})))
+    converted = state.status == "converted"
+    configure_attention(model, config)
+    sites = find_sites(model)
+    resolved = resolve_overrides(config, [site.name for site in sites])
+    # The bits of the model itself are stored, those of its overrides follow from their sites.
+    _, resolved = settle_bits(config, sites, resolved, lambda: 0.0)
+    for site in sites:
+        site_config = resolved[site.name]
+        if site_config is None:
+            continue
+        features = new_feature_quantizer(site, site_config)
+        if features is not None:
+            features.differentiable_twice = not converted
+        insert(site, {} if converted else new_weight_quantizers(site, site_config), features)
+    stored.load_ranges(model, weight_quantizers(model))
+    adopt(model, state)
+    return model
+
+
+def _take_over(model: torch.nn.Module, plain: dict[str, Any]) -> None:
+    stored = StoredState.from_json(plain)
+    state = state_of(model)
+    if state is None:
+        restore(model, stored)
+    elif same_grid(state.config.to_dict(), stored.meta["config"]):
+        # A checkpoint of the same run: only the ranges move, the modules are in place.
+        state.resumed = True
+        stored.load_ranges(model, weight_quantizers(model))
+    else:
+        logging.warning(
+            "The checkpoint was written with other quantization settings: its weights are taken, its ranges are not."
+        )

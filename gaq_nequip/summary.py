@@ -1,0 +1,47 @@
+"""What is quantized in a NequIP model, module by module, and why the rest is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gaq.model import summary
+from gaq.model.state import (
+    feature_quantizers,
+    state_of,
+)
+from gaq.model.summary_table import SummaryRow
+from gaq_nequip.sites import bystanders, find_sites
+from gaq_nequip.weights import quantized_weights
+
+__all__ = ["rows"]
+
+
+def rows(model: torch.nn.Module) -> list[SummaryRow]:
+    """A row a module, and one for each that is never quantized, with the reason."""
+    state = state_of(model)
+    found = summary.rows(
+        find_sites(model),
+        state,
+        dict(model.named_parameters()),
+        quantized_weights(model) if state is not None else {},
+        feature_quantizers(model),
+        bystanders(model),
+    )
+    for name, module in model.named_modules():
+        if getattr(module, "gaq_folded", False):
+            packed: Any = module.weight_quantizer
+            scale = packed.scale.float()
+            found.append(
+                SummaryRow(
+                    name,
+                    f"{packed.numel} weights",
+                    f"int{packed.bits} {packed.granularity}",
+                    "float: rounded at the output of the layer before",
+                    f"{float(scale.min()):.1e} .. {float(scale.max()):.1e}",
+                    packed.bytes,
+                    "rounded, folded by type",
+                )
+            )
+    return found
