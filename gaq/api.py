@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -27,20 +28,18 @@ logger = logging.getLogger(__name__)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-Subject = TypeVar("Subject", bound="torch.nn.Module | str | Path")
 
 
-def _in_its_process_state(
-    function: Callable[Concatenate[Subject, Arguments], Result],
-) -> Callable[Concatenate[Subject, Arguments], Result]:
+def _in_its_process_state(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Call a function in the process-wide state of the framework its first argument is of, and put that back."""
+    name = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
-    def call(subject: Subject, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        of_model = isinstance(subject, torch.nn.Module)
-        adapter = adapter_for(subject) if of_model else adapter_for_file(subject)  # type: ignore[arg-type]
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        subject: Any = args[0] if args else kwargs[name]
+        adapter = adapter_for(subject) if isinstance(subject, torch.nn.Module) else adapter_for_file(subject)
         with adapter.process_state():
-            return function(subject, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return call
 

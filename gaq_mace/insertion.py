@@ -104,6 +104,7 @@ def site_quantizers(site: Site) -> dict[str, WeightQuantizer]:
     found: dict[str, WeightQuantizer] = {}
     for weight in site.weights:
         owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
+        quantizer: Any
         if site.kind == "contraction":
             if not isinstance(owner, QuantizedContraction):
                 continue

@@ -19,7 +19,8 @@ from gaq.model.state import feature_quantizers, require_state, round_weights, st
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
-from gaq.training.ptq import choose, round_at_end
+from gaq.training.ptq import round_at_end
+from gaq.training.sampling import choose
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
