@@ -111,7 +111,8 @@ def site_quantizers(site: Site) -> dict[str, WeightQuantizer]:
             if weight.parameter == "weights_max":
                 quantizer = owner.weights_max_quantizer
             else:
-                quantizer = owner.weights_quantizers[int(weight.parameter.split(".")[1])]
+                quantizers: Any = owner.weights_quantizers
+                quantizer = quantizers[int(weight.parameter.split(".")[1])]
         else:
             quantizer = getattr(owner, "weight_quantizer", None)
         if isinstance(quantizer, WeightQuantizer):

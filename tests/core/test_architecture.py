@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -181,3 +182,49 @@ def test_hooks_stand_on_top() -> None:
         if ".hook" not in name and any(".hook" in target for target in targets)
     }
     assert users <= allowed
+
+
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@cache
+def _defined(name: str) -> frozenset[str]:
+    """Names that a module defines or imports at its top level."""
+    found: set[str] = set()
+    for node in ast.parse(modules()[name].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update(target.id for target in targets if isinstance(target, ast.Name))
+    return frozenset(found)
+
+
+def _public(package: str) -> set[str]:
+    """What a package offers by lazy import: the keys of its ``_PUBLIC``."""
+    for node in ast.parse(modules()[package].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_PUBLIC":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something that one defines."""
+    module, _, attribute = name.rpartition(".")
+    known = modules()
+    return name in known or (module in known and (attribute in _defined(module) or attribute in _public(module)))
+
+
+# Entry point groups and files that begin like a module.
+NOT_MODULES = {"gaq.adapters"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_in_the_documents_are_those_of_the_code(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    names = set(re.findall(r"`(gaq(?:_mace|_nequip)?(?:\.\w+)+)(?:\(.*?\))?`", text)) - NOT_MODULES
+    assert [name for name in sorted(names) if not _exists(name)] == []
+    files = set(re.findall(r"`((?:gaq|gaq_mace|gaq_nequip|benchmarks|tests|examples|docs|tools)/[\w./]+)`", text))
+    assert [name for name in sorted(files) if "NAME" not in name and not (ROOT / name).exists()] == []
