@@ -1,8 +1,10 @@
 """README and docs are true: each of their blocks is run, and does what the text promises.
 
-    python -m pytest tests/docs -n 0                  # the blocks of the environment this is called in
-    python -m pytest tests/docs -n 0 -k mace.md       # those of one document
-    python -m pytest tests/docs -n 0 -k "README.md:11"    # one block, after those it builds on
+    python -m pytest -m docs -n 0 tests/docs                    # all blocks of the environment this is called in
+    python -m pytest -m docs -n 0 tests/docs -k mace.md         # those of one document
+    python -m pytest -m docs -n 0 tests/docs -k "README.md:11"  # one block, after those it builds on
+
+`.ci/run` does the first in both environments. What needs no command to be run belongs to the default suite.
 
 A new block needs nothing here unless it belongs to one environment or cannot be run (see `doc_blocks`), or promises
 something that can be checked: then it gets a line in `PRINTED`, or files of a new kind a check in `check_file`. Long
@@ -138,7 +140,7 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
     assert path.stat().st_size > 0
     if name.endswith(".ckpt"):
         import gaq
-        from gaq_nequip.files import state_of
+        from gaq.model.state import state_of
 
         assert state_of(gaq.load(path)) is not None
     elif "lammps" in name and name.endswith(".nequip.pt2"):
@@ -185,6 +187,7 @@ def extras_of(text: str) -> list[str]:
     return [extra for found in re.findall(r"\.\[([\w,]+)\]", text) for extra in found.split(",")]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_block_does_what_the_text_says(block: Block, workspace: Workspace, forces: Callable[[str], np.ndarray]) -> None:
     done: Done = workspace.run(block)
@@ -202,6 +205,7 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
         check_extras(workspace)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)
 def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block, workspace: Workspace) -> None:
     assert block.language == "bash", f"{block}: only commands can need what is not here"
@@ -218,6 +222,7 @@ def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block,
             assert not option.startswith("--") or option in done.stdout, f"{block}: {program} has no {option}"
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
     """A key `quantization` by the real parser and by a model of each kind, the other keys by the host's own reader."""
@@ -271,7 +276,7 @@ def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
     from nequip.utils.global_state import set_global_state
     from omegaconf import OmegaConf
 
-    from gaq_nequip.files import state_of
+    from gaq.model.state import state_of
 
     set_global_state()
     text = (workspace.folder / "quickstart" / "nequip" / "fp32.yaml").read_text()
