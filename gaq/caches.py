@@ -1,7 +1,9 @@
 """Caches with a bound that several threads may use at once.
 
 Every cache of the packages is one of these, so that none grows with the number of structures or files a process has
-seen, and a value that two threads ask for at the same time is made once, by the first of them.
+seen, and a value that two threads ask for at the same time is made once, by the first of them. Plans and tables that a
+kernel's problem keeps for each device or size are plain dictionaries: their keys are few, and compilers trace through
+them, which a lock would end.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ class Polynomial:
     monomials: tuple[tuple[int, ...], ...]
     terms: tuple[tuple[int, int], ...]
     plan: Tensor
+    # Plain dictionaries, because compilers trace through them: one entry for each device and number of channels in use.
+    # Threads that meet there write the same value.
     _tables: dict[torch.device, tuple[Tensor, Tensor, list[int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

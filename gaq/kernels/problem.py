@@ -52,6 +52,8 @@ class ConvolutionProblem:
     paths: tuple[Path, ...]
     harmonics: tuple[Tensor, ...]
     r_max: float
+    # Plain dictionaries, because compilers trace through them: one plan for each number of knots a table may have (8)
+    # and one source for each kind of weights (2). Threads that meet there write the same value.
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     sources: dict[bool, str] = field(default_factory=dict, compare=False, repr=False)
 

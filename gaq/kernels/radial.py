@@ -67,7 +67,8 @@ def derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[
         value, tangent = torch.func.jvp(function, (r,), (ones,))  # type: ignore[misc]
         return tangent, value
 
-    with _forward_differentiation:
+    # Without grad mode torch takes formulas that are differentiable once, here too.
+    with _forward_differentiation, torch.enable_grad():
         first, second, value = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)  # type: ignore[misc]
     return value.detach(), first.detach(), second.detach()
 

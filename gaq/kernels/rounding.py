@@ -68,6 +68,7 @@ class Plan:
     ints: Tensor
     reals: Tensor
     copied: tuple[Piece, ...] = ()
+    # A plain dictionary, because compilers trace through it: one entry for each device in use.
     _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

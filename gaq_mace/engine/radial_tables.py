@@ -124,7 +124,9 @@ class RadialTables:
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
-        return self.joined.get((codes, dtype, device), functools.partial(self._join, codes, dtype, device))
+        # They serve later calls in other modes too.
+        with torch.inference_mode(False):
+            return self.joined.get((codes, dtype, device), functools.partial(self._join, codes, dtype, device))
 
     def _join(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
         pairs = {code: self._pair(code) for code in codes}

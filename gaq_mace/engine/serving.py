@@ -180,7 +180,9 @@ def record_of(model: Any, warn: bool = True) -> Record:
         made: Record | None = model.__dict__.get(RECORD)
         if made is None or made.key != key:
             try:
-                made = Record(key, Engine(model), parts)
+                # Whoever asks first, in inference mode too: the engine serves all later calls.
+                with torch.inference_mode(False):
+                    made = Record(key, Engine(model), parts)
             except (Unsupported, native.CompilerError) as error:
                 made = Record(key, None, parts, str(error))
                 if warn:
