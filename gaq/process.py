@@ -33,7 +33,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Put back, afterwards: torch's default dtype and threads, random numbers, environment variables, sys.argv, logging.
+    """Put back, afterwards: torch's default dtype and threads, random numbers, environment, sys.argv and logging.
 
     Of logging the root's level and handlers, to which hosts add theirs as their commands are imported.
     """

@@ -78,11 +78,11 @@ class ScaleShiftMACE(mace_models.ScaleShiftMACE):
         return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        from gaq_mace import files
+        from gaq_mace import packed_pickle
 
         if state_of(self) is not None:
-            return files.reduce_packed(self)
-        return files.reduce_stock(self, mace_models.ScaleShiftMACE)
+            return packed_pickle.reduce_packed(self)
+        return packed_pickle.reduce_stock(self, mace_models.ScaleShiftMACE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
         # Without this a copy would go through the packed form and lose the training state.

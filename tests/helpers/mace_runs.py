@@ -25,6 +25,7 @@ from ase.io import read, write
 from gaq_mace import files
 from gaq_mace.engine import disabled
 from gaq_mace.model import ScaleShiftMACE, feature_quantizers, state_of
+from gaq_mace.packed import build, model_config
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -152,7 +153,7 @@ def training_form(run: Run, path: Path, suffix: str = "") -> torch.nn.Module:
     """The model as it was in training, from the last checkpoint."""
     packed = files.load(path)
     dtype = getattr(torch, run.settings["default_dtype"])
-    model = files.build(files.model_config(packed), dtype)
+    model = build(model_config(packed), dtype)
     model.__class__ = ScaleShiftMACE
     pattern = f"{run.settings['name']}_run-{run.settings['seed']}_epoch-*{suffix}.pt"
     found = [p for p in (run.folder / "checkpoints").glob(pattern) if suffix or "_swa" not in p.name]

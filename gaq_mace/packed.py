@@ -1,0 +1,265 @@
+"""A quantized MACE model taken apart into what a file holds, and the checks when it is put together again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import numpy as np
+import torch
+from mace.modules import models as mace_models
+from mace.tools.scripts_utils import extract_config_mace_model
+from torch import Tensor
+
+from gaq.process import default_dtype
+from gaq.quantizers.weights import QuantizedTensor
+from gaq_mace.layers import original_type
+from gaq_mace.model import ModelFileError, feature_quantizers, meta_of, quantized_weights, weight_quantizers
+
+__all__ = [
+    "WRITTEN",
+    "Constructed",
+    "Packed",
+    "build",
+    "check_parameters",
+    "check_sites",
+    "constructed",
+    "described",
+    "model_config",
+    "other_mace",
+    "quiet",
+    "take_apart",
+    "verify",
+]
+
+
+def model_config(model: torch.nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a MACE model, with arrays as lists and irreps as text.
+
+    Raises:
+        ModelFileError: if the interactions differ in a number the constructor takes only once.
+    """
+    config = extract_config_mace_model(model)
+    if "error" in config:
+        raise ModelFileError(str(config["error"]))
+    neighbors = {float(block.avg_num_neighbors) for block in model.interactions}  # type: ignore[union-attr]
+    if len(neighbors) > 1:
+        raise ModelFileError(f"the interactions differ in avg_num_neighbors ({sorted(neighbors)}); cannot be packed.")
+    for key in ("cueq_config", "oeq_config"):
+        config.pop(key, None)
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("interaction_cls", "interaction_cls_first"):
+            value = original_type(value)
+        if isinstance(value, np.ndarray | Tensor):
+            value = value.tolist()
+        elif isinstance(value, np.generic):
+            value = value.item()
+        plain[key] = value
+    plain["avg_num_neighbors"] = float(plain["avg_num_neighbors"])
+    return plain
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """e3nn compiles the modules it makes, and torch warns about each: dozens of lines for one model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TorchScript type system", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        yield
+
+
+def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype), quiet():
+        return mace_models.ScaleShiftMACE(**config)
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@dataclass
+class Packed:
+    """A quantized model taken apart.
+
+    Attributes:
+        meta: plain data: versions, configuration, digest.
+        config: constructor arguments.
+        dtype: of the model.
+        quantized: codes and scales by parameter name.
+        plain: every other parameter, and the buffers that the constructor does not make by itself.
+        ranges: observed sizes by site name.
+        ratios: range ratios of the weights of a model in training.
+    """
+
+    meta: dict[str, Any]
+    config: dict[str, Any]
+    dtype: torch.dtype
+    quantized: dict[str, QuantizedTensor]
+    plain: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    ratios: dict[str, Tensor]
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """A checksum of all tensors that are not derived from the configuration."""
+    summary = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        data = tensor.float() if tensor.is_floating_point() else tensor
+        summary.update(name.encode())
+        summary.update(data.contiguous().numpy().tobytes())
+    return summary.hexdigest()
+
+
+@dataclass(frozen=True)
+class Constructed:
+    """What the constructor of MACE makes of a configuration, without the values of parameters.
+
+    Attributes:
+        parameters: names and shapes, as `described` gives them.
+        buffers: checksums by name.
+    """
+
+    parameters: frozenset[str]
+    buffers: dict[str, str]
+
+
+@functools.lru_cache(maxsize=8)
+def constructed(key: bytes) -> Constructed:
+    """Build a plain model and describe it. Slow (a second model), so once a configuration.
+
+    Args:
+        key: configuration and dtype, pickled.
+    """
+    config, dtype = pickle.loads(key)
+    model = build(config, dtype)
+    parameters = dict(model.named_parameters())
+    state = model.state_dict()
+    buffers = {name: _checksum(tensor) for name, tensor in state.items() if name not in parameters}
+    return Constructed(frozenset(described(parameters)), buffers)
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Of one tensor, to the last bit."""
+    data = tensor.detach().cpu().contiguous()
+    summary = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    summary.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return summary.hexdigest()
+
+
+def described(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names with shapes: ``"readouts.0.linear.weight (128,)"``."""
+    return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def take_apart(model: torch.nn.Module) -> Packed:
+    """What a file of this model has to hold.
+
+    A file leaves out the buffers that MACE's constructor makes by itself, Clebsch-Gordan tables above all. Which those
+    are is known from a second model, built of the configuration (once for each, see `constructed`).
+
+    Raises:
+        ModelFileError: if the constructor would not make a model with these parameters, so that the file could not be
+            loaded again.
+    """
+    config = model_config(model)
+    dtype = _dtype(model)
+    quantized = quantized_weights(model)
+    parameters = dict(model.named_parameters())
+    made = constructed(pickle.dumps((config, dtype)))
+    if differing := made.parameters ^ described(parameters):
+        raise ModelFileError(
+            f"{', '.join(sorted(differing))}: not what MACE builds of this model's configuration, so a packed file of "
+            "it could not be loaded again. Save a model whose modules are MACE's own."
+        )
+    plain = {}
+    for name, tensor in model.state_dict().items():
+        if name == "_extra_state" or name in quantized:
+            continue
+        value = tensor.detach().cpu()
+        if name in parameters or made.buffers.get(name) != _checksum(value):
+            plain[name] = value.clone()
+    meta = meta_of(model)
+    # Packing rounds the weights: whoever reads the file gets a converted model.
+    meta["status"] = "converted"
+    weights = {name: q.dequantize() for name, q in quantized.items()}
+    stored = {**weights, **{k: v for k, v in plain.items() if k in parameters}}
+    meta["digest"] = digest(stored)
+    meta["checked"] = sorted(stored)
+    ranges = {name: q.ranges() for name, q in feature_quantizers(model).items()}
+    ratios = {name: q.range_ratio.detach().cpu() for name, q in weight_quantizers(model).items()}
+    return Packed(meta, config, dtype, quantized, plain, ranges, ratios)
+
+
+WRITTEN = "this file was written with"
+
+
+def other_mace(meta: Mapping[str, Any]) -> str:
+    """The error for a reader with another MACE; braces for what only the file has, and for what only the model has."""
+    writer = str(meta.get("mace", "of an unknown version"))
+    return (
+        f"{WRITTEN} mace-torch {writer} (torch {meta.get('torch', '?')}, gaq {meta.get('gaq', '?')}), and the mace "
+        "installed here builds this model with other tensors. In the file only: {}. In the model only: {}. "
+        f"Install the version that wrote the file (pip install mace-torch=={writer}) and load it there."
+    )
+
+
+def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Refuse to load tensors into a model that has other parameters.
+
+    Args:
+        model: as MACE has built it.
+        stored: every parameter, and some buffers, by name.
+        meta: of the file.
+
+    Raises:
+        ModelFileError: naming the tensors that differ and the MACE that wrote the file.
+    """
+    missing = described(dict(model.named_parameters())) - described(stored)
+    unknown = described(stored) - described(model.state_dict())
+    if missing or unknown:
+        raise ModelFileError(other_mace(meta).format(sorted(unknown), sorted(missing)))
+
+
+def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
+    """Check the parameters of a model against the names and the checksum stored with it.
+
+    Raises:
+        ModelFileError: if they differ: another MACE built the model, or the file was altered or damaged.
+    """
+    state = model.state_dict()
+    names, checked = {name for name, _ in model.named_parameters()}, set(meta["checked"])
+    if names != checked:
+        raise ModelFileError(other_mace(meta).format(sorted(checked - names), sorted(names - checked)))
+    if digest({name: state[name] for name in checked}) != meta["digest"]:
+        raise ModelFileError(
+            "the weights in this file do not match the checksum stored with them: it was altered or damaged. "
+            "Quantize the float model again."
+        )
+
+
+def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping[str, Tensor], complete: bool) -> None:
+    """Refuse ranges of activations that belong to no site of a restored model, and sites without theirs.
+
+    Args:
+        model: restored.
+        meta: of the file.
+        ranges: by site name.
+        complete: whether the file holds the ranges of all sites, and not only those that were observed.
+
+    Raises:
+        ModelFileError: naming the sites that differ and the MACE that wrote the file.
+    """
+    sites = set(feature_quantizers(model))
+    unknown, missing = set(ranges) - sites, sites - set(ranges) if complete else set()
+    if unknown or missing:
+        raise ModelFileError(other_mace(meta).format(sorted(unknown), sorted(missing)))
