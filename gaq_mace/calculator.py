@@ -8,16 +8,19 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from mace.calculators import MACECalculator
 
-from gaq.process import default_dtype
+from gaq.process import default_dtype, unchanged
 
 __all__ = ["Calculator"]
 
 
 class Calculator(MACECalculator):
-    """`MACECalculator`, which sets torch's default dtype as it is made and takes structures in it ever after."""
+    """`MACECalculator`, which sets torch's default dtype as it is made and takes structures in it ever after.
+
+    As it is made it also gives the root logger a handler, where there is none.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with default_dtype(torch.get_default_dtype()):
+        with unchanged():
             super().__init__(*args, **kwargs)
 
     def _atoms_to_batch(self, atoms: Any) -> Any:

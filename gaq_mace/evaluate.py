@@ -49,7 +49,8 @@ def make_batches(
     heads = getattr(model, "heads", ["Default"])
     if head is None:
         head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
-    with default_dtype(first.dtype):
+    # A DataLoader draws a seed from torch's random numbers, whether or not it shuffles.
+    with default_dtype(first.dtype), torch.random.fork_rng(devices=[]):
         graphs = [
             data.AtomicData.from_config(
                 data.config_from_atoms(atoms, head_name=head),

@@ -18,7 +18,7 @@ from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
 from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
 from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
-from gaq_mace import packed, pickled
+from gaq_mace import packed, packed_pickle
 from gaq_mace.engine import Served
 from gaq_mace.insertion import configure_attention, insert
 from gaq_mace.sites import find_sites
@@ -33,8 +33,8 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if state_of(self) is not None:
-            return pickled.reduce_packed(self)
-        return pickled.reduce_stock(self, mace_models.ScaleShiftMACE)
+            return packed_pickle.reduce_packed(self)
+        return packed_pickle.reduce_stock(self, mace_models.ScaleShiftMACE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
         # Without this a copy would go through the packed form and lose the training state.

@@ -25,6 +25,7 @@ from ase.io import read, write
 from gaq.model.state import feature_quantizers, state_of
 from gaq_mace import files
 from gaq_mace.engine import disabled
+from gaq_mace.packed import build, model_config
 from gaq_mace.root import ScaleShiftMACE
 
 BASE: dict[str, Any] = {
@@ -155,7 +156,7 @@ def training_form(run: Run, path: Path, suffix: str = "") -> torch.nn.Module:
     """The model as it was in training, from the last checkpoint."""
     packed = files.load(path)
     dtype = getattr(torch, run.settings["default_dtype"])
-    model = files.build(files.model_config(packed), dtype)
+    model = build(model_config(packed), dtype)
     model.__class__ = ScaleShiftMACE
     pattern = f"{run.settings['name']}_run-{run.settings['seed']}_epoch-*{suffix}.pt"
     found = [p for p in (run.folder / "checkpoints").glob(pattern) if suffix or "_swa" not in p.name]

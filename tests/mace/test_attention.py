@@ -33,7 +33,7 @@ import gaq
 from gaq.config.parse import ConfigError, parse_config
 from gaq.model.state import feature_quantizers, unquantized
 from gaq.quantizers.attention import BoundedGate, GridQuantizer, RobustAttention
-from gaq_mace import files
+from gaq_mace import files, packed, safetensors_file
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
 from gaq_mace.evaluate import make_batches
 from gaq_mace.layers import QuantizedDensity, QuantizedDensityResidual
@@ -167,7 +167,7 @@ def test_without_the_key_nothing_is_attended_to(evaluate: Callable[..., Any], bl
     model = calibrated(block, without_distillation("gaq", **NEAREST))
     assert not any(isinstance(m, BoundedGate | GridQuantizer) for m in model.modules())
     assert not any(isinstance(m, QuantizedDensity | QuantizedDensityResidual) for m in model.modules())
-    assert "attention" not in files.take_apart(model).meta["config"]
+    assert "attention" not in packed.take_apart(model).meta["config"]
 
 
 EXPECTED = {
@@ -365,7 +365,7 @@ def test_stock_training_with_rounded_density(tmp_path: Path, evaluate: Callable[
     frames: Any = read(tmp_path / "test.xyz", ":")
     stock = predictions(tmp_path / "tiny.model", frames)
     np.testing.assert_allclose(evaluate(model, frames)[1], stock, atol=2e-5)
-    config = files._config_to_json(files.model_config(model))
+    config = safetensors_file.config_to_json(packed.model_config(model))
     assert config["interaction_cls"] == "RealAgnosticDensityResidualInteractionBlock"
     assert config["interaction_cls_first"] == "RealAgnosticDensityInteractionBlock"
 

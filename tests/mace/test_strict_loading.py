@@ -16,7 +16,7 @@ import torch
 from mace.modules import models as mace_models
 
 import gaq
-from gaq_mace import files
+from gaq_mace import files, packed, packed_pickle
 from gaq_mace.files import ModelFileError
 
 CHANGES = """
@@ -139,7 +139,7 @@ def test_every_parameter_is_in_the_file(quantized: Callable[..., Any], tmp_path:
     model = quantized("w8")
     path = tmp_path / f"model{suffix}"
     weight = model.readouts[0].linear.weight
-    made = files.build(files.model_config(model), weight.dtype).readouts[0].linear.weight
+    made = packed.build(packed.model_config(model), weight.dtype).readouts[0].linear.weight
     with torch.no_grad():
         weight.copy_(made)
     gaq.save(model, path)
@@ -164,10 +164,10 @@ def test_saving_twice_builds_one_model(
 ) -> None:
     """What a constructor makes is found out once for a configuration."""
     model = quantized("w8")
-    files.constructed.cache_clear()
+    packed.constructed.cache_clear()
     built = []
-    original = files.build
-    monkeypatch.setattr(files, "build", lambda *args: built.append(args) or original(*args))
+    original = packed.build
+    monkeypatch.setattr(packed, "build", lambda *args: built.append(args) or original(*args))
     gaq.save(model, tmp_path / f"model{suffix}")
     gaq.save(model, tmp_path / f"model{suffix}")
     assert len(built) == 1
@@ -180,15 +180,16 @@ def test_ranges_of_sites_that_are_not_there(
     """Ranges that belong to no site of the model that was built are not dropped in silence."""
     path = tmp_path / f"model{suffix}"
     model = quantized("naive_w8a8")
-    take_apart = files.take_apart
+    take_apart = packed.take_apart
 
     def renamed(model: Any) -> Any:
-        packed = take_apart(model)
-        packed.ranges = {name.replace("products.1", "products.elsewhere"): r for name, r in packed.ranges.items()}
-        return packed
+        apart = take_apart(model)
+        apart.ranges = {name.replace("products.1", "products.elsewhere"): r for name, r in apart.ranges.items()}
+        return apart
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "take_apart", renamed)
+        patch.setattr(packed_pickle, "take_apart", renamed)
         gaq.save(model, path)
     with pytest.raises(ModelFileError, match=r"products\.elsewhere"):
         files.load(path)

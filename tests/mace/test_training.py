@@ -39,6 +39,10 @@ def test_scalar_form(train: Any, stock: Run) -> None:
     check(run, stock)
     assert "vectors.start_epoch 10 is not reached in 3 epochs" in run.log
     assert run.log.index("Activation ranges calibrated on 12 training structures") < run.log.index("Epoch 0:")
+    # MACE does not compress what it writes; that is done with packed models when the run is over.
+    for path in (path for path in run.folder.glob("**/*.model") if "compiled" not in path.name):
+        with zipfile.ZipFile(path) as archive:
+            assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}, path
 
 
 def test_mapping_form(train: Any) -> None:

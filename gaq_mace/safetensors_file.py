@@ -1,0 +1,121 @@
+"""The `.safetensors` form of a packed MACE model, which runs no code on load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+from e3nn import o3
+from mace.modules import gate_dict, interaction_classes, readout_classes
+from torch import Tensor
+
+from gaq.files.packing import pack, packed_bytes, unpack
+from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
+from gaq.quantizers.weights import WeightLayout, dequantize
+from gaq_mace.packed import Packed, build, check_parameters, check_sites, verify
+from gaq_mace.root import restore
+from gaq_mace.weights import layouts
+
+__all__ = ["config_from_json", "config_to_json", "load_safetensors", "save_safetensors"]
+
+_NAMES: dict[str, dict[str, Any]] = {
+    "interaction_cls": interaction_classes,
+    "interaction_cls_first": interaction_classes,
+    "readout_cls": readout_classes,
+    "gate": gate_dict,
+}
+
+
+def config_to_json(config: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NAMES and value is not None:
+            names = [name for name, known in _NAMES[key].items() if known is value]
+            if not names:
+                raise ModelFileError(f"{key} {value!r} is not one of MACE's own, so it cannot be stored by name.")
+            value = names[0]
+        elif isinstance(value, o3.Irreps):
+            value = {"irreps": str(value)}
+        plain[key] = value
+    return plain
+
+
+def config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key in _NAMES and value is not None:
+            if value not in _NAMES[key]:
+                raise ModelFileError(
+                    f"{key}: this MACE does not know {value!r}; install the version that wrote the file."
+                )
+            value = _NAMES[key][value]
+        elif isinstance(value, dict) and set(value) == {"irreps"}:
+            value = o3.Irreps(value["irreps"])
+        config[key] = value
+    return config
+
+
+def save_safetensors(packed: Packed, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {f"plain:{name}": t.contiguous() for name, t in packed.plain.items()}
+    table = {}
+    # All in two tensors, in the order of the table: an entry each would make the header as large as some models.
+    for name, q in packed.quantized.items():
+        table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
+    tensors["codes"] = torch.cat([pack(q.codes, q.bits) for q in packed.quantized.values()])
+    tensors["scales"] = torch.cat([q.scale.to(torch.bfloat16) for q in packed.quantized.values()])
+    # Ranges of the atom's own were never observed, and are not stored.
+    tensors.update({f"range:{name}": t for name, t in packed.ranges.items() if bool(t.any())})
+    header = {
+        "meta": {key: value for key, value in packed.meta.items() if key != "checked"},
+        "config": config_to_json(packed.config),
+        "dtype": str(packed.dtype).removeprefix("torch."),
+        "weights": table,
+    }
+    save_file(tensors, path, metadata={"gaq": json.dumps(header)})
+
+
+def load_safetensors(path: Path) -> torch.nn.Module:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"truncated, or not a safetensors file ({error}).") from error
+    if "gaq" not in metadata:
+        raise ModelFileError("a safetensors file, but not one written by gaq.")
+    header = json.loads(metadata["gaq"])
+    check_format(header["meta"])
+    if int(header["meta"].get("format", 0)) < 2:
+        raise ModelFileError("a form of before format 2, with a tensor a weight; quantize the float model again.")
+    model = build(config_from_json(header["config"]), getattr(torch, header["dtype"]))
+    state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
+    shapes = {name: torch.empty(shape, device="meta") for name, (*_, shape) in header["weights"].items()}
+    check_parameters(model, {**state, **shapes}, header["meta"])
+    layout_of = layouts(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    header["meta"]["checked"] = sorted(parameters)
+    weights = {}
+    begin = first = 0
+    for name, (bits, granularity, group_size, shape) in header["weights"].items():
+        layout: WeightLayout = layout_of[name]
+        end = begin + packed_bytes(layout.numel, bits)
+        last = first + layout.scales(granularity, group_size)
+        codes = unpack(tensors["codes"][begin:end], bits, shape)
+        scale = tensors["scales"][first:last].float()
+        begin, first = end, last
+        state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))
+        weights[name] = FixedWeight(bits, granularity, group_size, scale)
+    # The constructor's own buffers stay.
+    model.load_state_dict({**model.state_dict(), **state})
+    verify(model, header["meta"])
+    ranges = {key.removeprefix("range:"): t for key, t in tensors.items() if key.startswith("range:")}
+    restore(model, StoredState(header["meta"], ranges, weights))
+    check_sites(model, header["meta"], ranges, complete=False)
+    return model
