@@ -40,6 +40,18 @@ def test_package(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "rounded, folded by type" in out
 
 
+@pytest.mark.smoke
+def test_streams_of_the_command(trained: Any, command: Callable[..., Any], tmp_path: Path) -> None:
+    """In a process of its own: results on stdout, and nothing on stderr."""
+    path = tmp_path / "out.nequip.zip"
+    done = command("nequip-deploy", "build", trained.best, path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "written:" in done.stdout
+    done = command("nequip-deploy", "info", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "preset w8a16, frozen" in done.stdout
+
+
 def test_train_dir(trained: Any, tmp_path: Path) -> None:
     path = tmp_path / "out.nequip.zip"
     assert main(["build", "--train-dir", str(trained.best.parent), str(path)]) == 0
