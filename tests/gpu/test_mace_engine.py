@@ -219,7 +219,6 @@ def test_a_trajectory_of_replayed_steps(small: torch.nn.Module, monkeypatch: pyt
 def test_replayed_steps_of_radial_functions_of_the_species(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GAQ_KERNELS", "")
     monkeypatch.delenv("GAQ_CUDA_GRAPHS", raising=False)
     playback = Playback()
     monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
