@@ -139,13 +139,8 @@ def structures(draw: st.DrawFn) -> Atoms:
     return atoms
 
 
-@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
-@given(atoms=structures(), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from((torch.float32, torch.float64)))
-def test_batches_are_those_of_mace(
-    shared: dict[Any, MACECalculator], atoms: Atoms, seed: int, dtype: torch.dtype
-) -> None:
-    """After steps short and long, however the cell is shaped and whatever of it is periodic."""
-    calculator = shared[dtype]
+def check_steps(calculator: MACECalculator, atoms: Atoms, seed: int) -> None:
+    """Check the batches after steps short and long."""
     rng = np.random.default_rng(seed)
     kept = 0
     for scale in (0.0, 1e-3, *rng.choice([0.0, 1e-3, 0.03, 0.1, 0.3, 3.0], 10, p=[0.1, 0.2, 0.3, 0.2, 0.1, 0.1])):
@@ -156,6 +151,29 @@ def test_batches_are_those_of_mace(
         assert not memory._refused
         kept += memory._pairs is not None
     assert kept >= 1
+
+
+every_structure = given(
+    atoms=structures(), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from((torch.float32, torch.float64))
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@every_structure
+def test_batches_are_those_of_mace(
+    shared: dict[Any, MACECalculator], atoms: Atoms, seed: int, dtype: torch.dtype
+) -> None:
+    """However the cell is shaped and whatever of it is periodic."""
+    check_steps(shared[dtype], atoms, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@every_structure
+def test_batches_of_many_structures_are_those_of_mace(
+    shared: dict[Any, MACECalculator], atoms: Atoms, seed: int, dtype: torch.dtype
+) -> None:
+    check_steps(shared[dtype], atoms, seed)
 
 
 def test_atoms_beyond_their_bins_are_left_to_mace(shared: dict[Any, MACECalculator]) -> None:
