@@ -173,6 +173,7 @@ def measure_subject(
     metrics["model"] |= {
         "preset": subject.preset,
         "training": subject.training,
+        "rounds_features": subject.rounds_features,
         "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
         **_against_plain_operations(subject, reference, checked, seed),
     }

@@ -34,6 +34,7 @@ class Subject:
         path: the file; None for a model in memory.
         preset: of a quantized model; `gaq.reporting.gates.FLOAT` of any other.
         training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
+        rounds_features: whether the model rounds features besides weights.
         file_kind: what the file is, as its adapter names it.
         weight_bytes: of codes, scales and what stays float; None if the file does not tell.
         engine_error: error of the fused kernels over that of the reference path, on structures; gives None where the
@@ -47,6 +48,7 @@ class Subject:
     path: str | None = None
     preset: str = FLOAT
     training: str = "ptq"
+    rounds_features: bool = False
     file_kind: str | None = None
     weight_bytes: int | None = None
     engine_error: Callable[[Sequence[Atoms]], float | None] | None = None
@@ -106,6 +108,7 @@ def open_file(
         path=str(path),
         preset=FLOAT if config is None else config.preset,
         training="qat" if not is_float and (trained or adapter.status(model) == "training") else "ptq",
+        rounds_features=config is not None and (config.rounds_activations or config.attention is not None),
         file_kind=adapter.file_kind(model, path),
         weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
         engine_error=_engine_error(adapter, model),
@@ -117,7 +120,8 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
     """See `Subject.engine_error`; gives None in float64 too, where there is nothing more exact to compare with.
 
     Both errors are those of one model: the unquantized one, which has no features that fall to the other side of a
-    rounding threshold, would compare the arithmetic with the rounding.
+    rounding threshold, would compare the arithmetic with the rounding. Few atoms are too few for a ratio of rounding
+    errors, and copies of the structures with atoms moved by 0.01 Å make them more.
     """
 
     def measure(structures: Sequence[Atoms]) -> float | None:
@@ -126,9 +130,11 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
             return None
 
         def forces(model: torch.nn.Module) -> np.ndarray:
-            # One at a time: the reference path holds the features of every edge.
-            return np.concatenate(adapter.potential(model, 1)(structures)[1]).astype(float)
+            return np.concatenate(adapter.potential(model, batch_size)(samples)[1]).astype(float)
 
+        samples = _with_copies(structures, atoms=200)
+        # Few at a time: the reference path holds the features of every edge.
+        batch_size = max(1, 200 // max(map(len, samples)))
         fused = forces(model)
         with adapter.reference_path():
             exact, plain = forces(adapter.in_float64(model)), forces(model)
@@ -136,6 +142,18 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
         return quotient(*errors)
 
     return measure
+
+
+def _with_copies(structures: Sequence[Atoms], atoms: int) -> list[Atoms]:
+    """The structures and, while they have fewer atoms together, slightly distorted copies of them."""
+    samples = [structure.copy() for structure in structures]
+    rng = np.random.default_rng(0)
+    while sum(map(len, samples)) < atoms:
+        for structure in structures:
+            copied = structure.copy()
+            copied.positions += 0.01 * rng.standard_normal(structure.positions.shape)
+            samples.append(copied)
+    return samples
 
 
 def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], Potential]:

@@ -43,7 +43,7 @@ METRICS = {
     "seconds_per_step",
     "peak_bytes",
 }
-OF_THE_MODEL = {"preset", "training", "engine_error_ratio", "lee_naive_ratio", "smoothness"}
+OF_THE_MODEL = {"preset", "training", "rounds_features", "engine_error_ratio", "lee_naive_ratio", "smoothness"}
 
 FP32 = {
     "force_mae_mev_per_angstrom": 10.0,
@@ -162,6 +162,11 @@ class TestGates:
             evaluate_gates(GOOD, "w2", FP32)
         with pytest.raises(ValueError, match="'ptq' or 'qat'"):
             evaluate_gates({**GOOD, "training": "magic"}, "w8", FP32)
+
+    def test_the_kernels_of_models_that_round_features_are_printed(self):
+        gates = evaluate_gates({**GOOD, "engine_error_ratio": 2.1, "rounds_features": True}, "gaq", FP32)
+        assert gates["engine"].passed is False
+        assert failed_gates(gates) == []
 
     def test_no_gates_of_a_float_model(self):
         assert evaluate_gates(FP32, "float") == {}

@@ -1,0 +1,303 @@
+"""Pass-or-fail bounds on the measured quality of a quantized potential."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One bound and whether it holds.
+
+    Attributes:
+        name: key of the gate.
+        value: measured value; None if it was not measured; infinite if the check ran and broke down.
+        bound: the bound; None if it depends on something that was not measured.
+        passed: whether ``value comparison bound``; None if not measured, or not comparable.
+        unit: unit of value and bound; empty for ratios.
+        note: what is compared, or what to do to measure it.
+        comparison: ``"<="``, ``"<"`` or ``">="``.
+        enforced: False for bounds that are printed but do not fail a model of this preset.
+    """
+
+    name: str
+    value: float | None
+    bound: float | None
+    passed: bool | None
+    unit: str
+    note: str
+    comparison: str = "<="
+    enforced: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``report.json``, under its name."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Bounds of one preset. Central differences are those at h = 0.01 Å."""
+
+    force_mae_ptq: float | None
+    force_mae_qat: float
+    file_size: float
+    physics_enforced: bool
+    accuracy_enforced: bool = True
+    lee: float = 0.15
+    lee_against_naive: float = 30.0
+    central_difference: float = 0.01
+    drift_over_std_kinetic: float = 1.0
+    engine_error: float = 2.0
+
+
+# These presets need training: where the first bound is None, post-training quantization is held to the
+# second, but only in print.
+BOUNDS: dict[str, _Bounds] = {
+    "gaq": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
+    "w8a16": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
+    "w8": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
+    "w4a16": _Bounds(None, 1.00, 7.0, physics_enforced=True),
+    "w4": _Bounds(None, 1.00, 7.0, physics_enforced=True),
+    "w8a8": _Bounds(None, 1.05, 4.0, physics_enforced=False),
+    "w4a8": _Bounds(None, 1.05, 7.0, physics_enforced=False),
+    "naive_w8a8": _Bounds(None, 1.05, 4.0, physics_enforced=False, accuracy_enforced=False),
+}
+"""One row a preset; every bound that `evaluate_gates` applies stands here."""
+
+CENTRAL_DIFFERENCE_STEP = 0.01
+"""Step (Å) at which the central-difference gate is judged."""
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<=": lambda value, bound: value <= bound,
+    "<": lambda value, bound: value < bound,
+    ">=": lambda value, bound: value >= bound,
+}
+
+
+FLOAT = "float"
+"""What stands for the preset of a model that is not quantized; no gates apply to it."""
+
+NAIVE = "naive_w8a8"
+"""Preset that ``lee_against_naive`` compares with."""
+
+
+def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = None) -> dict[str, Gate]:
+    """Judge the measured metrics of one model.
+
+    Args:
+        results: metrics under the names of ``report.json`` (`gaq.reporting.measure`), with ``training`` (``"ptq"``,
+            the default, or ``"qat"``).
+        preset: a name in `BOUNDS`, or `FLOAT`.
+        reference: the same metrics of the unquantized model on the same data.
+
+    Returns:
+        Every gate by name, none for a float model. A gate whose inputs are missing, or cannot be compared, has
+        ``passed`` None and says what to supply.
+
+    Raises:
+        ValueError: if the preset or ``training`` is unknown.
+    """
+    if preset == FLOAT:
+        return {}
+    if preset not in BOUNDS:
+        raise ValueError(f"no gates for preset {preset!r}; use the nearest of {', '.join(BOUNDS)}")
+    training = results.get("training") or "ptq"
+    if training not in ("ptq", "qat"):
+        raise ValueError(f"training is {training!r}; it must be 'ptq' or 'qat'")
+    bounds = BOUNDS[preset]
+    fp32: Metrics = reference or {}
+    gates = (
+        _accuracy_gate(results, fp32, bounds, training),
+        *_symmetry_gates(results, bounds),
+        *_energy_gates(results, fp32, bounds),
+        _gate(
+            "engine",
+            results.get("engine_error_ratio"),
+            bounds.engine_error,
+            "error of the fused kernels over that of the reference path, both in float32 against float64",
+            "needs a float32 model that runs through the fused kernels here; nequip-deploy checks compiled files",
+            # A feature that falls to the other side of a threshold costs a step, in one path as in the other: chance.
+            enforced=not results.get("rounds_features"),
+        ),
+        _size_gate(results, fp32, bounds),
+    )
+    return {gate.name: gate for gate in gates}
+
+
+def failed_gates(gates: Mapping[str, Gate | Mapping[str, Any]]) -> list[str]:
+    """Names of the enforced gates that were measured and failed, of gates or of their form in ``report.json``."""
+    plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
+    return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
+
+
+def verdict(gate: Mapping[str, Any]) -> str:
+    """``pass``, ``fail``, ``not measured`` or ``not comparable``, of a gate as it stands in ``report.json``."""
+    if gate["passed"] is None:
+        return str(gate["note"]).partition(":")[0]
+    return "pass" if gate["passed"] else "fail"
+
+
+def _gate(
+    name: str,
+    value: float | None,
+    bound: float | None,
+    note: str,
+    missing: str,
+    unit: str = "",
+    comparison: str = "<=",
+    enforced: bool = True,
+) -> Gate:
+    passed = None
+    if value is not None and bound is not None:
+        passed = bool(_COMPARE[comparison](value, bound))  # False for NaN
+    text = f"not measured: {missing}" if passed is None else note
+    return Gate(name, value, bound, passed, unit, text, comparison, enforced)
+
+
+def _accuracy_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: str) -> Gate:
+    held = training == "qat" or bounds.force_mae_ptq is not None
+    return _gate(
+        "force_mae_ratio",
+        quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom")),
+        bounds.force_mae_qat if training == "qat" or bounds.force_mae_ptq is None else bounds.force_mae_ptq,
+        f"force MAE over that of the reference model on the same data ({training})",
+        "needs labelled structures and a reference model",
+        enforced=bounds.accuracy_enforced and held,
+    )
+
+
+def _symmetry_gates(results: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
+    return (
+        _gate(
+            "lee",
+            results.get("lee_mev_per_angstrom"),
+            bounds.lee,
+            "force error under random rotations",
+            "needs structures",
+            unit="meV/Å",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "lee_against_naive",
+            results.get("lee_naive_ratio"),
+            bounds.lee_against_naive,
+            f"rotation error of {NAIVE} made of the reference model over this model's, on the same structures",
+            f"needs a float reference model to make {NAIVE} of, and structures that its plain operations can hold",
+            comparison=">=",
+            enforced=bounds.physics_enforced,
+        ),
+    )
+
+
+def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
+    nve, nve_fp32 = results.get("nve") or {}, fp32.get("nve") or {}
+    unstable = nve.get("stable") is False
+    reason = nve.get("reason") or "NaN, explosion or a broken bond"
+    note = "drift over the run against the spread of the kinetic energy"
+    difference, bar = None, _drift_bar(nve_fp32)
+    if nve.get("drift_mev_per_atom_per_ps") is not None and bar is not None:
+        difference = abs(nve["drift_mev_per_atom_per_ps"] - nve_fp32["drift_mev_per_atom_per_ps"])
+    smoothness = results.get("smoothness") or {}
+    return (
+        _gate(
+            "central_difference",
+            _at_step(results.get("central_difference_relative_error"), CENTRAL_DIFFERENCE_STEP),
+            bounds.central_difference,
+            f"relative force error against central differences, h = {CENTRAL_DIFFERENCE_STEP} Å",
+            f"needs central differences at h = {CENTRAL_DIFFERENCE_STEP} Å",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "nve_drift",
+            math.inf if unstable else nve.get("drift_over_std_kinetic"),
+            bounds.drift_over_std_kinetic,
+            f"the run was not stable: {reason}" if unstable else note,
+            "needs an NVE run (a length above 0 ps)",
+            comparison="<",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "nve_drift_against_reference",
+            math.inf if unstable and bar is not None else difference,
+            bar,
+            "difference to the reference model's drift; bound: 2 √2 standard errors of the reference",
+            "needs NVE runs of model and reference",
+            unit="meV/atom/ps",
+            enforced=bounds.physics_enforced,
+        ),
+        _gate(
+            "bond_stretch",
+            smoothness.get("largest_jump_mev"),
+            smoothness.get("allowed_mev"),
+            "largest step of a bond-stretch scan against the reference's curvature",
+            "needs a reference model and a bond to stretch",
+            unit="meV",
+            enforced=bounds.physics_enforced,
+        ),
+    )
+
+
+FILE_KINDS = {
+    "model": "a model file of MACE",
+    "package": "a package of NequIP with the weights as they are used: codes, or those of a float model",
+    "compiled": "a compiled file of NequIP; most of it is code",
+    "checkpoint": "a checkpoint of NequIP: float weights, whatever the model, and the state of its training",
+    "package of float weights": "a package that the stock command made of a checkpoint of a quantized model",
+}
+"""What files adapters know. Those of one kind are compared by their sizes, unless they hold float weights anyway."""
+
+_FLOAT_WEIGHTS = ("checkpoint", "package of float weights")
+
+
+def _size_gate(results: Metrics, fp32: Metrics, bounds: _Bounds) -> Gate:
+    """Files of one kind by their sizes, otherwise weights with weights, otherwise nothing."""
+    own, other = results.get("file_kind"), fp32.get("file_kind")
+
+    def gate(key: str, note: str) -> Gate:
+        ratio = quotient(fp32.get(key), results.get(key))
+        missing = "needs a reference model file"
+        return _gate("file_size_ratio", ratio, bounds.file_size, note, missing, comparison=">=")
+
+    if not fp32 or (own == other and own not in _FLOAT_WEIGHTS):
+        return gate("file_bytes", "reference file size over this file's")
+    if "compiled" not in (own, other) and results.get("weight_bytes") and fp32.get("weight_bytes"):
+        return gate("weight_bytes", f"float weights of the reference ({other}) over codes and scales of this {own}")
+    note = (
+        f"not comparable: the size of a {own} with that of a {other}; give as reference the FP32 model compiled by "
+        "nequip-compile or, for a package, packaged by nequip-package"
+    )
+    return Gate("file_size_ratio", None, bounds.file_size, None, "", note, ">=", enforced=False)
+
+
+def quotient(numerator: float | None, denominator: float | None) -> float | None:
+    """Their ratio; None if one was not measured, 1 of two zeros."""
+    if numerator is None or denominator is None:
+        return None
+    if denominator == 0:
+        return 1.0 if numerator == 0 else math.inf
+    return float(numerator) / float(denominator)
+
+
+def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | None:
+    """The entry whose key, a number or its text, is the step."""
+    for key, value in (errors or {}).items():
+        if math.isclose(float(key), step):
+            return value
+    return None
+
+
+def _drift_bar(nve_fp32: Metrics) -> float | None:
+    """Largest difference of drifts that two runs of the reference itself would show, meV/atom/ps.
+
+    Two independent runs with standard error σ differ by √2 σ; twice that covers 95 %. The quantized model's
+    own error bar is left out on purpose: rounding noise widens it, and would excuse the drift it causes.
+    """
+    error = nve_fp32.get("standard_error")
+    if error is None or nve_fp32.get("drift_mev_per_atom_per_ps") is None or not math.isfinite(error):
+        return None
+    return 2 * math.sqrt(2) * float(error)
