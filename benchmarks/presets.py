@@ -20,9 +20,9 @@ import gaq
 from gaq.adapter import adapter_for
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.gates import BOUNDS
 from gaq.checks.lee import local_equivariance_error
 from gaq.config.parse import parse_config
-from gaq.reporting.gates import BOUNDS
 from gaq.reporting.tables import markdown_table
 
 __all__ = ["PRESETS", "Framework", "main", "run_name"]

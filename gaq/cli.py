@@ -115,8 +115,8 @@ def _measure(
     device: str,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    from gaq.checks.gates import BOUNDS
     from gaq.reporting import ReferenceModel, build_report
-    from gaq.reporting.gates import BOUNDS
 
     model = adapter.load(path, device)
     adapter.batches(model, structures, 1)  # raises for what the model does not know, before the long part

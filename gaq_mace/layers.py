@@ -271,14 +271,15 @@ def weight_quantizers(site: Site) -> dict[str, WeightQuantizer]:
     """The weight quantizers now in a site, by `WeightSite.path`."""
     found: dict[str, WeightQuantizer] = {}
     for weight in site.weights:
-        owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
+        owner = site.module.get_submodule(weight.owner) if weight.owner else site.module
         if site.kind == "contraction":
             if not isinstance(owner, QuantizedContraction):
                 continue
             if weight.parameter == "weights_max":
                 quantizer = owner.weights_max_quantizer
             else:
-                quantizer = owner.weights_quantizers[int(weight.parameter.split(".")[1])]
+                rest: Any = owner.weights_quantizers
+                quantizer = rest[int(weight.parameter.split(".")[1])]
         else:
             quantizer = getattr(owner, "weight_quantizer", None)
         if isinstance(quantizer, WeightQuantizer):

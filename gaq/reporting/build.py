@@ -20,12 +20,12 @@ import numpy as np
 
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import LabelErrors, MissingLabelsError, force_and_energy_mae
+from gaq.checks.gates import BOUNDS, evaluate_gates
 from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import SmoothnessResult, bond_stretch_scan
 from gaq.reporting.environment import hardware, versions
-from gaq.reporting.gates import BOUNDS, evaluate_gates
 from gaq.reporting.tables import format_number
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def build_report(
         calculator: the model as an ASE calculator, as it will be deployed.
         structures: structures, labelled or not.
         model_path: the model's file, for its size.
-        preset: preset whose gates apply, a key of `gaq.reporting.gates.BOUNDS`.
+        preset: preset whose gates apply, a key of `gaq.checks.gates.BOUNDS`.
         reference: the unquantized model.
         nve_ps: length of the NVE runs, ps; 0 leaves them out.
         seed: seed of rotations, components, velocities.
@@ -83,7 +83,7 @@ def build_report(
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
         extra: measurements taken elsewhere that gates need: ``training``, ``naive_lee_mev_per_angstrom``,
-            ``engine_error_ratio`` (see `gaq.reporting.gates.evaluate_gates`).
+            ``engine_error_ratio`` (see `gaq.checks.gates.evaluate_gates`).
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
