@@ -148,6 +148,8 @@ def round_at_end(
             if shared:
                 torch.distributed.broadcast(parameters[name].data, src=0)
                 torch.distributed.broadcast(quantizer.range_ratio, src=0)
+        # Afterwards: the scale of one weight may depend on another, an embedding.
+        for name, quantizer in quantizers.items():
             quantizer.refresh_scale(parameters[name])
     if result is None:
         return []
