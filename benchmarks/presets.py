@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from ase.io import read
 from common import load_json, mean_of_runs, write_result
-from gaq.reporting.gates import evaluate_gates, quotient
 
 import gaq
 from gaq.adapter import adapter_for, adapter_for_file
@@ -23,6 +22,7 @@ from gaq.checks.errors import spaced
 from gaq.checks.nve import nve_drift
 from gaq.config.parse import parse_config
 from gaq.reporting import open_model, quality
+from gaq.reporting.gates import evaluate_gates, quotient
 from gaq.reporting.tables import markdown_table
 
 __all__ = ["PRESETS", "Framework", "main", "run_name"]
