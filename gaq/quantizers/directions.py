@@ -1,4 +1,4 @@
-"""The compass: rounding of directions, and the magnitude/direction split of l > 0 features."""
+"""Rounding of vectors (l > 0): magnitude and direction separately."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ def round_vector(
 ) -> Tensor:
     """Round the magnitude and the direction of vectors separately (magnitude-direction quantization).
 
-    The forward value is ``round(|v|) * round(v / |v|)``. The gradient is straight-through *on the
-    sphere*: writing ``u = v / |v|``, the Jacobian is ``u_q u^T + (m_q / m)(1 - u u^T)``, that is, radial
-    changes pass through the rounded magnitude and tangential ones through the rounded direction (the
-    geometric straight-through estimator of arXiv 2603.05343; the Jacobian is our derivation). A vector
-    whose magnitude rounds to zero becomes exactly zero and passes gradients unchanged: it has no direction to
-    project on.
+    The value is ``round(|v|) * round(v / |v|)``. The gradient is straight-through *on the sphere*: with
+    ``u = v / |v|`` the Jacobian is ``u_q u^T + (m_q / m)(1 - u u^T)``. Radial changes pass through the rounded
+    magnitude, tangential ones through the rounded direction (the geometric straight-through estimator of arXiv
+    2603.05343; the Jacobian is our derivation). A vector whose magnitude rounds to zero becomes exactly zero and passes
+    gradients unchanged: it has no direction to project on.
 
     Args:
         v: vectors, shape (..., channels, 2 l + 1).
         limit: largest magnitude of each channel, shape (channels,).
         magnitude_top: largest magnitude code.
-        levels: of the octahedral and the cube code, from `gaq.codebooks.direction_levels`.
+        levels: levels of the octahedral and the cube code, from `gaq.codebooks.direction_levels`.
         table: directions of a tabulated codebook, shape (size, 3), used for l = 1 unless it is empty.
-        dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
-        axes: of the direction code, shape (batch, 2 l + 1, 2 l + 1), from `gaq.quantizers.frames.local_frame`;
-            those of the laboratory if None.
+        dimension: 2 l + 1 (an argument, because a traced tensor does not know its shape).
+        axes: axes of the direction code, shape (batch, 2 l + 1, 2 l + 1), from `gaq.quantizers.frames.local_frame`;
+            None for those of the laboratory.
 
     Returns:
         Rounded vectors, the shape of `v`.

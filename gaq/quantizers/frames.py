@@ -1,19 +1,20 @@
-"""Frames that turn with the features: what makes the rounding of directions exactly equivariant.
+"""Frames that rotate with the features and make the rounding of directions exactly equivariant.
 
-A code of directions has axes. Laid along the axes of the laboratory, it rounds a turned vector to something else than
-the turned rounded one, and the error is the step of the code. Here the axes are taken from the features of the same
-atom (or edge): a few fixed mixtures of its channels, made orthonormal. They turn with the features, so the components
-along them do not change under rotation, and whatever is done to these is equivariant (our derivation):
+A direction code has axes. If these are the axes of the laboratory, rounding a rotated vector differs from rotating the
+rounded vector, by as much as the step of the code. Here the axes come from the features of the same atom (or edge): a
+few fixed mixtures of its channels, made orthonormal. They rotate with the features, so the components along them are
+invariant, and any function of these components is equivariant (our derivation):
 
     ``v_q = Q^T code(Q v)``, ``Q -> Q D^T`` and ``v -> D v`` under a rotation D, so ``v_q -> D v_q``.
 
-Inversion and reflections are among the D: all axes change with the features. Where the mixtures span less than the
-whole space, directions orthogonal to the others complete the axes. Mostly the features span no more either (an atom on
-an axis or in a plane of symmetry, or few channels), and nothing lies along what was added. But on their way atoms also
-pass places where a mixture becomes dependent on the others though the features do not: to leave an axis out there would
-drop a component of every feature. One missing axis is given by the others but for its sign, to which codes are blind.
+D may also be an inversion or a reflection: all axes change with the features. Where the mixtures do not span the full
+space, directions orthogonal to them complete the axes. In most such cases the features span no more either (an atom on
+an axis or in a plane of symmetry, or few channels), and have no component along the added axis. But a moving atom also
+passes positions where one mixture becomes linearly dependent on the others and the features do not; without the added
+axis every feature would lose a component there. The other axes determine a single missing axis up to its sign, and
+codes are symmetric under a change of sign.
 
-The axes themselves are a few numbers an atom, however many channels there are.
+A frame is a few numbers per atom, independent of the number of channels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["local_frame", "local_frame_at_once", "mixtures"]
 def mixtures(dimension: int, channels: int) -> Tensor:
     """Fixed weights of the channels in each reference vector, shape (dimension, channels), float64.
 
-    Irrational phases: no two channels that are likely to cancel do, in all references at once.
+    The phases are irrational, so that channels do not cancel in all reference vectors at once.
     """
     c = torch.arange(channels, dtype=torch.float64)
     k = torch.arange(dimension, dtype=torch.float64).unsqueeze(-1)
@@ -43,16 +44,16 @@ def _unit(v: Tensor, floor: Tensor) -> Tensor:
 
 
 def _last_completed(axes: list[Tensor], dimension: int, floor: Tensor) -> list[Tensor]:
-    """Axes of which the last, where it is zero, is a direction orthogonal to the others.
+    """The axes, with the last one replaced by a direction orthogonal to the others where it is zero.
 
-    Of the axes that can be missing only the last goes missing along a path: one number has to vanish for it, two or
-    more for others. (Completing all of them is more than Inductor compiles right, as of torch 2.13.)
+    Only the last axis vanishes along a generic path of the atoms: one number has to become zero for it, two or more for
+    the others. (Inductor, as of torch 2.13, miscompiles code that completes all of them.)
     """
     last = axes[-1]
     left = torch.ones_like(last)
     for axis in axes[:-1]:
         left = left - axis * axis
-    # The unit vector of which the axes leave most; of equal ones one has to be taken.
+    # Start from the basis vector with the largest part outside the axes; the small term breaks ties.
     score = left * (1.0 + 1e-3 * torch.arange(dimension, dtype=last.dtype, device=last.device))
     row = (score >= score.amax(-1, keepdim=True)).to(last.dtype)
     for axis in axes[:-1]:
@@ -67,11 +68,11 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
     Args:
         vectors: features of one irrep, shape (batch, channels, 2 l + 1), detached.
         mixing: from `mixtures`, shape (at least 2 l + 1, channels), in the dtype of the vectors.
-        dimension: 2 l + 1 (given, because a traced tensor does not know its shape).
+        dimension: 2 l + 1 (an argument, because a traced tensor does not know its shape).
 
     Returns:
-        Axes as rows, shape (batch, 2 l + 1, 2 l + 1); where the references leave out more than one, the others of
-        those are zero.
+        Axes as rows, shape (batch, 2 l + 1, 2 l + 1). One missing axis is completed; where the reference vectors leave
+        more than one direction out, the further ones are zero.
     """
     count = 2 if dimension == 3 else dimension
     references = torch.matmul(mixing[:count], vectors)
@@ -81,7 +82,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
     axes: list[Tensor] = []
     for k in range(count):
         axis = references[:, k]
-        # Twice: what is left of a nearly dependent reference is orthogonal only after a second pass.
+        # Two passes: the remainder of a nearly dependent reference vector is orthogonal only after the second.
         for other in axes:
             axis = axis - (axis * other).sum(-1, keepdim=True) * other
         axis = _unit(axis, floor)
@@ -92,7 +93,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
         axes.append(axis)
     axes = _last_completed(axes, dimension, floor)
     if dimension == 3:
-        # A cross product does not change sign under inversion as the others do, unless a third reference tells it to.
+        # A cross product does not change sign under inversion, unlike the other axes; a third reference gives the sign.
         third = torch.linalg.cross(axes[0], axes[1])
         side = (torch.matmul(mixing[2:3], vectors)[:, 0] * third).sum(-1, keepdim=True)
         axes.append(torch.where(side < 0, -third, third))
@@ -100,9 +101,9 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
 
 
 def local_frame_at_once(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
-    """`local_frame` by one QR decomposition: the same axes in a tenth of the operations, where these are dear."""
+    """Compute `local_frame` by one QR decomposition: the same axes in a tenth of the operations, for eager evaluation."""
     references = torch.matmul(mixing[:dimension], vectors)
     q, r = torch.linalg.qr(references.transpose(1, 2))
-    # The factor of Gram and Schmidt is the one whose diagonal is positive.
+    # Gram-Schmidt gives the factor with a positive diagonal; QR leaves the signs open.
     diagonal = r.diagonal(dim1=1, dim2=2)
     return q.transpose(1, 2) * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-1)

@@ -1,8 +1,7 @@
-"""The ruler: rounding of invariant numbers (scalars, magnitudes, single components).
+"""Rounding of invariant numbers: scalars, magnitudes, single components.
 
-Rounding an invariant keeps equivariance whatever the step. All functions work in plain torch
-operations, at any derivative order, and pass gradients straight through inside the range and not at all
-outside it.
+Rounding an invariant keeps a model equivariant whatever the step. The functions consist of plain torch operations and
+can be differentiated to any order. Gradients pass straight through inside the range and are zero outside it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["round_linear"]
+__all__ = ["atom_range", "round_linear"]
+
+
+def atom_range(sizes: Tensor) -> Tensor:
+    """Range of each atom: its largest size, times 1.000001 so that rounding cannot put that size outside.
+
+    Args:
+        sizes: shape (batch, channels, components), >= 0.
+
+    Returns:
+        Shape (batch, 1), positive.
+    """
+    return sizes.amax((1, 2)).unsqueeze(-1).clamp_min(1e-30) * 1.000001
 
 
 def round_linear(x: Tensor, limit: Tensor, top: float, signed: bool) -> Tensor:

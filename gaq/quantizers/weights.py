@@ -1,9 +1,8 @@
 """Weight quantization: layouts, ranges, rounding and the fake-quantize module.
 
-A framework keeps the weights of an equivariant layer in one flat tensor: several matrices, one a path,
-end to end. A `WeightLayout` says where they lie, so that one quantizer serves every framework.
-Weights do not depend on positions: rounding them keeps a potential exactly equivariant and exactly
-conservative.
+A framework keeps the weights of an equivariant layer in one flat tensor: one matrix per path, end to end. A
+`WeightLayout` says where each matrix lies, so the same quantizer serves every framework. Weights do not depend on
+positions: a potential with rounded weights stays exactly equivariant and exactly conservative.
 """
 
 import math
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def largest_code(bits: int) -> int:
-    """Largest integer of a symmetric code; at 16 bits the largest that two int8 planes hold."""
+    """Largest integer of a symmetric code; at 16 bits it is the largest that two int8 planes hold."""
     return 32639 if bits == 16 else 2 ** (bits - 1) - 1
 
 
@@ -37,8 +36,8 @@ class Block:
 
     Attributes:
         offset: first element.
-        shape: of the array, row-major.
-        input_axis: the axis summed over in the layer; the others index output channels.
+        shape: shape of the array, row-major.
+        input_axis: axis that the layer sums over; the others index output channels.
     """
 
     offset: int
@@ -64,8 +63,8 @@ class WeightLayout:
     """Where the arrays of one weight tensor lie; they must cover it in order.
 
     Attributes:
-        shape: of the weight tensor.
-        blocks: arrays within its flattened form.
+        shape: shape of the weight tensor.
+        blocks: arrays within the flattened tensor.
     """
 
     shape: tuple[int, ...]
@@ -81,13 +80,13 @@ class WeightLayout:
         return math.prod(self.shape)
 
     def segments(self, granularity: str, group_size: int) -> list[Segment]:
-        """The pieces of the weight with one broadcastable scale array each.
+        """Split the weight into pieces that each have one broadcastable scale array.
 
         Args:
             granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
-            group_size: inputs per group; a remainder becomes a smaller group of its own. Groups
-                split the first axis only, where all our layers have their inputs; a block with
-                inputs elsewhere falls back to one scale per channel.
+            group_size: inputs per group; a remainder becomes a smaller group. Groups split the first axis only, where
+                all our layers have their inputs; a block with inputs on another axis falls back to one scale per
+                channel.
         """
         if granularity == "per_tensor":
             return [Segment(0, (self.numel,), 0, (1,))]
@@ -118,11 +117,11 @@ class WeightLayout:
         return last.scale_offset + math.prod(last.scale_shape)
 
     def scale_index(self, granularity: str, group_size: int) -> Tensor:
-        """For each weight the number of its scale, shape (numel,), int64."""
+        """Index of the scale of each weight, shape (numel,), int64."""
         index = torch.empty(self.numel, dtype=torch.int64)
         for offset, shape, scale_offset, scale_shape in self.segments(granularity, group_size):
-            own = torch.arange(math.prod(scale_shape)).view(scale_shape) + scale_offset
-            index[offset : offset + math.prod(shape)] = own.expand(shape).reshape(-1)
+            indices = torch.arange(math.prod(scale_shape)).view(scale_shape) + scale_offset
+            index[offset : offset + math.prod(shape)] = indices.expand(shape).reshape(-1)
         return index
 
 
@@ -133,9 +132,10 @@ class QuantizedTensor:
     Attributes:
         codes: int32, the shape of the weight.
         scale: float32, one per group of `layout`.
-        bits: width the codes need.
+        bits: code width.
         layout: where the arrays lie.
-        granularity: and ``group_size``: how the scales are shared.
+        granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
+        group_size: inputs per scale for ``per_group``.
     """
 
     codes: Tensor
@@ -152,22 +152,23 @@ class QuantizedTensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, scale_index: Tensor) -> Tensor:
-    """``codes * scale`` in float32 (always, so that every reader of a file gets the same weights)."""
+    """Compute ``codes * scale``, always in float32, so that every reader of a file gets the same weights."""
     flat = codes.reshape(-1).to(torch.float32) * scale.to(torch.float32)[scale_index]
     return flat.view(codes.shape)
 
 
 def _amax(values: Tensor, scale_index: Tensor, groups: int) -> Tensor:
+    """Largest absolute value of each group, shape (groups,)."""
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
     return zeros.scatter_reduce(0, scale_index, values.abs(), "amax", include_self=True)
 
 
 def stored_scale(step: Tensor) -> Tensor:
-    """The scale as a file keeps it: bfloat16, never zero.
+    """Round a scale up to bfloat16, the form a file keeps; never zero.
 
-    The codes are chosen for this scale, so its own rounding costs nothing; it is rounded up, lest
-    the largest weight be clipped. This halves the bytes spent on scales, and makes ``codes * scale`` exact in
-    float32 (15 and 8 significant bits), so that every dtype dequantizes to the same weights.
+    The codes are chosen for the rounded scale, so its rounding costs nothing; rounding up keeps the largest weight from
+    being clipped. bfloat16 halves the bytes spent on scales and makes ``codes * scale`` exact in float32 (15 and 8
+    significant bits), so that every dtype dequantizes to the same weights.
     """
     step = step.clamp_min(1e-30)
     nearest = step.to(torch.bfloat16).to(torch.float32)
@@ -176,10 +177,10 @@ def stored_scale(step: Tensor) -> Tensor:
 
 
 def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) -> Tensor:
-    """The share of each group's largest weight that makes the squared rounding error least.
+    """Find the ratio of range to largest weight that minimizes each group's squared rounding error.
 
-    A grid search over 0.3 to 1 in steps of 0.02, all groups at once. Clipping a few outliers pays at
-    4 bits and rarely at 8; at 16 the answer is 1.
+    A grid search over 0.3 to 1 in steps of 0.02, all groups at once. Clipping a few outliers helps at 4 bits and rarely
+    at 8; above 8 bits the result is 1.
 
     Args:
         weight: flat, shape (numel,).
@@ -197,7 +198,7 @@ def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) ->
     top = largest_code(bits)
     least = torch.full_like(amax, math.inf)
     for ratio in torch.linspace(1.0, 0.3, 36).tolist():
-        # The error is that of the scale as stored: its rounding can turn the balance of two ratios.
+        # The scale as stored gives the error: its rounding can change which of two ratios is better.
         scale = stored_scale(ratio * amax / top)[scale_index]
         rounded = torch.round(weight / scale).clamp(-top, top) * scale
         error = torch.zeros_like(amax).index_add(0, scale_index, (rounded - weight) ** 2)
@@ -208,21 +209,21 @@ def search_range(weight: Tensor, scale_index: Tensor, groups: int, bits: int) ->
 
 
 class WeightQuantizer(torch.nn.Module):
-    """Rounds a weight tensor in the forward pass, straight-through in the backward.
+    """Rounds a weight tensor in the forward pass, with the straight-through estimator in the backward pass.
 
-    At first the scale follows the weights (``ratio * amax / largest_code``). After `fix_scale` it stays, until
-    `refresh_scale` takes it from the weights again (training does so every epoch). Self-distillation learns it; its
-    gradient is that of Esser et al. 2020 (LSQ, arXiv 1902.08153), which the expression below has by itself.
+    At first the scale follows the weights (``ratio * amax / largest_code``). `fix_scale` holds it, until
+    `refresh_scale` takes it from the weights again (training does so every epoch). Self-distillation learns the scale;
+    differentiating the expression in `forward` gives the gradient of Esser et al. 2020 (LSQ, arXiv 1902.08153).
 
     Args:
-        layout: of the weight.
-        bits: 2 to 16.
+        layout: layout of the weight.
+        bits: code width, 2 to 16.
         granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
-        group_size: inputs a scale for ``per_group``.
+        group_size: inputs per scale for ``per_group``.
 
     Attributes:
-        effective_bits: how finely what the weights come to is resolved, as bits of plain rounding.
-        negligible: whether what this rounding costs is so far below that of all others that these need not adapt to it.
+        effective_bits: bits at which plain rounding would give the layer the same error.
+        negligible: whether this rounding costs so much less than all others that these need not adapt to it.
     """
 
     range_ratio: Tensor
@@ -245,7 +246,7 @@ class WeightQuantizer(torch.nn.Module):
         segments = layout.segments(granularity, group_size)
         self.segments = [(s.offset, list(s.shape), s.scale_offset, list(s.scale_shape)) for s in segments]
         self.groups = layout.scales(granularity, group_size)
-        # None of these is persistent: the state dict of a model keeps the host's own keys.
+        # The buffers are not persistent: the state dict of a model keeps the framework's keys.
         self.register_buffer("range_ratio", torch.ones(self.groups), persistent=False)
         self.register_buffer("fixed_step", torch.ones(self.groups), persistent=False)
 
@@ -255,12 +256,12 @@ class WeightQuantizer(torch.nn.Module):
 
     @property
     def scale_index(self) -> Tensor:
-        """For each weight the number of its scale, shape (numel,), int64."""
+        """Index of the scale of each weight, shape (numel,), int64."""
         return self.layout.scale_index(self.granularity, self.group_size).to(self.range_ratio.device)
 
     @torch.jit.unused
     def search(self, weight: Tensor, method: str) -> None:
-        """Set the range by ``absmax`` or by least squared ``error`` for the weight given."""
+        """Set the range for a weight: by its largest value (``absmax``) or by the least squared ``error``."""
         if method == "error":
             flat = weight.detach().reshape(-1).float()
             ratio = search_range(flat, self.scale_index, self.groups, self.bits)
@@ -270,30 +271,30 @@ class WeightQuantizer(torch.nn.Module):
 
     @torch.jit.unused
     def fix_scale(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """Hold the scale where it is for `weight` (or at `scale`, shape (groups,))."""
+        """Hold the scale at its value for `weight`, or at `scale`, shape (groups,)."""
         value = self.current_scale(weight.detach()) if scale is None else scale
         self.fixed_step = value.detach().to(self.range_ratio.device, torch.float32).clone()
         self.scale_is_fixed = True
 
     @torch.jit.unused
     def refresh_scale(self, weight: Tensor) -> None:
-        """Take the scale anew from `weight` and hold it there.
+        """Compute the scale from `weight` and hold it.
 
-        A scale that followed the weights from step to step would shift all codes of its group whenever the largest
-        weight moves, and training could not settle.
+        A scale that followed the weights in every step would shift all codes of its group whenever the largest weight
+        moves, and training could not converge.
         """
         self.scale_is_fixed = False
         self.fix_scale(weight)
 
     @torch.jit.unused
     def adopt_scale(self, weight: Tensor) -> None:
-        """Make the scale that is held the one that `refresh_scale` finds for `weight`, by way of the range."""
+        """Set the range so that `refresh_scale` gives the held scale for `weight`."""
         largest = self.largest(weight.detach()).float()
         ratio = self.fixed_step.detach().float() * self.top / largest
         self.range_ratio.copy_(torch.where(largest > 0, ratio, torch.ones_like(ratio)))
 
     def current_scale(self, weight: Tensor) -> Tensor:
-        """Scales in use, shape (groups,), in the dtype of the weight."""
+        """Return the scales in use, shape (groups,), in the dtype of the weight."""
         if self.scale_is_fixed:
             return stored_scale(self.fixed_step).to(weight.dtype)
         ratio = self.range_ratio.to(torch.float32)
@@ -301,7 +302,7 @@ class WeightQuantizer(torch.nn.Module):
         return stored_scale(step).to(weight.dtype)
 
     def largest(self, weight: Tensor) -> Tensor:
-        """The largest absolute weight of each group, shape (groups,)."""
+        """Return the largest absolute weight of each group, shape (groups,)."""
         flat = weight.reshape(-1).abs()
         parts: list[Tensor] = []
         for offset, shape, _, scale_shape in self.segments:
@@ -316,7 +317,7 @@ class WeightQuantizer(torch.nn.Module):
         return torch.cat(parts)
 
     def spread(self, scale: Tensor) -> Tensor:
-        """For each weight its scale, shape (numel,), from scales of shape (groups,)."""
+        """Expand scales of shape (groups,) to the scale of each weight, shape (numel,)."""
         parts: list[Tensor] = []
         for _, shape, scale_offset, scale_shape in self.segments:
             size = 1
@@ -326,7 +327,7 @@ class WeightQuantizer(torch.nn.Module):
         return torch.cat(parts)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The rounded weight, same shape and dtype."""
+        """Round the weight; the result has its shape and dtype."""
         if not self.enabled:
             return weight
         scale = self.spread(self.current_scale(weight))
@@ -336,7 +337,7 @@ class WeightQuantizer(torch.nn.Module):
 
     @torch.jit.unused
     def quantized(self, weight: Tensor) -> QuantizedTensor:
-        """Codes and scales of a weight, as they are stored."""
+        """Return codes and scales of a weight, as they are stored."""
         scale = self.current_scale(weight).detach().float().cpu()
         flat = weight.detach().reshape(-1).cpu()
         spread = self.spread(scale).to(flat.dtype)
@@ -348,18 +349,17 @@ class WeightQuantizer(torch.nn.Module):
 
 @torch.no_grad()
 def gptq_round(matrix: Tensor, hessian: Tensor, scale: Tensor, bits: int, damping: float = 0.01) -> Tensor:
-    """Round a matrix so that its *product* with the inputs seen changes least.
+    """Round a matrix so that its *product* with the observed inputs changes least.
 
-    One input row after the other is rounded and the error it makes is handed on to the rows not yet
-    rounded (Frantar et al. 2023, GPTQ, arXiv 2210.17323, equations 2 to 4, with a Cholesky factor of
-    the inverse).
+    Rows are rounded one after the other, and the rows not yet rounded compensate the error of each (Frantar et al.
+    2023, GPTQ, arXiv 2210.17323, equations 2 to 4, with a Cholesky factor of the inverse).
 
     Args:
         matrix: weights, shape (inputs, outputs).
         hessian: sum of outer products of the inputs, shape (inputs, inputs).
         scale: step of each weight, shape (inputs, outputs) or broadcastable to it.
         bits: code width.
-        damping: share of the mean diagonal added to the Hessian.
+        damping: fraction of the mean diagonal that is added to the Hessian's diagonal.
 
     Returns:
         Integer codes, int32, shape (inputs, outputs).
