@@ -1,6 +1,6 @@
 """Codebooks of directions: finite sets of unit vectors in d = 2l + 1 dimensions.
 
-l = 1 takes the octahedral code or a geodesic table, l >= 2 the cube code.
+l = 1 uses the octahedral code or a geodesic table, l >= 2 the cube code.
 """
 
 from gaq.codebooks.cube import cube_components, cube_quantize

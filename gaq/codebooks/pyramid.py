@@ -3,7 +3,7 @@
 A direction in three dimensions is coded by an integer point k with ``|k_1| + |k_2| + |k_3| = n``: the lattice points on
 the surface of an octahedron. The decoded direction is k / ||k||. Nothing is stored but n; encoding takes a fixed number
 of operations whatever n; the code is exactly symmetric under sign flips of the components, and under their permutations
-up to ties. It is the pyramid code of more dimensions (`gaq.codebooks.cube` says what serves these better) at d = 3.
+up to ties. It is the pyramid code at d = 3; `gaq.codebooks.cube` says why more dimensions take another code.
 
 Sources: T. R. Fischer, "A pyramid vector quantizer", IEEE Trans. Inf. Theory 32, 568 (1986), for the code;
 J. H. Conway and N. J. A. Sloane, "Fast quantizing and decoding algorithms for lattice quantizers and
@@ -12,9 +12,9 @@ component, then repair the sum at the component that rounding moved most. The po
 up the largest remainders of the floor finds, but the lattice points lie half a step away from every
 rounding decision, so rounding noise cannot move them.
 
-How far the decoded direction can lie from the vector (our derivation): one face of the octahedron of unit 1-norm lies
-at the distance 1 / sqrt(3) from the origin and carries the lattice A_2 / n, whose covering radius is sqrt(2 / 3) / n
-(Conway and Sloane, "Sphere Packings, Lattices and Groups", chapter 4). A segment of that length in the face is seen
+Largest angle between the decoded direction and the vector (our derivation): one face of the octahedron of unit 1-norm
+lies at the distance 1 / sqrt(3) from the origin and carries the lattice A_2 / n, whose covering radius is
+sqrt(2 / 3) / n (Conway and Sloane, "Sphere Packings, Lattices and Groups", chapter 4). A segment of that length in the face is seen
 from the origin under at most ``2 atan(1 / (sqrt(2) n))`` radians, about 1.41 / n.
 
 Dtypes: float32 and float64; half precisions cannot hold the integers of more than 8 bits, so convert first.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 
 def direction_levels(bits: int) -> int:
-    """Number of lattice steps n from the origin to a vertex, for signed integers of ``bits`` bits.
+    """Return the number of lattice steps n from the origin to a vertex, for signed integers of ``bits`` bits.
 
     Args:
         bits: bits per component, 2 to 16.
@@ -47,7 +47,7 @@ def direction_levels(bits: int) -> int:
 
 
 def octahedral_quantize(vector: Tensor, levels: int) -> Tensor:
-    """Nearest unit vector of the octahedral code for each vector, "nearest" being measured on the octahedron.
+    """Return the octahedral code's unit vector nearest to each vector, measured on the octahedron.
 
     The vector is scaled to the 1-norm ``levels``, moved to the nearest integer point of that 1-norm, and
     scaled to unit 2-norm. The result is piecewise constant, so its gradient is zero.
@@ -66,7 +66,7 @@ def octahedral_quantize(vector: Tensor, levels: int) -> Tensor:
 
 
 def octahedral_components(x: Tensor, y: Tensor, z: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`octahedral_quantize` on separate components, each of any shape, as fused code wants them."""
+    """`octahedral_quantize` on separate components, each of any shape, for fused code."""
     ax, ay, az = x.abs(), y.abs(), z.abs()
     scale = float(levels) / (ax + ay + az).clamp_min(1e-30)
     sx, sy, sz = ax * scale, ay * scale, az * scale
@@ -79,7 +79,7 @@ def octahedral_components(x: Tensor, y: Tensor, z: Tensor, levels: int) -> tuple
     kz = torch.where(third, kz + missing, kz)
     ky = float(levels) - kx - kz
     inverse = 1.0 / torch.sqrt(kx * kx + ky * ky + kz * kz)
-    # A zero vector lands on an axis, and goes back to zero by its sign.
+    # A zero vector lands on an axis; the factor sign(0) = 0 makes it zero again.
     return kx * inverse * x.sign(), ky * inverse * y.sign(), kz * inverse * z.sign()
 
 
@@ -92,8 +92,8 @@ def _octahedral_point(components: Tensor, levels: int) -> Tensor:
     rounded = scaled.round()
     kx, ky, kz = rounded.unbind(0)
     moved_x, moved_y, moved_z = (scaled - rounded).abs().unbind(0)
-    # -1, 0 or 1. When not 0, the component that moved most moved the wrong way: otherwise the other two would
-    # have to make up more than 1 with 1/2 at most each. Ties go to x, then y, then z, so one is repaired.
+    # -1, 0 or 1. If it is not 0, the component that moved most moved the wrong way: otherwise the other two would
+    # have to make up more than 1 with at most 1/2 each. Ties go to x, then y, then z, so exactly one is repaired.
     missing = levels - (kx + ky + kz)
     kx = kx + missing * ((moved_x >= moved_y) & (moved_x >= moved_z))
     kz = kz + missing * ((moved_z > moved_x) & (moved_z > moved_y))
@@ -101,6 +101,6 @@ def _octahedral_point(components: Tensor, levels: int) -> Tensor:
 
 
 def _length(point: Tensor) -> Tensor:
-    # In order of index, which a reduction would not promise.
+    # Summed in order of index, which a reduction does not guarantee.
     x, y, z = (point * point).unbind(0)
     return (x + y + z).sqrt()

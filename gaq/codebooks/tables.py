@@ -1,7 +1,7 @@
 """Table of directions in three dimensions, coded by the index of the nearest entry.
 
-It spreads its points more evenly than the octahedral code, but every lookup compares the vector with the
-whole table: for few bits only.
+Its points are spread more evenly than those of the octahedral code, but every lookup compares the vector with all
+entries, so tables serve few bits only.
 """
 
 import functools
@@ -16,7 +16,7 @@ MAX_TABLE_BITS = 6
 
 
 def direction_table(bits: int) -> Tensor:
-    """The finest geodesic table of 2 x ``bits`` bits.
+    """Return the finest geodesic table with an index of 2 x ``bits`` bits.
 
     Args:
         bits: direction bits, 2 to `MAX_TABLE_BITS`.
@@ -36,10 +36,10 @@ def direction_table(bits: int) -> Tensor:
 
 
 def geodesic_frequency(bits: int) -> int:
-    """Finest geodesic table whose indices fit.
+    """Return the frequency of the finest geodesic table whose indices fit.
 
     Args:
-        bits: bits of the whole index (twice the direction bits per component), at least 4.
+        bits: bits of the index (twice the direction bits per component), at least 4.
 
     Returns:
         The largest frequency f with ``10 f**2 + 2 <= 2**bits``.
@@ -53,7 +53,7 @@ def geodesic_frequency(bits: int) -> int:
 
 
 def geodesic_table(frequency: int) -> Tensor:
-    """Vertices of the geodesic icosahedron, symmetric under its 120 rotations and inversions.
+    """Return the vertices of the geodesic icosahedron, symmetric under its 120 rotations and inversions.
 
     Class I: every edge of the icosahedron is cut into ``frequency`` equal parts, every face into a triangular
     grid, and the grid is projected to the sphere. Source: M. J. Wenninger, "Spherical Models" (1979).
@@ -75,7 +75,7 @@ def geodesic_table(frequency: int) -> Tensor:
 @functools.lru_cache(maxsize=MAX_TABLE_BITS)
 def _geodesic_points(frequency: int) -> np.ndarray:
     corners, faces = _icosahedron()
-    # A grid point is known by its integer weights on the corners: points that faces share coincide exactly.
+    # Integer weights on the corners identify a grid point, so points that faces share coincide exactly.
     weights: dict[tuple[tuple[int, int], ...], None] = {}
     for first, second, third in faces:
         for i in range(frequency + 1):
@@ -87,9 +87,9 @@ def _geodesic_points(frequency: int) -> np.ndarray:
 
 
 def nearest_direction(table: Tensor, vector: Tensor, scores_at_once: int = 1 << 22) -> Tensor:
-    """Entry of the table at the smallest angle to each vector; of equally near ones, the first.
+    """Return the table entry at the smallest angle to each vector; of equally near ones, the first.
 
-    Memory is bounded, since vectors are compared in chunks. The result is piecewise constant and carries no
+    Vectors are compared in chunks, which bounds memory. The result is piecewise constant and carries no
     gradient.
 
     Args:
@@ -127,10 +127,10 @@ def nearest_direction(table: Tensor, vector: Tensor, scores_at_once: int = 1 << 
 def _icosahedron() -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Corners, shape (12, 3), and the 20 faces as triples of corners."""
     golden = (1.0 + math.sqrt(5.0)) / 2.0
-    plane = [(0.0, one, long) for one in (1.0, -1.0) for long in (golden, -golden)]
+    plane = [(0.0, short, long) for short in (1.0, -1.0) for long in (golden, -golden)]
     corners = np.array([np.roll(corner, shift) for shift in range(3) for corner in plane])
     distance = np.linalg.norm(corners[:, None] - corners[None], axis=2)
-    # An edge is 2 long, the next distance between corners 3.2.
+    # Edges have length 2; the next distance between corners is 3.2.
     joined = (distance > 1.0) & (distance < 2.5)
     faces = [
         (i, j, k)

@@ -1,14 +1,15 @@
-"""How many bits each weight gets.
+"""Number of bits of each weight.
 
-Rounding costs most where all that follows takes in the error. Sites therefore belong to groups (`group_of`):
-``sensitive`` tensors, the rest of the ``first`` interaction, those that are ``mixing`` what passes through a later one,
-and the ``rest``; a ``species`` product is on its own, for its codes are chosen together (`gaq.quantizers.species`).
+Rounding costs most where all later layers receive the error. Sites therefore belong to groups (`group_of`): the
+``sensitive`` tensors; the rest of the ``first`` interaction; the weights ``mixing`` all that passes through a later
+interaction; and the ``rest``. A ``species`` product is a group of its own, because its codes are chosen together
+(`gaq.quantizers.species`).
 
-With `WeightConfig.compression` the groups share what a size allows; with ``least_compression`` they do where the bits
-they have are too many for it. The squared force error of a tensor of n weights is
-e² / 4^b at b bits, so at given size the sum is least where ``b = c + log2(e² / n) / 2``, one c for all (our derivation,
-reverse water-filling). e as `benchmarks/sensitivity.py` measures it makes the groups differ by `LAGS`, in MACE and
-NequIP alike within a bit.
+`WeightConfig.compression` gives a size, and the groups share the bits it allows. ``least_compression`` does so only
+where the configured bits exceed the size. The squared force error of a tensor of n weights is e² / 4^b at b bits, so at
+a given size the sum is least for ``b = c + log2(e² / n) / 2`` with one c for all tensors (our derivation, reverse
+water-filling). With e from `benchmarks/sensitivity.py` the groups differ by `LAGS`, in MACE and NequIP alike to within
+one bit.
 """
 
 from __future__ import annotations
@@ -24,43 +25,43 @@ from gaq.model.sites import Site
 __all__ = ["GROUPS", "LAGS", "bits_of", "granularity_of", "group_of", "settle_bits", "weight_bytes"]
 
 LAGS = {"sensitive": 0, "first": 2, "mixing": 3, "rest": 4}
-"""Bits by which a group stays behind the sensitive tensors."""
+"""Bits that each group has less than the sensitive tensors."""
 
 GROUPS = tuple(LAGS)
 SPARE = ("first", "mixing", "sensitive", "rest")
-"""Who is given one bit more first, where there is not enough for all."""
+"""Order in which groups receive the spare bits when the budget cannot raise all of them."""
 HIGHEST_LEVEL = 10
-"""Bits the sensitive tensors get at most above ``bits``: from 4 bits, 14, and 10 for the rest."""
+"""Most bits that the sensitive tensors get above ``bits``: at 4 bits they reach 14, and the rest 10."""
 FINE_BITS = 14
-"""Where all weights have so many, they are rounded when training is over, unless a configuration says otherwise."""
+"""If all weights have at least so many bits, they are rounded at the end of training, unless configured otherwise."""
 GROUPED_BITS = 5
-"""Up to here a scale a group of inputs is worth its bytes: two a group of 32 are half a bit a weight."""
+"""Most bits at which scales per group of inputs are worth their bytes: 2 bytes per 32 weights are half a bit each."""
 
 
 def group_of(site: Site, weights: WeightConfig) -> str:
-    """The group a site belongs to."""
+    """Return the group that a site belongs to."""
     if site.embedding is not None and weights.species_bits is not None:
         return "species"
     return "sensitive" if site.sensitive else "first" if site.first else "mixing" if site.mixing else "rest"
 
 
 def bits_of(group: str, weights: WeightConfig) -> int:
-    """Bits of the weights of a group. A group but that of species never has fewer than ``bits``."""
+    """Return the bits of a group's weights: at least ``bits``, except for the species group."""
     assert weights.bits is not None
     if group == "species":
         assert weights.species_bits is not None
         return weights.species_bits
-    own = getattr(weights, f"{group}_bits", None)
-    return weights.bits if own is None else max(weights.bits, own)
+    group_bits = getattr(weights, f"{group}_bits", None)
+    return weights.bits if group_bits is None else max(weights.bits, group_bits)
 
 
 def granularity_of(bits: int, weights: WeightConfig) -> str:
-    """How weights of so many bits share scales."""
+    """Return the granularity of scales for weights of so many bits."""
     return "per_channel" if weights.granularity == "per_group" and bits > GROUPED_BITS else weights.granularity
 
 
 def weight_bytes(sites: Sequence[Site], weights: WeightConfig) -> int:
-    """Bytes of codes and scales of all weights of some sites."""
+    """Return the bytes of codes and scales of all weights of the sites."""
     total = 0
     for site in sites:
         group = group_of(site, weights)
@@ -73,7 +74,7 @@ def weight_bytes(sites: Sequence[Site], weights: WeightConfig) -> int:
 
 
 def _at_level(level: int, open_groups: Sequence[str], weights: WeightConfig) -> WeightConfig:
-    """The configuration in which the sensitive tensors have `level` bits more than the least."""
+    """Return the configuration that gives the sensitive tensors `level` bits more than ``bits``."""
     assert weights.bits is not None
     bits = {group: min(weights.bits + max(level - LAGS[group], 0), 16) for group in open_groups}
     return _with_bits(bits, weights)
@@ -85,22 +86,22 @@ def _with_bits(bits: Mapping[str, int], weights: WeightConfig) -> WeightConfig:
 
 
 def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> WeightConfig:
-    """The bits of all groups, as many as fit.
+    """Give all groups as many bits as the budget allows.
 
     Args:
-        sites: with weights.
-        weights: the groups whose bits are given keep them.
+        sites: sites with weights.
+        weights: configuration; groups with configured bits keep them.
         budget: bytes for all codes and scales.
 
     Returns:
-        The same with the bits of every group set, and no compression asked for. Where not even ``bits`` for all fit,
-        these.
+        The configuration with the bits of every group set and no compression requested. If even ``bits`` for all groups
+        exceed the budget, they stay.
     """
-    given = {group: getattr(weights, f"{group}_bits", None) for group in GROUPS if group != "rest"}
-    open_groups = [group for group in GROUPS if given.get(group) is None]
+    configured = {group: getattr(weights, f"{group}_bits", None) for group in GROUPS if group != "rest"}
+    open_groups = [group for group in GROUPS if configured.get(group) is None]
 
-    def fits(tried: WeightConfig) -> bool:
-        return weight_bytes(sites, tried) <= budget
+    def fits(candidate: WeightConfig) -> bool:
+        return weight_bytes(sites, candidate) <= budget
 
     level = 0
     while level < HIGHEST_LEVEL and fits(_at_level(level + 1, open_groups, weights)):
@@ -108,10 +109,10 @@ def spend(sites: Sequence[Site], weights: WeightConfig, budget: float) -> Weight
     best = _at_level(level, open_groups, weights)
     if level == HIGHEST_LEVEL:
         return _settled(best)
-    # What is left is less than one more bit for all: perhaps it is enough for some.
+    # The rest of the budget cannot raise all groups by a bit; it may raise some.
     for group in sorted(open_groups, key=SPARE.index):
-        if (more := bits_of(group, best) + 1) <= 16 and fits(tried := _with_bits({group: more}, best)):
-            best = tried
+        if (more := bits_of(group, best) + 1) <= 16 and fits(candidate := _with_bits({group: more}, best)):
+            best = candidate
     return _settled(best)
 
 
@@ -120,7 +121,7 @@ def _settled(weights: WeightConfig) -> WeightConfig:
 
 
 def _at_least(sites: Sequence[Site], weights: WeightConfig, budget: float) -> WeightConfig:
-    """The bits as they are, or where they do not fit, as `spend` gives them."""
+    """Keep the configured bits if they fit the budget; otherwise let `spend` choose."""
     if weight_bytes(sites, weights) <= budget:
         return _settled(weights)
     keys: dict[str, Any] = {f"{group}_bits": None for group in GROUPS if group != "rest"}
@@ -135,51 +136,55 @@ def settle_bits(
     overhead: int = 0,
     of_a_file: bool = True,
 ) -> tuple[QuantizationConfig, dict[str, QuantizationConfig | None]]:
-    """Replace what is asked of the size by bits, in a configuration and in what it says of each module.
+    """Replace size requests by bits, in the configuration of the model and in those of its sites.
 
     Args:
-        config: of the model.
-        sites: of the model.
-        resolved: the configuration of each site, as `gaq.config.parse.resolve_overrides` gives it.
-        float_bytes: size of the float model. Modules for which an override names a preset with ``compression`` are held
-            to it among themselves; ``least_compression`` is for the model as a whole.
+        config: configuration of the model.
+        sites: sites of the model.
+        resolved: configuration of each site, from `gaq.config.parse.resolve_overrides`.
+        float_bytes: returns the size of the float model. Modules for which an override names a preset with
+            ``compression`` meet that ratio among themselves; ``least_compression`` applies to the complete model.
         overhead: bytes of the quantized model besides codes and scales.
-        of_a_file: whether these are sizes of files, which ``least_compression`` is about.
+        of_a_file: whether sizes are those of files, to which ``least_compression`` applies.
 
     Returns:
         Both without ``compression`` and ``least_compression``, and with ``training.round_weights`` decided.
     """
-    done: dict[int, QuantizationConfig] = {}
-    for own in resolved.values():
-        if own is None or own.weights.bits is None or id(own) in done:
+    settled_by_id: dict[int, QuantizationConfig] = {}
+    for site_config in resolved.values():
+        if site_config is None or site_config.weights.bits is None or id(site_config) in settled_by_id:
             continue
-        weights = own.weights
-        ratio, least = weights.compression, weights.least_compression if own is config and of_a_file else None
+        weights = site_config.weights
+        is_main = site_config is config
+        ratio, least = weights.compression, weights.least_compression if is_main and of_a_file else None
         if ratio is not None or least is not None:
-            mine = [site for site in sites if resolved[site.name] is own and site.weights]
-            others = [site for site in sites if resolved[site.name] is not own]
-            whole = own is config
-            size = float_bytes() - _float_bytes(others) if whole else _float_bytes(mine)
-            besides = overhead if whole else 0
+            members = [site for site in sites if resolved[site.name] is site_config and site.weights]
+            others = [site for site in sites if resolved[site.name] is not site_config]
+            size = float_bytes() - _float_bytes(others) if is_main else _float_bytes(members)
+            besides = overhead if is_main else 0
             if ratio is not None:
-                weights = spend(mine, weights, size / ratio - besides)
+                weights = spend(members, weights, size / ratio - besides)
             if least is not None:
-                weights = _at_least(mine, weights, size / least - besides)
-        done[id(own)] = dataclasses.replace(own, weights=_settled(weights))
-    settled = {name: own if own is None else done.get(id(own), own) for name, own in resolved.items()}
-    whole_config = done.get(id(config), config)
-    decided = dataclasses.replace(whole_config, training=_decided(whole_config.training, sites, settled))
-    return decided, {name: decided if own is whole_config else own for name, own in settled.items()}
+                weights = _at_least(members, weights, size / least - besides)
+        settled_by_id[id(site_config)] = dataclasses.replace(site_config, weights=_settled(weights))
+    settled = {
+        name: None if site_config is None else settled_by_id.get(id(site_config), site_config)
+        for name, site_config in resolved.items()
+    }
+    main = settled_by_id.get(id(config), config)
+    decided = dataclasses.replace(main, training=_decided(main.training, sites, settled))
+    return decided, {name: decided if site_config is main else site_config for name, site_config in settled.items()}
 
 
 def _decided(
     training: TrainingConfig, sites: Sequence[Site], resolved: Mapping[str, QuantizationConfig | None]
 ) -> TrainingConfig:
-    """``round_weights: auto`` as what it comes to with the bits that weights have."""
+    """Replace ``round_weights: auto`` by the value that follows from the bits of the weights."""
     if training.round_weights != "auto":
         return training
-    rounded = [(site, own.weights) for site in sites if (own := resolved[site.name]) and own.weights.bits is not None]
-    groups = [(group_of(site, weights), weights) for site, weights in rounded if site.weights]
+    configs = [(site, resolved[site.name]) for site in sites if site.weights]
+    rounded = [(site, config.weights) for site, config in configs if config and config.weights.bits is not None]
+    groups = [(group_of(site, weights), weights) for site, weights in rounded]
     fine = all(group == "species" or bits_of(group, weights) >= FINE_BITS for group, weights in groups)
     at_end = fine and bool(groups)
     return dataclasses.replace(training, round_weights="at_end" if at_end else "throughout")

@@ -1,7 +1,7 @@
-"""Preparing and converting a model: what is the same in every framework.
+"""The steps of preparing and converting a model that are the same in every framework.
 
-A framework says through `Host` where the sites of a model are and how a quantizer gets into one. The order of the
-steps, the checks and the bits are decided here.
+A framework implements `Host`, which finds the sites of a model and puts quantizers into them. This module decides the
+order of the steps, the checks and the bits.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FloatSize:
-    """What the size of a quantized model is held against.
+    """Size of the float model, with which the size of the quantized model is compared.
 
     Attributes:
-        measure: gives the bytes of the float model, in single precision; called only where a size is asked for.
+        measure: returns the bytes of the float model in single precision; called only if the configuration gives a
+            size.
         overhead: bytes of the quantized model besides codes and scales.
-        of_a_file: whether these are sizes of files, which ``weights.least_compression`` is about.
+        of_a_file: whether sizes are those of files, to which ``weights.least_compression`` applies.
     """
 
     measure: Callable[[], float]
@@ -50,14 +51,14 @@ class FloatSize:
 
 
 class Host(Protocol):
-    """One framework, as far as quantizers are put into its models."""
+    """What `prepare` and its relatives ask of a framework."""
 
     def check_supported(self, model: torch.nn.Module) -> None:
         """Raise ValueError, with the reason, for a model that cannot be quantized."""
         ...
 
     def configure_attention(self, model: torch.nn.Module, config: QuantizationConfig) -> None:
-        """Apply the key ``attention``; raise `gaq.config.parse.ConfigError` where it asks for what there is not."""
+        """Apply the key ``attention``; raise `gaq.config.parse.ConfigError` where the model lacks what it asks for."""
         ...
 
     def find_sites(self, model: torch.nn.Module) -> list[Site]: ...
@@ -65,18 +66,18 @@ class Host(Protocol):
     def insert(self, site: Site, weights: Mapping[str, WeightQuantizer], features: FeatureQuantizer | None) -> None: ...
 
     def site_quantizers(self, site: Site) -> Mapping[str, torch.nn.Module]:
-        """What stands in a site for its weights now, by `gaq.model.sites.WeightSite.path`."""
+        """Return the modules that stand for a site's weights now, by `gaq.model.sites.WeightSite.path`."""
         ...
 
     def float_size(self, model: torch.nn.Module) -> FloatSize: ...
 
     def adopt(self, model: torch.nn.Module, state: ModelState) -> None:
-        """Give a model its state, and its root the class that keeps it."""
+        """Give a model its state, and its root module the class that keeps the state."""
         ...
 
 
 def new_weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, WeightQuantizer]:
-    """New quantizers for the weights of a site, by `gaq.model.sites.WeightSite.path`."""
+    """Make quantizers for the weights of a site, by `gaq.model.sites.WeightSite.path`."""
     weights = config.weights
     if weights.bits is None:
         return {}
@@ -90,7 +91,7 @@ def new_weight_quantizers(site: Site, config: QuantizationConfig) -> dict[str, W
 
 
 def new_feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuantizer | None:
-    """A new quantizer for the features of a site, None where the configuration leaves them in float."""
+    """Make a quantizer for the features of a site; None where the configuration leaves them in float."""
     bounded, attention = site.attention, config.attention
     if bounded is not None and attention is not None:
         if bounded.limit is None:
@@ -116,8 +117,8 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig) -> t
     Activation ranges are empty until calibrated.
 
     Args:
-        host: of the model's framework.
-        model: in float.
+        host: the model's framework.
+        model: a float model.
         config: from `gaq.config.parse.parse_config`.
 
     Returns:
@@ -151,7 +152,7 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig) -> t
 
 
 def weight_quantizers(host: Host, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
-    """The weight quantizers of a model that still has its weights, by parameter name."""
+    """Return the weight quantizers of a model that still has its weights, by parameter name."""
     return {
         f"{site.name}.{path}": quantizer
         for site in host.find_sites(model)
@@ -161,7 +162,7 @@ def weight_quantizers(host: Host, model: torch.nn.Module) -> dict[str, WeightQua
 
 
 def search_ranges(host: Host, model: torch.nn.Module) -> None:
-    """Set the range of every weight quantizer anew, for the weights the model has now."""
+    """Search the range of every weight quantizer again, for the present weights of the model."""
     sites = host.find_sites(model)
     resolved = resolve_overrides(require_state(model).config, [site.name for site in sites])
     parameters = dict(model.named_parameters())
@@ -174,7 +175,7 @@ def search_ranges(host: Host, model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def write_codes(model: torch.nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
-    """Make weights their dequantized codes, in the host's own parameters, and note in the state how to read them back.
+    """Write dequantized codes into the parameters of the model, and record in its state how to recover the codes.
 
     Whatever rebuilds the model from its weights (compilation, exports, head selection) then stays quantized.
     """

@@ -1,7 +1,7 @@
-"""A site: one module that carries weights or features to round, as the core sees it.
+"""Sites: the modules that carry weights or features to round, as the core sees them.
 
-An adapter finds the sites of a model and says how their weights and inputs lie; everything else about them is the
-same in every framework.
+An adapter finds the sites of a model and describes the layouts of their weights and inputs; everything else about a
+site is the same in every framework.
 """
 
 import math
@@ -25,9 +25,9 @@ class WeightSite:
     """One weight tensor of a site.
 
     Attributes:
-        owner: name, relative to the site, of the module that holds the parameter ('' for itself).
+        owner: name of the module that holds the parameter, relative to the site; '' for the site itself.
         parameter: attribute path of the parameter within the owner, for example ``weights.0``.
-        layout: of the parameter.
+        layout: layout of the parameter.
     """
 
     owner: str
@@ -42,13 +42,13 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """What the key ``attention`` bounds and rounds at a site: a gate, or a weight of neighbours.
+    """Gate or weight of neighbours that the key ``attention`` bounds and rounds at a site.
 
     Attributes:
-        layout: of the invariants; l > 0 and pieces of negative multiplicity pass through.
-        limit: their largest size, where it is known by construction; None where it is calibrated.
-        signed: whether they can be negative.
-        what: they are, for display.
+        layout: layout of the invariants; l > 0 and pieces of negative multiplicity pass through.
+        limit: largest size of the invariants, known by construction; None where it is calibrated.
+        signed: whether the invariants can be negative.
+        what: name of the invariants, for display.
     """
 
     layout: FeatureLayout
@@ -64,20 +64,20 @@ class Site:
     Attributes:
         name: full module name.
         module: the module.
-        kind: what the adapter does with it; see there.
-        weights: its weight tensors.
-        features: layout of its input, None where the input is not rounded.
+        kind: how the adapter quantizes the module; see its `sites`.
+        weights: weight tensors of the module.
+        features: layout of the input, None where the input is not rounded.
         input_note: why the input is not rounded, or what it is.
-        sensitive: whether it belongs to the few tensors that `sensitive_bits` protects.
-        first: whether it belongs to the first interaction, for `first_bits`; see `settle_first`.
-        mixing: whether all that passes through its interaction passes through it, for `mixing_bits`.
-        radial: whether it acts on edges, before the tensor product.
-        irreps: input and output, for display.
-        attention: what the key ``attention`` bounds and rounds there, in place of `features`; None where it does not
+        sensitive: whether the module is one of the few tensors that `sensitive_bits` protects.
+        first: whether the module belongs to the first interaction, for `first_bits`; see `settle_first`.
+        mixing: whether everything that passes through the interaction passes through the module, for `mixing_bits`.
+        radial: whether the module acts on edges, before the tensor product.
+        irreps: input and output irreps, for display.
+        attention: what the key ``attention`` bounds and rounds here, in place of `features`; None where it does not
             apply.
-        embedding: module with the embeddings of the species as ``weight``, shape (species, size), where its weights act
-            on products of features with these and have so many more numbers than species that their codes can be chosen
-            together; see `gaq.quantizers.species`.
+        embedding: module with the embeddings of the species as ``weight``, shape (species, size). Set where the weights
+            act on products of features with these embeddings, and the embedding is so much larger than the number of
+            species that the codes can be chosen together; see `gaq.quantizers.species`.
     """
 
     name: str
@@ -96,11 +96,11 @@ class Site:
 
 
 def settle_first(sites: Sequence[Site]) -> list[Site]:
-    """Decide where the products with species of the first interaction belong, which adapters mark as both.
+    """Assign the first interaction's products with species to one group; adapters mark them as `first` and `mixing`.
 
-    Their size grows with the number of species. While they are the smaller part of the weights of that interaction they
-    are of it (`first_bits`); where species are many they would be most of the model, and are with what all passes
-    through (`mixing_bits`).
+    Their size grows with the number of species. While they are at most half of the weights of that interaction they
+    belong to it (`first_bits`). With many species they would be most of the model, and join the weights that everything
+    passes through (`mixing_bits`).
     """
     products = [site for site in sites if site.first and site.mixing]
     others = [site for site in sites if site.first and not site.mixing]
@@ -109,6 +109,7 @@ def settle_first(sites: Sequence[Site]) -> list[Site]:
 
 
 def _weights_in(sites: Sequence[Site]) -> int:
+    """Number of weights of the sites."""
     return sum(math.prod(weight.layout.shape) for site in sites for weight in site.weights)
 
 

@@ -1,4 +1,4 @@
-"""What quantized models of every framework share: their state, their quantizers, the codes of their weights."""
+"""State, quantizers and weight codes of a quantized model, the same in every framework."""
 
 import base64
 import logging
@@ -42,7 +42,7 @@ __all__ = [
 Kind = TypeVar("Kind", bound=torch.nn.Module)
 
 FORMAT = 2
-"""Version of the stored form; a file of a later one is refused.
+"""Version of the stored form; files of a later version are refused.
 
 2: safetensors files hold all codes in one tensor and all scales in another.
 """
@@ -60,7 +60,7 @@ class ModelFileError(ValueError):
 
 @dataclass
 class FixedWeight:
-    """How the codes of one converted weight can be had back: ``codes = weight / scale``."""
+    """What recovers the codes of one converted weight: ``codes = weight / scale``."""
 
     bits: int
     granularity: str
@@ -70,17 +70,17 @@ class FixedWeight:
 
 @dataclass
 class ModelState:
-    """What a quantized model knows about itself.
+    """What a quantized model stores about its quantization.
 
     Attributes:
         config: the resolved configuration.
-        status: ``training`` (weights are rounded in every forward pass), ``converted`` (they are rounded for
-            good) or ``frozen`` (only their codes are left).
-        weights: of a converted model, by parameter name.
-        notes: anything worth keeping with the model: versions, gate results.
+        status: ``training`` (every forward pass rounds the weights), ``converted`` (the weights are rounded for good)
+            or ``frozen`` (only their codes are left).
+        weights: how the weights of a converted model are rounded, by parameter name.
+        notes: plain data kept with the model: versions, gate results.
         resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
-        holds_scales: whether the scales of weights in training are somebody's who takes them from the weights when it
-            is time; if not, they are those of the present weights whenever the model is evaluated. Not stored.
+        holds_scales: whether the training loop refreshes the scales of the weights when it chooses to; otherwise an
+            evaluation takes them from the present weights. Not stored.
     """
 
     config: QuantizationConfig
@@ -92,15 +92,15 @@ class ModelState:
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:
-    """The quantization state of a model, None if it has none."""
+    """Return the quantization state of a model, None for a float model."""
     return model.__dict__.get("gaq_state")
 
 
 def require_state(model: torch.nn.Module) -> ModelState:
-    """The quantization state of a model.
+    """Return the quantization state of a model.
 
     Raises:
-        ValueError: if it is not quantized.
+        ValueError: if the model is not quantized.
     """
     state = state_of(model)
     if state is None:
@@ -109,17 +109,17 @@ def require_state(model: torch.nn.Module) -> ModelState:
 
 
 def warn_if_unfinished(state: ModelState) -> None:
-    """Say so where weights are about to be rounded as a run that was cut off has left them."""
+    """Log a warning if weights are about to be rounded to nearest because their training run is unfinished."""
     if state.status == "training" and state.notes.get(UNFINISHED):
         logger.warning(
-            "The run this checkpoint is of rounds its weights when it is over, and it is not: they are now rounded to "
-            "nearest, which costs accuracy. Let the run end (restart it), or train with "
+            "This checkpoint is of a run that rounds its weights at its end, and the run is not over: the weights are "
+            "now rounded to nearest, which costs accuracy. Let the run end (restart it), or train with "
             "`training: {round_weights: throughout}`."
         )
 
 
 def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
-    """Refuse a stored form that is newer than this version reads.
+    """Refuse a stored form that is newer than the formats this version reads.
 
     Raises:
         ModelFileError: naming both versions.
@@ -132,12 +132,12 @@ def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
 
 
 def is_kind(module: torch.nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a module is of one of our classes, by name: those of a packaged model are not the installed ones."""
+    """Whether a module is of one of our classes, by name: a packaged model has its own copies of the classes."""
     return isinstance(module, kind) or any(base.__name__ == kind.__name__ for base in type(module).__mro__)
 
 
 def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
-    """The feature quantizers of a model, by site name."""
+    """Return the feature quantizers of a model, by site name."""
     return {
         name.removesuffix(".input_quantizer"): module
         for name, module in model.named_modules()
@@ -146,7 +146,7 @@ def feature_quantizers(model: torch.nn.Module) -> dict[str, FeatureQuantizer]:
 
 
 def finish_features(model: torch.nn.Module) -> None:
-    """Set every feature quantizer to what is deployed: ranges fixed, all branches on, no second derivative."""
+    """Set every feature quantizer to its deployed form: ranges fixed, all branches on, no second derivative."""
     for quantizer in feature_quantizers(model).values():
         quantizer.observing = False
         quantizer.scalars_enabled = quantizer.vectors_enabled = True
@@ -162,7 +162,7 @@ def round_weights(model: torch.nn.Module, rounded: bool) -> None:
 
 
 def settle_codes(model: torch.nn.Module) -> None:
-    """Say that the weights of a model are codes now: they are not chosen anew."""
+    """Record that the weights of a model lie on their grids: their codes are not chosen again."""
     for module in model.modules():
         if is_kind(module, SpeciesWeightQuantizer):
             module.settle()
@@ -170,7 +170,7 @@ def settle_codes(model: torch.nn.Module) -> None:
 
 @contextmanager
 def exact_features(quantizers: Iterable[FeatureQuantizer]) -> Iterator[None]:
-    """Within this context these quantizers do not round."""
+    """Switch off the rounding of the quantizers within this context."""
     before = [(q, q.scalars_enabled, q.vectors_enabled) for q in quantizers]
     for q, _, _ in before:
         q.scalars_enabled = q.vectors_enabled = False
@@ -183,29 +183,29 @@ def exact_features(quantizers: Iterable[FeatureQuantizer]) -> Iterator[None]:
 
 @contextmanager
 def unquantized(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context the model computes in float, with its unrounded weights.
+    """Compute in float within this context, with the unrounded weights of the model.
 
-    In a converted model the weights are rounded already; only its activations become exact.
+    The weights of a converted model are rounded already; only its activations become exact.
     """
     weights = [m for m in model.modules() if is_kind(m, WeightQuantizer)]
     features = [m for m in model.modules() if is_kind(m, FeatureQuantizer)]
-    before_w = [m.enabled for m in weights]
-    before_f = [(m.scalars_enabled, m.vectors_enabled, m.observing) for m in features]
+    weight_flags = [quantizer.enabled for quantizer in weights]
+    feature_flags = [(q.scalars_enabled, q.vectors_enabled, q.observing) for q in features]
     try:
-        for w in weights:
-            w.enabled = False
-        for f in features:
-            f.scalars_enabled = f.vectors_enabled = f.observing = False
+        for weight in weights:
+            weight.enabled = False
+        for feature in features:
+            feature.scalars_enabled = feature.vectors_enabled = feature.observing = False
         yield
     finally:
-        for w, enabled in zip(weights, before_w, strict=True):
-            w.enabled = enabled
-        for f, flags in zip(features, before_f, strict=True):
-            f.scalars_enabled, f.vectors_enabled, f.observing = flags
+        for weight, enabled in zip(weights, weight_flags, strict=True):
+            weight.enabled = enabled
+        for feature, flags in zip(features, feature_flags, strict=True):
+            feature.scalars_enabled, feature.vectors_enabled, feature.observing = flags
 
 
 def fixed_codes(weight: Tensor, fixed: FixedWeight, layout: WeightLayout) -> QuantizedTensor | None:
-    """The codes of a converted weight, read back exactly; None if the weight has been changed since."""
+    """Recover the codes of a converted weight exactly; None if the weight has changed since."""
     if weight.numel() != layout.numel:
         return None
     index = layout.scale_index(fixed.granularity, fixed.group_size)
@@ -230,14 +230,14 @@ def _from_text(text: str) -> Tensor:
 
 @dataclass
 class StoredState:
-    """A quantization as checkpoints and rebuilt models carry it: everything but the weights themselves.
+    """Quantization as checkpoints and rebuilt models carry it: everything except the weights.
 
     Attributes:
         meta: plain data: versions, status, configuration, notes.
         ranges: observed sizes, by site name.
         weights: how converted weights were rounded, by parameter name.
         ratios: range ratios of weights in training, by parameter name.
-        steps: scales of those weights in training that hold theirs.
+        steps: fixed scales of weights in training, by parameter name; weights whose scale follows them are missing.
     """
 
     meta: dict[str, Any]
@@ -250,7 +250,7 @@ class StoredState:
     def of(
         cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]
     ) -> "StoredState":
-        """The state of a quantized model, whose weight quantizers are given by parameter name."""
+        """Collect the state of a quantized model, given its weight quantizers by parameter name."""
         return cls(
             meta=dict(meta),
             ranges={name: q.ranges() for name, q in feature_quantizers(model).items()},
@@ -260,7 +260,7 @@ class StoredState:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, tensors as text."""
+        """Return plain data, with tensors as text."""
         weights = {n: [w.bits, w.granularity, w.group_size, _to_text(w.scale)] for n, w in self.weights.items()}
         tensors = {"ranges": self.ranges, "ratios": self.ratios, "steps": self.steps}
         texts = {key: {name: _to_text(t) for name, t in group.items()} for key, group in tensors.items()}
@@ -277,21 +277,21 @@ class StoredState:
         return cls(meta=dict(plain["meta"]), weights=weights, **groups)
 
     def load_ranges(self, model: torch.nn.Module, quantizers: Mapping[str, WeightQuantizer]) -> None:
-        """Give a model with the same quantizers the ranges and scales stored here."""
+        """Load the stored ranges and scales into a model with the same quantizers."""
         for name, quantizer in feature_quantizers(model).items():
             if name in self.ranges:
                 quantizer.load_ranges(self.ranges[name])
-        for name, q in quantizers.items():
-            if name in self.ratios and self.ratios[name].numel() == q.groups:
-                q.range_ratio.copy_(self.ratios[name].to(q.range_ratio.device))
-            if name in self.steps and self.steps[name].numel() == q.groups:
-                q.fix_scale(self.steps[name], scale=self.steps[name])
+        for name, weight_quantizer in quantizers.items():
+            if name in self.ratios and self.ratios[name].numel() == weight_quantizer.groups:
+                weight_quantizer.range_ratio.copy_(self.ratios[name].to(weight_quantizer.range_ratio.device))
+            if name in self.steps and self.steps[name].numel() == weight_quantizer.groups:
+                weight_quantizer.fix_scale(self.steps[name], scale=self.steps[name])
 
 
 def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two configurations (as `QuantizationConfig.to_dict` gives them, in any version) round alike.
+    """Whether two configurations round to the same grid; schedules, data and losses may differ.
 
-    Schedules, data and losses may differ.
+    Both are what `QuantizationConfig.to_dict` gave, in any version.
     """
 
     def grid(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is quantized in a model, module by module, and why the rest is not."""
+"""What is quantized in each module of a model, and why the rest is not."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def rows(
     features: Mapping[str, FeatureQuantizer],
     bystanders: Iterable[Bystander] = (),
 ) -> list[SummaryRow]:
-    """A row a module.
+    """Make the summary table, one row per module.
 
     Args:
-        sites: of the model.
-        state: of the model, None for a float one.
-        weights: its parameters, by name.
+        sites: sites of the model.
+        state: state of the model, None for a float model.
+        weights: parameters, by name.
         quantized: codes and scales, by parameter name.
         features: feature quantizers, by site name.
         bystanders: modules that are never quantized, listed with the reason.
     """
     table = []
     for site in sites:
-        own = {w.path: quantized.get(f"{site.name}.{w.path}") for w in site.weights}
-        present = [q for q in own.values() if q is not None]
+        codes_by_path = {w.path: quantized.get(f"{site.name}.{w.path}") for w in site.weights}
+        present = [tensor for tensor in codes_by_path.values() if tensor is not None]
         total = 0
-        for path, tensor in own.items():
+        for path, tensor in codes_by_path.items():
             if tensor is None:
                 weight = weights[f"{site.name}.{path}"]
                 total += weight.numel() * weight.element_size()

@@ -1,4 +1,4 @@
-"""The table of a quantized model, a row a module."""
+"""The summary table of a quantized model, one row per module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class SummaryRow:
 
     Attributes:
         name: full module name.
-        irreps: input and output.
-        weights: bits of its weights, '-' if in float or absent.
-        inputs: how its input is rounded.
+        irreps: input and output irreps.
+        weights: bits of the weights, '-' if in float or absent.
+        inputs: how the input is rounded.
         scale: smallest and largest weight scale.
-        bytes: its weights take in a file.
+        bytes: size of the weights in a file.
         status: ``rounded``, ``in training``, ``float`` with the reason, ...
     """
 
@@ -31,7 +31,7 @@ class SummaryRow:
 
 
 def format_rows(rows: list[SummaryRow]) -> str:
-    """Aligned plain text, with a header and a total."""
+    """Format rows as aligned plain text, with a header and a total."""
     header = ("module", "irreps", "weights", "inputs", "scales", "bytes", "status")
     cells = [(r.name, r.irreps, r.weights, r.inputs, r.scale, str(r.bytes), r.status) for r in rows]
     cells.append(("total", "", "", "", "", str(sum(r.bytes for r in rows)), ""))

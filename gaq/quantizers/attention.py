@@ -1,28 +1,28 @@
-r"""Robust attention and bounded gates: invariants whose range is known before anything is rounded.
+r"""Robust attention and bounded gates: invariants with a range known in advance.
 
 **Logits.** A query q and a key k are normalised and multiplied by a bounded temperature,
 
 .. math:: l = t \, \hat q \cdot \hat k, \qquad \hat x = x / \sqrt{|x|^2 + \epsilon}
 
 (cosine attention; the normalisation and the temperature are those of arXiv 2603.05343, the bounds are ours). By the
-inequality of Cauchy and Schwarz \|l\| < t, so one grid over [-t, t] holds every logit there can be: nothing to
-calibrate, nothing that saturates.
+Cauchy-Schwarz inequality \|l\| < t, so one grid over [-t, t] holds every possible logit: nothing needs calibration and
+nothing saturates.
 
 **Weights of neighbours** (our derivation). A plain softmax over the neighbours k of atom i, even one with the cutoff
-function u inside, ``u_ij exp(l_ij) / sum_k u_ik exp(l_ik)``, is not continuous: the weight of a *last* neighbour is 1
-for any u > 0, and drops to nothing at the cutoff. A constant in the denominator mends it,
+function u inside, ``u_ij exp(l_ij) / sum_k u_ik exp(l_ik)``, is not continuous: the weight of an *only* neighbour is 1
+for any u > 0 and drops to zero at the cutoff. A constant in the denominator removes the jump,
 
 .. math:: \alpha_{ij} = \frac{u_{ij} \exp l_{ij}}{1 + \sum_k u_{ik} \exp l_{ik}}
 
-It is an extra neighbour that is always there, has logit 0 and sends nothing. Now alpha_ij is a smooth function of all
-u and l (the denominator is at least 1), so it has as many continuous derivatives as u, and it goes to zero as u does:
-with it go its derivatives, as far as those of u vanish at the cutoff. The same holds for the other neighbours' weights,
-in which the one that leaves appears through u_ik exp(l_ik) alone. The step of a rounded logit is multiplied by u as
-well, and so vanishes at the cutoff. Each atom has weights of its own, in which the order of neighbours does not matter
-and atoms beyond the cutoff do not appear: energies stay permutation invariant and extensive. No maximum has to be
-subtracted, because exp(l) <= exp(T_MAX) = 2981.
+The constant acts as an extra neighbour that is always present, has logit 0 and sends nothing. Now alpha_ij is a smooth
+function of all u and l (the denominator is at least 1), so it has as many continuous derivatives as u and goes to zero
+with u; its derivatives vanish at the cutoff as far as those of u do. The same holds for the weights of the other
+neighbours, which depend on the leaving one through u_ik exp(l_ik) only. The step of a rounded logit is multiplied by u
+and vanishes at the cutoff too. The weights of an atom do not depend on the order of its neighbours or on atoms beyond
+the cutoff: energies stay permutation invariant and extensive. No maximum has to be subtracted, because
+exp(l) <= exp(T_MAX) = 2981.
 
-**Gates.** `BoundedGate` holds what goes into a non-linearity within twice a calibrated range, by a function that is
+**Gates.** `BoundedGate` keeps the input of a non-linearity within twice a calibrated range, by a function that is
 exactly the identity within the range.
 
 This module is embedded in packages: it imports nothing but torch and the core.
@@ -54,29 +54,29 @@ __all__ = [
 
 T_MIN, T_MAX = TEMPERATURES
 """Bounds of the temperature. At the upper one the weights of two neighbours can differ by a factor of exp(2 T_MAX) =
-9e6, and a step of 16 bits changes a weight by a share of 1.2e-4 at most."""
+9e6, and a step of 16 bits changes a weight by at most 1.2e-4 of its value."""
 
 EPSILON = 1e-4
 """Added to the squared norm of queries and keys, whose components are of order one: it keeps the direction of a vector
-near zero, and its derivatives, smooth and finite. The cosine of two vectors of norm 1 becomes smaller by 1e-4."""
+near zero smooth, and its derivatives finite. The cosine of two vectors of norm 1 becomes smaller by 1e-4."""
 
 
 def unit(x: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """``x / sqrt(|x|^2 + epsilon)`` along the last dimension: shorter than one, smooth everywhere, zero at zero."""
+    """Compute ``x / sqrt(|x|^2 + epsilon)`` along the last axis: shorter than 1, smooth everywhere, zero at zero."""
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) + epsilon)
 
 
 def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms: int) -> Tensor:
-    """The weights of neighbours, ``u exp(l) / (1 + sum of u exp(l) over the receiver's edges)``; see the module.
+    """Compute weights of neighbours, ``u exp(l) / (1 + sum of u exp(l) over the receiver's edges)``; see the module.
 
     Args:
-        logits: shape (edges, heads), not larger than about 80 in float32.
+        logits: shape (edges, heads), at most about 80 in float32.
         envelope: cutoff function of the edges, shape (edges,), between 0 and 1, zero at the cutoff.
         receiver: atom that each edge points to, shape (edges,).
         atoms: number of atoms.
 
     Returns:
-        Shape (edges, heads); those of an atom sum to less than one, to zero where it has no neighbours.
+        Shape (edges, heads); the weights of an atom sum to less than 1, and to zero without neighbours.
     """
     share = envelope.unsqueeze(-1) * torch.exp(logits)
     total = torch.zeros([atoms, share.shape[1]], dtype=share.dtype, device=share.device)
@@ -85,21 +85,21 @@ def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms:
 
 
 def heads_of_weights(multiplicities: Iterable[int], heads: int) -> Tensor:
-    """The head that each weight of a channel-wise (``uvu``) tensor product belongs to, shape (weights,).
+    """Return the head of each weight of a channel-wise (``uvu``) tensor product, shape (weights,).
 
     Args:
-        multiplicities: channels of each path, in the order of its instructions; they are dealt out to the heads in
-            contiguous shares that differ by one channel at most.
+        multiplicities: channels of each path, in the order of the instructions. The heads get contiguous ranges of
+            channels whose sizes differ by at most one.
         heads: number of heads.
     """
     return torch.cat([torch.div(torch.arange(m) * heads, m, rounding_mode="floor") for m in multiplicities])
 
 
 def soft_bound(x: Tensor, limit: Tensor) -> Tensor:
-    """The identity within ``[-limit, limit]``, bit for bit; beyond it a curve that never reaches twice the limit.
+    """Bound numbers: the exact identity within ``[-limit, limit]``, beyond it a curve that stays below twice the limit.
 
     ``sign(x) limit (1 + tanh(|x| / limit - 1))``: value and first two derivatives continue those of the identity, and
-    the slope is never zero, so that what lies beyond the range keeps a force and can be trained back.
+    the slope is never zero, so that values beyond the range keep a force and can be trained back.
 
     Args:
         x: any shape.
@@ -111,14 +111,14 @@ def soft_bound(x: Tensor, limit: Tensor) -> Tensor:
 
 
 class GridQuantizer(FeatureQuantizer):
-    """Rounds invariants whose range is known by construction; there is nothing to observe.
+    """Rounds invariants with a range known by construction; it observes nothing.
 
     Args:
-        channels: of the last dimension.
-        bits: of a code.
-        limit: largest size.
-        signed: whether the range is [-limit, limit] or [0, limit].
-        what: is rounded, for display.
+        channels: size of the last axis.
+        bits: code width.
+        limit: largest size of an invariant.
+        signed: True for the range [-limit, limit], False for [0, limit].
+        what: name of the invariants, for display.
     """
 
     __jit_unused_properties__ = ["needs_ranges"]  # noqa: RUF012
@@ -134,34 +134,34 @@ class GridQuantizer(FeatureQuantizer):
 
     @property
     def needs_ranges(self) -> bool:
-        """The range is known."""
+        """False: the range is known."""
         return False
 
     @torch.jit.unused
     def update_limits(self) -> None:
-        """The range does not follow what is observed."""
+        """Keep the range: it does not follow observed sizes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rounded invariants, the shape of `x`, which is (..., channels)."""
+        """Round invariants of shape (..., channels); the result has the same shape."""
         if not self.scalars_enabled:
             return x
         return round_linear(x, self.limit.to(x.dtype), self.scalar_top, self.signed)
 
 
 class BoundedGate(FeatureQuantizer):
-    """Bounds the scalars that enter a gate or weigh a neighbour, and rounds them on the range that this gives.
+    """Bounds the scalars that enter a gate or weigh a neighbour, and rounds them on the bounded range.
 
-    The range is that of `soft_bound`, with one limit for all channels: ``headroom`` times the largest size seen in
-    calibration (a limit a channel would bend the ones that happened to be quiet then), or a given number. Within the
-    limit it is the identity, bit for bit where nothing is rounded, so that a trained model stays the function it is on
-    all that looks like its calibration set. Codes run over (-2 limit, 2 limit), which nothing leaves. Before
-    calibration it does nothing.
+    The bound is `soft_bound` with one limit for all channels: ``headroom`` times the largest size observed in
+    calibration, or a given number. (Limits per channel would distort channels that were small in calibration.) Within
+    the limit it is the identity, bit for bit where nothing is rounded, so a trained model stays the same function on
+    inputs like those of its calibration set. Codes cover (-2 limit, 2 limit), which no value leaves. Before calibration
+    it does nothing.
 
     Args:
-        layout: of the features; l > 0 and pieces of negative multiplicity pass through.
-        bits: of a code; None bounds and does not round.
+        layout: layout of the features; l > 0 and pieces of negative multiplicity pass through.
+        bits: code width; None bounds and does not round.
         headroom: as for `FeatureQuantizer`.
-        limit: a range by construction, for training from scratch; None for a calibrated one.
+        limit: fixed limit, for training from scratch; None for a calibrated one.
 
     Raises:
         ValueError: if the layout has channels first.
@@ -188,14 +188,14 @@ class BoundedGate(FeatureQuantizer):
 
     @torch.jit.unused
     def update_limits(self) -> None:
-        """Ranges from what was observed; one by construction stays what it is."""
+        """Set the limit from the observed sizes, unless it is fixed by construction."""
         if self.by_construction:
             return
         super().update_limits()
         self.calibrated = bool((self.observed > 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bounded features, shape and dtype of `x`, which is (batch, irreps.dim)."""
+        """Bound features of shape (batch, irreps.dim); the result has the shape and dtype of `x`."""
         if self.observing:
             self.observe(x)
         if not (self.by_construction or (self.calibrated and self.scalars_enabled)):
@@ -218,12 +218,12 @@ class BoundedGate(FeatureQuantizer):
 
 
 class LearnedEnvelope(torch.nn.Module):
-    r"""A cutoff function from radial features that carry the cutoff in them, for hosts that hand over nothing else.
+    r"""A cutoff function derived from radial features that include one, for frameworks that pass nothing else.
 
     .. math:: u = 1 - \exp(-\sum_n w_n b_n^2), \qquad w_n > 0
 
     With b_n a radial basis times a cutoff function f, u lies in [0, 1), is zero where f is, and goes to zero as f^2
-    does, so that it has the continuous derivatives of f and more of them vanish at the cutoff (our construction).
+    does: it has the continuous derivatives of f, and more of them vanish at the cutoff (our construction).
 
     Args:
         basis: number of radial features.
@@ -235,19 +235,19 @@ class LearnedEnvelope(torch.nn.Module):
         self.log_weight = torch.nn.Parameter(torch.full((basis,), math.log(10.0)))
 
     def forward(self, radial: Tensor) -> Tensor:
-        """Shape (edges,), of radial features of shape (edges, basis)."""
+        """Compute the cutoff function, shape (edges,), from radial features of shape (edges, basis)."""
         return -torch.expm1(-(radial * radial * torch.exp(self.log_weight)).sum(-1))
 
 
 class RobustAttention(torch.nn.Module):
-    """The weights of neighbours from queries and keys; formula and reasons are in the docstring of the module.
+    """Computes weights of neighbours from queries and keys; the docstring of the module gives the formula.
 
-    The temperature is ``T_MIN (T_MAX / T_MIN)^sigmoid(theta)``, one theta a head: bounded, and nowhere without a
-    gradient as a clamped number would be.
+    The temperature is ``T_MIN (T_MAX / T_MIN)^sigmoid(theta)``, one theta per head: it is bounded and, unlike a clamped
+    number, has a gradient everywhere.
 
     Args:
         heads: number of independent sets of weights.
-        temperature: to begin with, between `T_MIN` and `T_MAX`.
+        temperature: initial temperature, between `T_MIN` and `T_MAX`.
 
     Raises:
         ValueError: for a temperature out of range.
@@ -257,16 +257,16 @@ class RobustAttention(torch.nn.Module):
         super().__init__()
         self.heads = heads
         self.normalize = True
-        # Attributes, because TorchScript knows no constants of a module.
+        # Attributes, because TorchScript cannot read the globals of a module.
         self.lowest, self.log_range = T_MIN, math.log(T_MAX / T_MIN)
         self.theta = torch.nn.Parameter(torch.zeros(heads))
         self.set_temperature(temperature)
-        # Replaced by a `GridQuantizer` where logits are rounded.
+        # Insertion replaces it by a `GridQuantizer` where logits are rounded.
         self.input_quantizer = torch.nn.Identity()
 
     @torch.jit.unused
     def set_temperature(self, temperature: float) -> None:
-        """Give all heads a temperature.
+        """Set the temperature of all heads.
 
         Raises:
             ValueError: if it is out of range.
@@ -279,7 +279,7 @@ class RobustAttention(torch.nn.Module):
 
     @torch.jit.unused
     def configure(self, config: AttentionConfig) -> None:
-        """Take over normalisation and temperature from a configuration."""
+        """Apply normalisation and temperature of a configuration."""
         self.normalize = config.normalize
         if isinstance(config.temperature, str):
             self.theta.requires_grad_(True)
@@ -288,15 +288,15 @@ class RobustAttention(torch.nn.Module):
             self.theta.requires_grad_(False)
 
     def temperature(self) -> Tensor:
-        """Of each head, shape (heads,)."""
+        """Temperature of each head, shape (heads,)."""
         return self.lowest * torch.exp(self.log_range * torch.sigmoid(self.theta))
 
     def logits(self, query: Tensor, key: Tensor, receiver: Tensor) -> Tensor:
-        """Bounded logits, rounded where the model rounds them, shape (edges, heads).
+        """Compute bounded logits, rounded where the model rounds them, shape (edges, heads).
 
         Args:
-            query: of the atoms, shape (atoms, heads, dim).
-            key: of the edges, shape (edges, heads, dim).
+            query: queries of the atoms, shape (atoms, heads, dim).
+            key: keys of the edges, shape (edges, heads, dim).
             receiver: atom that each edge points to, shape (edges,).
         """
         temperature = self.temperature()
@@ -308,5 +308,5 @@ class RobustAttention(torch.nn.Module):
         return temperature * self.input_quantizer(cosine)
 
     def forward(self, query: Tensor, key: Tensor, envelope: Tensor, receiver: Tensor) -> Tensor:
-        """Weights, shape (edges, heads), of the arguments of `logits` and an envelope of shape (edges,)."""
+        """Compute weights, shape (edges, heads), from the arguments of `logits` and an envelope of shape (edges,)."""
         return neighbour_weights(self.logits(query, key, receiver), envelope, receiver, query.shape[0])

@@ -101,7 +101,7 @@ def local_frame(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
 
 
 def local_frame_at_once(vectors: Tensor, mixing: Tensor, dimension: int) -> Tensor:
-    """Compute `local_frame` by one QR decomposition: the same axes in a tenth of the operations, for eager evaluation."""
+    """Compute `local_frame` by a QR decomposition: the same axes in a tenth of the operations, for eager evaluation."""
     references = torch.matmul(mixing[:dimension], vectors)
     q, r = torch.linalg.qr(references.transpose(1, 2))
     # Gram-Schmidt gives the factor with a positive diagonal; QR leaves the signs open.
