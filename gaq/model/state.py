@@ -112,8 +112,8 @@ def warn_if_unfinished(state: ModelState) -> None:
     """Log a warning if weights are about to be rounded to nearest because their training run is unfinished."""
     if state.status == "training" and state.notes.get(UNFINISHED):
         logger.warning(
-            "This checkpoint is of a run that rounds its weights at its end, and the run is not over: the weights are "
-            "now rounded to nearest, which costs accuracy. Let the run end (restart it), or train with "
+            "The run this checkpoint is of rounds its weights when it is over, and it is not over: the weights are now "
+            "rounded to nearest, which costs accuracy. Let the run end (restart it), or train with "
             "`training: {round_weights: throughout}`."
         )
 
