@@ -15,7 +15,8 @@ rounding decision, so rounding noise cannot move them.
 Largest angle between the decoded direction and the vector (our derivation): one face of the octahedron of unit 1-norm
 lies at the distance 1 / sqrt(3) from the origin and carries the lattice A_2 / n, whose covering radius is
 sqrt(2 / 3) / n (Conway and Sloane, "Sphere Packings, Lattices and Groups", chapter 4). A
-segment of that length in the face is seen from the origin under at most ``2 atan(1 / (sqrt(2) n))`` radians, about 1.41 / n.
+segment of that length in the face is seen from the origin under at most ``2 atan(1 / (sqrt(2) n))`` radians, about
+1.41 / n.
 
 Dtypes: float32 and float64; half precisions cannot hold the integers of more than 8 bits, so convert first.
 Range: the sum of the absolute components must not overflow. Vectors with components that are not finite

@@ -1,1 +1,1 @@
-"""The configuration: what a user writes, what it resolves to."""
+"""The configuration: its data and its parser."""

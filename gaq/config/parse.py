@@ -1,7 +1,7 @@
-"""The quantization configuration: presets, the mapping a user writes, and its validation.
+"""Parser of the quantization configuration: presets, mappings and files become a `QuantizationConfig`.
 
-One frozen dataclass tree serves the YAML key, the command line and Python alike. Every error names
-the key path, what stands there, and what is allowed.
+One frozen dataclass tree serves the YAML key, the command line and Python alike. Every error names the key path, the
+value and what is allowed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TIMES = ("auto", "throughout", "at_end")
 
 
 class ConfigError(ValueError):
-    """A quantization configuration that cannot be used; the message names the key path."""
+    """Invalid quantization configuration; the message names the key path."""
 
 
 _CHOICES = {
@@ -119,13 +119,13 @@ def _closest(word: str, names: Iterable[str]) -> str:
 
 
 def _number(value: Any, kind: str) -> float | int | None:
-    """The value as an ``int`` or a finite ``float``; None if it is not one."""
+    """Convert a value to an ``int`` or a finite ``float``; None if that is not possible."""
     if isinstance(value, bool):
         return None
     if kind == "int":
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return int(value) if whole else None
-    # YAML 1.1 reads 1e-3 as text, for want of a point or of the exponent's sign.
+        is_integer = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return int(value) if is_integer else None
+    # YAML 1.1 reads 1e-3 as text: its floats need a point, and a sign in the exponent.
     if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return None
     try:
@@ -136,13 +136,16 @@ def _number(value: Any, kind: str) -> float | int | None:
 
 
 def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
-    """The value in the type of the field, or a `ConfigError` that names the path.
+    """Check a value and convert it to the type of its field.
 
     Args:
-        path: in the whole configuration, for messages.
-        relative: of the field in `QuantizationConfig`, also within an override.
+        path: key path in what the user wrote, for messages.
+        relative: key path of the field in `QuantizationConfig`, which differs within an override.
         value: what the user wrote.
-        annotation: of the field.
+        annotation: type annotation of the field.
+
+    Raises:
+        ConfigError: naming the path, for a value that is not allowed.
     """
     if relative == "attention.temperature":
         return _temperature(path, value)
@@ -175,6 +178,7 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
 
 
 def _temperature(path: str, value: Any) -> str | float:
+    """Check the temperature of attention: ``learned`` or a number between `TEMPERATURES`."""
     low, high = TEMPERATURES
     if value == "learned":
         return "learned"
@@ -186,22 +190,32 @@ def _temperature(path: str, value: Any) -> str | float:
 
 
 def type_name(annotation: Any) -> str:
-    """How the annotation of a field reads: ``int``, ``int | None``."""
+    """Return the annotation of a field as text, such as ``int`` or ``int | None``."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") -> Any:
-    """`base` with the keys of a user's mapping, each checked against the field of that name."""
+    """Apply the keys of a user's mapping to a configuration, each checked against the field of that name.
+
+    Args:
+        base: a dataclass of the configuration tree.
+        changes: the user's mapping.
+        path: key path of `base` in what the user wrote, for messages.
+        section: key path of `base` in `QuantizationConfig`, with a trailing point; empty for the root.
+
+    Returns:
+        A changed copy of `base`.
+    """
     fields = {f.name: f for f in dataclasses.fields(base)}
     values: dict[str, Any] = {}
     attention_bits_given = True
     for key, value in changes.items():
-        here = f"{path}.{key}"
+        key_path = f"{path}.{key}"
         if key not in fields:
             if (gone := REMOVED.get(f"{section}{key}")) is not None:
-                raise ConfigError(f"{here}: this key is gone; {gone.advice}.")
+                raise ConfigError(f"{key_path}: this key is gone; {gone.advice}.")
             allowed = _options(fields)
-            raise ConfigError(f"{here}: unknown key.{_closest(str(key), fields)} Allowed in {path}: {allowed}.")
+            raise ConfigError(f"{key_path}: unknown key.{_closest(str(key), fields)} Allowed in {path}: {allowed}.")
         current = getattr(base, key)
         if key == "attention":
             if value is None:
@@ -213,43 +227,45 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         if dataclasses.is_dataclass(current):
             if value is None and key in ("weights", "scalars", "vectors"):
                 off = "magnitude_bits" if key == "vectors" else "bits"
-                values[key] = _merge(current, {off: None}, here, f"{key}.")
+                values[key] = _merge(current, {off: None}, key_path, f"{key}.")
                 continue
             if not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{here}: expected a mapping, got {value!r}. "
-                    f"Allowed in {here}: {_options(f.name for f in dataclasses.fields(current))}."
+                    f"{key_path}: expected a mapping, got {value!r}. "
+                    f"Allowed in {key_path}: {_options(f.name for f in dataclasses.fields(current))}."
                 )
-            values[key] = _merge(current, value, here, f"{key}.")
+            values[key] = _merge(current, value, key_path, f"{key}.")
         elif key == "overrides":
-            values[key] = _check_overrides(value, here)
+            values[key] = _check_overrides(value, key_path)
         elif key != "preset":
-            values[key] = _check_value(here, section + key, value, type_name(fields[key].type))
+            values[key] = _check_value(key_path, section + key, value, type_name(fields[key].type))
     merged = dataclasses.replace(base, **values)
     if not attention_bits_given and merged.scalars.bits is None:
-        # A preset that leaves the forces exact stays one, unless bits are asked for.
+        # A preset that keeps activations exact keeps those of attention exact too, unless the user gives bits.
         merged = dataclasses.replace(merged, attention=dataclasses.replace(merged.attention, bits=None))
     return merged
 
 
 def _check_overrides(value: Any, path: str) -> dict[str, Any]:
+    """Check that ``overrides`` maps module-name patterns to presets, mappings or null."""
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{path}: expected a mapping from module-name patterns to a preset, a mapping or null, "
             f"got {value!r}. Example: {{'readouts.*': null}}."
         )
     for pattern, override in value.items():
-        here = f"{path}['{pattern}']"
+        key_path = f"{path}['{pattern}']"
         if not isinstance(pattern, str):
-            raise ConfigError(f"{here}: a pattern must be a string such as 'readouts.*'.")
+            raise ConfigError(f"{key_path}: a pattern must be a string such as 'readouts.*'.")
         if override is not None:
-            parsed = parse_config(override, path=here)
+            parsed = parse_config(override, path=key_path)
             if parsed.overrides:
-                raise ConfigError(f"{here}: an override cannot hold overrides of its own.")
+                raise ConfigError(f"{key_path}: an override cannot hold overrides of its own.")
     return dict(value)
 
 
 def _preset(name: Any, path: str) -> QuantizationConfig:
+    """Return a preset by name."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
             f"{path}: {name!r} is not a preset.{_closest(str(name), PRESETS)} Presets: {_options(sorted(PRESETS))}."
@@ -257,13 +273,37 @@ def _preset(name: Any, path: str) -> QuantizationConfig:
     return PRESETS[name]
 
 
+def _read_mapping(text: str, path: str) -> Any:
+    """Read the text of a mapping, a Python literal or YAML."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: cannot read the mapping {text!r}: {error}") from error
+
+
+def _read_file(name: str, path: str) -> Any:
+    """Read a YAML file; of one with the key ``quantization``, what stands under it."""
+    file = Path(name)
+    if not file.is_file():
+        raise ConfigError(f"{path}: there is no file {name!r}.")
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {name} is not valid YAML: {error}") from error
+    if isinstance(loaded, Mapping) and "quantization" in loaded:
+        return loaded["quantization"]
+    return loaded
+
+
 def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
     """Validate what a user wrote and resolve it against its preset.
 
     Args:
-        spec: a preset name, a mapping, a `QuantizationConfig`, the text of a mapping (as a training
-            command hands it over), or the path of a YAML file that holds one of these, bare or under
-            the key ``quantization``.
+        spec: a preset name, a mapping, a `QuantizationConfig`, the text of a mapping (as training commands pass it), or
+            the path of a YAML file that holds one of these, at the top level or under the key ``quantization``.
         path: key path that error messages start with.
 
     Returns:
@@ -277,27 +317,11 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
         spec = spec.to_dict()
     if isinstance(spec, str):
         text = spec.strip()
-        if text.startswith("{"):
-            try:
-                spec = ast.literal_eval(text)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                try:
-                    spec = yaml.safe_load(text)
-                except yaml.YAMLError as error:
-                    raise ConfigError(f"{path}: cannot read the mapping {text!r}: {error}") from error
-        elif text.endswith((".yml", ".yaml")):
-            file = Path(text)
-            if not file.is_file():
-                raise ConfigError(f"{path}: there is no file {text!r}.")
-            try:
-                loaded = yaml.safe_load(file.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path}: {text} is not valid YAML: {error}") from error
-            if isinstance(loaded, Mapping) and "quantization" in loaded:
-                loaded = loaded["quantization"]
-            return parse_config(loaded, path=path)
-        else:
+        if text.endswith((".yml", ".yaml")) and not text.startswith("{"):
+            return parse_config(_read_file(text, path), path=path)
+        if not text.startswith("{"):
             return _preset(text, path)
+        spec = _read_mapping(text, path)
     if not isinstance(spec, Mapping):
         raise ConfigError(
             f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
@@ -312,15 +336,15 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
 
 
 def parse_stored(spec: Any, finished: bool, path: str = "quantization") -> QuantizationConfig:
-    """Read the configuration that a file holds, also one that an earlier version wrote.
+    """Read the configuration stored in a file, including files of earlier versions.
 
     Args:
         spec: what `QuantizationConfig.to_dict` gave when the file was written, or what a user wrote.
-        finished: whether the weights are rounded for good, so that nothing about training matters any more.
+        finished: whether the weights are rounded for good, so that keys about training have no effect any more.
         path: key path that error messages start with.
 
     Raises:
-        ConfigError: for anything that `parse_config` refuses, but for keys that are gone and do nothing in this file.
+        ConfigError: for anything that `parse_config` refuses, except removed keys without effect in this file.
     """
     if not isinstance(spec, Mapping):
         return parse_config(spec, path)
@@ -346,29 +370,29 @@ def parse_stored(spec: Any, finished: bool, path: str = "quantization") -> Quant
 
 
 def _check_consistency(config: QuantizationConfig, path: str) -> None:
+    """Refuse keys that contradict each other, and a configuration that quantizes nothing."""
     vectors = config.vectors
     if vectors.codebook != "octahedral" and vectors.scheme == "mddq" and vectors.direction_bits > 6:
         raise ConfigError(
             f"{path}.vectors.codebook: a {vectors.codebook} table of 2 x {vectors.direction_bits} bits is too "
             f"large to search; use direction_bits: 6 or fewer, or codebook: octahedral."
         )
-    bits = config.weights
     attention_only = config.attention is not None and config.attention.messages
-    if bits.bits is None and not config.rounds_activations and not attention_only:
+    if config.weights.bits is None and not config.rounds_activations and not attention_only:
         raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
 
 
 def _override(config: QuantizationConfig, override: Any, path: str) -> QuantizationConfig | None:
+    """Apply one override to a configuration; None if it leaves modules alone."""
     if override is None:
         return None
     if isinstance(override, Mapping) and "preset" not in override:
         weights = override.get("weights")
         base = dataclasses.replace(config, overrides={})
         if isinstance(weights, Mapping) and "bits" in weights:
-            # Bits that are named for some modules are what these have, wherever they stand in the model.
+            # Bits given for some modules apply to all of them, whatever group they belong to.
             groups: dict[str, Any] = dict.fromkeys((*_BITS_OF_GROUPS, "compression", "least_compression"))
-            own = dataclasses.replace(config.weights, **groups)
-            base = dataclasses.replace(base, weights=own)
+            base = dataclasses.replace(base, weights=dataclasses.replace(config.weights, **groups))
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)
         return changed
@@ -376,10 +400,10 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
 
 
 def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -> dict[str, QuantizationConfig | None]:
-    """The configuration of each module after ``overrides``; None where a module is to be left alone.
+    """Return the configuration of each module after ``overrides``; None for a module that stays float.
 
-    An override that names a preset starts from that preset; a mapping without one changes the configuration it
-    stands in, and the bits of weights it names are those of all it matches. Later patterns win over earlier ones.
+    An override that names a preset starts from that preset. A mapping without a preset changes the configuration that
+    holds it, and weight bits in it apply to all modules it matches. Later patterns win over earlier ones.
 
     Raises:
         ConfigError: if a pattern matches no module, with the names it could have matched.

@@ -1,10 +1,10 @@
 """The quantization configuration as data: one frozen dataclass tree, and the presets.
 
-Kept apart from `gaq.config.parse`, which reads what a user writes: a packaged model embeds the modules its quantizers
-import, and these need nothing but the standard library.
+The parser stands apart, in `gaq.config.parse`: a packaged model embeds the modules that its quantizers import, and this
+one needs nothing but the standard library.
 """
 
-# No postponed annotations here: `dataclasses` looks them up in sys.modules, where those of a package are not.
+# No postponed annotations here: `dataclasses` looks them up in sys.modules, which lacks the modules of a package.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,24 +39,24 @@ class WeightConfig:
         range: ``absmax`` (the largest weight sets the scale) or ``error`` (the scale that minimises
             the squared rounding error, by search).
         rounding: post-training only: ``nearest``, or ``gptq`` (Frantar et al. 2023, arXiv 2210.17323).
-        sensitive_bits: bits of the few tensors that sit where every error passes (species embeddings and
-            the linear layers that act on nothing else, first radial layers, symmetric contractions, readouts);
-            None gives them ``bits`` like the rest.
-        first_bits: bits of the other weights of the first interaction: the errors they make pass through all that
-            follows, and are the larger part of what rounding costs. Its product with species is among them while it is
-            no larger than the rest of them. None gives them ``bits`` like the rest.
-        mixing_bits: bits of the weights of later interactions that act on everything that passes through, linear layers
-            of node features and hidden layers of radial networks, and of that product where there are many species.
-            None gives them ``bits`` like the rest.
-        species_bits: NequIP: bits of the self-connection, where the embedding it meets has at least four times as many
-            numbers as there are species: its codes are chosen together (`gaq.quantizers.species`), so that few bits
-            serve. None rounds it like the rest.
-        compression: raise the bits of all groups above ``bits``, those most that lose most by rounding, as far as the
-            weights stay this many times smaller than FP32 (`gaq.model.bits`; of MACE, whose files hold more than
-            weights, the file). A group whose bits are given keeps them. Where there is no room, nothing is raised.
-        least_compression: MACE: where all this would leave the file less than this many times smaller than FP32's, the
-            bits of all groups follow from that size instead (models of many elements). Bits that are given turn it
-            off. Of NequIP's packages weights are the smaller part.
+        sensitive_bits: bits of the few tensors whose errors reach the complete model (species embeddings and the linear
+            layers that act on nothing else, first radial layers, symmetric contractions, readouts); None gives them
+            ``bits`` like the rest.
+        first_bits: bits of the other weights of the first interaction: their errors pass through all later layers and
+            are the larger part of the cost of rounding. The product with species belongs to them while it is no larger
+            than the others together. None gives them ``bits`` like the rest.
+        mixing_bits: bits of the weights of later interactions that act on everything that passes through: linear layers
+            of node features, hidden layers of radial networks, and the product with species where there are many
+            species. None gives them ``bits`` like the rest.
+        species_bits: NequIP: bits of the self-connection, if its embedding has at least four times as many numbers as
+            there are species. Its codes are chosen together (`gaq.quantizers.species`), so few bits suffice. None
+            rounds it like the rest.
+        compression: raise the bits of all groups above ``bits``, most for the groups that lose most by rounding, while
+            the weights stay this many times smaller than FP32 (`gaq.model.bits`; in MACE, the file, which holds more
+            than weights). A group with given bits keeps them. Without room, nothing is raised.
+        least_compression: MACE: smallest allowed ratio of the FP32 file's size to this file's. If the bits above give a
+            larger file (models of many elements), the bits of all groups follow from this ratio instead. Given bits
+            turn it off. NequIP ignores it: weights are the smaller part of its packages.
     """
 
     bits: int | None = 8
@@ -77,9 +77,9 @@ class ScalarConfig:
     """How invariant (l = 0) features are rounded.
 
     Attributes:
-        bits: None leaves them in float.
-        granularity: whose range the steps divide: ``per_atom`` (the largest feature of the atom or edge itself; nothing
-            to calibrate, nothing saturates), or a static one, ``per_channel`` or ``per_tensor``.
+        bits: code width, 2 to 16; None leaves the features in float.
+        granularity: the range that the steps divide: ``per_atom`` (the largest feature of the atom or edge; needs no
+            calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
     bits: int | None = 16
@@ -96,13 +96,13 @@ class VectorConfig:
         magnitude_bits: bits of the magnitude (``mddq``) or of each component (``components``);
             None leaves l > 0 features in float.
         direction_bits: bits per angle of the direction code (``mddq``).
-        codebook: of l = 1: ``octahedral``, or ``geodesic``, a table of the icosahedron's symmetry; l >= 2 always takes
-            the cube code.
-        frame: ``local`` lays the axes of the direction code along mixtures of the features of the same atom, so that
-            rounding is exactly equivariant; ``fixed`` along those of the laboratory (``mddq``).
-        granularity: whose range the steps of the magnitude divide, as for scalars.
+        codebook: code of l = 1 directions: ``octahedral``, or ``geodesic``, a table with the icosahedron's symmetry;
+            l >= 2 always uses the cube code.
+        frame: axes of the direction code (``mddq``): ``local`` takes them from mixtures of the features of the same
+            atom, which makes rounding exactly equivariant; ``fixed`` are the axes of the laboratory.
+        granularity: the range that the steps of the magnitude divide, as for scalars.
         start_epoch: in training, the epoch from which vectors are quantized.
-        anneal_epochs: epochs over which their range shrinks from twice the observed one to its own.
+        anneal_epochs: epochs over which their range shrinks from twice the observed range to the observed range.
     """
 
     scheme: str = "mddq"
@@ -116,7 +116,7 @@ class VectorConfig:
 
 
 TEMPERATURES = (0.25, 8.0)
-"""Bounds of the temperature of attention; logits lie within plus and minus the upper one."""
+"""Bounds of the temperature of attention; logits lie between minus and plus the upper bound."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +124,15 @@ class AttentionConfig:
     """How weights of neighbours and gates are bounded and rounded; see `gaq.quantizers.attention`.
 
     Attributes:
-        bits: of logits, of density and attention weights, and of what enters a gate; None bounds and does not round.
-            If the key is not given: 16 where the preset rounds scalars, None where it does not.
-        normalize: logits are the temperature times the cosine of query and key; if not, a dot product held to the same
-            range by a tanh. For models that are trained with attention from scratch.
-        temperature: ``learned``, or a number between `TEMPERATURES` that is kept.
-        gate_limit: gates are the identity up to here and never reach twice as much; None takes the range from
-            calibration, which leaves a trained model the function it is.
-        messages: NequIP, from scratch: give the interaction blocks attention over messages. (In MACE it is an
-            interaction block of its own.)
+        bits: code width of logits, density weights, attention weights and inputs of gates; None bounds them without
+            rounding. The default is 16 if the preset rounds scalars, else None.
+        normalize: True for logits that are the temperature times the cosine of query and key, False for a dot product
+            that a tanh keeps in the same range. For models trained with attention from scratch.
+        temperature: ``learned``, or a fixed number between `TEMPERATURES`.
+        gate_limit: gates are the identity up to this size and stay below twice this size; None takes the limit from
+            calibration, which leaves a trained model the same function.
+        messages: NequIP, training from scratch: give the interaction blocks attention over messages. (In MACE that is a
+            separate interaction block.)
     """
 
     bits: int | None = 16
@@ -148,9 +148,9 @@ class CalibrationConfig:
 
     Attributes:
         frames: number of structures, drawn with ``seed`` from the data given.
-        seed: of that draw.
-        headroom: a static range is this many times the largest value seen, so that a simulation which
-            wanders past the calibration set does not saturate (a saturated feature has no force).
+        seed: seed of the draw.
+        headroom: ratio of a static range to the largest observed value, so that a simulation that leaves the
+            calibration set does not saturate (a saturated feature has no force).
     """
 
     frames: int = 64
@@ -167,9 +167,9 @@ class DistillationConfig:
     Attributes:
         steps: optimiser steps.
         batch_size: structures per step.
-        learning_rate: of Adam, on the weights, relative to their root mean square; at 8 bits or more, and twice as much
-            for every bit less.
-        max_structures: at most this many of the structures given serve as teacher input.
+        learning_rate: Adam's learning rate of the weights, relative to their root mean square; it holds from 8 bits on
+            and doubles for every bit less.
+        max_structures: most structures that the float model labels.
     """
 
     steps: int = 300
@@ -180,17 +180,17 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a quantization-aware training goes.
+    """How quantization-aware training proceeds.
 
     Attributes:
-        round_weights: ``throughout``, or ``at_end``: features are rounded in training, weights once it is over, by
-            calibration on the training structures with the forces of the weights just trained as labels (with
-            ``weights.rounding`` and ``distillation``). The presets of 4 bits do the latter: labels leave gradients that
-            keep weights hopping over thresholds, those forces do not. ``auto``: ``at_end`` where a model has room for
-            at least 14 bits in all weights (but species products, whose codes are chosen together), since training has
-            nothing to adapt to then, else ``throughout``.
-        average_rounded: where the host keeps an average of the parameters (EMA), average the rounded weights, those
-            that are deployed, and not the ones beneath the rounding (see `gaq.training.averaging`).
+        round_weights: when weights are rounded; features are rounded in training in any case. ``throughout``: in every
+            step. ``at_end``: after training, by calibration on the training structures with the forces of the trained
+            float weights as labels (``weights.rounding`` and ``distillation`` apply). The presets of 4 bits use
+            ``at_end``: with reference labels some gradient remains and keeps weights jumping over thresholds, with
+            those forces it does not. ``auto``: ``at_end`` if all weights get at least 14 bits (species products, whose
+            codes are chosen together, do not count), since training then has nothing to adapt to; else ``throughout``.
+        average_rounded: if the framework keeps an average of the parameters (EMA), average the rounded weights, which
+            are deployed, instead of the float weights beneath the rounding (see `gaq.training.averaging`).
     """
 
     round_weights: str = "auto"
@@ -199,7 +199,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EquivarianceLossConfig:
-    """Optional training term: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
+    """Optional training loss: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
 
     weight: float = 0.0
     rotations: int = 1
@@ -222,16 +222,16 @@ class QuantizationConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain nested dictionary, accepted back by `parse_config`."""
+        """Return a plain nested dictionary, which `gaq.config.parse.parse_config` accepts."""
         plain = dataclasses.asdict(self)
         if plain["attention"] is None:
-            # As in files from before there was the key.
+            # Files from before this key existed lack it; a model without attention stores the same form.
             del plain["attention"]
         return plain
 
     @property
     def rounds_weights_at_end(self) -> bool:
-        """Whether weights are rounded when training is over, and not before."""
+        """Whether weights are rounded at the end of training only."""
         return self.weights.bits is not None and self.training.round_weights == "at_end"
 
     @property
@@ -242,6 +242,7 @@ class QuantizationConfig:
 
 
 def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
+    """Return a configuration that rounds weights and leaves features in float."""
     return QuantizationConfig(
         weights=WeightConfig(bits=bits, **weights),
         scalars=ScalarConfig(bits=None),
@@ -256,13 +257,14 @@ _GROUPED: dict[str, Any] = {
     "species_bits": 3,
     "compression": 7.0,
 }
-# Four bits are further away from the float model, and need more and longer steps to come back to it.
+# Four bits are further from the float model and need more steps to reproduce it.
 _FOUR_BITS: dict[str, Any] = {
     "distillation": DistillationConfig(steps=1000),
     "training": TrainingConfig(round_weights="at_end"),
 }
 
-# With the sensitive tensors it makes nine tenths of the error of 8 bits; see benchmarks/sensitivity.py.
+# The first interaction and the sensitive tensors cause nine tenths of the error at 8 bits; see
+# benchmarks/sensitivity.py.
 _EIGHT_BITS: dict[str, Any] = {"first_bits": 16, "species_bits": 4, "compression": 5.0, "least_compression": 4.0}
 
 PRESETS: dict[str, QuantizationConfig] = {
@@ -299,19 +301,19 @@ PRESETS: dict[str, QuantizationConfig] = {
         distillation=DistillationConfig(steps=0),
     ),
 }
-"""Named configurations; ``gaq`` is another name of the default, ``w8a16``."""
+"""Named configurations; ``gaq`` is another name for the default, ``w8a16``."""
 PRESETS["gaq"] = PRESETS["w8a16"]
 
 
 @dataclass(frozen=True)
 class RemovedKey:
-    """A key of earlier versions that is gone.
+    """A key of earlier versions that was removed.
 
     Attributes:
-        advice: what to write in its place.
-        no_effect: the value with which it did nothing; a file that holds it loads as ever.
-        acts: when any other value did something: ``always``; ``until_rounded``, while the weights of a model are not
-            rounded for good; or ``throughout``, in trainings that round weights throughout.
+        advice: what to write instead.
+        no_effect: the value that had no effect; files with this value still load.
+        acts: when other values had an effect: ``always``; ``until_rounded``, until the weights of a model are rounded
+            for good; or ``throughout``, in training that rounds weights throughout.
     """
 
     advice: str
@@ -330,20 +332,23 @@ REMOVED: dict[str, RemovedKey] = {
     "training.learned_scales": RemovedKey(_AT_END, False, "throughout"),
     "training.anneal_epochs": RemovedKey(_AT_END, 0, "throughout"),
 }
-"""Keys of earlier versions, by key path. What each bought is in docs/method.md."""
+"""Keys of earlier versions, by key path. docs/method.md says what each achieved."""
 
 REMOVED_VALUES: dict[tuple[str, str], str] = {
     ("vectors.codebook", "fibonacci"): "write geodesic for a table, or octahedral, which needs none",
 }
-"""Values of earlier versions, by key path and value, and what to write in place of each."""
+"""Values of earlier versions, by key path and value, with what to write instead."""
 
 
 def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of any version, as plain data, without the removed keys that had no effect."""
+    """Drop the removed keys that have no effect from a configuration of any version, as plain data."""
     kept: dict[str, Any] = {}
     for section, keys in config.items():
         if section == "overrides" and isinstance(keys, Mapping):
-            keys = {name: without_removed(own) if isinstance(own, Mapping) else own for name, own in keys.items()}
+            keys = {
+                pattern: without_removed(override) if isinstance(override, Mapping) else override
+                for pattern, override in keys.items()
+            }
         elif isinstance(keys, Mapping):
             keys = {
                 key: value
