@@ -23,6 +23,7 @@ from gaq.config.schema import (
     REMOVED,
     REMOVED_VALUES,
     TEMPERATURES,
+    VERSION,
     AttentionConfig,
     CalibrationConfig,
     DistillationConfig,
@@ -52,61 +53,12 @@ __all__ = [
     "resolve_overrides",
 ]
 
-GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
-RANGES = ("absmax", "error")
-ROUNDINGS = ("nearest", "gptq")
-SCHEMES = ("mddq", "components")
-CODEBOOKS = ("octahedral", "geodesic")
-FRAMES = ("local", "fixed")
-TIMES = ("auto", "throughout", "at_end")
-
 
 class ConfigError(ValueError):
     """Invalid quantization configuration; the message names the key path."""
 
 
-_CHOICES = {
-    "weights.granularity": GRANULARITIES,
-    "weights.range": RANGES,
-    "weights.rounding": ROUNDINGS,
-    "scalars.granularity": FEATURE_GRANULARITIES,
-    "vectors.granularity": FEATURE_GRANULARITIES,
-    "vectors.scheme": SCHEMES,
-    "vectors.codebook": CODEBOOKS,
-    "vectors.frame": FRAMES,
-    "training.round_weights": TIMES,
-}
-_ALL_BITS = tuple(range(2, 17))
-_BITS: dict[str, tuple[int, ...]] = {
-    "weights.bits": _ALL_BITS,
-    "weights.sensitive_bits": _ALL_BITS,
-    "weights.first_bits": _ALL_BITS,
-    "weights.mixing_bits": _ALL_BITS,
-    "weights.species_bits": _ALL_BITS,
-    "scalars.bits": _ALL_BITS,
-    "vectors.magnitude_bits": _ALL_BITS,
-    "vectors.direction_bits": _ALL_BITS,
-    "attention.bits": _ALL_BITS,
-}
 _BITS_OF_GROUPS = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits")
-_MINIMUM: dict[str, float] = {
-    "weights.group_size": 2,
-    "weights.compression": 2.0,
-    "weights.least_compression": 2.0,
-    "vectors.start_epoch": 0,
-    "vectors.anneal_epochs": 0,
-    "attention.gate_limit": 1e-3,
-    "calibration.frames": 1,
-    "calibration.seed": 0,
-    "calibration.headroom": 1.0,
-    "distillation.steps": 0,
-    "distillation.batch_size": 1,
-    "distillation.learning_rate": 0.0,
-    "distillation.max_structures": 1,
-    "equivariance_loss.weight": 0.0,
-    "equivariance_loss.rotations": 1,
-}
 
 
 def _options(names: Iterable[Any]) -> str:
@@ -135,20 +87,21 @@ def _number(value: Any, kind: str) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
+def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     """Check a value and convert it to the type of its field.
 
     Args:
         path: key path in what the user wrote, for messages.
         relative: key path of the field in `QuantizationConfig`, which differs within an override.
         value: what the user wrote.
-        annotation: type annotation of the field.
+        field: with its type, and what is allowed in it as metadata.
 
     Raises:
         ConfigError: naming the path, for a value that is not allowed.
     """
     if relative == "attention.temperature":
         return _temperature(path, value)
+    annotation = type_name(field.type)
     optional = "None" in annotation
     kind = annotation.replace("| None", "").strip()
     if value is None:
@@ -162,18 +115,19 @@ def _check_value(path: str, relative: str, value: Any, annotation: str) -> Any:
         value = None
     if value is None:
         raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {given!r}.")
-    if relative in _CHOICES and value not in _CHOICES[relative]:
+    choices, bits, minimum = (field.metadata.get(name) for name in ("choices", "bits", "minimum"))
+    if choices is not None and value not in choices:
         if (advice := REMOVED_VALUES.get((relative, value))) is not None:
             raise ConfigError(f"{path}: {value!r} is gone; {advice}.")
-        hint = _closest(str(value), _CHOICES[relative])
-        raise ConfigError(f"{path}: {value!r} is not one of {_options(_CHOICES[relative])}.{hint}")
-    if relative in _BITS and value not in _BITS[relative]:
+        hint = _closest(str(value), choices)
+        raise ConfigError(f"{path}: {value!r} is not one of {_options(choices)}.{hint}")
+    if bits is not None and value not in bits:
         raise ConfigError(
-            f"{path}: {value} bits cannot be stored; choose one of {_options(_BITS[relative])}"
+            f"{path}: {value} bits cannot be stored; choose one of {_options(bits)}"
             f"{' or null to leave it in float' if optional else ''}."
         )
-    if relative in _MINIMUM and not value >= _MINIMUM[relative]:
-        raise ConfigError(f"{path}: {value} is too small; the least allowed is {_MINIMUM[relative]:g}.")
+    if minimum is not None and not value >= minimum:
+        raise ConfigError(f"{path}: {value} is too small; the least allowed is {minimum:g}.")
     return value
 
 
@@ -238,7 +192,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         elif key == "overrides":
             values[key] = _check_overrides(value, key_path)
         elif key != "preset":
-            values[key] = _check_value(key_path, section + key, value, type_name(fields[key].type))
+            values[key] = _check_value(key_path, section + key, value, fields[key])
     merged = dataclasses.replace(base, **values)
     if not attention_bits_given and merged.scalars.bits is None:
         # A preset that keeps activations exact keeps those of attention exact too, unless the user gives bits.
@@ -325,6 +279,12 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
     if not isinstance(spec, Mapping):
         raise ConfigError(
             f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
+        )
+    version = spec.get("version", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise ConfigError(
+            f"{path}.version: {version} is later than this gaq reads, which is {VERSION}. Upgrade with: "
+            "pip install -U gaq"
         )
     base = _preset(spec.get("preset", "gaq"), f"{path}.preset")
     weights = spec.get("weights")

@@ -15,6 +15,7 @@ __all__ = [
     "REMOVED",
     "REMOVED_VALUES",
     "TEMPERATURES",
+    "VERSION",
     "AttentionConfig",
     "CalibrationConfig",
     "DistillationConfig",
@@ -26,6 +27,27 @@ __all__ = [
     "VectorConfig",
     "WeightConfig",
 ]
+
+VERSION = 1
+"""Version of the keys below; a configuration of a later one is refused."""
+
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
+
+
+def _choice(default: str, *choices: str) -> Any:
+    """A field that takes one of a few words; the default need not be the first."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def _bits(default: int | None) -> Any:
+    """A field for the width of codes, which can be stored from 2 to 16 bits."""
+    return field(default=default, metadata={"bits": tuple(range(2, 17))})
+
+
+def _at_least(minimum: float, default: float | None) -> Any:
+    """A field for a number with a lower bound."""
+    return field(default=default, metadata={"minimum": minimum})
 
 
 @dataclass(frozen=True)
@@ -59,17 +81,17 @@ class WeightConfig:
             turn it off. NequIP ignores it: weights are the smaller part of its packages.
     """
 
-    bits: int | None = 8
-    granularity: str = "per_channel"
-    group_size: int = 32
-    range: str = "error"
-    rounding: str = "gptq"
-    sensitive_bits: int | None = 16
-    first_bits: int | None = None
-    mixing_bits: int | None = None
-    species_bits: int | None = None
-    compression: float | None = None
-    least_compression: float | None = None
+    bits: int | None = _bits(8)
+    granularity: str = _choice("per_channel", *GRANULARITIES)
+    group_size: int = _at_least(2, 32)
+    range: str = _choice("error", "absmax", "error")
+    rounding: str = _choice("gptq", "nearest", "gptq")
+    sensitive_bits: int | None = _bits(16)
+    first_bits: int | None = _bits(None)
+    mixing_bits: int | None = _bits(None)
+    species_bits: int | None = _bits(None)
+    compression: float | None = _at_least(2.0, None)
+    least_compression: float | None = _at_least(2.0, None)
 
 
 @dataclass(frozen=True)
@@ -82,8 +104,8 @@ class ScalarConfig:
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = 16
-    granularity: str = "per_atom"
+    bits: int | None = _bits(16)
+    granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 
 @dataclass(frozen=True)
@@ -105,14 +127,14 @@ class VectorConfig:
         anneal_epochs: epochs over which their range shrinks from twice the observed range to the observed range.
     """
 
-    scheme: str = "mddq"
-    magnitude_bits: int | None = 16
-    direction_bits: int = 16
-    codebook: str = "octahedral"
-    frame: str = "local"
-    granularity: str = "per_atom"
-    start_epoch: int = 10
-    anneal_epochs: int = 5
+    scheme: str = _choice("mddq", "mddq", "components")
+    magnitude_bits: int | None = _bits(16)
+    direction_bits: int = _bits(16)
+    codebook: str = _choice("octahedral", "octahedral", "geodesic")
+    frame: str = _choice("local", "local", "fixed")
+    granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
+    start_epoch: int = _at_least(0, 10)
+    anneal_epochs: int = _at_least(0, 5)
 
 
 TEMPERATURES = (0.25, 8.0)
@@ -135,10 +157,10 @@ class AttentionConfig:
             separate interaction block.)
     """
 
-    bits: int | None = 16
+    bits: int | None = _bits(16)
     normalize: bool = True
     temperature: str | float = "learned"
-    gate_limit: float | None = None
+    gate_limit: float | None = _at_least(1e-3, None)
     messages: bool = False
 
 
@@ -153,9 +175,9 @@ class CalibrationConfig:
             calibration set does not saturate (a saturated feature has no force).
     """
 
-    frames: int = 64
-    seed: int = 0
-    headroom: float = 2.0
+    frames: int = _at_least(1, 64)
+    seed: int = _at_least(0, 0)
+    headroom: float = _at_least(1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -172,10 +194,10 @@ class DistillationConfig:
         max_structures: most structures that the float model labels.
     """
 
-    steps: int = 300
-    batch_size: int = 5
-    learning_rate: float = 3e-4
-    max_structures: int = 1000
+    steps: int = _at_least(0, 300)
+    batch_size: int = _at_least(1, 5)
+    learning_rate: float = _at_least(0.0, 3e-4)
+    max_structures: int = _at_least(1, 1000)
 
 
 @dataclass(frozen=True)
@@ -193,7 +215,7 @@ class TrainingConfig:
             are deployed, instead of the float weights beneath the rounding (see `gaq.training.averaging`).
     """
 
-    round_weights: str = "auto"
+    round_weights: str = _choice("auto", "auto", "throughout", "at_end")
     average_rounded: bool = True
 
 
@@ -201,14 +223,19 @@ class TrainingConfig:
 class EquivarianceLossConfig:
     """Optional training loss: ``weight`` times the squared rotation error of the forces (eV²/Å²)."""
 
-    weight: float = 0.0
-    rotations: int = 1
+    weight: float = _at_least(0.0, 0.0)
+    rotations: int = _at_least(1, 1)
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """A resolved configuration; `to_dict` gives what is stored in a model."""
+    """A resolved configuration; `to_dict` gives what is stored in a model.
 
+    Fields carry what is allowed in them as metadata: ``choices``, ``bits`` or ``minimum``; `gaq.config.parse` checks
+    what a user writes against it.
+    """
+
+    version: int = _at_least(1, VERSION)
     preset: str = "gaq"
     weights: WeightConfig = field(default_factory=WeightConfig)
     scalars: ScalarConfig = field(default_factory=ScalarConfig)

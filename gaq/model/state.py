@@ -302,4 +302,4 @@ def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return grid(a) == grid(b)
 
 
-_NOT_GRID = ("preset", "calibration", "distillation", "training", "equivariance_loss")
+_NOT_GRID = ("version", "preset", "calibration", "distillation", "training", "equivariance_loss")

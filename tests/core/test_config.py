@@ -25,7 +25,7 @@ from gaq.config.parse import (
     resolve_overrides,
     type_name,
 )
-from gaq.config.schema import REMOVED, REMOVED_VALUES
+from gaq.config.schema import REMOVED, REMOVED_VALUES, VERSION
 from gaq.model.state import same_grid
 
 MAPPING = {
@@ -135,7 +135,7 @@ def message(spec: Any) -> str:
     return str(error.value)
 
 
-SECTIONS = {f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("preset", "overrides")}
+SECTIONS = {f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("version", "preset", "overrides")}
 
 
 def defaults(section: str) -> Any:
@@ -147,7 +147,7 @@ def test_unknown_keys_at_the_top() -> None:
     text = message({"weigths": {"bits": 8}})
     assert text.startswith("quantization.weigths: unknown key.")
     assert "Did you mean 'weights'?" in text
-    for name in (*SECTIONS, "preset", "overrides"):
+    for name in (*SECTIONS, "version", "preset", "overrides"):
         assert name in text.split("Allowed in quantization:")[1]
     assert "quantization.1: unknown key" in message({1: 2})
 
@@ -549,3 +549,20 @@ def test_stored_configurations_need_not_be_mappings() -> None:
     assert parse_stored("w4", finished=False) == PRESETS["w4"]
     with pytest.raises(ConfigError, match="is not a preset"):
         parse_stored("w44", finished=True)
+
+
+def test_fields_carry_what_is_allowed_in_them() -> None:
+    """The parser has no table of its own: every bound and choice stands beside the default."""
+    fields = {field.name: field for field in dataclasses.fields(WeightConfig)}
+    assert fields["granularity"].metadata["choices"] == ("per_tensor", "per_channel", "per_group")
+    assert fields["bits"].metadata["bits"] == tuple(range(2, 17))
+    assert fields["group_size"].metadata["minimum"] == 2
+
+
+def test_versions_of_the_configuration() -> None:
+    assert parse_config("gaq").to_dict()["version"] == VERSION
+    assert parse_config({"version": VERSION}) == parse_config("gaq")
+    with pytest.raises(ConfigError, match=rf"^quantization\.version: {VERSION + 1} is later than this gaq reads"):
+        parse_config({"version": VERSION + 1})
+    with pytest.raises(ConfigError, match=r"quantization\.version: 0 is too small; the least allowed is 1"):
+        parse_config({"version": 0})
