@@ -23,12 +23,12 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 import yaml
 from ase.io import read, write
-from common import SHARED, load_json, spaced, write_result
+from common import SHARED, load_json, write_result
 from mace_presets import training_input
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.errors import force_and_energy_mae, spaced
 from gaq.checks.lee import local_equivariance_error
 from gaq.reporting.tables import markdown_table
 

@@ -141,6 +141,29 @@ def test_imported_names_exist() -> None:
     assert missing == []
 
 
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "examples", "tests", "tools") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_that_scripts_and_tests_import_exist(path: Path) -> None:
+    """Scripts that no test runs would fail only where they are needed."""
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        names = [alias.name for alias in node.names]
+        siblings = [folder / f"{node.module}.py" for folder in (path.parent, ROOT / "tests" / "helpers")]
+        sibling = next((file for file in siblings if file.is_file()), None)
+        if node.module.split(".")[0] in PACKAGES:
+            missing += [f"{node.module}.{name}" for name in names if not _exists(f"{node.module}.{name}")]
+        elif sibling is not None:
+            defined = _names_in(ast.parse(sibling.read_text(encoding="utf-8")).body)
+            missing += [f"{node.module}.{name}" for name in names if name not in defined]
+    assert missing == []
+
+
 def _level(name: str) -> int | None:
     for level, prefixes in enumerate(LEVELS):
         if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
