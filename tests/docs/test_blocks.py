@@ -340,6 +340,22 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
         assert set(extras_of(block.text)) <= set(built[1].split(","))
 
 
+def test_supported_versions_of_the_text_are_those_of_pyproject() -> None:
+    readme, project = ((ROOT / name).read_text() for name in ("README.md", "pyproject.toml"))
+    (line,) = (line for line in readme.splitlines() if line.startswith("Supported: "))
+    lowest = re.search(r'^requires-python = ">=([\d.]+)"', project, re.MULTILINE)
+    torch = re.search(r'"torch(>=)([\d.]+)"', project)
+    assert lowest is not None
+    assert torch is not None
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", project)]
+    texts = [f"Python {lowest[1]} to 3.{max(minors)}", f"torch {torch[1]} {torch[2]}"]
+    for name, distribution in (("MACE", "mace-torch"), ("NequIP", "nequip"), ("Allegro", "nequip-allegro")):
+        bounds = re.search(rf'"{distribution}>=([\d.]+),<([\d.]+)"', project)
+        assert bounds is not None, distribution
+        texts.append(f"{name} >= {bounds[1]} (< {bounds[2]})")
+    assert line == f"Supported: {', '.join(texts)}."
+
+
 def test_presets_of_the_text_are_those_there_are() -> None:
     for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
         text = (ROOT / path).read_text()
