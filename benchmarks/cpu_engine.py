@@ -124,15 +124,15 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
     azobenzene = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
     density = model_files(work, density=True)
     extracted = {"azobenzene": "fp32-1-6-7.json", "water box": "fp32-1-8.json"}
-    every = (
+    cases = (
         ("azobenzene", azobenzene, files, kinds),
         ("water box", water_box(64), files, kinds),
         ("water box, density model", water_box(64), density, [STOCK, "engine fp32", "engine gaq"]),
     )
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        for label, structure, own, kinds in every:
-            calculators: dict[str, Any] = {kind: calculator(own, kind) for kind in kinds}
+        for label, structure, files_by_kind, kinds in cases:
+            calculators: dict[str, Any] = {kind: calculator(files_by_kind, kind) for kind in kinds}
             if other is not None and threads == 1 and label in extracted:
                 calculators[SYMMETRIX] = symmetrix(other / extracted[label])
             graphs = []
