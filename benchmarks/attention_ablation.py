@@ -9,10 +9,10 @@ Trains with the stock `mace_run_train`, the same data, settings and epochs for e
 * ``attention``: GAQAttentionResidualInteractionBlock;
 * ``attention_dot``: the same without normalised queries and keys (``attention.normalize: false``; no fp32).
 
-The first interaction is that of MACE's default or, for ``density``, its density form. Quantized presets have the key
-``attention``, with as many bits as the preset has for scalars. Models and one JSON file a run stay in the working
-directory, so a run that was stopped goes on where it was; `table` gathers them into results/attention_ablation.json and
-draws the figure.
+The first interaction is MACE's default or, for ``density``, its density form. Quantized presets have the key
+``attention``, with as many bits as the preset has for scalars. Models and a JSON file for each run stay in the working
+directory, so an interrupted script continues where it was. `table` gathers them into results/attention_ablation.json
+and draws the figure.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCHEMES = ("fp32", "gaq", "w4a8")
 
 
 def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
-    """The key of a run; vectors join in the last third."""
+    """The key of a run; vectors are rounded in the last third of the epochs."""
     if scheme == "fp32":
         return None
     start = 2 * epochs // 3
@@ -67,7 +67,7 @@ def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
 
 
 def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> dict[str, Any]:
-    """The YAML of a run."""
+    """The MACE training file of a run."""
     config: dict[str, Any] = {
         "name": "model",
         "model": "MACE",
@@ -105,11 +105,11 @@ def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int,
 
 
 def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
-    """Errors, equivariance and conservation, and the distance in forces to the same without rounding of features."""
+    """Errors, equivariance and conservation, and the force difference to the same model with unrounded features."""
     model = gaq.load(path)
     adapter = adapter_for(model)
     chosen = spaced(test, frames)
-    found = quality(
+    measured = quality(
         open_model(adapter, model), chosen, rotated=spaced(chosen, 10), displaced=spaced(chosen, 5), components=8
     )
     double = adapter.in_float64(model)
@@ -120,7 +120,7 @@ def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
         smooth = np.concatenate(potential(sample)[1])
     temperatures = [m.temperature().tolist() for m in model.modules() if isinstance(m, RobustAttention)]
     return {
-        **found.metrics,
+        **measured.metrics,
         "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
         "temperatures": temperatures,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -130,13 +130,13 @@ def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
 
 
 def run_one(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path, test: list[Any]) -> None:
-    """Train and measure, unless it was done before."""
+    """Train and measure one model, unless its row is there already."""
     key = f"{block}_{scheme}_seed{seed}"
     target = args.work / f"row_{key}.json"
     if target.exists():
         return
     folder: Path = args.work / key
-    # What an earlier run left there would be taken for what this one trained.
+    # The model of an earlier run must not be taken for that of this run.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, block, scheme, seed, train), sort_keys=False))
@@ -172,44 +172,44 @@ def stage_train(args: argparse.Namespace) -> None:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard error over the seeds, and the force error over that of the same block and seed in fp32."""
-    found = []
+    means = []
     floats = {(r["block"], r["seed"]): r["force_mae_mev_per_angstrom"] for r in rows if r["scheme"] == "fp32"}
     for block in BLOCKS:
         for scheme in SCHEMES:
-            own = [r for r in rows if (r["block"], r["scheme"]) == (block, scheme)]
-            if not own:
+            runs = [r for r in rows if (r["block"], r["scheme"]) == (block, scheme)]
+            if not runs:
                 continue
-            force = np.array([r["force_mae_mev_per_angstrom"] for r in own])
+            force = np.array([r["force_mae_mev_per_angstrom"] for r in runs])
             reference = block.removesuffix("_dot")
             ratios = [
                 r["force_mae_mev_per_angstrom"] / floats[reference, r["seed"]]
-                for r in own
+                for r in runs
                 if (reference, r["seed"]) in floats
             ]
-            found.append(
+            means.append(
                 {
                     "block": block,
                     "scheme": scheme,
-                    "seeds": len(own),
+                    "seeds": len(runs),
                     "force_mae_mev_per_angstrom": float(force.mean()),
-                    "standard_error": float(force.std(ddof=1) / len(own) ** 0.5) if len(own) > 1 else None,
-                    "energy_mae_mev_per_atom": float(np.mean([r["energy_mae_mev_per_atom"] for r in own])),
+                    "standard_error": float(force.std(ddof=1) / len(runs) ** 0.5) if len(runs) > 1 else None,
+                    "energy_mae_mev_per_atom": float(np.mean([r["energy_mae_mev_per_atom"] for r in runs])),
                     "force_over_fp32": float(np.mean(ratios)) if ratios else None,
                     "rounding_noise_mev_per_angstrom": float(
-                        np.mean([r["force_difference_to_smooth_twin_mev_per_angstrom"] for r in own])
+                        np.mean([r["force_difference_to_smooth_twin_mev_per_angstrom"] for r in runs])
                     ),
                     "central_difference_relative_error_0.01": float(
-                        np.mean([r["central_difference_relative_error"]["0.01"] for r in own])
+                        np.mean([r["central_difference_relative_error"]["0.01"] for r in runs])
                     ),
-                    "lee_mev_per_angstrom": float(np.mean([r["lee_mev_per_angstrom"] for r in own])),
-                    "seconds_per_epoch": float(np.mean([r["seconds_to_train"] / r["epochs"] for r in own])),
+                    "lee_mev_per_angstrom": float(np.mean([r["lee_mev_per_angstrom"] for r in runs])),
+                    "seconds_per_epoch": float(np.mean([r["seconds_to_train"] / r["epochs"] for r in runs])),
                 }
             )
-    return found
+    return means
 
 
 def figure(means: list[dict[str, Any]], path: Path) -> None:
-    """Force error and rounding noise of each block, a bar a preset."""
+    """Plot force error and rounding noise of each block, one bar for each preset."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,12 +223,14 @@ def figure(means: list[dict[str, Any]], path: Path) -> None:
     )
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, scheme in enumerate(SCHEMES):
-            own = {row["block"]: row for row in means if row["scheme"] == scheme}
-            if not own or (key != panels[0][0] and scheme == "fp32"):
+            rows_by_block = {row["block"]: row for row in means if row["scheme"] == scheme}
+            if not rows_by_block or (key != panels[0][0] and scheme == "fp32"):
                 continue
-            places = [blocks.index(block) + 0.25 * i for block in own]
-            errors = [row["standard_error"] or 0.0 for row in own.values()] if key == panels[0][0] else None
-            axis.bar(places, [row[key] for row in own.values()], 0.25, yerr=errors, label=scheme, color=f"C{i}")
+            places = [blocks.index(block) + 0.25 * i for block in rows_by_block]
+            errors = [row["standard_error"] or 0.0 for row in rows_by_block.values()] if key == panels[0][0] else None
+            axis.bar(
+                places, [row[key] for row in rows_by_block.values()], 0.25, yerr=errors, label=scheme, color=f"C{i}"
+            )
         axis.set_xticks(np.arange(len(blocks)) + 0.25, blocks, fontsize=8)
         axis.set_ylabel(label)
         axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=len(SCHEMES), frameon=False)

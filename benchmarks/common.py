@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: where data lie, means of NVE runs, result files."""
+"""Shared by the benchmark scripts: paths of the data, means of NVE runs, result files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None, **extra: Any) -> Path:
-    """Write ``results/<name>.json`` with the rows and what they were measured on.
+    """Write ``results/<name>.json``: the rows, hardware, versions, command and date.
 
-    In the command `work` is shown as DIR, and the folder of a model elsewhere on this machine as MODEL.
+    The command has DIR in place of `work`, and MODEL in place of the folder of a model elsewhere on this machine.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -43,10 +43,10 @@ def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None
 
 
 def mean_of_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Drift of several NVE runs of one system that differ in their seed.
+    """Mean drift of several NVE runs of one system that differ in their seed.
 
-    The standard error is the larger of two: the runs' own in quadrature, and the scatter of their drifts, which also
-    sees slow fluctuations that a single run mistakes for drift.
+    The standard error is the larger of two: the standard errors of the runs in quadrature, and the scatter of their
+    drifts. The scatter includes slow fluctuations, which a single run mistakes for drift.
 
     Args:
         rows: fields of `gaq.checks.nve.NVEResult`.

@@ -3,15 +3,16 @@
     python benchmarks/cpu_engine.py --work DIR [--stage time|growth|memory|table|all] [--repeats 11]
 
 `time` alternates step by step between stock MACECalculator (eager, and compile_mode="default"), the engine with the
-same FP32 weights, and the engine with quantized models, on the same structures, at 1 thread and at all; the ratio is
-taken pair by pair and its median quoted, with the ratio of the sums beside it, which holds the steps that make
-neighbour lists anew. Structures follow one another as in a simulation of 1 fs steps at 300 K (azobenzene by the trained
-model among the shared ones, water by TIP3P); every other one is timed. `memory` runs each size in a process of its own
-and reads its peak.
-With symmetrix installed (a C++ MACE engine), `--symmetrix DIR` puts it into the table: DIR holds what its own
-`symmetrix_extract_mace -m DIR/fp32.model -Z ...` made of the FP32 model, fp32-1-6-7.json and fp32-1-8.json.
-The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers); a
-second one has density-normalised blocks, distances scaled by covalent radii and ZBL repulsion as the later ones do.
+same FP32 weights, and the engine with quantized models, on the same structures, with 1 thread and with all. It takes
+the ratio of each pair and quotes the median, with the ratio of the sums, which includes the steps that make new
+neighbour lists. The structures are those of a simulation of 1 fs steps at 300 K (azobenzene by the trained model among
+the shared data, water by TIP3P); every second one is timed. `memory` runs each size in a separate process and reads its
+peak.
+With symmetrix installed (a C++ MACE engine), `--symmetrix DIR` adds it to the table. DIR holds fp32-1-6-7.json and
+fp32-1-8.json, which `symmetrix_extract_mace -m DIR/fp32.model -Z ...` makes of the FP32 model.
+The model has random weights and the size of a foundation model (128x0e+128x1o, l <= 3, correlation 3, 2 layers). A
+second model has density-normalised blocks, distances scaled by covalent radii and ZBL repulsion, as later foundation
+models do.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STOCK, COMPILED, SYMMETRIX = "stock eager", "stock compiled", "symmetrix, float3
 
 
 def model_files(work: Path, density: bool = False) -> dict[str, Path]:
-    """The FP32 model and its quantized forms, made once."""
+    """Files of the FP32 model and its quantized forms, made at the first call."""
     prefix = "density_" if density else ""
     presets = ("gaq",) if density else PRESETS
     files = {name: work / f"{prefix}{name}.model" for name in ("fp32", *presets)}
@@ -66,21 +67,21 @@ def model_files(work: Path, density: bool = False) -> dict[str, Path]:
 def calculator(files: dict[str, Path], kind: str) -> MACECalculator:
     name = kind.removeprefix("engine ") if kind.startswith("engine") else "fp32"
     options: dict[str, Any] = {"compile_mode": "default"} if kind == COMPILED else {}
-    made = MACECalculator(model_paths=str(files[name]), device="cpu", default_dtype="float32", **options)
+    calc = MACECalculator(model_paths=str(files[name]), device="cpu", default_dtype="float32", **options)
     if kind == "engine fp32":
-        accelerate(made.models[0])
-    return made
+        accelerate(calc.models[0])
+    return calc
 
 
 def symmetrix(file: Path) -> Any:
-    """symmetrix's calculator, by Kokkos in float32."""
+    """The calculator of symmetrix, by Kokkos in float32."""
     from symmetrix import Symmetrix  # type: ignore[import-not-found]
 
     return Symmetrix(str(file), use_kokkos=True, dtype="float32")
 
 
 def trajectory(structure: Atoms, frames: int, work: Path) -> list[Atoms]:
-    """Structures of a simulation without thermostat, 1 fs apart, after 0.5 ps at 300 K with one."""
+    """Structures of a simulation without thermostat, 1 fs apart, after 0.5 ps at 300 K with a thermostat."""
     path = work / f"trajectory_{structure.get_chemical_formula()}_{frames}.xyz"
     if path.exists():
         return list(read(path, ":"))
@@ -89,7 +90,7 @@ def trajectory(structure: Atoms, frames: int, work: Path) -> list[Atoms]:
         from ase.calculators.tip3p import TIP3P
         from ase.constraints import FixBondLengths
 
-        # Whole molecules, and rigid ones.
+        # TIP3P is for rigid molecules, and constraints need molecules that the cell does not cut.
         for first in range(0, len(atoms), 3):
             bonds = atoms.get_distances(first, [first + 1, first + 2], mic=True, vector=True)
             atoms.positions[first + 1 : first + 3] = atoms.positions[first] + bonds
@@ -102,13 +103,13 @@ def trajectory(structure: Atoms, frames: int, work: Path) -> list[Atoms]:
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
     Langevin(atoms, 1 * units.fs, temperature_K=300, friction=0.02 / units.fs, rng=rng).run(500)
-    found: list[Atoms] = []
+    structures: list[Atoms] = []
     dynamics = VelocityVerlet(atoms, 1 * units.fs)
     for _ in range(frames):
         dynamics.run(1)
-        found.append(Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc))
-    write(path, found)
-    return found
+        structures.append(Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc))
+    write(path, structures)
+    return structures
 
 
 def step(calc: Any, atoms: Atoms) -> float:
@@ -123,15 +124,15 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
     azobenzene = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
     density = model_files(work, density=True)
     extracted = {"azobenzene": "fp32-1-6-7.json", "water box": "fp32-1-8.json"}
-    every = (
+    cases = (
         ("azobenzene", azobenzene, files, kinds),
         ("water box", water_box(64), files, kinds),
         ("water box, density model", water_box(64), density, [STOCK, "engine fp32", "engine gaq"]),
     )
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        for label, structure, own, kinds in every:
-            calculators: dict[str, Any] = {kind: calculator(own, kind) for kind in kinds}
+        for label, structure, files_by_kind, kinds in cases:
+            calculators: dict[str, Any] = {kind: calculator(files_by_kind, kind) for kind in kinds}
             if other is not None and threads == 1 and label in extracted:
                 calculators[SYMMETRIX] = symmetrix(other / extracted[label])
             graphs = []
@@ -143,13 +144,13 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
                 calculators[STOCK]._atoms_to_batch(atoms)
                 graphs.append(time.perf_counter() - begin)
                 for kind, calc in calculators.items():
-                    last, own_atoms = before.copy(), atoms.copy()
+                    last, atoms_of_kind = before.copy(), atoms.copy()
                     if kind == SYMMETRIX and not atoms.pbc.any():
-                        # It wants a cell all the same, in which MACE would spend its time on empty space.
+                        # It needs a cell even here; MACE would spend its time on the empty space of one.
                         last.set_cell([100.0] * 3)
-                        own_atoms.set_cell([100.0] * 3)
+                        atoms_of_kind.set_cell([100.0] * 3)
                     step(calc, last)
-                    seconds = step(calc, own_atoms)
+                    seconds = step(calc, atoms_of_kind)
                     if repeat >= 2:
                         times[kind].append(seconds)
                     forces[kind] = np.asarray(calc.results["forces"])
@@ -176,7 +177,7 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
 
 
 def operation_shares(calc: MACECalculator, atoms: Atoms) -> dict[str, float]:
-    """Self CPU time of each operation in one step, in milliseconds, the long ones."""
+    """Self CPU time of the longest operations in one step, in milliseconds, and of all."""
     from torch.profiler import profile
 
     step(calc, atoms)
@@ -188,7 +189,7 @@ def operation_shares(calc: MACECalculator, atoms: Atoms) -> dict[str, float]:
 
 
 def machine_limits() -> dict[str, float]:
-    """What one thread reaches: float32 matrix product in GFLOP/s, copy of 64 MiB in GB/s (read and write counted)."""
+    """Limits of one thread: float32 matrix product in GFLOP/s, copy of 64 MiB in GB/s (read and write counted)."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     source, target = torch.randn(16 << 20), torch.empty(16 << 20)
     products, copies = [], []
@@ -203,7 +204,7 @@ def machine_limits() -> dict[str, float]:
 
 
 def floating_point_operations(engine: Engine, atoms: int, edges: int) -> dict[str, float]:
-    """What each kind of kernel has to compute at least in a step (see flops.py), in units of 1e9."""
+    """Operations that each kind of kernel needs at least in a step (see flops.py), in units of 1e9."""
     forward = backward = polynomial = polynomial_back = 0.0
     layer: Any
     for layer in engine.layers:
@@ -256,19 +257,19 @@ def stage_growth(files: dict[str, Path], work: Path) -> None:
 
 
 def peak(files: dict[str, Path], kind: str, molecules: int) -> None:
-    """In a process of its own: the peak of memory of two steps, in bytes, on stdout."""
+    """Print the peak memory of two steps, in bytes; called in a separate process."""
     torch.set_num_threads(1)
     calc = calculator(files, kind)
     for _ in range(2):
         step(calc, water_box(molecules))
-    # Not getrusage: its peak is that of the process this one was forked from, if that was larger.
+    # Not getrusage, which reports the peak of the parent process if that was larger.
     status = Path("/proc/self/status").read_text()
     kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     print(json.dumps({"peak": 1024 * kib, "atoms": 3 * molecules}))
 
 
 def stage_memory(work: Path) -> None:
-    found = []
+    memory = []
     for kind, sizes in ((STOCK, (8, 27, 64)), ("engine gaq", (64, 512, 1728))):
         rows = []
         for molecules in sizes:
@@ -277,7 +278,7 @@ def stage_memory(work: Path) -> None:
             rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(kind, rows[-1], flush=True)
         slope, start = np.polyfit([r["atoms"] for r in rows], [r["peak"] for r in rows], 1)
-        found.append(
+        memory.append(
             {
                 "kind": kind,
                 "measured": rows,
@@ -285,8 +286,8 @@ def stage_memory(work: Path) -> None:
                 "atoms_in_8_gib": int((8 * 2**30 - start) / slope),
             }
         )
-        print(found[-1], flush=True)
-    (work / "memory.json").write_text(json.dumps(found))
+        print(memory[-1], flush=True)
+    (work / "memory.json").write_text(json.dumps(memory))
 
 
 def stage_table(work: Path) -> None:
@@ -310,20 +311,20 @@ def stage_table(work: Path) -> None:
 
 
 def figure(times: list[dict[str, Any]], growth: dict[str, Any], path: Path) -> None:
-    """Speed-up bars and growth with the number of atoms."""
+    """Plot the speed-up of each kind, and growth with the number of atoms."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawing, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    one = [row for row in times if row["threads"] == 1]
-    structures = list(dict.fromkeys(row["structure"] for row in one))
-    kinds = list(dict.fromkeys(row["kind"] for row in one))
+    single_thread = [row for row in times if row["threads"] == 1]
+    structures = list(dict.fromkeys(row["structure"] for row in single_thread))
+    kinds = list(dict.fromkeys(row["kind"] for row in single_thread))
     for i, kind in enumerate(kinds):
-        own = {r["structure"]: r["median_speedup_over_stock_eager"] for r in one if r["kind"] == kind}
-        places = [structures.index(name) + 0.14 * i for name in own]
-        left.bar(places, list(own.values()), 0.14, label=kind)
+        speedups = {r["structure"]: r["median_speedup_over_stock_eager"] for r in single_thread if r["kind"] == kind}
+        places = [structures.index(name) + 0.14 * i for name in speedups]
+        left.bar(places, list(speedups.values()), 0.14, label=kind)
     names = [name.replace(", ", ",\n") for name in structures]
     left.set_xticks(np.arange(len(structures)) + 0.07 * (len(kinds) - 1), names, fontsize=7)
     left.set_ylabel("times faster than stock eager, 1 thread")
@@ -360,7 +361,7 @@ def main() -> None:
     if args.stage in ("time", "all"):
         stage_time(files, args.work, args.repeats, not args.no_compiled, args.symmetrix)
     if args.stage in ("growth", "all"):
-        # One structure again and again would never need another neighbour list.
+        # A single structure would never need another neighbour list.
         with settings.override(skin=0.0):
             stage_growth(files, args.work)
     if args.stage in ("memory", "all"):

@@ -1,12 +1,12 @@
-"""The fused convolution in C++, in Numba, and as Inductor compiles plain torch: how the implementation was chosen.
+"""Time of the fused convolution in C++, in Numba, and in plain torch compiled by Inductor: how C++ was chosen.
 
     pip install numba
     python benchmarks/cpu_languages.py [--repeats 11]
 
 The second convolution of the benchmark model (128x0e+128x1o, l <= 3) on a box of 192 atoms, forward, float32, one
-thread, all alternating in one run. Numba is given the matrices B of the edges and the Hermite weights of the spline for
-nothing, and one specialised function a shape of path; C++ computes both. Inductor gets the reference, which gathers,
-multiplies and scatters. Times of compilation stand beside.
+thread; the implementations alternate in one run. Numba gets the matrices B of the edges and the Hermite weights of the
+spline precomputed, and one specialised function for each shape of path; C++ computes both. Inductor gets the reference,
+which gathers, multiplies and scatters. The table also has the time of the first call, compilation included.
 """
 
 from __future__ import annotations
@@ -106,33 +106,26 @@ class Numba:
         return [out for *_, out in self.paths]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=11)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    model: Any = gaq.convert(gaq.calibrate(gaq.prepare(big_model([1, 8]), SPEC), [water_box(8)], progress=False))
+def second_layer(model: Any) -> tuple[Any, torch.Tensor]:
+    """The convolution of the second layer, a `ConvolutionProblem`, and the knots of its radial table."""
     layer = Engine(model).layers[1]
-    problem, (table, _) = layer.problem, layer.radial.tables((0,), torch.float32)
-    batch = make_batches(model, [water_box(64)], 1)[0]
-    sender, receiver = batch["edge_index"]
-    graph = convolution.Graph(sender.contiguous(), receiver.contiguous())
-    vectors = batch["positions"][receiver] - batch["positions"][sender] + batch["shifts"]
-    features = torch.randn(batch["positions"].shape[0], problem.rows_in, problem.channels)
+    table, _ = layer.radial.tables((0,), torch.float32)
+    return layer.problem, table
 
-    def cpp() -> torch.Tensor:
-        return convolution.convolution(problem, graph, features, vectors, table)
 
-    compiled = torch.compile(
-        lambda x: convolution.reference(problem, graph, x, vectors, table), dynamic=False, fullgraph=False
-    )
-    kinds: dict[str, Callable[[], Any]] = {"C++": cpp, "Inductor": lambda: compiled(features)}
-    start = time.perf_counter()
-    native.library()
-    first = {"C++": time.perf_counter() - start}
-    numbers = Numba(problem, graph, vectors, table)
-    kinds["Numba"] = lambda: numbers(features)
+def compare(
+    kinds: dict[str, Callable[[], Any]], first: dict[str, float], repeats: int
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Call the implementations once each, then in turn.
+
+    Args:
+        kinds: the implementations by name.
+        first: seconds of compilation so far, by name; the time of the first call is added.
+        repeats: calls that are timed; the one before them is dropped by the caller.
+
+    Returns:
+        Results of the first call, and seconds of each later call.
+    """
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     results = {}
     with torch.no_grad():
@@ -140,21 +133,56 @@ def main() -> None:
             start = time.perf_counter()
             results[kind] = function()
             first[kind] = first.get(kind, 0.0) + time.perf_counter() - start
-        for _ in range(args.repeats + 1):
+        for _ in range(repeats + 1):
             for kind, function in kinds.items():
                 start = time.perf_counter()
                 function()
                 times[kind].append(time.perf_counter() - start)
-    # All the same numbers.
-    groups = problem.split(results["C++"], features.shape[0])
-    for number, _, _, _, out in numbers.paths:
+    return results, times
+
+
+def check_equal(problem: Any, results: dict[str, Any], paths: list[Any], atoms: int) -> None:
+    """Raise AssertionError unless all implementations give the same messages."""
+    groups = problem.split(results["C++"], atoms)
+    for number, _, _, _, out in paths:
         group = problem.paths[number].group
-        own = problem.group_paths(group)
-        theirs = groups[group].view(features.shape[0], -1, len(own), problem.channels)[:, :, own.index(number)]
-        torch.testing.assert_close(torch.from_numpy(out), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+        paths_of_group = problem.group_paths(group)
+        messages = groups[group].view(atoms, -1, len(paths_of_group), problem.channels)
+        expected = messages[:, :, paths_of_group.index(number)]
+        torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     torch.testing.assert_close(
         results["Inductor"], results["C++"], rtol=1e-3, atol=1e-4 * float(results["C++"].abs().max())
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=11)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    model: Any = gaq.convert(gaq.calibrate(gaq.prepare(big_model([1, 8]), SPEC), [water_box(8)], progress=False))
+    problem, table = second_layer(model)
+    batch = make_batches(model, [water_box(64)], 1)[0]
+    sender, receiver = batch["edge_index"]
+    graph = convolution.Graph(sender.contiguous(), receiver.contiguous())
+    vectors = batch["positions"][receiver] - batch["positions"][sender] + batch["shifts"]
+    features = torch.randn(batch["positions"].shape[0], problem.rows_in, problem.channels)
+
+    compiled = torch.compile(
+        lambda x: convolution.reference(problem, graph, x, vectors, table), dynamic=False, fullgraph=False
+    )
+    start = time.perf_counter()
+    native.library()
+    first = {"C++": time.perf_counter() - start}
+    in_numba = Numba(problem, graph, vectors, table)
+    kinds: dict[str, Callable[[], Any]] = {
+        "C++": lambda: convolution.convolution(problem, graph, features, vectors, table),
+        "Inductor": lambda: compiled(features),
+        "Numba": lambda: in_numba(features),
+    }
+    results, times = compare(kinds, first, args.repeats)
+    check_equal(problem, results, in_numba.paths, features.shape[0])
     base = np.array(times["C++"][1:])
     rows = [
         {

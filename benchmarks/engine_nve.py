@@ -2,10 +2,10 @@
 
     python benchmarks/engine_nve.py --work DIR [--system azobenzene water] [--path engine reference] [--seed 0 1 2]
 
-Stock `MACECalculator`, float32, preset `gaq` post-training: azobenzene 50 ps with 1 fs, a periodic box of 8 water
-molecules 10 ps with 0.5 fs (a model of acetylacetone, which knows H, C and O: what is tested is conservation, not
-water). Each run, of one seed of velocities, leaves its result in DIR, so that processes can share the work; `--table`
-gathers what is there into results/engine_nve.json and a figure of the total energy of the first seed.
+Stock `MACECalculator`, float32, preset `gaq` post-training. Azobenzene runs 50 ps at 1 fs, a periodic box of 8 water
+molecules 10 ps at 0.5 fs. The model of the box is one of acetylacetone, which knows H, C and O: the run tests
+conservation, not water. Each run has one seed of velocities and leaves its result in DIR, so processes can share the
+work. `--table` gathers the results into results/engine_nve.json and plots the total energy of the first seed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEEDS = range(10)
 
 
 def quantized(work: Path, system: str) -> Path:
-    """The model of a system under `gaq`, made once."""
+    """The model of a system quantized with `gaq`, made at the first call."""
     name = str(SYSTEMS[system]["model"])
     path = work / f"{name}_gaq.model"
     if not path.exists():
@@ -53,7 +53,7 @@ def quantized(work: Path, system: str) -> Path:
 
 
 def start(system: str, calculator: Any) -> Any:
-    """Where the run begins: an azobenzene of the test data, or a relaxed box."""
+    """The first structure of a run: an azobenzene of the test data, or a relaxed box."""
     if system == "azobenzene":
         return read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0)
     atoms = water_box(8)
@@ -67,7 +67,7 @@ def run_name(system: str, path: str, seed: int) -> str:
 
 
 def simulate(work: Path, system: str, path: str, seed: int) -> None:
-    """One run; leaves its result in the working directory."""
+    """Run one simulation, and leave its result in the working directory."""
     name = run_name(system, path, seed)
     if (work / f"{name}.json").exists():
         return
@@ -76,7 +76,7 @@ def simulate(work: Path, system: str, path: str, seed: int) -> None:
     atoms = start(system, calculator)
     with disabled() if path == "reference" else contextlib.nullcontext():
         began = time.perf_counter()
-        # Molecules of a model that has never seen them may react.
+        # Water may react in a model that was not trained on it.
         bonds = system == "azobenzene"
         result = nve_drift(calculator, atoms, **options, seed=seed, check_bonds=bonds, progress=True)
         seconds = time.perf_counter() - began
@@ -88,22 +88,22 @@ def simulate(work: Path, system: str, path: str, seed: int) -> None:
 
 
 def average(rows: list[dict[str, Any]], system: str, path: str) -> dict[str, Any] | None:
-    """The mean drift of the seeds there are, its error from their scatter or, of one, from its blocks."""
-    own = [row for row in rows if (row["system"], row["path"]) == (system, path)]
-    if not own:
+    """Mean drift of the seeds in `rows`; its error is from their scatter or, for one seed, from blocks of the run."""
+    runs = [row for row in rows if (row["system"], row["path"]) == (system, path)]
+    if not runs:
         return None
     return {
         "system": system,
         "path": path,
-        "n_atoms": own[0]["n_atoms"],
-        "runs": len(own),
-        "duration_ps": own[0]["duration_ps"],
-        **mean_of_runs(own),
+        "n_atoms": runs[0]["n_atoms"],
+        "runs": len(runs),
+        "duration_ps": runs[0]["duration_ps"],
+        **mean_of_runs(runs),
     }
 
 
 def table(work: Path) -> None:
-    """The result file, the figure and the printed table, of the runs that are there."""
+    """Write the result file and the figure and print the table, for the runs in the working directory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--system", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--path", nargs="*", default=list(PATHS), choices=PATHS)
     parser.add_argument("--seed", type=int, nargs="*", default=[0], choices=SEEDS, help="of the velocities")
-    parser.add_argument("--table", action="store_true", help="only gather what is there")
+    parser.add_argument("--table", action="store_true", help="only gather results of earlier runs")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")

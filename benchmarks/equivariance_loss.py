@@ -1,10 +1,10 @@
-"""What the equivariance loss buys: MACE on azobenzene, three ways to round vectors, with and without the loss.
+"""Effect of the equivariance loss: MACE on azobenzene, three ways to round vectors, with and without the loss.
 
     python benchmarks/equivariance_loss.py --work DIR [--variants naive ...] [--weights 0 100] [--seeds 1] [--epochs 4]
 
 The runs are those of `mace_presets.py` (same YAML) on a part of its structures and with fewer epochs. The default
-weight of the loss is the weight that the forces have. Each run leaves a row in DIR, so that a run that was stopped goes
-on; the rows that are there are written to results/equivariance_loss.json.
+weight of the loss is that of the forces. Each run leaves a row in DIR, so an interrupted script continues where it was.
+The rows in DIR are written to results/equivariance_loss.json.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 import yaml
 from ase.io import read, write
-from common import SHARED, load_json, spaced, write_result
+from common import SHARED, load_json, write_result
 from mace_presets import training_input
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.checks.errors import force_and_energy_mae
+from gaq.checks.errors import force_and_energy_mae, spaced
 from gaq.checks.lee import local_equivariance_error
 from gaq.reporting.tables import markdown_table
 

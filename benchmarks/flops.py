@@ -1,4 +1,4 @@
-"""Additions and multiplications over channels that the fused kernels have to do at least, forward and backward."""
+"""Least number of additions and multiplications over channels in the fused kernels, forward and backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def of_convolution(problem: Any, edges: int) -> tuple[float, float]:
-    """Of a convolution, a `gaq.kernels.convolution.ConvolutionProblem`."""
+    """Operations of a convolution, a `gaq.kernels.convolution.ConvolutionProblem`."""
     forward = backward = 0.0
     for path in problem.paths:
         d1, d3 = 2 * problem.blocks[path.block] + 1, 2 * problem.groups[path.group] + 1
@@ -18,7 +18,7 @@ def of_convolution(problem: Any, edges: int) -> tuple[float, float]:
 
 
 def of_contraction(polynomial: Any, atoms: int, channels: int) -> tuple[float, float]:
-    """Of a symmetric contraction, folded by `gaq.kernels.contraction.fold`."""
+    """Operations of a symmetric contraction, folded by `gaq.kernels.contraction.fold`."""
     nodes, terms = len(polynomial.monomials), len(polynomial.terms)
     scale = float(atoms * channels)
     return scale * (nodes + 2 * terms), scale * (5 * nodes + 2 * terms)

@@ -1,20 +1,20 @@
-"""MACE or NequIP on one NVIDIA card: energy and forces a step, peak memory, and what each operation achieves.
+"""MACE or NequIP on one NVIDIA GPU: time of energy and forces, peak memory, and rates of each operation.
 
     python benchmarks/gpu.py [--framework mace|nequip] [--minutes 10] [--sizes 24 192 1000 5000 50000]
     python benchmarks/gpu.py --device cpu --tiny        # runs through Triton's interpreter, measures nothing of use
 
-Needs torch, triton and these packages beside it: gaq, and mace-torch with its e3nn or nequip with its own (two
-environments). cuequivariance (with its torch and ops packages) and openequivariance are measured where they are
-installed. Models have random weights and are made here: MACE 128x0e+128x1o, l <= 3, correlation 3, two layers, 5 A;
-NequIP l_max 2, 64 features, four layers, 5 A. Structures are boxes of water. A step is the model alone, energy and
-forces, without the list of neighbours; it is the median of the repeats, and memory is the peak that torch allocated.
+It needs torch, triton, gaq, and mace-torch with its e3nn or nequip with its own (two environments). cuequivariance
+(with its torch and ops packages) and openequivariance are measured where they are installed. Models are made here
+with random weights: MACE 128x0e+128x1o, l <= 3, correlation 3, two layers, 5 A; NequIP l_max 2, 64 features, four
+layers, 5 A. Structures are boxes of water. A step is energy and forces of the model alone, without the neighbour
+list. Times are medians of the repeats, and memory is the peak that torch allocated.
 
-Rows named after a preset run as a user's would. Those of the quantized engine are the preset gaq once with every step
-replayed as a CUDA graph, once with every kernel launched by the host, and once with linear layers in two int8 planes.
-The launch floor is the time of a step of one molecule of water, with and without a graph, and how many kernels it has.
+Rows named after a preset run as a user runs them. Those of the quantized engine are the preset gaq with every step
+replayed as a CUDA graph, with every kernel launched by the host, and with linear layers in two int8 planes. The launch
+floor is the time of a step of one molecule of water, with and without a graph, and its number of kernels.
 
-Ceilings are measured on the same card: a copy of 1 GiB (read and written counted) and a product of matrices in float32.
-`bytes` of an operation are what it has to read and write at least, `flops` what it has to compute at least.
+Ceilings are measured on the same GPU: a copy of 1 GiB (read and written counted) and a matrix product in float32.
+`bytes` of an operation are the least it has to read and write, `flops` the least it has to compute.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model and small boxes; writes no result")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of atoms")
-    parser.add_argument("--minutes", type=float, default=10.0, help="what is not measured by then is left out")
+    parser.add_argument("--minutes", type=float, default=10.0, help="rows that do not fit in this time are left out")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--without", nargs="+", default=[], metavar="KIND", help=f"rows to leave out, as {COMPILED!r}")
-    found = parser.parse_args()
-    found.sizes = found.sizes or ([3, 6] if found.tiny else [24, 192, 1000, 5000, 50000])
-    return found
+    options = parser.parse_args()
+    options.sizes = options.sizes or ([3, 6] if options.tiny else [24, 192, 1000, 5000, 50000])
+    return options
 
 
 def shown(rows: list[dict[str, Any]], top: dict[str, float]) -> list[dict[str, str]]:
@@ -80,11 +80,11 @@ def launch_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, str]], list
 
 
 def main(options: argparse.Namespace) -> None:
-    # Not at the top: triton reads the environment as it is imported, and of the frameworks there may be one only.
+    # Not at the top: triton reads the environment when it is imported, and only one framework may be installed.
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no NVIDIA card here; --device cpu --tiny tries the script without one")
+        raise SystemExit("torch sees no NVIDIA GPU here; --device cpu --tiny tries the script without one")
     if options.framework == "mace":
         from gpu_mace import Mace as Framework
     else:
@@ -100,7 +100,7 @@ def main(options: argparse.Namespace) -> None:
     top = ceilings(clock)
     print(top, flush=True)
     framework = Framework(options)
-    # The profile of the operations comes before the peers, lest these use up the time.
+    # Operations come before the other packages, which could use up the time.
     every = operations(framework, options, clock, top) if options.framework == "mace" else []
     least = floor(framework, clock)
     rows = steps(framework, options, clock)
@@ -111,10 +111,10 @@ def main(options: argparse.Namespace) -> None:
         listed = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in every]
         print(markdown_table(listed, list(listed[0])))
     if options.tiny or options.device == "cpu":
-        print("Tiny sizes or no card: nothing written.")
+        print("Tiny sizes or no GPU: nothing written.")
         return
-    card = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
-    name = f"gpu_{card}" if options.framework == "mace" else f"gpu_{card}_{options.framework}"
+    device_name = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
+    name = f"gpu_{device_name}" if options.framework == "mace" else f"gpu_{device_name}_{options.framework}"
     extra: dict[str, Any] = {"ceilings": top, "operations": every, "launch_floor": least}
     extra["seconds"] = time.perf_counter() - begin
     packages = ("triton", "cuequivariance-torch", "openequivariance")
@@ -127,6 +127,6 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     chosen = arguments()
     if chosen.device == "cpu":
-        # Read as triton is imported.
+        # Triton reads these when it is imported.
         os.environ["TRITON_INTERPRET"], os.environ["GAQ_KERNELS"] = "1", "triton"
     main(chosen)

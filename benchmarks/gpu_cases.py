@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: kinds of models, by the names of their rows, and boxes of water."""
+"""Cases of benchmarks/gpu.py: kinds of models, by the names of their rows, and boxes of water."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     NO_GRAPH: {"cuda_graphs": 0},
     INT8: {"linear": "int8"},
 }
-"""The preset gaq with the settings that choose how it runs."""
+"""Rows of the preset gaq, with the settings that choose how it runs."""
 
 _chosen = ExitStack()
 
 
 def as_chosen(kind: str) -> None:
-    """Make the settings those that a row is about, and the others as the environment has them, until the next call."""
+    """Set the settings of a row until the next call; all others are those of the environment."""
     _chosen.close()
     _chosen.enter_context(settings.override(**VARIANTS.get(kind, {})))
 
 
 def water(atoms: int) -> Any:
-    """A periodic box of water at 1 g/cm³, turned at random on a grid of whole layers; about as many atoms as asked."""
+    """A periodic box of about `atoms` atoms of water at 1 g/cm³, randomly rotated on a grid of complete layers."""
     rng = np.random.default_rng(0)
     molecules = max(1, round(atoms / 3))
     side = round(molecules ** (1 / 3)) or 1
@@ -40,10 +40,10 @@ def water(atoms: int) -> Any:
     spacing = (18.015 / 6.02214e23) ** (1 / 3) * 1e8
     box = Atoms(cell=np.array([side, side, layers]) * spacing, pbc=True)
     for i in range(side * side * layers):
-        one = molecule("H2O")
-        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        water_molecule = molecule("H2O")
+        water_molecule.rotate(rng.uniform(0, 360), rng.normal(size=3))
         place = np.array([i % side, i // side % side, i // side**2]) + 0.5
-        one.translate(place * spacing - one.get_center_of_mass())
-        box += one
+        water_molecule.translate(place * spacing - water_molecule.get_center_of_mass())
+        box += water_molecule
     box.wrap()
     return box

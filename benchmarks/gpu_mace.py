@@ -55,14 +55,14 @@ class Mace:
         self.model = mace_model(options.tiny).float()
 
     def missing(self, kind: str) -> str | None:
-        """Why a row cannot be measured here."""
+        """The reason why a row cannot be measured here, None if it can."""
         package = {CUEQ: "cuequivariance_torch", OEQ: "openequivariance"}.get(kind)
         if package is not None and importlib.util.find_spec(package) is None:
             return "not installed"
-        return "needs a card" if (package is not None or kind == GRAPH) and self.device == "cpu" else None
+        return "needs a GPU" if (package is not None or kind == GRAPH) and self.device == "cpu" else None
 
     def make(self, kind: str) -> Any:
-        """A function of structures that returns a step: a function without arguments, that returns forces."""
+        """A function that takes a structure and returns a step: a function without arguments that returns forces."""
         model = copy.deepcopy(self.model)
         options: dict[str, Any] = {
             COMPILED: {"compile_mode": "default"},
@@ -88,12 +88,12 @@ class Mace:
             def step() -> torch.Tensor:
                 data = calculator._clone_batch(batch).to_dict()
                 compiled = bool(calculator.use_compile)
-                found = used(data, compute_stress=False, training=compiled)
+                output = used(data, compute_stress=False, training=compiled)
                 engine = engine_of(used) if kind == GRAPH else None
                 if engine is not None and engine.graphs.failed is not None:
                     raise RuntimeError(f"not recorded: {engine.graphs.failed}")
-                # Where it compiles, the calculator pads with an atom.
-                return found["forces"].detach()[: len(atoms)]
+                # A compiled calculator pads the batch with an atom.
+                return output["forces"].detach()[: len(atoms)]
 
             return step
 

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures of a framework: ceilings, steps, their launches, and each operation by itself."""
+"""Measurements of benchmarks/gpu.py: ceilings, steps, their launches, and each operation by itself."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Clock:
             torch.cuda.synchronize()
 
     def __call__(self, function: Callable[[], Any], longest: float = 4.0) -> list[float]:
-        """At least one time, as many as asked for within `longest` seconds."""
+        """Times of `repeats` calls, or of as many as fit in `longest` seconds; of one at least."""
         if self.repeats > 1:
             function()
             self.wait()
-        found: list[float] = []
+        times: list[float] = []
         begin = time.perf_counter()
-        while len(found) < self.repeats and (not found or time.perf_counter() - begin < longest):
+        while len(times) < self.repeats and (not times or time.perf_counter() - begin < longest):
             start = time.perf_counter()
             function()
             self.wait()
-            found.append(time.perf_counter() - start)
-        return found
+            times.append(time.perf_counter() - start)
+        return times
 
 
 def median(values: list[float]) -> float:
@@ -52,7 +52,7 @@ def median(values: list[float]) -> float:
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
-    """Copy in GB/s and product of matrices in GFLOP/s, and what launching a kernel takes at least, in microseconds."""
+    """Copy in GB/s, matrix product in GFLOP/s, and the shortest launch of a kernel in microseconds."""
     device, n = clock.device, 1 << (28 if clock.device == "cuda" else 20)
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
@@ -60,25 +60,25 @@ def ceilings(clock: Clock) -> dict[str, float]:
     size = 8192 if device == "cuda" else 256
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     product = median(clock(lambda: a @ b))
-    one = torch.ones(1, device=device)
+    single = torch.ones(1, device=device)
 
     def many() -> None:
         for _ in range(1000):
-            one.add_(1.0)
+            single.add_(1.0)
 
-    found = {
+    limits = {
         "copy_gbytes_per_second": 8 * n / copied / 1e9,
         "float32_matmul_gflops": 2 * size**3 / product / 1e9,
         "launch_microseconds": median(clock(many, 1.0)) * 1e3,
     }
     if device == "cuda":
         x, w = (torch.ones(size, size, dtype=torch.int8, device=device) for _ in range(2))
-        found["int8_matmul_gops"] = 2 * size**3 / median(clock(lambda: torch._int_mm(x, w))) / 1e9
-    return found
+        limits["int8_matmul_gops"] = 2 * size**3 / median(clock(lambda: torch._int_mm(x, w))) / 1e9
+    return limits
 
 
 def launches(step: Callable[[], Any]) -> dict[str, int]:
-    """Kernels of one step, and how often the host launches something for them."""
+    """Number of kernels in one step, and number of launches by the host."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -87,17 +87,17 @@ def launches(step: Callable[[], Any]) -> dict[str, int]:
     counts = {event.key: event.count for event in profiler.key_averages()}
     calls = ("cudaLaunch", "cudaGraphLaunch", "cuLaunch", "cuGraphLaunch")
     return {
-        # What is not a function of the runtime or the driver ran on the card.
+        # Entries that are no functions of the runtime or the driver ran on the GPU.
         "kernels_a_step": sum(n for key, n in counts.items() if not key.startswith(("cuda", "cuLaunch", "cuGraph"))),
         "launches_a_step": sum(n for key, n in counts.items() if key.startswith(calls)),
     }
 
 
 def floor(framework: Any, clock: Clock) -> list[dict[str, Any]]:
-    """A step of one molecule of water: what a step takes at least, however small the system."""
+    """A step of one molecule of water: the shortest step, however small the system."""
     rows: list[dict[str, Any]] = []
     for kind in (NO_GRAPH, GRAPH, "gaq"):
-        # Where there are no variants the preset itself is measured.
+        # Without variants the preset itself is measured.
         if framework.missing(kind) is not None or (kind == "gaq" and rows) or clock.left() < MARGIN_SECONDS:
             continue
         box = water(3)
@@ -123,7 +123,7 @@ def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dic
         if reason is None and clock.left() > MARGIN_SECONDS:
             try:
                 bind = framework.make(kind)
-            except Exception as error:  # a peer that does not work here is a row, not the end
+            except Exception as error:  # another package that does not work here gets a note in its row
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for size, box in boxes.items():
             row: dict[str, Any] = {"kind": kind, "atoms": len(box)}
@@ -155,36 +155,36 @@ def one_step(
 ) -> dict[str, Any]:
     forces = step()
     if clock.repeats > 1:
-        # A graph is recorded the second time, and kernels are compiled the first.
+        # The first call compiles kernels, and the second records a graph.
         for _ in range(2):
             forces = step()
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     if kind == STOCK:
         expected[size] = forces.clone()
     elif size in expected:
-        found["largest_force_difference_to_stock_ev_per_angstrom"] = float((forces - expected[size]).abs().max())
+        row["largest_force_difference_to_stock_ev_per_angstrom"] = float((forces - expected[size]).abs().max())
     if clock.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     times = clock(step)
-    found |= {"median_seconds": median(times), "repeats": len(times)}
+    row |= {"median_seconds": median(times), "repeats": len(times)}
     if clock.device == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found |= launches(step)
-    return found
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        row |= launches(step)
+    return row
 
 
-def numbers(value: Any) -> int:
-    """Bytes of all tensors within."""
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a nested value."""
     if torch.is_tensor(value):
         return value.numel() * value.element_size()
-    return sum(numbers(v) for v in value) if isinstance(value, (tuple, list)) else 0
+    return sum(bytes_of(v) for v in value) if isinstance(value, (tuple, list)) else 0
 
 
 def operations(
     framework: Any, options: argparse.Namespace, clock: Clock, top: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Each operation of a step of the quantized engine by itself, on the arguments it has there."""
+    """Each operation of a step of the quantized engine by itself, on the arguments it has in the step."""
     size = options.sizes[0] if options.tiny else max(s for s in options.sizes if s <= 5000)
     bind = framework.make("gaq")
     calls: list[tuple[str, Any, tuple[Any, ...]]] = []
@@ -209,22 +209,22 @@ def operations(
             else a
             for i, a in enumerate(args)
         )
-        wanted = [a for a in inputs if torch.is_tensor(a) and a.requires_grad]
+        differentiable = [a for a in inputs if torch.is_tensor(a) and a.requires_grad]
         with torch.no_grad():
             out = function(*inputs)
             forward = median(clock(lambda f=function, i=inputs: f(*i), 1.0))  # type: ignore[misc]
         kept = function(*inputs)
         probe = torch.ones_like(kept)
 
-        def back(kept: Any = kept, wanted: Any = wanted, probe: Any = probe) -> Any:
-            return torch.autograd.grad(kept, wanted, probe, retain_graph=True, allow_unused=True)
+        def back(kept: Any = kept, differentiable: Any = differentiable, probe: Any = probe) -> Any:
+            return torch.autograd.grad(kept, differentiable, probe, retain_graph=True, allow_unused=True)
 
-        moved = numbers(inputs) + numbers(out)
+        moved = bytes_of(inputs) + bytes_of(out)
         work = work_of(name, args)
         ways = [("forward", forward, moved, work[0])]
         if name != "round_features":
-            # The gradient of the output is read as well, and one written for each input that has one.
-            ways.append(("backward", median(clock(back, 1.0)), moved + numbers(wanted), work[1]))
+            # The backward also reads the gradient of the output, and writes one for each input that has one.
+            ways.append(("backward", median(clock(back, 1.0)), moved + bytes_of(differentiable), work[1]))
         for way, seconds, amount, done in ways:
             row = {
                 "operation": f"{number}: {name}, {way}",
@@ -252,7 +252,7 @@ def work_of(name: str, args: tuple[Any, ...]) -> tuple[float, float]:
 
 
 def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict[str, float]) -> list[dict[str, Any]]:
-    """The linear layer of the messages of l = 1, rounded and not, beside torch's own in float32."""
+    """The linear layer of the messages of l = 1, rounded and not, and torch's layer in float32."""
     rows = 3 * atoms
     inner, outputs = (16, 8) if options.tiny else (384, 128)
     x = torch.randn(rows, inner, device=clock.device)
@@ -260,14 +260,14 @@ def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict
     scale = torch.rand(1, outputs, device=clock.device)
     weight = codes.float() * scale
     work = 2.0 * rows * inner * outputs
-    found = []
+    table = []
     for name, function in (
         ("linear, torch float32", lambda: x @ weight),
         ("linear, two planes", lambda: linear.linear(x, codes, scale)),
         ("linear, float features", lambda: linear.linear(x, codes, scale, None, False)),
     ):
         seconds = median(clock(function, 1.0))
-        amount = numbers((x, weight if "torch" in name else codes)) + 4 * rows * outputs
+        amount = bytes_of((x, weight if "torch" in name else codes)) + 4 * rows * outputs
         row = {
             "operation": name,
             "atoms": atoms,
@@ -277,6 +277,6 @@ def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict
             "gflops": work / seconds / 1e9,
             "share_of_matmul": work / seconds / 1e9 / top["float32_matmul_gflops"],
         }
-        found.append(row)
+        table.append(row)
         print(row, flush=True)
-    return found
+    return table

@@ -45,14 +45,14 @@ class Nequip:
 
     def missing(self, kind: str) -> str | None:
         if kind in VARIANTS:
-            return "of MACE's engine only"
+            return "only in MACE's engine"
         package = {CUEQ: "cuequivariance_torch", OEQ: "openequivariance"}.get(kind)
         if package is not None and importlib.util.find_spec(package) is None:
             return "not installed"
-        return "needs a card" if package is not None and self.device == "cpu" else None
+        return "needs a GPU" if package is not None and self.device == "cpu" else None
 
     def data(self, atoms: Any) -> dict[str, torch.Tensor]:
-        """What the model reads of a structure, on the CPU."""
+        """The input of the model for a structure, on the CPU."""
         from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
 
         data: dict[str, torch.Tensor] = compute_neighborlist_(from_ase(atoms), r_max=self.made["r_max"])
@@ -63,12 +63,12 @@ class Nequip:
         return data
 
     def compiled(self) -> torch.nn.Module:
-        """The model as the stock `nequip-compile` makes it of a checkpoint, one file for every size.
+        """The model as the stock `nequip-compile` compiles a checkpoint, one file for all sizes.
 
         Not `compile_mode="compile"` of the builder: that is for training, and runs eagerly on a single structure.
 
         Raises:
-            RuntimeError: with the reason, if there is no such file in the end.
+            RuntimeError: with the reason, if the command writes no file.
         """
         from nequip.model.inference_models import load_compiled_model
         from nequip.scripts._compile_utils import COMPILE_TARGET_DICT
@@ -85,26 +85,28 @@ class Nequip:
             command = [sys.executable, "-m", "nequip.scripts.compile", str(checkpoint), str(path)]
             command += ["--mode", "aotinductor", "--device", self.device, "--target", "ase"]
             command += ["--data-path", str(structure)]
-            # What the others' kernels are to do does not concern the stock command.
-            given = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GAQ_KERNELS")}
-            # Its own comparison has an absolute bound, made for trained models; the table has the difference.
-            given["NEQUIP_SKIP_AOTI_MODEL_CHECK"] = "1"
+            # These variables are for our kernels, not for the stock command.
+            environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "GAQ_KERNELS")}
+            # The comparison in nequip-compile has an absolute bound for trained models; the table has the difference.
+            environment["NEQUIP_SKIP_AOTI_MODEL_CHECK"] = "1"
             begin = time.perf_counter()
             seconds = max(1.0, self.end - begin - MARGIN_SECONDS)
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=given, cwd=folder)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=seconds, env=environment, cwd=folder
+                )
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"nequip-compile took longer than the {seconds:.0f} s that were left") from error
             if done.returncode != 0 or not path.is_file():
-                said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing written"]
-                # Hints, or the rest of what a C++ compiler printed, may come after the reason.
-                reason = next((line for line in reversed(said) if "rror:" in line), said[-1])
+                lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing written"]
+                # Hints or more output of a C++ compiler may follow the reason.
+                reason = next((line for line in reversed(lines) if "rror:" in line), lines[-1])
                 raise RuntimeError(f"nequip-compile: {reason[:200]}")
             print(f"nequip-compile: {time.perf_counter() - begin:.0f} s", flush=True)
             return load_compiled_model(str(path), self.device)[0]  # type: ignore[no-any-return]
 
     def write_checkpoint(self, path: Path) -> None:
-        """The model as training would leave it, but for what only training reads."""
+        """Write the checkpoint that training would write, without what only training reads."""
         import lightning
         from nequip.train import NequIPLightningModule
 
@@ -138,7 +140,7 @@ class Nequip:
             from gaq_nequip.engine.fused import fuse
 
             fuse(model, self.device)
-            model.requires_grad_(False)  # as what is compiled has it: tables of weights have no gradient
+            model.requires_grad_(False)  # as in a compiled file: tables of weights have no gradient
         model = model.to(self.device).eval()
 
         def bind(atoms: Any) -> Callable[[], torch.Tensor]:

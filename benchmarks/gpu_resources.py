@@ -1,11 +1,11 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time: needs no card.
+"""Registers, shared memory and spills of every Triton kernel, compiled ahead of time; it needs no GPU.
 
     python benchmarks/gpu_resources.py [--architectures 80 89 90] [--only NAME]
 
 The shapes are those of MACE 128x0e+128x1o (l <= 3, correlation 3) and NequIP l_max 2 with 64 features, in float32. The
-numbers are the driver's own assembler's (`cuobjdump --dump-resource-usage` of the compiled kernel): a stack means that
-registers did not suffice and values are kept in memory. For the linear layers the instructions of the matrix units in
-the kernel are listed.
+numbers are those of NVIDIA's assembler (`cuobjdump --dump-resource-usage` of the compiled kernel). A stack means that
+registers did not suffice and values are in memory. For linear layers the table also has the instructions of the matrix
+units in the kernel.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MATRIX = re.compile(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*")
 
 
 def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, cc: int) -> dict[str, Any]:
-    """Compile a kernel; pointers are taken to be aligned, integers not to be multiples of anything.
+    """Compile a kernel, with aligned pointers and integers that are multiples of nothing in particular.
 
     Args:
         kernel: decorated by triton.jit.
-        types: of its arguments that are not int32.
-        constants: those that are fixed.
-        warps: of a program.
+        types: types of its arguments that are not int32, by name.
+        constants: values of its constant arguments, by name.
+        warps: warps of a program.
         cc: compute capability times ten.
     """
     names = kernel.arg_names
@@ -61,12 +61,12 @@ def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], war
         file.flush()
         command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    usage = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "sm": cc,
         "warps": warps,
-        "registers": found["reg"],
-        "stack_bytes": found["stack"],
+        "registers": usage["reg"],
+        "stack_bytes": usage["stack"],
         "shared_bytes": made.metadata.shared,
         "matrix_instructions": sorted(set(MATRIX.findall(made.asm["ptx"]))),
     }
@@ -74,7 +74,7 @@ def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], war
 
 def linears() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     types = {"a_ptr": "*fp32", "w_ptr": "*i8", "scale_ptr": "*fp32", "residual_ptr": "*fp32", "out_ptr": "*fp32"}
-    found = []
+    cases = []
     for name, rounded, back, packed in (
         ("linear, two planes", True, False, False),
         ("linear, two planes, 4 bits", True, False, True),
@@ -87,15 +87,15 @@ def linears() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
             constants = {"GROUPED": False, "ROUNDED": rounded, "PACKED": packed, "BACKWARD": back, "RESIDUAL": True}
             constants |= {"EMULATED": False, "a_inner": 1, "w_inner" if back else "w_column": 1, **tile}
             pointers = types | ({"w_ptr": "*u8"} if packed else {})
-            found.append((f"{name}, {rows} rows", linear.linear_kernel, pointers, constants, warps))
-    return found
+            cases.append((f"{name}, {rows} rows", linear.linear_kernel, pointers, constants, warps))
+    return cases
 
 
 def others() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "coefficient_ptr"), "*fp32")
     types |= {"species_ptr": "*i64", "row_ptr": "*i32", "group_ptr": "*i32", "term_ptr": "*i32"}
     block_a, block_c = contraction.blocks(5000, 128)
-    found = [
+    cases = [
         (
             "contraction, 128 channels",
             contraction.polynomial_kernel,
@@ -110,12 +110,12 @@ def others() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
         for framed in (True, False):
             constants = {"FRAMED": framed, "EPS": 1.2e-7, "DIMENSIONS": dimensions, "C": rounding.block(dimensions)}
             name = f"rounding, l <= {l}, {'local' if framed else 'fixed'} frame"
-            found.append((name, rounding.rounding_kernel, pointers, constants, 1))
-    return found
+            cases.append((name, rounding.rounding_kernel, pointers, constants, 1))
+    return cases
 
 
 def problems() -> dict[str, convolution.ConvolutionProblem]:
-    """The convolutions of the second layers, with couplings of the real sparsity."""
+    """Convolutions of the layers, with couplings of the sparsity that models have."""
     with contextlib.suppress(ImportError):
         import mace  # noqa: F401  (before e3nn)
     from e3nn import o3
@@ -143,7 +143,7 @@ def problems() -> dict[str, convolution.ConvolutionProblem]:
 
 
 def written(text: str, folder: Path) -> Any:
-    """A module of generated kernels; Triton reads its file."""
+    """Write generated kernels as a module, since Triton reads its file, and import it."""
     path = folder / f"kernels_{hashlib.sha256(text.encode()).hexdigest()[:20]}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -155,18 +155,20 @@ def written(text: str, folder: Path) -> Any:
 
 
 def convolutions(folder: Path) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    found = []
+    cases = []
     floats = ("features", "vectors", "weights", "message", "grad", "grad_features", "grad_vectors", "grad_weights")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("first", "edge", "sender", "receiver", "other"), "*i64")
     for name, problem in problems().items():
         module = written(generated.source(problem, True), folder)
         for kernel in ("gaq_convolution", "gaq_convolution_backward", "gaq_convolution_backward_all"):
-            own = getattr(module, kernel)
-            pointers = {n: types[n] for n in own.arg_names if n in types}
-            # What is not known by name is the number of a table each edge has, or a length.
-            pointers |= {n: "*i64" for n in own.arg_names if n == "tables"}
-            found.append((f"{kernel.removeprefix('gaq_')}, {name}", own, pointers, {"SEVERAL": False}, module.WARPS))
-    return found
+            function = getattr(module, kernel)
+            pointers = {n: types[n] for n in function.arg_names if n in types}
+            # The argument without a type so far is the number of each edge's table; the rest are lengths.
+            pointers |= {n: "*i64" for n in function.arg_names if n == "tables"}
+            cases.append(
+                (f"{kernel.removeprefix('gaq_')}, {name}", function, pointers, {"SEVERAL": False}, module.WARPS)
+            )
+    return cases
 
 
 def main() -> None:
@@ -178,7 +180,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     rows = []
-    # One place from run to run, or Triton's cache would not know them again.
+    # The same folder in every run, or Triton's cache would not find the kernels again.
     folder = Path(os.environ.get("TRITON_CACHE_DIR", tempfile.gettempdir())) / "gaq_sources"
     folder.mkdir(parents=True, exist_ok=True)
     for name, kernel, types, constants, warps in [*linears(), *others(), *convolutions(folder)]:

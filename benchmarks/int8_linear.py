@@ -1,11 +1,11 @@
-"""A linear layer on 16-bit features: float32 matrix product against two planes of int8, forward, one thread.
+"""Time of a linear layer on 16-bit features: float32 matrix product against two int8 planes, forward, one thread.
 
     python benchmarks/int8_linear.py [--repeats 51]
 
 The shapes are those of the second interaction of the benchmark model (128x0e+128x1o, l <= 3) on a box of 192 atoms.
 `two planes` rounds to codes of 16 bits, ``256 hi + lo``, multiplies each plane by the int8 weights with int32 sums and
-adds the two: exact, but for the last scaling. `codes given` counts the two products and their sum only, as if the
-features already lay in memory as planes; the derivative by positions needs a float product in any case.
+adds the two. This is exact, but for the last scaling. `codes given` counts only the two products and their sum, as if
+the features already were in memory as planes. The derivative by positions needs a float product in any case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def planes(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def products(high: Tensor, low: Tensor, weight: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
-    """The layer on planes; `scale` a row, `columns` an output channel."""
+    """The layer on planes; `scale` has one number for each row, `columns` one for each output channel."""
     total = torch._int_mm(high, weight).double().mul_(256).add_(torch._int_mm(low, weight))
     return total.float() * scale * columns
 
@@ -56,8 +56,8 @@ def main() -> None:
         given = planes(codes)
 
         def two_planes(x: Tensor = x, w: Tensor = codes_w, columns: Tensor = columns) -> Tensor:
-            own = x.abs().amax(1, keepdim=True) / 32639
-            return products(*planes(torch.round(x / own).int()), w, own, columns)
+            step = x.abs().amax(1, keepdim=True) / 32639
+            return products(*planes(torch.round(x / step).int()), w, step, columns)
 
         kinds: dict[str, Callable[[], Tensor]] = {
             "float32": lambda x=x, w=weight: x @ w,  # type: ignore[misc]

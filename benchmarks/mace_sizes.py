@@ -1,8 +1,8 @@
-"""Sizes of MACE files by the number of elements: stock's float32 file against ours, weights at random.
+"""Sizes of MACE files by the number of elements: the stock float32 file against ours, random weights.
 
     python benchmarks/mace_sizes.py
 
-Trained weights compress a little differently, so the numbers are good to a few per cent.
+Trained weights compress a little differently, so the numbers are accurate to a few per cent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gaq_mace.summary import rows as inspection_rows
 
 
 def float_model(elements: int, irreps: str) -> torch.nn.Module:
-    """A model of the size that foundation models have, with random weights."""
+    """A model of the size of a foundation model, with random weights."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     return modules.ScaleShiftMACE(

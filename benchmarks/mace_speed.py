@@ -2,7 +2,7 @@
 
     python benchmarks/mace_speed.py [--threads 1] [--repeats 30]
 
-The models alternate step by step on the same structures; the ratio is taken pair by pair and its median quoted.
+The models alternate step by step on the same structures. The quoted ratio is the median of the ratios of the pairs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def water_box(molecules: int, seed: int = 0) -> Atoms:
 def big_model(elements: list[int], density: bool = False) -> torch.nn.Module:
     """128x0e+128x1o, l <= 3, correlation 3, 2 layers, random weights: the size of a foundation model.
 
-    `density` gives it what the later ones have more: messages divided by the density of edges, distances scaled by
+    `density` adds what later foundation models have: messages divided by the density of edges, distances scaled by
     covalent radii (Agnesi), and ZBL repulsion.
     """
     from e3nn import o3

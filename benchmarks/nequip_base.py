@@ -1,8 +1,8 @@
-"""A float NequIP model trained from scratch on other data, with the settings of the one for azobenzene.
+"""Train a float NequIP model from scratch on other data, with the settings of the model for azobenzene.
 
     python benchmarks/nequip_base.py --train DATA.xyz --test DATA.xyz --elements H C O --epochs 100 --work DIR
 
-Leaves DIR/nequip_fp32.ckpt, which `nequip_presets.py --model` quantizes.
+It leaves DIR/nequip_fp32.ckpt, which `nequip_presets.py --model` quantizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import SHARED
 
 
 def training_input(args: argparse.Namespace) -> dict[str, Any]:
-    """The YAML that the model for azobenzene was trained with, on other data and for other epochs."""
+    """The training YAML of the model for azobenzene, with other data and another number of epochs."""
     template = yaml.safe_load((SHARED / "models/nequip_azobenzene.yaml").read_text())
     structures = len(read(args.train, ":"))
     validation = structures // 10

@@ -2,9 +2,9 @@
 
     python benchmarks/nequip_presets.py --work DIR [--model MODEL.ckpt] [--stage ptq|qat|nve|table] [--presets gaq ...]
 
-The stages keep their files in the working directory, so they can run one after the other or side by side;
-`table` gathers them into results/nequip_presets.json and prints the table. Sizes of files are those of packages: ours,
-with integer codes, against the stock command's of the float model.
+The stages keep their files in the working directory, so they can run one after the other or side by side.
+`table` gathers them into results/nequip_presets.json and prints the table. Sizes are those of packages: ours,
+with integer codes, against that of the stock command for the float model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gaq_nequip.deploy.sizes import packed_bytes
 
 
 def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
-    """The YAML of a fine-tuning run, made of the one the model was trained with; FP32 has all but the last key."""
+    """The YAML of a fine-tuning run, made from that of the model's training; that of FP32 lacks only the last key."""
     stored = torch.load(args.model, map_location="cpu", weights_only=False)["hyper_parameters"]["info_dict"]
     module = dict(stored["training_module"])
     data = dict(stored["data"])
@@ -36,7 +36,7 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
     module["ema_decay"] = 0.99
     module["optimizer"] = {"_target_": "torch.optim.Adam", "lr": 0.002}
     module["lr_scheduler"] = {
-        # Down to a hundredth: weights near a rounding threshold go on hopping over it until steps are small.
+        # Down to a hundredth: weights near a rounding threshold hop over it until steps are small.
         "scheduler": {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.01 ** (1 / args.epochs)},
         "interval": "epoch",
         "frequency": 1,
@@ -69,9 +69,9 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
 
 
 def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path:
-    """The stock command on the training input, in a folder of its own."""
+    """Run the stock command on the training input, in a separate folder."""
     folder: Path = args.work / run_name(preset, seed, args.seeds)
-    # What an earlier run left there would be taken for what this one trained.
+    # The model of an earlier run must not be taken for that of this run.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(training_input(args, preset, seed), sort_keys=False))
@@ -82,7 +82,7 @@ def train_model(args: argparse.Namespace, preset: str | None, seed: int) -> Path
 
 
 def forms(model: torch.nn.Module) -> dict[str, Any]:
-    """Sizes of the weights with the self-connection as it is, and folded by type as it is stored in packages."""
+    """Sizes of the weights with the self-connection unfolded, and folded by type as packages store it."""
     return {
         f"{name}_weight_bytes": packed_bytes(model, fold)[0] for name, fold in (("unfolded", False), ("folded", True))
     }

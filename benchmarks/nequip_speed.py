@@ -1,20 +1,20 @@
-"""Time of a step of compiled NequIP models: stock FP32 against quantized ones, paired in one run.
+"""Time of a step of compiled NequIP or Allegro models: stock FP32 against quantized ones, paired in one run.
 
     python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt | --architecture nequip|allegro]
                                       [--kinds gaq_fused ...] [--threads 1 2] [--name NAME]
 
-Each file is compiled once, FP32 by the stock command, the others by `nequip-deploy`'s own function, and kept in the
-working directory; `_fused` are those with the CPU kernels inside, which `nequip-deploy` makes by default. Of these,
-`fp32_fused` is the float model, which tells what the kernels bring by themselves: for this comparison only, since
-`nequip-deploy` takes no float model. Its energies and forces are held against those of stock's file before anything is
-timed. NequIP's quantized files have their self-connection folded by atom type besides, which is exact and no
-quantization: `w8_fused_unfolded` goes without.
+Each file is compiled once and kept in the working directory: FP32 by the stock command, the others by the function that
+`nequip-deploy` uses. Kinds that end in `_fused` have the CPU kernels inside, as `nequip-deploy` makes them by default.
+`fp32_fused` is the float model with the kernels, which shows what the kernels bring by themselves. It exists for this
+comparison only, since `nequip-deploy` takes no float model. Its energies and forces are compared with those of the
+stock file before anything is timed. The self-connection of NequIP's quantized files is also folded by atom type, which
+is exact and no quantization; that of `w8_fused_unfolded` is not.
 
-Time is that on the wall of the model alone, without neighbour list, on azobenzene and a dense periodic box of it:
-nothing else may run on the machine.
-`--architecture` makes a checkpoint of the size of a general model with the stock command (a few steps of training:
-values do not matter for time): NequIP l_max 2, 4 layers, 64 features; Allegro l_max 2, 2 layers, 64 scalar and 32
-tensor features.
+Times are wall times of the model alone, without neighbour list, on azobenzene and a dense periodic box of it. Nothing
+else may run on the machine.
+`--architecture` makes a checkpoint of the size of a general model with the stock command, by a few steps of training,
+because values do not matter for time. NequIP has l_max 2, 4 layers, 64 features; Allegro l_max 2, 2 layers, 64 scalar
+and 32 tensor features.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ from gaq_nequip.deploy.check import default_tolerance
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
 KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
-
+WARM_UP = 3
+"""First steps of each file, which are not counted."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "nequip": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 4, "num_features": 64},
@@ -64,7 +65,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def trained_briefly(args: argparse.Namespace) -> Path:
-    """A checkpoint of the architecture asked for, by the stock command on the data and types of `args.model`."""
+    """A checkpoint of `args.architecture`, trained by the stock command on the data and types of `args.model`."""
     folder: Path = args.work / args.architecture
     checkpoint = folder / "out" / "best.ckpt"
     if checkpoint.exists():
@@ -95,7 +96,7 @@ def trained_briefly(args: argparse.Namespace) -> Path:
 
 
 def compiled(args: argparse.Namespace, name: str) -> Path:
-    """The compiled file of the float model, or of a preset (rounded to nearest: values do not matter for time)."""
+    """The compiled file of the float model or of a preset, rounded to nearest, since values do not matter for time."""
     from nequip.scripts import compile as nequip_compile
 
     path: Path = args.work / f"{name}.nequip.pt2"
@@ -124,7 +125,7 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
 
 
 def box_of(molecule: Any, per_side: int = 2, spacing: float = 6.8) -> Any:
-    """A periodic box of turned copies, about as dense as the liquid."""
+    """A periodic box of rotated copies of a molecule, about as dense as the liquid."""
     centred = molecule.copy()
     centred.positions -= centred.positions.mean(0)
     box = None
@@ -142,11 +143,11 @@ def box_of(molecule: Any, per_side: int = 2, spacing: float = 6.8) -> Any:
 
 
 def same_function(fused: Path, calculators: dict[str, Any], atoms: Any) -> dict[str, float]:
-    """How far the fused float model is from stock's, in eV an atom and eV/Å.
+    """Difference of the fused float model to the stock one, in eV/atom and eV/Å.
 
     Raises:
-        RuntimeError: if that is more than sums in float32 and the interpolated radial network explain, or if the file
-            has none of our kernels in it, so that it would be stock's by another name.
+        RuntimeError: if float32 sums and the interpolated radial network do not explain the difference, or if the file
+            contains none of our kernels, so that it would be a stock file with another name.
     """
     with zipfile.ZipFile(fused) as archive:
         library = next(name for name in archive.namelist() if name.endswith(".so"))
@@ -159,19 +160,34 @@ def same_function(fused: Path, calculators: dict[str, Any], atoms: Any) -> dict[
         results.append((copy.get_potential_energy(), copy.get_forces()))
     (energy, forces), (other_energy, other_forces) = results
     scale = float(np.abs(forces).max())
-    found = {
+    difference = {
         "energy_per_atom_ev": float(abs(energy - other_energy)) / len(atoms),
         "forces_ev_per_angstrom": float(np.abs(forces - other_forces).max()),
         "largest_force_ev_per_angstrom": scale,
     }
     # NequIP's own bound between a compiled float32 model and the plain one.
     bound = 5e-5 * max(1.0, scale)
-    if found["energy_per_atom_ev"] > bound or found["forces_ev_per_angstrom"] > bound:
-        raise RuntimeError(f"{FP32_FUSED} is not the function of {FP32}: {found}")
-    return found
+    if difference["energy_per_atom_ev"] > bound or difference["forces_ev_per_angstrom"] > bound:
+        raise RuntimeError(f"{FP32_FUSED} is not the function of {FP32}: {difference}")
+    return difference
 
 
-def main() -> None:
+def step_times(calculators: dict[str, Any], atoms: Any, rounds: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Seconds of each step by kind of file, the kinds in turn, and the number of edges that each kind sees."""
+    data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
+    times: dict[str, list[float]] = {name: [] for name in calculators}
+    calls = 3 if len(atoms) < 100 else 1
+    for _ in range(rounds + WARM_UP):
+        for name, calculator in calculators.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                calculator.call_model(data[name])
+            times[name].append((time.perf_counter() - start) / calls)
+    edges = {name: int(graph["edge_index"].shape[1]) for name, graph in data.items()}
+    return {name: np.array(values[WARM_UP:]) for name, values in times.items()}, edges
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=SHARED / "models/nequip_azobenzene.ckpt")
@@ -181,49 +197,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--name", default="nequip_speed", help="of the result file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     torch.set_num_threads(max(args.threads))
     if args.architecture:
         args.model = trained_briefly(args)
-    names = (FP32, *args.kinds)
-    paths = {name: compiled(args, name) for name in names}
+    paths = {name: compiled(args, name) for name in (FP32, *args.kinds)}
     calculators: dict[str, Any] = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
     slimmed = args.work / "fp32_slimmed.nequip.pt2"
     artefact.slim(paths[FP32], slimmed)
-    rows = []
-    one = read(args.data, 0)
-    structures = (("molecule", one), ("periodic box", box_of(one)))
+    molecule = read(args.data, 0)
+    structures = (("molecule", molecule), ("periodic box", box_of(molecule)))
     extra: dict[str, Any] = {}
-    if FP32_FUSED in names:
-        found = {label: same_function(paths[FP32_FUSED], calculators, atoms) for label, atoms in structures}
-        print(f"{FP32_FUSED} against {FP32}: {found}", flush=True)
-        extra["fp32_fused_against_fp32"] = found
+    if FP32_FUSED in paths:
+        differences = {label: same_function(paths[FP32_FUSED], calculators, atoms) for label, atoms in structures}
+        print(f"{FP32_FUSED} against {FP32}: {differences}", flush=True)
+        extra["fp32_fused_against_fp32"] = differences
+    rows = []
     for threads, (label, atoms) in itertools.product(args.threads, structures):
         torch.set_num_threads(threads)
-        data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
-        times: dict[str, list[float]] = {name: [] for name in names}
-        calls = 3 if len(atoms) < 100 else 1
-        for _ in range(args.rounds + 3):
-            for name in names:
-                start = time.perf_counter()
-                for _ in range(calls):
-                    calculators[name].call_model(data[name])
-                times[name].append((time.perf_counter() - start) / calls)
-        base = np.array(times[FP32][3:])
-        for name in names:
-            own = np.array(times[name][3:])
+        times, edges = step_times(calculators, atoms, args.rounds)
+        for name, seconds in times.items():
             rows.append(
                 {
                     "scheme": name,
                     "structure": label,
                     "atoms": len(atoms),
-                    "edges": int(data[name]["edge_index"].shape[1]),
+                    "edges": edges[name],
                     "threads": threads,
-                    "median_ms": float(1e3 * np.median(own)),
-                    "times_faster": float(np.median(base / own)),
+                    "median_ms": float(1e3 * np.median(seconds)),
+                    "times_faster": float(np.median(times[FP32] / seconds)),
                     "file_bytes": paths[name].stat().st_size,
                     "file_bytes_equally_slimmed": slimmed.stat().st_size if name == FP32 else None,
                 }

@@ -1,4 +1,4 @@
-"""Every preset on a trained model, post-training and after a short training: what the framework scripts share."""
+"""Every preset on a trained model, post-training and after a short training: what both frameworks' scripts share."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ PRESETS = ("naive_w8a8", "w8a8", "w4a8", "w8", "w4", "w8a16", "w4a16")
 
 @dataclasses.dataclass(frozen=True)
 class Framework:
-    """What differs from one framework to the other.
+    """What differs between the frameworks.
 
     Attributes:
-        doc: of the script, for ``--help``.
-        name: of the result file.
-        model: default float model; ``train`` and ``test``: default data.
-        suffix: of quantized files.
-        train_model: ``(arguments, preset or None, seed) -> path of the trained model``, by the stock command.
+        doc: docstring of the script, for ``--help``.
+        name: name of the result file.
+        model: default float model.
+        train: default training data.
+        test: default test data.
+        suffix: suffix of quantized files.
+        train_model: trains by the stock command; ``(arguments, preset or None, seed) -> path of the model``.
         float_bytes: ``(arguments) -> size`` of the float file to compare with.
-        more: ``(converted model) -> entries`` of its row besides those of every framework.
+        more: ``(converted model) -> entries`` that only rows of this framework have.
     """
 
     doc: str
@@ -77,9 +79,9 @@ def arguments(framework: Framework) -> argparse.Namespace:
 def measure(
     model: torch.nn.Module, reference: torch.nn.Module, test: list[Any], path: Path, frames: int
 ) -> dict[str, Any]:
-    """All metrics of one model, and how far its forces are from those of FP32 and of its smooth twin."""
+    """All metrics of one model, and the difference of its forces to those of FP32 and of its unrounded twin."""
     adapter = adapter_for(model)
-    found = quality(
+    measured = quality(
         open_model(adapter, model),
         spaced(test, frames),
         rotated=spaced(test, 20),
@@ -94,7 +96,7 @@ def measure(
         smooth = np.concatenate(potential(sample)[1])
     ideal = np.concatenate(adapter.potential(adapter.in_float64(reference), 20)(sample)[1])
     return {
-        **found.metrics,
+        **measured.metrics,
         "test_structures": min(frames, len(test)),
         "force_difference_to_fp32_mev_per_angstrom": float(1000 * np.abs(forces - ideal).mean()),
         "force_difference_to_smooth_twin_mev_per_angstrom": float(1000 * np.abs(forces - smooth).mean()),
@@ -104,7 +106,7 @@ def measure(
 
 
 def run_name(preset: str | None, seed: int, seeds: Sequence[int]) -> str:
-    """Of a training: the first seed has the plain name."""
+    """Name of a training; that of the first seed does not contain the seed."""
     return f"qat_{preset or 'fp32'}" + ("" if seed == seeds[0] else f"_seed{seed}")
 
 
@@ -153,7 +155,7 @@ def qat(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None
 
 
 def nve(framework: Framework, args: argparse.Namespace, test: list[Any]) -> None:
-    """6 x 2 ps without thermostat, 0.5 fs, in the stock calculator, for each post-training model there is."""
+    """Run 6 x 2 ps without thermostat, 0.5 fs, in the stock calculator, for each post-training model in the folder."""
     paths = {"fp32": args.model, **{f"ptq_{p}": args.work / f"ptq_{p}{framework.suffix}" for p in args.presets}}
     for key, path in paths.items():
         if not path.exists() or (args.work / f"nve_{key}.json").exists():
@@ -170,9 +172,9 @@ def ratios_by_seed(args: argparse.Namespace, preset: str) -> dict[str, float]:
     """Force errors after training over those of FP32 trained with the same seed."""
     ratios = {}
     for seed in args.seeds:
-        own, base = (load_json(args.work / f"row_{run_name(p, seed, args.seeds)}.json") for p in (preset, None))
-        if own and base:
-            ratios[str(seed)] = own["force_mae_mev_per_angstrom"] / base["force_mae_mev_per_angstrom"]
+        row, fp32 = (load_json(args.work / f"row_{run_name(p, seed, args.seeds)}.json") for p in (preset, None))
+        if row and fp32:
+            ratios[str(seed)] = row["force_mae_mev_per_angstrom"] / fp32["force_mae_mev_per_angstrom"]
     return ratios
 
 
@@ -183,14 +185,14 @@ SHORT = {
     "central_difference": "CD",
     "file_size_ratio": "size",
 }
-"""Columns of a row that its gates judge."""
+"""Gates of a row, with the names that the table gives them."""
 
 
 def gate_summary(row: dict[str, Any], fp32: dict[str, Any], naive: dict[str, Any], preset: str, trained: bool) -> str:
-    """Which of the bounds a row keeps, enforced or not: accuracy, LEE, LEE against naive, central differences, size.
+    """The gates that a row fails, enforced or not: accuracy, LEE, LEE against naive, central differences, size.
 
     Args:
-        row: metrics of `measure`, with the ratio of sizes; with force errors of several seeds, their mean is judged.
+        row: metrics of `measure`, with the ratio of sizes. Of force errors of several seeds the mean is judged.
         fp32: row of the float model.
         naive: row of `naive_w8a8`.
         preset: of the row.
@@ -214,67 +216,75 @@ def gate_summary(row: dict[str, Any], fp32: dict[str, Any], naive: dict[str, Any
     return "all pass" if not failed else "fails " + ", ".join(failed)
 
 
+def table_row(args: argparse.Namespace, key: str, training: str, float_size: int) -> dict[str, Any] | None:
+    """The row of a result file: what was measured, ratios to the float model, drift and gates.
+
+    Args:
+        args: of the script.
+        key: name of the model in the working directory.
+        training: ``float``, ``ptq`` or ``qat``.
+        float_size: bytes of the float file.
+
+    Returns:
+        The row; None if the model was not measured.
+    """
+    measured = load_json(args.work / f"row_{key}.json")
+    if not measured:
+        return None
+    fp32 = load_json(args.work / "row_fp32.json")
+    preset = key.removeprefix("ptq_").removeprefix("qat_")
+    row = {"scheme": preset, "training": training, **measured, "size_ratio": float_size / measured["file_bytes"]}
+    weights = fp32.get("weight_bytes")
+    for form in ("", "folded_", "unfolded_"):
+        if weights and f"{form}weight_bytes" in row:
+            row[f"{form}weight_ratio"] = weights / row[f"{form}weight_bytes"]
+    if training == "qat" and preset in args.repeat:
+        row["force_ratio_by_seed"] = ratios_by_seed(args, preset)
+    row["nve"] = load_json(args.work / f"nve_{key}.json") or None
+    trained = training == "qat"
+    naive = load_json(args.work / f"row_{'qat' if trained else 'ptq'}_naive_w8a8.json")
+    if preset != "fp32" and naive:
+        base = load_json(args.work / "row_qat_fp32.json") if trained else fp32
+        row["gates"] = gate_summary(row, base, naive, preset, trained)
+        if trained:
+            # As `gaq report` judges one file: against the model that training started from.
+            alone = {name: value for name, value in row.items() if name != "force_ratio_by_seed"}
+            row["gates_of_report"] = gate_summary(alone, fp32, naive, preset, trained=True)
+    return row
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row as the printed table has it."""
+    central = row["central_difference_relative_error"]
+    drift = row["nve"]
+    return {
+        "scheme": row["scheme"],
+        "training": row["training"],
+        "F MAE": f"{row['force_mae_mev_per_angstrom']:.2f}",
+        "E MAE": f"{row['energy_mae_mev_per_atom']:.2f}",
+        "LEE": f"{row['lee_mev_per_angstrom']:.4f}",
+        "dF twin": f"{row['force_difference_to_smooth_twin_mev_per_angstrom']:.3f}",
+        "central differences 0.1 / 0.03 / 0.01 A, %": " / ".join(f"{100 * v:.2f}" for v in central.values()),
+        "NVE drift": f"{drift['drift_mev_per_atom_per_ps']:.4f} ± {drift['standard_error']:.4f}" if drift else "-",
+        "KiB": f"{row['file_bytes'] / 1024:.0f}",
+        "smaller": f"{row['size_ratio']:.1f}x",
+        "weights smaller": f"{row['weight_ratio']:.2f}x" if "weight_ratio" in row else "-",
+        "F over FP32, by seed": ", ".join(f"{r:.4f}" for r in row.get("force_ratio_by_seed", {}).values()),
+        "gates": row.get("gates", ""),
+        "gates against the float model before": row.get("gates_of_report", ""),
+    }
+
+
 def table(framework: Framework, args: argparse.Namespace) -> None:
-    rows = []
+    """Gather the rows in the working directory into the result file, and print them."""
     size = framework.float_bytes(args)
-    weights = load_json(args.work / "row_fp32.json").get("weight_bytes")
-    for training in ("float", "ptq", "qat"):
-        keys = {
-            "float": ["fp32"],
-            "ptq": [f"ptq_{p}" for p in PRESETS],
-            "qat": ["qat_fp32", *(f"qat_{p}" for p in PRESETS)],
-        }
-        base = load_json(args.work / ("row_qat_fp32.json" if training == "qat" else "row_fp32.json"))
-        for key in keys[training]:
-            row = load_json(args.work / f"row_{key}.json")
-            if not row:
-                continue
-            preset = key.removeprefix("ptq_").removeprefix("qat_")
-            row = {"scheme": preset, "training": training, **row, "size_ratio": size / row["file_bytes"]}
-            if weights and "weight_bytes" in row:
-                row["weight_ratio"] = weights / row["weight_bytes"]
-            for form in ("folded", "unfolded"):
-                if weights and f"{form}_weight_bytes" in row:
-                    row[f"{form}_weight_ratio"] = weights / row[f"{form}_weight_bytes"]
-            if training == "qat" and preset in args.repeat:
-                row["force_ratio_by_seed"] = ratios_by_seed(args, preset)
-            row["nve"] = load_json(args.work / f"nve_{key}.json") or None
-            naive = load_json(args.work / f"row_{'qat' if training == 'qat' else 'ptq'}_naive_w8a8.json")
-            if preset != "fp32" and naive:
-                row["gates"] = gate_summary(row, base, naive, preset, training == "qat")
-                if training == "qat":
-                    # As `gaq report` judges one file: against the model that training started from.
-                    alone = {key: value for key, value in row.items() if key != "force_ratio_by_seed"}
-                    start = load_json(args.work / "row_fp32.json")
-                    row["gates_of_report"] = gate_summary(alone, start, naive, preset, trained=True)
-            rows.append(row)
+    keys = [("fp32", "float"), *((f"ptq_{p}", "ptq") for p in PRESETS)]
+    keys += [("qat_fp32", "qat"), *((f"qat_{p}", "qat") for p in PRESETS)]
+    rows = [row for key, training in keys if (row := table_row(args, key, training, size)) is not None]
     configs = {p: dataclasses.asdict(parse_config(p)) for p in PRESETS}
     path = write_result(args.name, rows, work=args.work, model=args.model.name, test=args.test.name, presets=configs)
-    shown = []
-    for row in rows:
-        central = row["central_difference_relative_error"]
-        drift = row["nve"]
-        shown.append(
-            {
-                "scheme": row["scheme"],
-                "training": row["training"],
-                "F MAE": f"{row['force_mae_mev_per_angstrom']:.2f}",
-                "E MAE": f"{row['energy_mae_mev_per_atom']:.2f}",
-                "LEE": f"{row['lee_mev_per_angstrom']:.4f}",
-                "dF twin": f"{row['force_difference_to_smooth_twin_mev_per_angstrom']:.3f}",
-                "central differences 0.1 / 0.03 / 0.01 A, %": " / ".join(f"{100 * v:.2f}" for v in central.values()),
-                "NVE drift": f"{drift['drift_mev_per_atom_per_ps']:.4f} ± {drift['standard_error']:.4f}"
-                if drift
-                else "-",
-                "KiB": f"{row['file_bytes'] / 1024:.0f}",
-                "smaller": f"{row['size_ratio']:.1f}x",
-                "weights smaller": f"{row['weight_ratio']:.2f}x" if "weight_ratio" in row else "-",
-                "F over FP32, by seed": ", ".join(f"{r:.4f}" for r in row.get("force_ratio_by_seed", {}).values()),
-                "gates": row.get("gates", ""),
-                "gates against the float model before": row.get("gates_of_report", ""),
-            }
-        )
-    print(markdown_table(shown, list(shown[0])))
+    printed = [shown(row) for row in rows]
+    print(markdown_table(printed, list(printed[0])))
     print(f"written: {path.name}")
 
 

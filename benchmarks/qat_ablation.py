@@ -1,14 +1,13 @@
-"""What each part of 4-bit fine-tuning buys: MACE on azobenzene, preset `w4a16`, stock `mace_run_train`, several seeds.
+"""Gain of each part of 4-bit fine-tuning: MACE on azobenzene, preset `w4a16`, stock `mace_run_train`, several seeds.
 
     python benchmarks/qat_ablation.py --work DIR [--seeds 1 2 3] [--variants fp32 plain ...] [--table]
 
-The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of what `w4a16` does left out or changed, and
-FP32 with the same seeds beside them; `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run
-leaves a row in DIR, so that processes can share the work; `--table` gathers what is there into
-results/qat_ablation.json and a figure.
+The runs are those of `mace_presets.py` (same YAML, 8 epochs) with parts of `w4a16` left out or changed, and FP32 with
+the same seeds. `after` is that FP32 run, rounded afterwards as `gaq quantize` does. Each run leaves a row in DIR, so
+processes can share the work. `--table` gathers the rows into results/qat_ablation.json and a figure.
 
-The rows of the variants in `EARLIER` come from an earlier version, which had the options they are named for; `--table`
-keeps them as they are in the result file.
+The rows of the variants in `EARLIER` come from an earlier version, which had the options they are named for. `--table`
+keeps them unchanged in the result file.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from gaq.checks.errors import spaced
 from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
 
-# Bits that are given, not those a size allows; distillation as it was tuned for them.
+# Given bits instead of bits that follow from a size, and the distillation that was tuned for them.
 GIVEN = {"compression": None, "sensitive_bits": 16}
 COARSE = {"distillation": {"learning_rate": 3e-3 / 16}}
 PLAIN = {"training": {"round_weights": "throughout", "average_rounded": False}, "weights": GIVEN, **COARSE}
@@ -64,7 +63,7 @@ LABELS = {
 
 
 def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    """One run of the stock command; what it cost and how well its model does on the test structures."""
+    """Run the stock command once; return its cost and the errors of its model on the test structures."""
     if variant == "after":
         return rounded_afterwards(args, seed)
     name = f"{variant}_{seed}"
@@ -85,7 +84,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
 
 
 def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The FP32 run of a seed, trained first if its model is not there, rounded without labels."""
+    """Round the FP32 model of a seed without labels, and train that model first if it is not there."""
     trained = args.work / f"fp32_{seed}" / f"fp32_{seed}.model"
     if not trained.exists():
         train(args, "fp32", seed)
@@ -95,19 +94,19 @@ def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def row_of(args: argparse.Namespace, model: Any, variant: str, seed: int, seconds: float) -> dict[str, Any]:
-    """A model's errors on the test structures, and what it cost."""
-    found = quality(open_model(adapter_for(model), model), spaced(read(args.test, ":"), args.frames))
+    """The row of a model: its errors on the test structures, and the seconds it took."""
+    measured = quality(open_model(adapter_for(model), model), spaced(read(args.test, ":"), args.frames))
     return {
         "variant": variant,
         "seed": seed,
         "epochs": args.epochs,
-        **found.metrics,
+        **measured.metrics,
         "seconds": seconds,
     }
 
 
 def epoch_seconds(log: Path) -> float | None:
-    """Median time from one line of validation to the next, as MACE's log has them."""
+    """Median time between the validation lines of MACE's log, in seconds."""
     lines = [line for line in log.read_text().splitlines() if "Epoch " in line and "loss=" in line]
     stamps = [datetime.datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines]
     steps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(stamps)]
@@ -115,12 +114,12 @@ def epoch_seconds(log: Path) -> float | None:
 
 
 def label_of(variant: str) -> str:
-    """What a variant is called in the figure and in the table."""
+    """The name of a variant in the figure and in the table."""
     return LABELS[variant] + (" (earlier version)" if variant in EARLIER else "")
 
 
 def table(args: argparse.Namespace) -> None:
-    """The result file, the figure and the printed table, of the runs that are there."""
+    """Write the result file and the figure and print the table, for the runs in the working directory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,19 +130,19 @@ def table(args: argparse.Namespace) -> None:
     base = {row["seed"]: row for row in rows if row["variant"] == "fp32"}
     summary = [entry for entry in before.get("summary", []) if entry["variant"] in EARLIER]
     for variant in VARIANTS:
-        own = [row for row in rows if row["variant"] == variant and row["seed"] in base]
-        if not own:
+        runs = [row for row in rows if row["variant"] == variant and row["seed"] in base]
+        if not runs:
             continue
         ratios = np.array(
-            [row["force_mae_mev_per_angstrom"] / base[row["seed"]]["force_mae_mev_per_angstrom"] for row in own]
+            [row["force_mae_mev_per_angstrom"] / base[row["seed"]]["force_mae_mev_per_angstrom"] for row in runs]
         )
         summary.append(
             {
                 "variant": variant,
-                "seeds": [row["seed"] for row in own],
+                "seeds": [row["seed"] for row in runs],
                 "force_ratio_by_seed": ratios.tolist(),
                 "force_ratio": float(ratios.mean()),
-                "standard_error": float(ratios.std(ddof=1) / len(own) ** 0.5) if len(own) > 1 else None,
+                "standard_error": float(ratios.std(ddof=1) / len(runs) ** 0.5) if len(runs) > 1 else None,
             }
         )
     rows += [row for row in before.get("rows", []) if row["variant"] in EARLIER]
@@ -176,7 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--frames", type=int, default=1000, help="test structures")
-    parser.add_argument("--table", action="store_true", help="only gather what is there")
+    parser.add_argument("--table", action="store_true", help="only gather rows of earlier runs")
     args = parser.parse_args()
     args.model = SHARED / "models/mace_azobenzene.model"
     args.train = SHARED / "data/rmd17/azobenzene_train_01.xyz"

@@ -1,8 +1,8 @@
-"""Which weight tensors 8 bits cost most in: one tensor rounded at a time, with the bits every one would have alike.
+"""Force error of 8 bits by weight tensor: one tensor is rounded at a time, with the same bits for all.
 
     python benchmarks/sensitivity.py [--model MODEL] [--frames 20] [--name NAME]
 
-Works for models of either framework. `gaq.model.bits` and the presets follow from what this shows.
+It works for models of both frameworks. `gaq.model.bits` and the presets follow from its results.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SPEC = {"preset": "w8", "weights": ALIKE}
 
 
 def groups(model: torch.nn.Module) -> dict[str, str]:
-    """What the presets take each site for."""
-    found = {}
+    """The group of each weight in the presets, by parameter name."""
+    groups_by_name = {}
     package = type(adapter_for(model)).__module__.split(".")[0]
     for site in importlib.import_module(f"{package}.sites").find_sites(model):
         group = "sensitive" if site.sensitive else "first" if site.first else "mixing" if site.mixing else "rest"
-        found.update({f"{site.name}.{weight.path}": group for weight in site.weights})
-    return found
+        groups_by_name.update({f"{site.name}.{weight.path}": group for weight in site.weights})
+    return groups_by_name
 
 
 def main() -> None:
@@ -46,18 +46,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model = gaq.load(args.model)
-    group = groups(model)
-    found = gaq.sensitivity(model, spaced(read(args.data, ":"), args.frames), SPEC)
-    total = sum(own.force_difference**2 for own in found)
+    group_of = groups(model)
+    sensitivities = gaq.sensitivity(model, spaced(read(args.data, ":"), args.frames), SPEC)
+    total = sum(tensor.force_difference**2 for tensor in sensitivities)
     rows: list[dict[str, Any]] = [
         {
-            "parameter": own.parameter,
-            "group": group[own.parameter],
-            "weights": own.numel,
-            "force_difference_mev_per_angstrom": own.force_difference,
-            "share_of_squares": own.force_difference**2 / total,
+            "parameter": tensor.parameter,
+            "group": group_of[tensor.parameter],
+            "weights": tensor.numel,
+            "force_difference_mev_per_angstrom": tensor.force_difference,
+            "share_of_squares": tensor.force_difference**2 / total,
         }
-        for own in found
+        for tensor in sensitivities
     ]
     shares = {
         name: {

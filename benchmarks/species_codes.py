@@ -1,4 +1,4 @@
-"""What codes that are chosen together save: the self-connections of a NequIP model alone rounded, each way.
+"""Gain of codes that are chosen together: only the self-connections of a NequIP model are rounded, either way.
 
     python benchmarks/species_codes.py [--model MODEL] [--frames 60] [--bits 2 3 4 6 8]
 
@@ -29,8 +29,14 @@ def difference(model: Any, frames: list[Any], bits: int, together: bool) -> floa
     """Mean absolute force difference to the float model, meV/Å."""
     adapter = adapter_for(model)
     exact = np.concatenate(adapter.potential(model, 20)(frames)[1])
-    own = bits if together else None
-    weights = {"bits": bits, "first_bits": None, "sensitive_bits": 16, "species_bits": own, "compression": None}
+    species_bits = bits if together else None
+    weights = {
+        "bits": bits,
+        "first_bits": None,
+        "sensitive_bits": 16,
+        "species_bits": species_bits,
+        "compression": None,
+    }
     rounded = gaq.prepare(copy.deepcopy(model), {"preset": "w8", "weights": weights})
     for name, quantizer in adapter.weight_quantizers(rounded).items():
         quantizer.enabled = name.endswith(".sc.weight")

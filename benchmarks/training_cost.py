@@ -1,11 +1,11 @@
-"""What an epoch of quantization-aware training costs, over one of FP32 by the same stock command.
+"""Cost of an epoch of quantization-aware training, over that of FP32 by the same stock command.
 
     taskset -c 0 python benchmarks/training_cost.py --framework mace|nequip --work DIR [--presets w8a16 w4a16 ...]
 
-An epoch is the difference of two runs, of one epoch and of ``1 + --epochs``, over ``--epochs``: what is done before the
-first and after the last is in both. All branches are rounded from the first epoch on. The runs of a repeat, FP32 and
-the presets, go on side by side on one core and on one thread each, so that all of them meet the machine as it is at the
-time, and each one's time is that of the processor. Ratios are taken within a repeat; their median is what counts.
+The time of an epoch is the difference of two runs, of one epoch and of ``1 + --epochs``, over ``--epochs``: start and
+end are the same in both. Scalars and vectors are rounded from the first epoch on. The runs of a repeat, FP32 and the
+presets, run side by side on one core, with one thread each, so all of them meet the same state of the machine. Times
+are processor times. Ratios are taken within a repeat, and their median is quoted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VECTORS_AT_ONCE = {"start_epoch": 0, "anneal_epochs": 0}
 
 
 def seconds(args: argparse.Namespace, preset: str | None, epochs: int) -> float:
-    """The processor's time of the stock command."""
+    """Processor time of the stock command, in seconds."""
     script: Any = importlib.import_module(f"{args.framework}_presets")
     of_the_tables = script.training_input
 
@@ -70,8 +70,8 @@ def main() -> None:
     more = args.epochs
     facts = {"model": args.model.name, "data": args.train.name, "structures": args.structures, "epochs": more}
     args.work.mkdir(parents=True, exist_ok=True)
-    whole, args.train = args.train, args.work / "train.xyz"
-    write(args.train, read(whole, f":{args.structures}"))
+    all_structures, args.train = args.train, args.work / "train.xyz"
+    write(args.train, read(all_structures, f":{args.structures}"))
 
     schemes: list[str | None] = [None, *args.presets]
     runs = [(preset, epochs) for preset in schemes for epochs in (1, 1 + more)]
@@ -86,12 +86,12 @@ def main() -> None:
             over = times[name][-1] / times["fp32"][-1]
             print(f"repeat {repeat + 1}, {name}: {times[name][-1]:.2f} s an epoch, {over:.2f}", flush=True)
     rows = []
-    for name, found in times.items():
-        ratios = [own / base for own, base in zip(found, times["fp32"], strict=True)]
+    for name, epoch_times in times.items():
+        ratios = [seconds / base for seconds, base in zip(epoch_times, times["fp32"], strict=True)]
         rows.append(
             {
                 "scheme": name,
-                "seconds_per_epoch": statistics.median(found),
+                "seconds_per_epoch": statistics.median(epoch_times),
                 "over_fp32": statistics.median(ratios),
                 "over_fp32_by_repeat": ratios,
             }

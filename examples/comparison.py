@@ -1,4 +1,4 @@
-"""What the quickstarts share: their options, the data set, dynamics, measurements, table and plot."""
+"""Shared by the quickstarts: options, data set, dynamics, measurements, table and plot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Result:
         size_ratio: size of the FP32 file over the size of this one.
         lee_mev_per_angstrom: local equivariance error of the forces under random rotations.
         drift_mev_per_atom_per_ps: slope of the total energy in NVE dynamics.
-        drift_standard_error: of that slope, in its unit.
+        drift_standard_error: standard error of that slope, in its unit.
         ms_per_step: median wall time of one molecular dynamics step.
     """
 
@@ -60,7 +60,7 @@ def parse_arguments(
     """The options of a quickstart; exits with a message if one is out of range.
 
     Args:
-        description: of the script, for its help.
+        description: description of the script, for its help.
         directory: default output directory.
         epochs: default number of training epochs.
         argv: command-line arguments; those of the process if None.
@@ -89,21 +89,21 @@ def parse_arguments(
     for option in ("train", "test", "epochs", "md_fs"):
         if getattr(arguments, option) <= 0:
             parser.error(f"--{option.replace('_', '-')} must be positive, got {getattr(arguments, option)}")
-    # Batches of 24-atom molecules are too small to share out: more threads mostly wait for each other.
+    # Batches of 24-atom molecules are too small for several threads, which mostly wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return arguments
 
 
 def console_script(name: str, package: str, extra: str) -> str:
-    """Path of a command of this very Python, whichever environment comes first on PATH.
+    """Path of a command in the environment of this Python, whichever comes first on PATH.
 
     Args:
-        name: of the command.
-        package: that brings it, as its authors write it.
-        extra: of this project that installs it.
+        name: name of the command.
+        package: package that brings it, as its authors write the name.
+        extra: extra of this project that installs it.
 
     Raises:
-        SystemExit: if it is not there.
+        SystemExit: if the command is not there.
     """
     command = shutil.which(name, path=str(Path(sys.executable).parent))
     if command is None:
@@ -117,7 +117,7 @@ def console_script(name: str, package: str, extra: str) -> str:
 def prepare_data(
     directory: Path, train_frames: int, test_frames: int, seed: int, warm_up: int = WARM_UP_FRAMES
 ) -> list[Atoms]:
-    """The test structures; both sets are made first unless files of the wanted size are there already."""
+    """The test structures. Makes both sets first, unless files with these numbers of frames are there."""
     from gaq.checks.errors import read_structures
 
     files = {directory / "train.xyz": train_frames, directory / "test.xyz": test_frames}
@@ -141,7 +141,7 @@ def run_nve(calculator: Any, start: Atoms, length: float) -> NVEResult:
     Args:
         calculator: an ASE calculator.
         start: structure with velocities; left unchanged.
-        length: in fs; at least ten steps are taken, as fewer give no standard error.
+        length: length in fs. At least ten steps are run, since fewer give no standard error.
     """
     from gaq.checks.nve import nve_drift
 
@@ -167,7 +167,7 @@ def measure(
         reference: the FP32 model file, for the ratio of sizes.
         test: structures with ``REF_energy`` (eV) and ``REF_forces`` (eV/Å).
         start: structure and velocities for the dynamics.
-        length: of the dynamics, in fs.
+        length: length of the dynamics, in fs.
         device: ``cpu`` or ``cuda``.
 
     Returns:
@@ -197,7 +197,7 @@ def measure(
 
 
 def format_table(results: dict[str, Result]) -> str:
-    """The comparison as text, one row a model."""
+    """The comparison as text, one row for each model."""
     head = ("model", "force MAE", "energy MAE", "file", "smaller", "LEE", "NVE drift", "step")
     unit = ("", "meV/Å", "meV/atom", "KB", "by", "meV/Å", "meV/atom/ps", "ms")
     rows = [
@@ -222,7 +222,7 @@ def format_table(results: dict[str, Result]) -> str:
 
 
 def plot_energies(trajectories: dict[str, NVEResult], path: Path) -> None:
-    """Total energy relative to the start (meV/atom) against time (fs), one line a model."""
+    """Total energy relative to the start (meV/atom) against time (fs), one line for each model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

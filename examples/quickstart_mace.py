@@ -3,11 +3,10 @@
     pip install '.[mace,examples]'
     python examples/quickstart_mace.py
 
-It takes 13 minutes on one CPU core (``--quick`` about one, on too little data, for whoever wants to see that every
-stage works). It makes a small GFN2-xTB data set, writes two MACE training files that
-differ in their name and in the line ``quantization: gaq``, runs the stock ``mace_run_train`` on both, and
-then runs 1 ps of molecular dynamics with each model in the stock ``MACECalculator``. Results:
-``quickstart/comparison.json`` and ``quickstart/nve.png``.
+It takes 13 minutes on one CPU core. ``--quick`` takes about one, on too little data, to see that every stage works. The
+script makes a small GFN2-xTB data set, writes two MACE training files that differ in their name and in the line
+``quantization: gaq``, runs the stock ``mace_run_train`` on both, and then runs 1 ps of molecular dynamics with each
+model in the stock ``MACECalculator``. Results: ``quickstart/comparison.json`` and ``quickstart/nve.png``.
 """
 
 from __future__ import annotations
@@ -65,13 +64,13 @@ seed: {seed}
 
 
 def write_training_files(directory: Path, epochs: int, device: str, seed: int) -> dict[str, Path]:
-    """Write ``fp32.yml`` and ``gaq.yml``; the second has the one line ``quantization: gaq`` more.
+    """Write ``fp32.yml`` and ``gaq.yml``; the second has one more line, ``quantization: gaq``.
 
     Args:
         directory: holds ``train.xyz`` and ``test.xyz``.
         epochs: training epochs; the learning rate falls to a tenth over them.
         device: ``cpu`` or ``cuda``.
-        seed: of the initial weights and the batches.
+        seed: seed of the initial weights and the batches.
 
     Returns:
         The file of each model name.
@@ -87,7 +86,7 @@ def write_training_files(directory: Path, epochs: int, device: str, seed: int) -
 
 
 def train(config: Path, epochs: int) -> Path:
-    """Run the stock ``mace_run_train`` on a training file, one printed line an epoch.
+    """Run the stock ``mace_run_train`` on a training file, with one printed line for each epoch.
 
     The full log goes to ``<name>.log`` beside the file.
 
@@ -103,7 +102,7 @@ def train(config: Path, epochs: int) -> Path:
     """
     directory, name = config.parent, config.stem
     command = console_script("mace_run_train", "MACE", "mace")
-    # MACE ends a run by loading the newest checkpoint of that name: one of an earlier run must not be there.
+    # At the end MACE loads the newest checkpoint of that name, which must not be one of an earlier run.
     for old in (directory / "checkpoints").glob(f"{name}_run-*"):
         old.unlink()
     model = directory / f"{name}.model"
@@ -120,7 +119,7 @@ def train(config: Path, epochs: int) -> Path:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # Python would otherwise hold back its lines until a block is full.
+            # Without this, Python writes lines only when a block is full.
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         ) as process,
     ):
@@ -128,9 +127,9 @@ def train(config: Path, epochs: int) -> Path:
         for line in process.stdout:
             file.write(line)
             tail.append(line)
-            found = re.search(r"Epoch (\d+):.*MAE_E_per_atom= *(\S+) meV.*MAE_F= *(\S+) meV", line)
-            if found:
-                epoch, energy, force = int(found[1]) + 1, float(found[2]), float(found[3])
+            progress = re.search(r"Epoch (\d+):.*MAE_E_per_atom= *(\S+) meV.*MAE_F= *(\S+) meV", line)
+            if progress:
+                epoch, energy, force = int(progress[1]) + 1, float(progress[2]), float(progress[3])
                 print(
                     f"{name}: epoch {epoch:3d}/{epochs}  validation force MAE {force:7.1f} meV/Å,"
                     f" energy MAE {energy:6.1f} meV/atom  ({time.perf_counter() - start:4.0f} s)",
@@ -146,7 +145,7 @@ def train(config: Path, epochs: int) -> Path:
             )
         raise SystemExit(
             f"{text}\nmace_run_train --config {config} failed (exit code {process.returncode}); "
-            f"the end of its log is above, the whole log is {log}.{hint}"
+            f"the end of its log is above, the full log is {log}.{hint}"
         )
     return model
 

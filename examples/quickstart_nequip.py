@@ -3,12 +3,12 @@
     pip install '.[nequip,examples]'
     python examples/quickstart_nequip.py
 
-It takes about 15 minutes on one CPU core (``--quick`` about 3, on too little data and a model of two layers, for
-whoever wants to see that every stage works), and a C++ compiler (g++), which NequIP's compilation calls. It makes
-a small GFN2-xTB data set, writes two NequIP training files that differ in their name and in the line
-``quantization: gaq``, runs the stock ``nequip-train`` on both, deploys the first with the stock ``nequip-compile``
-and the second with ``nequip-deploy``, and then runs 1 ps of molecular dynamics with each in the stock
-``NequIPCalculator``. Results: ``quickstart/nequip/comparison.json`` and ``quickstart/nequip/nve.png``.
+It takes about 15 minutes on one CPU core. ``--quick`` takes about 3, on too little data and with a model of two layers,
+to see that every stage works. NequIP's compilation needs a C++ compiler (g++). The script makes a small GFN2-xTB data
+set, writes two NequIP training files that differ in their name and in the line ``quantization: gaq``, runs the stock
+``nequip-train`` on both, deploys the first with the stock ``nequip-compile`` and the second with ``nequip-deploy``, and
+then runs 1 ps of molecular dynamics with each in the stock ``NequIPCalculator``. Results:
+``quickstart/nequip/comparison.json`` and ``quickstart/nequip/nve.png``.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ training_module:
 
 
 def write_training_files(directory: Path, epochs: int, device: str, seed: int, layers: int = 3) -> dict[str, Path]:
-    """Write ``fp32.yaml`` and ``gaq.yaml``; the second has the one line ``quantization: gaq`` more.
+    """Write ``fp32.yaml`` and ``gaq.yaml``; the second has one more line, ``quantization: gaq``.
 
     Args:
         directory: holds ``train.xyz``.
         epochs: training epochs; the learning rate falls to a tenth over them.
         device: ``cpu`` or ``cuda``.
-        seed: of the initial weights and the batches.
-        layers: of the model; the time to compile it grows with them.
+        seed: seed of the initial weights and the batches.
+        layers: number of layers; the time to compile grows with it.
 
     Returns:
         The file of each model name.
@@ -148,9 +148,9 @@ def run_command(
 
     Args:
         command: ``nequip-train``, ``nequip-compile`` or ``nequip-deploy``.
-        arguments: of it.
-        directory: to run it in.
-        log: file for everything it prints.
+        arguments: its arguments.
+        directory: where it runs.
+        log: file for its output.
         watch: called twice a second while it runs, and once afterwards.
 
     Raises:
@@ -159,7 +159,7 @@ def run_command(
     script = console_script(command, "NequIP and GAQ", "nequip")
     shown = " ".join((command, *arguments))
     print(f"\n{shown}   (log: {log})", flush=True)
-    # Python would otherwise hold back its lines until a block is full.
+    # Without this, Python writes lines only when a block is full.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with (
         log.open("w") as file,
@@ -176,13 +176,13 @@ def run_command(
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
         raise SystemExit(
-            f"{tail}\n{shown} failed (exit code {process.returncode}); the end of its log is above, the whole log is "
+            f"{tail}\n{shown} failed (exit code {process.returncode}); the end of its log is above, the full log is "
             f"{log}."
         )
 
 
 class EpochPrinter:
-    """Prints a line for every epoch that has been added to NequIP's ``metrics.csv`` since the last call.
+    """Print a line for each epoch that NequIP added to its ``metrics.csv`` since the last call.
 
     Args:
         metrics: the file, which need not exist yet.
@@ -216,7 +216,7 @@ class EpochPrinter:
 
 
 def train(config: Path, epochs: int) -> Path:
-    """Run the stock ``nequip-train`` on a training file, one printed line an epoch.
+    """Run the stock ``nequip-train`` on a training file, with one printed line for each epoch.
 
     Args:
         config: a NequIP training file whose paths are relative to its folder.
@@ -230,7 +230,7 @@ def train(config: Path, epochs: int) -> Path:
     """
     directory, name = config.parent, config.stem
     run = directory / name
-    # Not to be mistaken for those of this run.
+    # Files of an earlier run must not be taken for those of this run.
     for old in ("best.ckpt", "metrics.csv"):
         (run / old).unlink(missing_ok=True)
     arguments = ["-cp", str(directory), "-cn", name]
@@ -253,7 +253,7 @@ def deploy(checkpoint: Path, device: str) -> Path:
     Raises:
         SystemExit: if the command is missing or fails, with the end of its log.
     """
-    # The checkpoint names its training data relative to this folder, and compiling reads a structure of it.
+    # The checkpoint has the path of its training data relative to this folder, and compiling reads a structure.
     directory, name = checkpoint.parent.parent, checkpoint.parent.name
     model = directory / f"{name}.nequip.pt2"
     model.unlink(missing_ok=True)
@@ -268,7 +268,7 @@ def deploy(checkpoint: Path, device: str) -> Path:
 
 
 def slimmed_bytes(model: Path) -> int:
-    """Size a compiled file has after the slimming that ``nequip-deploy`` does: what of a ratio is not quantization."""
+    """Size of a compiled file after the slimming of ``nequip-deploy``: the part of a ratio that is not quantization."""
     from gaq_nequip.deploy.artefact import slim
 
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """
     description = "Train NequIP with and without GAQ and compare the two."
     arguments = parse_arguments(description, "quickstart/nequip", 20, argv)
-    # Without GAQ NequIP ignores the key and trains in float: better to know before the long part.
+    # Without GAQ, NequIP ignores the key and trains in float. Check this before the long part.
     for command in ("nequip-train", "nequip-compile", "nequip-deploy"):
         console_script(command, "NequIP and GAQ", "nequip")
     directory = arguments.directory.resolve()

@@ -2,7 +2,7 @@
 
     python examples/xtb_dataset.py --directory quickstart
 
-writes ``train.xyz`` and ``test.xyz``: frames of Langevin molecular dynamics at 500 K with ``REF_energy``
+It writes ``train.xyz`` and ``test.xyz``: frames of Langevin molecular dynamics at 500 K with ``REF_energy``
 (eV) and ``REF_forces`` (eV/Å) in extended XYZ, the form ``mace_run_train`` and ``gaq`` read. It takes about
 two and a half minutes on one core.
 """
@@ -28,7 +28,7 @@ TEMPERATURE = 500.0  # K
 TIMESTEP = 1.0  # fs; a C-H stretch takes 10 fs
 FRICTION = 0.01  # 1/fs
 STEPS_BETWEEN_FRAMES = 10
-WARM_UP_FRAMES = 50  # discarded: five times 1 / FRICTION, so the start is forgotten
+WARM_UP_FRAMES = 50  # discarded: five times 1 / FRICTION, so nothing of the start remains
 
 
 def trans_azobenzene() -> Atoms:
@@ -96,7 +96,7 @@ def sample(
         start: a relaxed structure with its calculator.
         frames: how many frames to keep.
         rng: source of the velocities and of the thermostat's noise.
-        progress: bar to advance by one a frame, warm-up included.
+        progress: bar that advances by one for each frame, warm-up included.
         warm_up: frames discarded first.
 
     Returns:
@@ -171,7 +171,7 @@ def make_dataset(
         frames = tuple(
             sample(molecule, count, rng, progress, warm_up) for count, rng in ((train, train_rng), (test, test_rng))
         )
-    # Written only when both are complete: an interrupted run leaves no half set behind.
+    # Written only when both are complete, so an interrupted run leaves no half set.
     for path, structures in zip(paths, frames, strict=True):
         write(path, structures, format="extxyz")
     return paths

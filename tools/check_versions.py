@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Test given, oldest or newest versions of Python, torch, MACE and NequIP, and say in a table what broke.
+"""Test given, oldest or newest versions of Python, torch, MACE and NequIP, and print a table of what broke.
 
-    python tools/check_versions.py                                   # what is promised: both ends, both frameworks
+    python tools/check_versions.py                                   # the supported range: both ends, both frameworks
     python tools/check_versions.py newest --framework mace --tests all
     python tools/check_versions.py --python 3.13 --torch 2.15.0      # a release of torch
     python tools/check_versions.py --mace newest                     # a release of MACE, beyond the bound of pyproject
 
-``pyproject.toml`` says what is promised: ``oldest`` is the lowest Python of ``requires-python`` with the lowest version
-of every dependency that names one; ``newest`` is the highest Python of the classifiers with what pip picks by itself.
-An environment is made for each end, in a temporary folder; the frameworks are installed in it one after the other, so
-that torch, several GB where it is a CUDA build, is downloaded once. Nothing outside that folder is changed.
+``pyproject.toml`` has the supported range. ``oldest`` is the lowest Python of ``requires-python`` with the lowest
+version of every dependency that names one; ``newest`` is the highest Python of the classifiers with the versions that
+pip picks. Each end gets one environment in a temporary folder. The frameworks are installed in it one after the
+other, so that torch (several GB in a CUDA build) is downloaded once. Nothing outside that folder is changed.
 
-An environment that cannot be made because there is no such Python, or because a download failed or took too long, is
-"not tested"; one whose versions exclude each other, or whose tests fail, is "broken".
+An environment is "not tested" if there is no such Python, or if a download failed or took too long. It is "broken" if
+its versions exclude each other, or if its tests fail.
 
 Exit codes: 0 all tested and passed, 1 something is broken, 2 bad input, 3 something was not tested (0 with
 ``--allow-untested``).
@@ -45,7 +45,7 @@ OF_FRAMEWORK = {"mace": ["mace-torch"], "nequip": ["nequip", "nequip-allegro"]}
 EXTRAS = {"mace": ["mace"], "nequip": ["nequip", "allegro"]}
 TEST_EXTRAS = ["report", "dev"]
 SHOWN = ("torch", "e3nn", "numpy", "ase")
-# What pip prints when it could not fetch; all else is a conflict of versions or a build that fails.
+# Output of pip when a download failed; any other failure is a conflict of versions or a failed build.
 NETWORK = re.compile(
     r"ConnectionError|NewConnectionError|ConnectTimeout|Read timed out|ReadTimeoutError|Connection broken|Retrying \(|"
     r"Temporary failure in name resolution|IncompleteRead|No space left on device|Network is unreachable"
@@ -53,11 +53,11 @@ NETWORK = re.compile(
 
 
 class Untested(Exception):
-    """The environment could not be made, for a reason that says nothing about the versions."""
+    """The environment could not be made, for a reason that is not the versions."""
 
 
 class Broken(Exception):
-    """The environment cannot be made of these versions."""
+    """The environment cannot be made with these versions."""
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Plan:
 
     label: str
     python: str
-    constraints: dict[str, list[str]] = field(default_factory=dict)  # framework: of pip
-    requested: dict[str, str] = field(default_factory=dict)  # framework: version beyond what pyproject allows
+    constraints: dict[str, list[str]] = field(default_factory=dict)  # constraints for pip, by framework
+    requested: dict[str, str] = field(default_factory=dict)  # version beyond the bound of pyproject, by framework
 
 
 @dataclass
@@ -92,27 +92,27 @@ def lowest_python(settings: dict[str, Any]) -> str:
 
 
 def highest_python(settings: dict[str, Any]) -> str:
-    found = [m[1] for line in settings["classifiers"] if (m := re.search(r"Python :: (3\.\d+)$", line))]
-    return max(found, key=lambda version: int(version.split(".")[1]))
+    versions = [m[1] for line in settings["classifiers"] if (m := re.search(r"Python :: (3\.\d+)$", line))]
+    return max(versions, key=lambda version: int(version.split(".")[1]))
 
 
 def floors(settings: dict[str, Any], framework: str) -> list[str]:
-    """``name==lowest`` for every dependency with a lower bound, those of the framework and the report included."""
+    """``name==lowest`` for every dependency with a lower bound, including those of the framework and the report."""
     extras = settings["optional-dependencies"]
-    found: dict[str, str] = {}
-    # An extra stands after the core, and may ask for more.
+    lowest: dict[str, str] = {}
+    # Extras come after the core, since they may ask for a higher version.
     for line in [
         *settings["dependencies"],
         *(line for name in (*EXTRAS[framework], "report") for line in extras[name]),
     ]:
         match = re.match(r"([\w.-]+).*?>=\s*([\w.]+)", line.split(";")[0])
         if match:
-            found[match[1]] = match[2]
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+            lowest[match[1]] = match[2]
+    return [f"{name}=={version}" for name, version in sorted(lowest.items())]
 
 
 def interpreter(version: str) -> str:
-    """Path of a Python of this version: on PATH, this one itself, or pyenv's."""
+    """Path of a Python of this version: the running one, one on PATH, or one of pyenv."""
     root = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
     pyenv = sorted(glob.glob(f"{root}/versions/{version}*/bin/python"))
     for candidate in [sys.executable, shutil.which(f"python{version}"), *pyenv]:
@@ -126,7 +126,7 @@ def interpreter(version: str) -> str:
 
 
 def run(command: Sequence[str], log: Path, deadline: float, **environment: str) -> int | None:
-    """Run a command with its output in a file; None if it had to be stopped at the deadline."""
+    """Run a command with its output in a file; return its exit code, or None if it was stopped at the deadline."""
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {' '.join(command)}\n")
         stream.flush()
@@ -151,7 +151,7 @@ def run(command: Sequence[str], log: Path, deadline: float, **environment: str) 
 
 
 def pip(python: Path, what: Sequence[str], log: Path, deadline: float) -> None:
-    """Install, with the constraints of the plan alone: those of the machine would make "newest" older."""
+    """Install with the constraints of the plan only, since those of the machine could make "newest" older."""
     start = log.stat().st_size if log.exists() else 0
     constraints = str(python.parents[1] / "constraints.txt")
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *what]
@@ -160,7 +160,7 @@ def pip(python: Path, what: Sequence[str], log: Path, deadline: float) -> None:
         return
     printed = log.read_text(encoding="utf-8", errors="replace")[start:]
     if code is None:
-        raise Untested(f"pip install {' '.join(what)}: out of time; the download is slow, or hangs")
+        raise Untested(f"pip install {' '.join(what)}: out of time; the download is slow or hangs")
     if NETWORK.search(printed):
         raise Untested(f"pip install {' '.join(what)}: the download failed")
     errors = [line for line in printed.splitlines() if line.startswith("ERROR:")] or printed.splitlines()[-1:]
@@ -173,7 +173,7 @@ def constrain(plan: Plan, framework: str, folder: Path) -> None:
 
 
 def make(plan: Plan, framework: str, folder: Path, log: Path, deadline: float) -> Path:
-    """The environment, with the first framework's torch in it."""
+    """Make the environment, with torch for the first framework, and return the path of its Python."""
     base = interpreter(plan.python)
     if run([base, "-m", "venv", str(folder)], log, deadline) != 0:
         raise Untested(f"{base} -m venv fails; see {log}")
@@ -185,16 +185,16 @@ def make(plan: Plan, framework: str, folder: Path, log: Path, deadline: float) -
 
 
 def install(plan: Plan, framework: str, python: Path, log: Path, deadline: float) -> dict[str, str]:
-    """Put a framework and this package into the environment; returns the versions that it holds."""
+    """Install a framework and this package into the environment, and return its versions."""
     constrain(plan, framework, python.parents[1])
     others = [name for key, names in OF_FRAMEWORK.items() if key != framework for name in names]
     run([str(python), "-m", "pip", "uninstall", "-q", "-y", *others], log, deadline)
-    wanted = plan.requested.get(framework)
-    if wanted is None:
+    requested = plan.requested.get(framework)
+    if requested is None:
         pip(python, [f"{ROOT}[{','.join([*EXTRAS[framework], *TEST_EXTRAS])}]"], log, deadline)
     else:
-        # Without our extra, whose bound may exclude the version that is asked for.
-        host = HOSTS[framework] + ("" if wanted == "newest" else f"=={wanted}")
+        # Without our extra, whose bound may exclude the requested version.
+        host = HOSTS[framework] + ("" if requested == "newest" else f"=={requested}")
         more = ["nequip-allegro"] if framework == "nequip" else []
         pip(python, ["--upgrade", f"{ROOT}[{','.join(TEST_EXTRAS)}]", host, *more], log, deadline)
     names = [*SHOWN, HOSTS[framework]]
@@ -204,7 +204,7 @@ def install(plan: Plan, framework: str, python: Path, log: Path, deadline: float
 
 
 def test(python: Path, arguments: Sequence[str], log: Path, deadline: float) -> tuple[str, str, list[str]]:
-    """Outcome, note and failures of a run of the tests."""
+    """Run the tests; return outcome, note and failures."""
     record = log.with_suffix(".xml")
     command = [str(python), "-m", "pytest", *arguments, f"--junitxml={record}"]
     code = run(command, log, deadline, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
@@ -266,13 +266,13 @@ def table(results: Sequence[Result]) -> str:
     rows = [head]
     for result in results:
         host = HOSTS[result.framework]
-        found = result.versions
+        versions = result.versions
         rows.append(
             [
                 result.label,
-                found.get("python", result.python),
-                *(found.get(name, "-") for name in SHOWN),
-                f"{host} {found.get(host, '-')}",
+                versions.get("python", result.python),
+                *(versions.get(name, "-") for name in SHOWN),
+                f"{host} {versions.get(host, '-')}",
                 result.outcome,
                 result.note,
             ]
@@ -304,18 +304,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ends", nargs="*", metavar="END", help="newest and oldest (the default), or one of them")
     parser.add_argument("--framework", choices=list(HOSTS), help="default: one after the other")
-    parser.add_argument("--python", metavar="X.Y", help="default: the highest that is promised")
+    parser.add_argument("--python", metavar="X.Y", help="default: the highest supported")
     for name in ("torch", *HOSTS):
         parser.add_argument(f"--{name}", metavar="VERSION", help="a version, or newest")
     parser.add_argument(
         "--tests", choices=["smoke", "all"], default="smoke", help="tests marked smoke, or all fast ones"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=600.0, help="for everything; what no longer fits is not tested"
-    )
+    parser.add_argument("--minutes", type=float, default=600.0, help="for everything; what does not fit is not tested")
     parser.add_argument("--install-minutes", type=float, default=30.0, help="for making one environment")
     parser.add_argument("--test-minutes", type=float, default=60.0, help="for one run of the tests")
-    parser.add_argument("--allow-untested", action="store_true", help="exit with 0 where nothing is broken")
+    parser.add_argument("--allow-untested", action="store_true", help="exit with 0 if nothing is broken")
     parser.add_argument("--logs", type=Path, help="folder to keep the logs in")
     arguments = parser.parse_args(argv)
     for end in arguments.ends:

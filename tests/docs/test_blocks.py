@@ -1,14 +1,14 @@
-"""README and docs are true: each of their blocks is run, and does what the text promises.
+"""README and docs hold: each block of a user's page is run, and does what the text promises.
 
     python -m pytest -m docs -n 0 tests/docs                    # all blocks of the environment this is called in
     python -m pytest -m docs -n 0 tests/docs -k mace.md         # those of one document
     python -m pytest -m docs -n 0 tests/docs -k "README.md:11"  # one block, after those it builds on
 
-`.ci/run` does the first in both environments. What needs no command to be run belongs to the default suite.
+`.ci/run` does the first in both environments. Tests that run no command belong to the default suite.
 
-A new block needs nothing here unless it belongs to one environment or cannot be run (see `doc_blocks`), or promises
-something that can be checked: then it gets a line in `PRINTED`, or files of a new kind a check in `check_file`. Long
-commands are shortened in `doc_blocks.SHORTER`, by options that the text names.
+A new block needs nothing here, with three exceptions. If it belongs to one environment or cannot be run, comments
+before it say so (see `doc_blocks`). If it promises an output, it gets a line in `PRINTED`. If it writes a new kind of
+file, `check_file` gets a check for it. `doc_blocks.SHORTER` shortens long commands by options that the text names.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from doc_blocks import (
     all_blocks,
     documents,
     installed,
+    pages,
     shortened,
 )
 
@@ -60,18 +61,18 @@ PRINTED = {
     "nequip-deploy info": ("quantized, compiled", "gaq_preset", "weights bytes"),
     "gaq_mace_create_lammps_model": ("Kept of the quantization",),
 }
-"""What a block prints if it has the command."""
+"""What a block that contains a command prints."""
 
 WITHOUT_PACKAGE = """
 import importlib.metadata as metadata, os, sys
-# As where this package is not installed: none of its entry points, none of its modules.
+# Hide this package: its entry points and its modules, as if it were not installed.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 real = metadata.entry_points
 def entry_points(**keys):
-    found = real(**keys)
+    points = real(**keys)
     if keys.get("group") == "nequip.extension":
-        found = metadata.EntryPoints(e for e in found if not e.value.startswith("gaq"))
-    return found
+        points = metadata.EntryPoints(point for point in points if not point.value.startswith("gaq"))
+    return points
 metadata.entry_points = entry_points
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -105,22 +106,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def forces(workspace: Workspace) -> Callable[[str], np.ndarray]:
     """``forces(file)``: forces (components,) on ``test.xyz`` by the stock calculator, without this package."""
-    found: dict[str, np.ndarray] = {}
+    forces_by_file: dict[str, np.ndarray] = {}
 
     def get(name: str) -> np.ndarray:
-        if name not in found:
+        if name not in forces_by_file:
             done = workspace.execute([sys.executable, "-c", WITHOUT_PACKAGE, name])
             assert done.returncode == 0, done.stdout
             lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("FORCES")]
-            found[name] = np.concatenate([np.array(line, dtype=float) for line in lines])
-        return found[name]
+            forces_by_file[name] = np.concatenate([np.array(line, dtype=float) for line in lines])
+        return forces_by_file[name]
 
     return get
 
 
 @pytest.fixture(autouse=True)
 def unchanged_dtype() -> Iterator[None]:
-    """MACE and NequIP set torch's default dtype."""
+    """Put torch's default dtype back, which MACE and NequIP set."""
     import torch
 
     before = torch.get_default_dtype()
@@ -129,7 +130,7 @@ def unchanged_dtype() -> Iterator[None]:
 
 
 def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: str) -> None:
-    """What the text promises of a file that a block has written, by its kind."""
+    """Check what the text promises of a file that a block has written, by its kind."""
     path = workspace.folder / name
     if path.is_dir():
         report = json.loads((path / "report.json").read_text())
@@ -150,15 +151,15 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
         assert facts["gaq_preset"] == "w8a16"
         assert facts["nequip_aoti_outputs"].split() == ["atomic_energy", "forces", "virial"]
     elif name.endswith((".model", ".nequip.zip", ".nequip.pt2")):
-        original = forces("MACE.model" if name.endswith(".model") else "MODEL.nequip.zip")
-        found = forces(name)
-        # The run of the quickstart is another training than that of the float model.
+        float_forces = forces("MACE.model" if name.endswith(".model") else "MODEL.nequip.zip")
+        # A trained model comes from another training than the float model, and differs more.
         bound = 0.5 if "trained" in name else 0.02
-        assert np.sqrt(np.mean((found - original) ** 2)) < bound * np.sqrt(np.mean(original**2))
+        difference = forces(name) - float_forces
+        assert np.sqrt(np.mean(difference**2)) < bound * np.sqrt(np.mean(float_forces**2))
 
 
 def check_quickstart(workspace: Workspace, block: Block) -> None:
-    """The table of the quickstart holds: as accurate as FP32, at least 4 times smaller, equivariant; one line apart."""
+    """Check the quickstart: as accurate as FP32, 4 times smaller, equivariant, configurations one line apart."""
     folder = workspace.folder / ("quickstart" if workspace.environment == "mace" else "quickstart/nequip")
     table = json.loads((folder / "comparison.json").read_text())
     assert list(table) == ["fp32", "gaq"]
@@ -173,18 +174,18 @@ def check_quickstart(workspace: Workspace, block: Block) -> None:
 
 
 def check_extras(workspace: Workspace) -> None:
-    """The extras that the text tells to install exist, and `.ci/run` installs them for this environment."""
-    told = {extra for line in (workspace.folder / "pip.log").read_text().splitlines() for extra in extras_of(line)}
-    assert told <= set(metadata("gaq").get_all("Provides-Extra") or [])
+    """Check that the extras the text installs exist, and that `.ci/run` installs them for this environment."""
+    named = {extra for line in (workspace.folder / "pip.log").read_text().splitlines() for extra in extras_of(line)}
+    assert named <= set(metadata("gaq").get_all("Provides-Extra") or [])
     script = (ROOT / ".ci" / "run").read_text()
     built = re.search(rf'^environment {workspace.environment} "([\w,]+)"', script, re.MULTILINE)
     assert built is not None
-    assert told <= set(built[1].split(","))
+    assert named <= set(built[1].split(","))
 
 
 def extras_of(text: str) -> list[str]:
     """The extras of ``pip install '.[a,b]'``."""
-    return [extra for found in re.findall(r"\.\[([\w,]+)\]", text) for extra in found.split(",")]
+    return [extra for names in re.findall(r"\.\[([\w,]+)\]", text) for extra in names.split(",")]
 
 
 @pytest.mark.docs
@@ -216,7 +217,7 @@ def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block,
         program = command[: next((i for i, word in enumerate(command) if word.startswith("--")), len(command))]
         done = workspace.execute([*program, "--help"])
         if "LAMMPS" in (block.not_run or "") and "No module named 'lammps'" in done.stdout:
-            continue  # the command exists, and not even its help runs without
+            continue  # the command exists, but without LAMMPS even its help does not run
         assert done.returncode == 0, f"{block}: {' '.join(program)} --help: {done.stdout}"
         for option in command[len(program) :]:
             assert not option.startswith("--") or option in done.stdout, f"{block}: {program} has no {option}"
@@ -225,15 +226,15 @@ def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block,
 @pytest.mark.docs
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
-    """A key `quantization` by the real parser and by a model of each kind, the other keys by the host's own reader."""
+    """The parser and a model accept the key `quantization`; the framework's own reader accepts the other keys."""
     settings = yaml.safe_load(block.text)
     if "quantization" in settings:
         value = settings["quantization"]
         config = parse_config(value)
         if isinstance(value, dict) and "distillation" in value:
-            # The mapping written out: what differs from the preset is what the text says is off unless given.
+            # The mapping written out: only what the text calls off by default may differ from the preset.
             plain = {key: part for key, part in value.items() if key not in ("attention", "overrides")}
-            # About MACE's files, and off where bits are given: of no interest to NequIP's page.
+            # `least_compression` concerns MACE's files only, so the mapping on NequIP's page leaves it out.
             plain["weights"] = {"least_compression": 4.0, **plain["weights"]}
             assert parse_config(plain) == parse_config("gaq")
             assert config.attention is not None
@@ -247,7 +248,7 @@ def test_yaml_is_accepted(block: Block, workspace: Workspace) -> None:
 
 
 def accept_in_mace(workspace: Workspace, settings: dict[str, Any]) -> None:
-    """An architecture by the stock training command, a key alone by a trained model."""
+    """Train a block that has an architecture with the stock command; prepare a trained model with a key alone."""
     import gaq
     from gaq_mace.root import is_quantized
 
@@ -270,7 +271,7 @@ def accept_in_mace(workspace: Workspace, settings: dict[str, Any]) -> None:
 
 
 def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
-    """The model of the quickstart's training file with what the block says of it, built as ``nequip-train`` does."""
+    """Build the model of the quickstart's training file, changed as the block says, as ``nequip-train`` builds it."""
     import nequip.utils.resolvers  # noqa: F401  (`list_to_identity_dict`)
     from hydra.utils import instantiate
     from nequip.utils.global_state import set_global_state
@@ -280,16 +281,16 @@ def accept_in_nequip(workspace: Workspace, settings: dict[str, Any]) -> None:
 
     set_global_state()
     text = (workspace.folder / "quickstart" / "nequip" / "fp32.yaml").read_text()
-    # What the statistics of the data would fill in.
+    # Numbers that NequIP would take from the statistics of the data.
     for name, value in (("num_neighbors_mean", 8.0), ("per_type_forces_rms", 1.0), ("per_atom_energy_mean", -1.0)):
         text = text.replace(f"${{training_data_stats:{name}}}", str(value))
     training = yaml.safe_load(text)
-    own = training["training_module"]["model"]
-    model = settings.get("training_module", {}).get("model", {"_target_": own["_target_"]})
+    quickstart_model = training["training_module"]["model"]
+    model = settings.get("training_module", {}).get("model", {"_target_": quickstart_model["_target_"]})
     inner = model.get("model", model)
-    assert inner["_target_"] == own["_target_"]
+    assert inner["_target_"] == quickstart_model["_target_"]
     inner.pop("...", None)
-    inner |= own
+    inner |= quickstart_model
     if inner is model:
         assert "quantization" in settings
         model = {"_target_": "gaq_nequip.quantized", "quantization": settings["quantization"], "model": inner}
@@ -311,17 +312,17 @@ def test_every_block_can_be_run_or_says_why_not() -> None:
 
 
 def test_commands_stand_in_fences() -> None:
-    """Markdown's indented blocks would not be found."""
+    """Only fences are collected, not Markdown's indented blocks."""
     command = re.compile(r" {4,}(python|pip|gaq|gaq_\w+|mace_\w+|nequip-\w+|import|from) ")
     for path in documents():
         outside = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
         assert not [line for line in outside.splitlines() if command.match(line)], path.name
 
 
-def test_readers_can_shorten_what_is_shortened_here() -> None:
+def test_options_that_shorten_commands_are_documented() -> None:
     text = "".join(path.read_text() for path in documents())
     for command, shorter in SHORTER:
-        assert command in text, f"{command} is in no document any more: remove its line"
+        assert command in text, f"{command} is in no document any more: remove its line in SHORTER"
         for option in re.findall(r"--[\w-]+", shorter):
             assert f"`{option}" in text, f"no document says what {option} does"
 
@@ -339,15 +340,31 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
         assert set(extras_of(block.text)) <= set(built[1].split(","))
 
 
+def test_supported_versions_of_the_text_are_those_of_pyproject() -> None:
+    readme, project = ((ROOT / name).read_text() for name in ("README.md", "pyproject.toml"))
+    (line,) = (line for line in readme.splitlines() if line.startswith("Supported: "))
+    lowest = re.search(r'^requires-python = ">=([\d.]+)"', project, re.MULTILINE)
+    torch = re.search(r'"torch(>=)([\d.]+)"', project)
+    assert lowest is not None
+    assert torch is not None
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", project)]
+    texts = [f"Python {lowest[1]} to 3.{max(minors)}", f"torch {torch[1]} {torch[2]}"]
+    for name, distribution in (("MACE", "mace-torch"), ("NequIP", "nequip"), ("Allegro", "nequip-allegro")):
+        bounds = re.search(rf'"{distribution}>=([\d.]+),<([\d.]+)"', project)
+        assert bounds is not None, distribution
+        texts.append(f"{name} >= {bounds[1]} (< {bounds[2]})")
+    assert line == f"Supported: {', '.join(texts)}."
+
+
 def test_presets_of_the_text_are_those_there_are() -> None:
     for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
         text = (ROOT / path).read_text()
         assert not [preset for preset in PRESETS if preset not in text], path
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_what_the_text_points_to_exists(path: Path) -> None:
-    """Links with their anchors, files in the text, extras, and the variables of the environment."""
+    """Links with their anchors, extras, and environment variables; `test_architecture` checks files and code."""
     text = path.read_text()
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)]*)?\)", text):
         if target.startswith("http"):
@@ -357,8 +374,6 @@ def test_what_the_text_points_to_exists(path: Path) -> None:
         headings = re.findall(r"^#+ (.+)$", other.read_text() if anchor else "", re.MULTILINE)
         anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
         assert not anchor or anchor in anchors, f"{path.name} links to {target}{anchor}"
-    for name in re.findall(r"`((?:gaq\w*|benchmarks|examples|configs|tests)/[\w./]*)`", text):
-        assert (ROOT / name).exists(), f"{path.name} names {name}"
     extras = extras_of(text) + re.findall(r"gaq\[(\w+)\]", text)
     assert set(extras) <= set(metadata("gaq").get_all("Provides-Extra") or [])
     sources = "".join(file.read_text() for package in ROOT.glob("gaq*/") for file in package.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The benchmark script for cards from end to end, without one."""
+"""The benchmark script for GPUs from end to end, without a GPU."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def table_of(text: str) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mace") is None, reason="MACE is not installed")
-def test_the_script_runs_without_a_card() -> None:
+def test_the_script_runs_without_a_gpu() -> None:
     cells = table_of(printed("--sizes", "3", "--without", "w8", "stock compiled"))
     for kind in ("stock eager", "engine fp32", "gaq"):
         assert float(cells[kind][1]) > 0.0
     assert cells["stock compiled"][1] == "left out"
-    assert cells["cuEquivariance"][1] in ("not installed", "needs a card")
+    assert cells["cuEquivariance"][1] in ("not installed", "needs a GPU")
     assert any("contraction, backward" in kind for kind in cells)
 
 

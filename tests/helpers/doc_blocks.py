@@ -1,8 +1,8 @@
-"""Fenced blocks of README and docs: how they are found, which environment they belong to, and how they are run.
+"""Fenced blocks of README and docs: collects them, tells which environment they belong to, and runs them.
 
-What a document says of a block stands in HTML comments right before its fence:
+HTML comments right before the fence say what a document has to say of a block:
 
-    <!-- environment: mace -->       mace or nequip; without it that of docs/mace.md and docs/nequip.md, elsewhere both
+    <!-- environment: mace -->       mace or nequip; default: that of docs/mace.md and docs/nequip.md, elsewhere both
     <!-- not run: needs a GPU -->    the block is not run, and why; only its options are checked
 """
 
@@ -32,7 +32,7 @@ SHORTER = (
     ("gaq report ", "gaq report --nve-ps 0.02 "),
     ('gaq.prepare(model, "gaq")', 'gaq.prepare(model, {"preset": "gaq", "distillation": {"steps": 20}})'),
 )
-"""What is put in place of a command so that it takes seconds: options that README or docs name."""
+"""Commands and their replacements that take seconds, by options that README or docs name."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,23 @@ class Block:
 
 
 def documents() -> list[Path]:
-    """README and every page below docs, in the order in which they are read."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The users' pages, whose blocks are run: README and docs, in the order in which they are read."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def pages() -> list[Path]:
+    """Every page: the users', and those for developers."""
+    return [*documents(), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "dev").glob("*.md"))]
 
 
 def blocks_of(path: Path) -> Iterator[Block]:
-    """The fenced blocks of a document, in its order.
+    """The fenced blocks of a document, from its top down.
 
     Raises:
         ValueError: for a fence that is never closed.
     """
     document = path.relative_to(ROOT).as_posix()
-    heading, said, lines = "", dict[str, str](), path.read_text().splitlines()
+    heading, comments, lines = "", dict[str, str](), path.read_text().splitlines()
     at = 0
     while at < len(lines):
         line = lines[at]
@@ -83,16 +88,16 @@ def blocks_of(path: Path) -> Iterator[Block]:
             if end is None:
                 raise ValueError(f"{document}:{at + 1}: this fence is never closed")
             text = "".join(f"{line[indent:]}\n" for line in lines[at + 1 : end])
-            environment = said.get("environment", path.stem if path.stem in ENVIRONMENTS else None)
-            yield Block(document, at + 1, heading, line.strip("` "), text, environment, said.get("not run"))
-            said, at = {}, end + 1
+            environment = comments.get("environment", path.stem if path.stem in ENVIRONMENTS else None)
+            yield Block(document, at + 1, heading, line.strip("` "), text, environment, comments.get("not run"))
+            comments, at = {}, end + 1
             continue
         if line.startswith("#"):
             heading = line.lstrip("# ")
         if (comment := COMMENT.fullmatch(line.strip())) is not None:
-            said[comment[1]] = comment[2]
+            comments[comment[1]] = comment[2]
         elif line.strip() and not line.strip().startswith("<!--"):
-            said = {}
+            comments = {}
         at += 1
 
 
@@ -119,7 +124,7 @@ def files_named(text: str) -> list[str]:
 
 
 def commands_of(block: Block) -> list[tuple[str, ...]]:
-    """What is run for a block: Python as a whole, each command of a shell in a shell of its own."""
+    """The commands to run for a block: one for Python, one for each line of a shell, each in a new shell."""
     text = shortened(block.text)
     if block.language == "python":
         return [(sys.executable, "-c", text)]
@@ -129,12 +134,12 @@ def commands_of(block: Block) -> list[tuple[str, ...]]:
 
 @dataclass
 class Done:
-    """A block, or a command of one, that was run.
+    """The result of running a block, or one of its commands.
 
     Attributes:
         code: exit code.
-        output: what it printed to both streams.
-        made: paths, relative to the folder, that it wrote or changed, of those it names.
+        output: text of both streams.
+        made: the named paths that it wrote or changed, relative to the folder.
     """
 
     code: int
@@ -143,18 +148,18 @@ class Done:
 
 
 class Workspace:
-    """A folder in which the blocks of one environment are run, each after those that stand before it in its document.
+    """A folder in which the blocks of one environment are run, each after the blocks before it in its document.
 
-    It has the folders of the repository that commands name, the models and structures under the names that the text
-    uses (those of the quickstart), and a ``pip`` that only notes what it was asked to install: what the extras bring is
-    installed already, and they are compared with those of ``.ci/run``.
+    It has the folders of the repository that commands name, and the quickstart's models and structures under the names
+    that the text uses. Its ``pip`` installs nothing, since all extras are installed already. It notes what it was asked
+    to install; `check_extras` of the tests compares that with ``.ci/run``.
     """
 
     def __init__(self, folder: Path, environment: str) -> None:
         self.folder = folder
         self.environment = environment
         self.done: dict[Block, Done] = {}
-        # The same command in two documents is run once.
+        # A command that occurs in two documents is run once.
         self.finished: dict[tuple[str, ...], Done] = {}
         self.blocks = [
             block
@@ -173,7 +178,7 @@ class Workspace:
         self.variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
     def execute(self, arguments: list[str], timeout: float = 900) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder; both streams in its ``stdout``."""
+        """Run a command in the folder; the result's ``stdout`` has both streams."""
         return subprocess.run(
             arguments,
             cwd=self.folder,
@@ -200,8 +205,8 @@ class Workspace:
         for command in commands_of(block):
             if command not in self.finished:
                 self.finished[command] = self._finish(command, files_named(block.text))
-            one = self.finished[command]
-            done = Done(one.code, done.output + one.output, [*done.made, *one.made])
+            result = self.finished[command]
+            done = Done(result.code, done.output + result.output, [*done.made, *result.made])
             if done.code != 0:
                 break
         self.done[block] = done
@@ -210,7 +215,7 @@ class Workspace:
         return done
 
     def _finish(self, command: tuple[str, ...], names: list[str]) -> Done:
-        """Run a command, and see which of the named files it writes or changes."""
+        """Run a command, and note which of the named files it writes or changes."""
         before = {name: self._changed(name) for name in names}
         finished = self.execute(list(command))
         made = [name for name in names if self._changed(name) not in (None, before[name])]
@@ -224,7 +229,7 @@ class Workspace:
         return max(newest)
 
     def _name_models(self) -> None:
-        """The quickstart's data and models, under the names that the text uses for the reader's own."""
+        """Copy the quickstart's data and models to the names that the text uses for the reader's."""
         if self.environment == "mace":
             made = self.folder / "quickstart"
             shutil.copy(made / "fp32.model", self.folder / "MACE.model")
@@ -232,7 +237,7 @@ class Workspace:
             made = self.folder / "quickstart" / "nequip"
             shutil.copy(made / "fp32" / "best.ckpt", self.folder / "MODEL.ckpt")
             shutil.copytree(made / "gaq", self.folder / "RUN")
-            # Where the checkpoints have their training data: beside the folder in which training was started.
+            # Checkpoints look for their training data by a path relative to the folder where training started.
             shutil.copy(made / "train.xyz", self.folder / "train.xyz")
             done = self.execute(["nequip-package", "build", "MODEL.ckpt", "MODEL.nequip.zip"])
             assert done.returncode == 0, done.stdout
