@@ -398,7 +398,7 @@ class TestReport:
         def never(structures):
             raise AssertionError
 
-        monkeypatch.setattr("gaq.reporting.measure.LARGEST_OF_THE_REFERENCE_PATH", 3)
+        monkeypatch.setattr("gaq.reporting.measure.MAX_REFERENCE_PATH_ATOMS", 3)
         subject, structures = case
         model = subject("quantized.model", "gaq", engine_error=never)
         report = measure_subject(model, structures[:1], subject("fp32.model", naive=never))
