@@ -120,9 +120,9 @@ def open_file(
 def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None]:
     """Make `Subject.engine_error`; it returns None in float64 too, where no more precise result exists.
 
-    Both errors are relative to the same model in float64, because errors relative to the unquantized model would measure
-    the rounding instead of the arithmetic. A ratio of rounding errors needs many atoms, so copies of the structures
-    with atoms moved by 0.01 Å are added.
+    Both errors are relative to the same model in float64; errors relative to the unquantized model would measure the
+    rounding instead of the arithmetic. A ratio of rounding errors needs many atoms, so copies of the structures with
+    atoms moved by 0.01 Å are added.
     """
 
     def measure(structures: Sequence[Atoms]) -> float | None:
