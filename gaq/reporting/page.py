@@ -132,9 +132,9 @@ def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     body = "".join(
-        f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(ours))}</td>"
-        f"<td class='n'>{_text(_value(theirs))}</td><td class='muted'>{_text(unit)}</td></tr>"
-        for label, unit, ours, theirs in metric_rows(model, reference)
+        f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(value))}</td>"
+        f"<td class='n'>{_text(_value(reference_value))}</td><td class='muted'>{_text(unit)}</td></tr>"
+        for label, unit, value, reference_value in metric_rows(model, reference)
     )
     head = "<tr><th>Metric</th><th class='n'>Model</th><th class='n'>Reference</th><th>Unit</th></tr>"
     return f"<table>{head}{body}</table>"

@@ -220,17 +220,17 @@ def test_quantize_leaves_the_original(models: Any, evaluate: Evaluate, structure
 def test_variants_compute_close_to_float(models: Any, evaluate: Evaluate, structures: list[Any], variant: str) -> None:
     """Every architecture runs, and with the default preset its forces are near those of the float model."""
     energies, forces = evaluate(models.float_model(variant), structures)
-    found = evaluate(models.quantized("gaq", variant), structures)
-    assert 0 < np.abs(found[1] - forces).mean() < 0.05 * np.abs(forces).mean()
-    assert np.abs(found[0] - energies).max() < 0.05 * np.ptp(energies)
+    actual = evaluate(models.quantized("gaq", variant), structures)
+    assert 0 < np.abs(actual[1] - forces).mean() < 0.05 * np.abs(forces).mean()
+    assert np.abs(actual[0] - energies).max() < 0.05 * np.ptp(energies)
 
 
 def test_four_bits_are_a_rounding_and_no_ruin(
     case: Case, models: Any, evaluate: Evaluate, structures: list[Any]
 ) -> None:
     _, forces = evaluate(models.float_model(), structures)
-    found = evaluate(models.quantized("w4"), structures)
-    assert 0 < np.abs(found[1] - forces).mean() < 0.5 * np.abs(forces).mean()
+    actual = evaluate(models.quantized("w4"), structures)
+    assert 0 < np.abs(actual[1] - forces).mean() < 0.5 * np.abs(forces).mean()
 
 
 @pytest.mark.parametrize(("preset", "least", "most"), [("gaq", 0.99, 1.01), ("w4", 0.95, 1.3)])
@@ -294,8 +294,8 @@ def test_a_deep_copy_is_the_model_and_its_own(
     # By name: torch.fx makes a class of its own for every graph.
     assert [type(m).__qualname__ for m in twin.modules()] == [type(m).__qualname__ for m in model.modules()]
     energies, forces = evaluate(model, structures)
-    for found, expected in zip(evaluate(twin, structures), (energies, forces), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(evaluate(twin, structures), (energies, forces), strict=True):
+        np.testing.assert_array_equal(actual, expected)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
@@ -313,12 +313,12 @@ def assert_same_quantization(case: Case, first: Any, second: Any) -> None:
     for name, parameter in first.named_parameters():
         assert others[name].dtype == parameter.dtype
         assert torch.equal(others[name], parameter), name
-    codes, theirs = case.codes(first), case.codes(second)
-    assert codes.keys() == theirs.keys()
+    codes, other_codes = case.codes(first), case.codes(second)
+    assert codes.keys() == other_codes.keys()
     for name in codes:
-        assert torch.equal(codes[name].codes, theirs[name].codes), name
-        assert torch.equal(codes[name].scale, theirs[name].scale), name
-        assert codes[name].bits == theirs[name].bits
+        assert torch.equal(codes[name].codes, other_codes[name].codes), name
+        assert torch.equal(codes[name].scale, other_codes[name].scale), name
+        assert codes[name].bits == other_codes[name].bits
     quantizers = adapter_for(second).feature_quantizers(second)
     assert quantizers.keys() == adapter_for(first).feature_quantizers(first).keys()
     for name, quantizer in adapter_for(first).feature_quantizers(first).items():
@@ -353,8 +353,8 @@ def test_a_file_holds_the_model(
         assert_same_quantization(case, model, loaded)
     frames = few_frames()
     energies, forces = evaluate(model, frames)
-    for found, expected in zip(evaluate(loaded, frames), (energies, forces), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=form.tolerance)
+    for actual, expected in zip(evaluate(loaded, frames), (energies, forces), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=form.tolerance)
     calculator = adapter.calculator(path)
     atoms = frames[0].copy()
     atoms.calc = calculator
@@ -440,9 +440,9 @@ def test_rounded_weights_keep_the_symmetry(
     model = models.quantized(preset, dtype=DOUBLE, status=status)
     energies, forces = evaluate(model, structures)
     others, rotation = turned(structures)
-    found = evaluate(model, others)
-    assert np.abs(found[0] - energies).max() < 1e-11
-    assert np.abs(found[1] - forces @ rotation.T).max() < 1e-11
+    actual = evaluate(model, others)
+    assert np.abs(actual[0] - energies).max() < 1e-11
+    assert np.abs(actual[1] - forces @ rotation.T).max() < 1e-11
 
 
 def trained_in_float64(case: Case, preset: str) -> Any:

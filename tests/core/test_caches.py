@@ -75,11 +75,11 @@ def test_threads_that_ask_at_once_get_one_value(kind: str) -> None:
     key = Thing()
     caches: dict[str, Any] = {"cache": Cache(most=2), "weak keys": WeakKeyCache(), "weak values": WeakValueCache()}
     ask = cached(1)(make) if kind == "function" else lambda key: caches[kind].get(key, make)
-    barrier, found = threading.Barrier(6), []
+    barrier, received = threading.Barrier(6), []
 
     def run() -> None:
         barrier.wait()
-        found.append(ask(key))
+        received.append(ask(key))
 
     threads = [threading.Thread(target=run) for _ in range(6)]
     for thread in threads:
@@ -87,7 +87,7 @@ def test_threads_that_ask_at_once_get_one_value(kind: str) -> None:
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    assert found == made * 6
+    assert received == made * 6
 
 
 def test_weak_caches_are_bounded_by_what_is_alive() -> None:
