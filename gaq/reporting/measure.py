@@ -232,7 +232,7 @@ def _scan(subject: Subject, reference: Subject, atoms: Atoms) -> SmoothnessResul
 def _against_plain_operations(
     subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int
 ) -> dict[str, float | None]:
-    """Error ratio of the fused kernels to the reference path, and ratio of naive rounding's rotation error to the model's."""
+    """Compare the errors of fused kernels and reference path, and the rotation errors of naive rounding and model."""
     small = [atoms for atoms in checked if len(atoms) <= MAX_REFERENCE_PATH_ATOMS][:4]
     ratios: dict[str, float | None] = {"engine_error_ratio": None, "lee_naive_ratio": None}
     if subject.preset == FLOAT or not small:

@@ -74,7 +74,7 @@ def describe_schedule(config: QuantizationConfig) -> list[str]:
             "(training.round_weights: throughout rounds them all the while)"
         )
     if vectors.magnitude_bits is not None:
-        annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
+        annealed = f", with a range that shrinks to the observed one over {vectors.anneal_epochs} epochs"
         lines.append(
             f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
             f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"

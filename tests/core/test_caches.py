@@ -1,4 +1,4 @@
-"""Caches: bounded, made once whoever asks first, empty in copies."""
+"""Caches: bounded, each value made once, empty in copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Thing:
 def test_the_least_recently_used_goes() -> None:
     cache: Cache[int, str] = Cache(most=2)
     for key in (1, 2, 1, 3):
-        assert cache.get(key, lambda key=key: f"made {key}") == f"made {key}"  # type: ignore[misc]
+        assert cache.get(key, lambda key=key: f"made {key}") == f"made {key}"  # type: ignore[misc]  # mypy cannot type the default
     assert cache.keys() == [1, 3]
     assert cache.values() == ["made 1", "made 3"]
     assert cache.peek(2) is None
@@ -125,7 +125,7 @@ def test_functions() -> None:
 
     assert [double(x) for x in (1, 2, 1, 3, 1, 2)] == [2, 4, 2, 6, 2, 4]
     assert calls == [1, 2, 3, 2]
-    double.cache_clear()  # type: ignore[attr-defined]
+    double.cache_clear()  # type: ignore[attr-defined]  # as in functools
     assert double(1) == 2
     assert calls == [1, 2, 3, 2, 1]
     assert double.__doc__ == "Twice."

@@ -323,7 +323,7 @@ def test_weights_whose_rounding_is_negligible_move_exactly(adapter: Any) -> None
         enabled_flags.append(close.enabled)
         return forward(weight)
 
-    close.forward = watched  # type: ignore[method-assign]
+    close.forward = watched  # type: ignore[method-assign]  # to watch the calls
     weight = model.up.weight.detach().clone()
     result = ptq.distill(adapter, model, data, config, progress=False)
     # Labels; the first error; steps and their errors; the last error.

@@ -207,7 +207,7 @@ class TestGates:
 
     def test_gates_are_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            evaluate_gates(GOOD, "gaq", FP32)["lee"].passed = False  # type: ignore[misc]
+            evaluate_gates(GOOD, "gaq", FP32)["lee"].passed = False  # type: ignore[misc]  # frozen
 
 
 class TestTables:

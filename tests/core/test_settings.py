@@ -83,7 +83,7 @@ def test_they_are_read_once(unread: pytest.MonkeyPatch) -> None:
     unread.setenv("GAQ_SKIN", "wide")
     assert settings.current().skin == 0.5
     with pytest.raises(FrozenInstanceError):
-        settings.current().skin = 1.0  # type: ignore[misc]
+        settings.current().skin = 1.0  # type: ignore[misc]  # frozen
 
 
 def test_override(unread: pytest.MonkeyPatch) -> None:
