@@ -7,8 +7,7 @@
     gaq.convert(model)                    # round the weights for good
     print(gaq.summary(model))
 
-The core knows neither MACE nor NequIP: adapters register themselves under the entry point group
-``gaq.adapters``.
+The core imports neither MACE nor NequIP: adapters register under the entry point group ``gaq.adapters``.
 """
 
 from __future__ import annotations

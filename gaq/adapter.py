@@ -1,4 +1,4 @@
-"""What the core asks of a framework adapter, and how an adapter is found."""
+"""The interface of a framework adapter, and the search for the adapter of a model or file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUP = "gaq.adapters"
 
 
 class Adapter(Protocol):
-    """One framework, seen from the core. All methods change models in place."""
+    """A framework as the core sees it. Methods that change a model do so in place."""
 
     name: str
 
@@ -40,7 +40,7 @@ class Adapter(Protocol):
         ...
 
     def process_state(self) -> AbstractContextManager[None]:
-        """A context with the process-wide state the framework computes in, which puts it back afterwards."""
+        """Return a context with the process-wide state the framework computes in; leaving it restores the state."""
         ...
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
@@ -52,19 +52,19 @@ class Adapter(Protocol):
     def convert(self, model: torch.nn.Module) -> torch.nn.Module: ...
 
     def in_float64(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A copy that computes in float64."""
+        """Return a copy that computes in float64."""
         ...
 
     def config(self, model: torch.nn.Module) -> QuantizationConfig | None:
-        """The configuration of a quantized model, None for a float one."""
+        """Return the configuration of a quantized model, None for a float one."""
         ...
 
     def status(self, model: torch.nn.Module) -> str:
-        """``float``, ``training`` or ``converted``."""
+        """Return ``float``, ``training`` or ``converted``."""
         ...
 
     def notes(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Plain data stored with a quantized model; may be added to."""
+        """Return the plain data stored with a quantized model; callers may add to it."""
         ...
 
     def rows(self, model: torch.nn.Module) -> list[SummaryRow]: ...
@@ -80,52 +80,53 @@ class Adapter(Protocol):
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Energies (graphs,), forces (atoms, 3) and atoms of each graph (graphs,)."""
+        """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
-        """For each quantized parameter and block the matrix ``sum x x^T`` of its inputs, where it has one."""
+        """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none."""
         ...
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
-        """What a file is: one of `gaq.reporting.gates.FILE_KINDS`."""
+        """Return the kind of a file, one of `gaq.reporting.gates.FILE_KINDS`."""
         ...
 
     def is_fused(self, model: torch.nn.Module) -> bool:
-        """Whether energies and forces of a model go through fused kernels that `reference_path` switches off."""
+        """Whether a model runs through fused kernels that `reference_path` switches off."""
         ...
 
     def reference_path(self) -> AbstractContextManager[None]:
-        """Within the context models run through plain operations."""
+        """Return a context in which models run through plain operations."""
         ...
 
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential: ...
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
-        """The framework's own ASE calculator of a file."""
+        """Return the framework's ASE calculator of a file."""
         ...
 
 
 @cached(most=1)
 def adapters() -> dict[str, Adapter]:
-    """Adapters whose framework is installed, by name."""
-    found: dict[str, Adapter] = {}
+    """Return the adapters whose framework is installed, by name."""
+    installed: dict[str, Adapter] = {}
     for entry in entry_points(group=GROUP):
         try:
-            found[entry.name] = entry.load()()
+            installed[entry.name] = entry.load()()
         except ModuleNotFoundError as error:
-            # The framework itself is not there: its extra was not installed.
+            # A missing framework is no error: its extra is not installed. A missing module of ours is one.
             if error.name is None or error.name.split(".")[0].startswith("gaq"):
                 raise
-    return found
+    return installed
 
 
 def _installed() -> str:
+    """Names of the installed adapters, for messages."""
     return ", ".join(adapters()) or "none (install gaq[mace] or gaq[nequip])"
 
 
 def adapter_for(model: torch.nn.Module) -> Adapter:
-    """The adapter of a model.
+    """Return the adapter of a model.
 
     Raises:
         TypeError: if no installed adapter knows the model.
@@ -140,7 +141,7 @@ def adapter_for(model: torch.nn.Module) -> Adapter:
 
 
 def adapter_for_file(path: str | Path) -> Adapter:
-    """The adapter of a model file.
+    """Return the adapter of a model file.
 
     Raises:
         ValueError: if the file is missing, or no installed adapter reads files of this name.

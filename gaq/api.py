@@ -1,4 +1,4 @@
-"""The Python interface: prepare, calibrate, convert, summary, report."""
+"""The Python interface: load, prepare, calibrate, convert, save, summary, report, sensitivity."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def _in_its_process_state(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Call a function in the process-wide state of the framework its first argument is of, and put that back."""
+def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Call a function in the process-wide state that the framework of its first argument needs, and restore it."""
     name = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
@@ -44,19 +44,19 @@ def _in_its_process_state(function: Callable[Arguments, Result]) -> Callable[Arg
     return call
 
 
-@_in_its_process_state
+@_in_process_state
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
-    """Load a model, float or quantized; see the adapter of its framework for what it raises."""
+    """Load a model, float or quantized; the adapter of its framework says what it raises."""
     return adapter_for_file(path).load(path, device)
 
 
-@_in_its_process_state
+@_in_process_state
 def save(model: torch.nn.Module, path: str | Path) -> None:
-    """Write a quantized model, packed; ``*.safetensors`` for the form that runs no code on load."""
+    """Write a quantized model in packed form; the form ``*.safetensors`` runs no code when loaded."""
     adapter_for(model).save(model, path)
 
 
-@_in_its_process_state
+@_in_process_state
 def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
@@ -74,16 +74,16 @@ def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
     return adapter_for(model).prepare(model, parse_config(config))
 
 
-@_in_its_process_state
+@_in_process_state
 def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: bool = True) -> torch.nn.Module:
-    """Post-training quantization of a prepared model, in place, without reference labels.
+    """Quantize a prepared model after training, in place and without reference labels.
 
-    Activation ranges from a sample of the structures; rounding calibrated layer by layer; then
-    self-distillation against the float model's own forces (see `gaq.training.ptq`).
+    The steps are rounding calibrated layer by layer, self-distillation against the float model's forces, and activation
+    ranges from a sample of the structures (see `gaq.training.ptq`).
 
     Args:
-        model: prepared, not yet converted.
-        structures: what the model is to be used on; at least one.
+        model: a prepared model, not converted.
+        structures: structures like those the model will be used on; at least one.
         progress: whether to show progress bars.
 
     Returns:
@@ -114,29 +114,29 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     return model
 
 
-@_in_its_process_state
+@_in_process_state
 def sensitivity(
     model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "naive_w8a8", progress: bool = True
 ) -> list[ptq.Sensitivity]:
-    """Round one weight tensor at a time and measure the forces: which tensors deserve 16 bits.
+    """Round one weight tensor at a time and measure the force error, to find the tensors that deserve 16 bits.
 
     Args:
         model: a float model; it is not changed.
-        structures: a handful; labels are not needed.
+        structures: a few structures; labels are not needed.
         config: how to round; the default gives every tensor the same 8 bits.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Returns:
-        One entry a tensor, the costliest first; put the deserving ones under ``overrides``, as
+        One entry per tensor, the largest error first. Put those that deserve 16 bits under ``overrides``, as
         ``{"products.*.symmetric_contractions": {"weights": {"bits": 16}}}``.
     """
     prepared = prepare(copy.deepcopy(model), config)
     return ptq.sensitivity_scan(adapter_for(prepared), prepared, structures, progress=progress)
 
 
-@_in_its_process_state
+@_in_process_state
 def convert(model: torch.nn.Module) -> torch.nn.Module:
-    """Round the weights for good, in place. The model is then what its file will hold.
+    """Round the weights for good, in place. The model then equals what its file will hold.
 
     Raises:
         ValueError: if the model is not prepared, or rounds activations whose ranges were never observed.
@@ -150,22 +150,22 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     return adapter.convert(model)
 
 
-@_in_its_process_state
+@_in_process_state
 def quantize(
     model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "gaq", progress: bool = True
 ) -> torch.nn.Module:
-    """`prepare`, `calibrate` and `convert` of a copy of the model; the original stays as it is."""
+    """Prepare, calibrate and convert a copy of the model; the original does not change."""
     quantized = prepare(copy.deepcopy(model), config)
     return convert(calibrate(quantized, structures, progress))
 
 
-@_in_its_process_state
+@_in_process_state
 def summary(model: torch.nn.Module) -> str:
-    """A table with a row a module: irreps, bits, scales, bytes, and why what is left in float is."""
+    """Return a table with one row per module: irreps, bits, scales, bytes, and why a module stays float."""
     return format_rows(adapter_for(model).rows(model))
 
 
-@_in_its_process_state
+@_in_process_state
 def report(
     path: str | Path,
     structures: Sequence[Atoms],
@@ -183,12 +183,12 @@ def report(
         reference: the float model to compare with.
         nve_ps: length of a simulation without thermostat; 0 leaves it out.
         progress: whether to show progress bars.
-        device: to run on.
-        trained: hold the force error to the bound for models trained with the key ``quantization``; checkpoints of
-            such a training are anyway.
+        device: device to run on.
+        trained: apply the force-error bound of models trained with the key ``quantization``; checkpoints of such a
+            training get it without the flag.
 
     Returns:
-        The report as plain data, see `gaq.reporting.measure_subject`.
+        The report as plain data; see `gaq.reporting.measure_subject`.
     """
     from gaq.reporting import measure_file
 

@@ -1,9 +1,9 @@
-"""Caches with a bound that several threads may use at once.
+"""Bounded caches that several threads may share.
 
-Every cache of the packages is one of these, so that none grows with the number of structures or files a process has
-seen, and a value that two threads ask for at the same time is made once, by the first of them. Plans and tables that a
-kernel's problem keeps for each device or size are plain dictionaries: their keys are few, and compilers trace through
-them, which a lock would end.
+All caches of the packages are of these classes: none grows with the number of structures or files of a process, and a
+value that two threads ask for at the same time is made only once. The exceptions are the plans and tables that a
+kernel's problem keeps for each device or size. They are plain dictionaries, because their keys are few and compilers
+trace through them, which a lock would prevent.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Result = TypeVar("Result")
 
 
 class Cache(Generic[Key, Value]):
-    """Values by key; beyond `most` of them the least recently used goes.
+    """Values by key; beyond `most` values the least recently used one is dropped.
 
-    Copies and pickles of a cache are empty: what it holds can be made again.
+    Copies and pickles of a cache are empty: its values can be made again.
 
         tables: Cache[int, Tensor] = Cache(most=8)
         table = tables.get(degree, lambda: make_table(degree))
 
     Args:
-        most: values that are kept.
+        most: largest number of values.
     """
 
     def __init__(self, most: int) -> None:
@@ -39,11 +39,11 @@ class Cache(Generic[Key, Value]):
             raise ValueError(f"most: a cache keeps at least 1 value, not {most}")
         self.most = most
         self._entries: MutableMapping[Key, Value] = OrderedDict()
-        # Held while a value is made: who asks for the same one waits for it. Making one may ask for another.
+        # Held while a value is made, so that other threads wait for it. Reentrant: making a value may ask for another.
         self._lock = threading.RLock()
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key, made now if it is not there. Where making it raises, nothing is kept."""
+        """Return the value of a key, and make it if it is missing. If making it raises, nothing is kept."""
         with self._lock:
             try:
                 value = self._entries[key]
@@ -55,36 +55,36 @@ class Cache(Generic[Key, Value]):
             return value
 
     def peek(self, key: Key) -> Value | None:
-        """The value of a key, or None. This is no use of it."""
+        """Return the value of a key, or None, without counting as a use."""
         with self._lock:
             return self._entries.get(key)
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value, in place of another one if there is one."""
+        """Store a value, in place of a previous one."""
         with self._lock:
             self._entries[key] = value
             self._used(key)
             while len(self._entries) > self.most:
-                # The first of an ordered dictionary: the one whose last use is the longest ago.
+                # The first entry is the least recently used.
                 del self._entries[next(iter(self._entries))]
 
     def drop(self, key: Key) -> None:
-        """Forget a value, if there is one."""
+        """Remove a value, if there is one."""
         with self._lock:
             self._entries.pop(key, None)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all values."""
         with self._lock:
             self._entries.clear()
 
     def keys(self) -> list[Key]:
-        """The keys at this moment, the least recently used first."""
+        """Return the present keys, the least recently used first."""
         with self._lock:
             return list(self._entries)
 
     def values(self) -> list[Value]:
-        """The values at this moment, in the order of `keys`."""
+        """Return the present values, in the order of `keys`."""
         with self._lock:
             return list(self._entries.values())
 
@@ -100,7 +100,7 @@ class Cache(Generic[Key, Value]):
 
 
 class _WeakCache(Cache[Key, Value]):
-    """A cache whose bound is what else is alive in the process."""
+    """A cache whose entries vanish with the objects they refer to."""
 
     def __init__(self, entries: MutableMapping[Key, Value]) -> None:
         super().__init__(most=1)
@@ -115,26 +115,26 @@ class _WeakCache(Cache[Key, Value]):
 
 
 class WeakKeyCache(_WeakCache[Key, Value]):
-    """Values that live as long as the object they belong to."""
+    """Values that live as long as their keys."""
 
     def __init__(self) -> None:
         super().__init__(weakref.WeakKeyDictionary())
 
 
 class WeakValueCache(_WeakCache[Key, Value]):
-    """Values that are kept as long as somebody else uses them."""
+    """Values that live as long as something else refers to them."""
 
     def __init__(self) -> None:
         super().__init__(weakref.WeakValueDictionary())
 
 
 def cached(most: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """A decorator as `functools.lru_cache`, but a result that several threads ask for at once is computed once.
+    """Decorate a function like `functools.lru_cache`, but compute a result once if several threads ask for it.
 
-    ``function.cache_clear()`` forgets all results. Arguments are given by position.
+    ``function.cache_clear()`` removes all results. Arguments are positional.
 
     Args:
-        most: results that are kept.
+        most: largest number of results.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -144,8 +144,7 @@ def cached(most: int) -> Callable[[Callable[..., Result]], Callable[..., Result]
         def wrapper(*args: Any) -> Result:
             return results.get(args, lambda: function(*args))
 
-        # As functools names it; mypy knows no attributes of functions.
-        wrapper.cache_clear = results.clear  # type: ignore[attr-defined]
+        wrapper.cache_clear = results.clear  # type: ignore[attr-defined]  # functools' name; mypy has no such attribute
         return wrapper
 
     return decorate

@@ -14,16 +14,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gaq import settings
 from gaq.third_party_warnings import hidden_in_commands
+
+if TYPE_CHECKING:
+    import torch
+
+    from gaq.adapter import Adapter
 
 __all__ = ["main"]
 
 
 class InputError(ValueError):
-    """Bad input: one line for the user, exit code 2."""
+    """Bad input; its message is one line for the user, and the exit code is 2."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--config", default="gaq", help="preset, YAML file or mapping (default: gaq)")
     quantize.add_argument(
-        "--calibration", help="structures (any format ASE reads) the model is to be used on; labels are not needed"
+        "--calibration",
+        help="structures like those the model will be used on (any format ASE reads); no labels needed",
     )
     quantize.add_argument("--device", default="cpu", help="cpu or cuda")
     quantize.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
@@ -53,14 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--trained",
         action="store_true",
-        help="hold the force error to the bound for models trained with the key `quantization` (1.00 of the "
-        "reference's); checkpoints of such a training are anyway",
+        help="apply the force-error bound of models trained with the key `quantization` (1.00 of the reference's); "
+        "checkpoints of such a training get it without the flag",
     )
     report.add_argument("--nve-ps", type=float, default=50.0, help="length of the NVE runs in ps; 0 leaves them out")
     report.add_argument("--frames", type=int, default=200, help="structures used for errors (evenly spaced)")
     report.add_argument("--device", default="cpu")
 
-    inspect = commands.add_parser("inspect", help="a row a module: bits, scales, bytes, and why the rest is float")
+    inspect = commands.add_parser("inspect", help="one row per module: bits, scales, bytes, and why the rest is float")
     inspect.add_argument("model")
     inspect.add_argument("--device", default="cpu")
     inspect.add_argument(
@@ -105,20 +111,28 @@ def _metric_lines(report: dict[str, Any]) -> str:
     return format_table([dict(zip(names, row, strict=True)) for row in rows], ["metric", "model", "reference", "unit"])
 
 
-def _quantize(arguments: argparse.Namespace) -> int:
-    from gaq import api
-    from gaq.adapter import adapter_for_file
-    from gaq.checks.errors import spaced
-    from gaq.config.parse import parse_config
-    from gaq.reporting import failed_gates
+def _checked_output(name: str, model: str) -> Path:
+    """Return the path of the file to write.
 
-    output = Path(arguments.output)
+    Raises:
+        InputError: if the file cannot be written there, or is the input model.
+    """
+    output = Path(name)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; give the name of a file.")
-    if output.exists() and output.samefile(arguments.model):
+    if output.exists() and output.samefile(model):
         raise InputError(f"--output {output}: is the input model itself; choose another name.")
+    return output
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from gaq import api
+    from gaq.adapter import adapter_for_file
+    from gaq.config.parse import parse_config
+
+    output = _checked_output(arguments.output, arguments.model)
     config = parse_config(arguments.config)
     observes = config.rounds_activations or config.attention is not None
     needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
@@ -132,12 +146,40 @@ def _quantize(arguments: argparse.Namespace) -> int:
     model = adapter.load(arguments.model, arguments.device)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
-    adapter.batches(model, structures, 1) if structures else None
+    if structures:
+        adapter.batches(model, structures, 1)  # raises at once for elements that the model does not know
     quantized = api.prepare(copy.deepcopy(model), config)
     if structures:
         api.calibrate(quantized, structures)
     api.convert(quantized)
+    failed = _write_judged(adapter, quantized, structures, arguments)
+    if failed and not arguments.force:
+        print(
+            f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
+            "--force writes the model all the same and marks it.",
+            file=sys.stderr,
+        )
+        return 1
+    before, after = Path(arguments.model).stat().st_size, output.stat().st_size
+    print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
+    return 1 if failed else 0
 
+
+def _write_judged(
+    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Any], arguments: argparse.Namespace
+) -> list[str]:
+    """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
+
+    Without structures nothing is measured.
+
+    Returns:
+        Names of the gates that failed.
+    """
+    from gaq import api
+    from gaq.checks.errors import spaced
+    from gaq.reporting import failed_gates
+
+    output = Path(arguments.output)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
         adapter.save(quantized, trial)
@@ -151,18 +193,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
             name: {key: gate[key] for key in ("value", "bound", "passed", "enforced")} for name, gate in gates.items()
         }
         adapter.notes(quantized)["failed_gates"] = failed
-        if failed and not arguments.force:
-            print(
-                f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
-                "--force writes the model all the same and marks it.",
-                file=sys.stderr,
-            )
-            return 1
-        adapter.save(quantized, trial)
-        trial.replace(output)
-    before, after = Path(arguments.model).stat().st_size, output.stat().st_size
-    print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
-    return 1 if failed else 0
+        if arguments.force or not failed:
+            adapter.save(quantized, trial)
+            trial.replace(output)
+    return failed
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -244,7 +278,7 @@ def _doctor() -> int:
     for setting in settings.rows():
         problem = "" if setting.problem is None else f": {setting.problem}"
         print(f"  {setting.variable:16s} {setting.value:8s} {setting.source}{problem}")
-    settings.current()  # refuses values that are not allowed, now that all have been shown
+    settings.current()  # raises for values that are not allowed, after all have been shown
     from gaq.kernels import gpu
     from gaq.kernels.cpu import native
 
@@ -260,7 +294,7 @@ def _doctor() -> int:
 
 @contextmanager
 def _as_a_command() -> Iterator[None]:
-    """Within this context logs go to the terminal and frameworks are set up; afterwards the process is as before."""
+    """Send logs to the terminal and set frameworks up within this context; leaving it restores the process."""
     from gaq.adapter import adapters
     from gaq.process import command_output, unchanged
 

@@ -1,7 +1,7 @@
-"""State that a whole process shares, and contexts that put it back, also where a call raises.
+"""Process-wide state, and contexts that restore it even if a call raises.
 
-What this package changes for good is what its hooks install when a framework is imported (see `gaq_mace.hook.patches`
-and `gaq_nequip.hook.patches`), and nothing else.
+The only lasting changes of this package are those that its hooks install when a framework is imported (see
+`gaq_mace.hook.patches` and `gaq_nequip.hook.patches`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["command_output", "default_dtype", "unchanged"]
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within this context `dtype` is what torch makes new tensors of."""
+    """Make `dtype` torch's default dtype within this context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -34,16 +34,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Put back, afterwards: default dtype and threads of torch, random numbers, environment, sys.argv, logging.
+    """Restore, on exit, torch's default dtype and threads, random states, environment, sys.argv and logging.
 
-    Of logging the root's level and handlers, to which hosts add theirs as their commands are imported.
+    Of logging, the root's level and handlers are restored: frameworks add handlers when their commands are imported.
     """
     root = logging.getLogger()
     disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     environment, arguments = dict(os.environ), list(sys.argv)
-    python, array, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (its state)
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 (its state)
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
@@ -57,24 +58,24 @@ def unchanged() -> Iterator[None]:
         logging.disable(disabled)
         root.setLevel(level)
         root.handlers[:] = handlers
-        random.setstate(python)
-        np.random.set_state(array)  # noqa: NPY002
-        torch.set_rng_state(tensor)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
 
 
 @contextmanager
 def command_output(level: int) -> Iterator[None]:
-    """Within this context the logs of `level` and above go to the terminal, without what torch says about itself.
+    """Send logs of `level` and above to the terminal within this context, without warnings of torch and e3nn.
 
-    Warnings of torch and e3nn about their own parts would bury the one line a user has to read.
+    Their warnings about their own parts would hide the line that a user has to read.
 
     Args:
-        level: of `logging`; what is below it is not logged at all.
+        level: a level of `logging`; messages below it are not logged at all.
     """
     root = logging.getLogger()
-    disabled, own_level, handlers = root.manager.disable, root.level, list(root.handlers)
+    disabled, root_level, handlers = root.manager.disable, root.level, list(root.handlers)
     with hidden_in_commands():
         logging.basicConfig(level=level, format="%(message)s")
         logging.disable(level - 1)
@@ -82,5 +83,5 @@ def command_output(level: int) -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
-            root.setLevel(own_level)
+            root.setLevel(root_level)
             root.handlers[:] = handlers

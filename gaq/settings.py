@@ -1,6 +1,6 @@
 """The environment variables ``GAQ_*``, read once, as one object.
 
-``gaq doctor`` prints them. `current` is what the rest of the package asks; `override` changes them for a while.
+``gaq doctor`` prints them. The rest of the package calls `current`; `override` changes settings temporarily.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class SettingsError(ValueError):
-    """A variable with a value that is not allowed; the message names variable, value and what is allowed."""
+    """Invalid value of a variable; the message names variable, value and what is allowed."""
 
 
 def _number_of_edges(text: str) -> int:
@@ -53,7 +53,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 def _text(value: Any) -> str:
-    """A value as one would write it into the environment."""
+    """Format a value as in the environment."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
@@ -63,20 +63,21 @@ def _about(variable: str, parse: Callable[[str], Any], allowed: str) -> dict[str
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says about how this package runs. An empty variable counts as not set.
+    """Settings from the environment. An empty variable counts as not set.
 
     Attributes:
         cache: ``GAQ_CACHE``, the folder of compiled kernels; None for ``gaq`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
         cuda_graphs: ``GAQ_CUDA_GRAPHS``, the largest number of edges of a step that is replayed as a CUDA graph;
-            0 replays none. Larger steps keep the GPU busy, and a graph holds on to the memory of a step. The default
-            is an estimate: there the kernels of a step take about as long as launching them.
+            0 replays none. Larger steps keep the GPU busy without a graph, and a graph keeps the memory of a step. The
+            default is an estimate of where the kernels of a step take about as long as launching them.
         engine: ``GAQ_ENGINE``, 1 or 0: whether converted MACE models run through the fused kernels.
-        kernels: ``GAQ_KERNELS``, ``auto`` or ``triton``: the latter sends operations on the CPU to Triton's
-            interpreter (with ``TRITON_INTERPRET=1``), which is for tests.
+        kernels: ``GAQ_KERNELS``, ``auto`` or ``triton``. ``triton`` is for tests: it sends operations on the CPU to
+            Triton's interpreter (with ``TRITON_INTERPRET=1``).
         linear: ``GAQ_LINEAR``, ``float`` or ``int8``: how converted MACE models multiply by weights on a GPU.
-        quantization: ``GAQ_QUANTIZATION``, a preset or a mapping in YAML, for ``mace_run_train``. MACE's own parser
-            reads and checks it, as any of its options; None trains in float.
-        skin: ``GAQ_SKIN``, Å by which MACE's neighbour lists reach beyond the cutoff; 0 makes each list anew.
+        quantization: ``GAQ_QUANTIZATION``, a preset or a mapping in YAML, for ``mace_run_train``. MACE's parser
+            reads and checks it like any other option; None trains in float.
+        skin: ``GAQ_SKIN``, length in Å by which MACE's neighbour lists reach beyond the cutoff; 0 rebuilds the list in
+            every step.
     """
 
     cache: Path | None = field(default=None, metadata=_about("GAQ_CACHE", Path, "a folder"))
@@ -98,27 +99,27 @@ class Settings:
     quantization: str | None = field(
         default=None, metadata=_about("GAQ_QUANTIZATION", str, "a preset or a mapping in YAML")
     )
-    # Steps of 1 fs at 300 K, cutoff 5 Å, one thread, on a shared machine, means with the making of lists: the batch of
-    # azobenzene took 1.8 ms without a skin and 0.7, 0.6 and 0.6 ms with 0.3, 0.7 and 1.5 Å (a list served 4, 13 and 99
-    # steps); that of 192 atoms of water 4.9 ms without, and 2.1, 1.5, 1.4 and 2.1 ms with 0.3, 0.7, 1.0 and 1.5 Å (3,
-    # 7, 10 and 15 steps). Between 0.5 and 1 Å it hardly matters, and a shorter list takes less memory.
+    # Mean time to make a batch, lists included, at steps of 1 fs, 300 K, cutoff 5 Å, one thread, on a shared machine.
+    # Azobenzene: 1.8 ms without a skin; 0.7, 0.6 and 0.6 ms with 0.3, 0.7 and 1.5 Å (a list served 4, 13 and 99 steps).
+    # 192 atoms of water: 4.9 ms without; 2.1, 1.5, 1.4 and 2.1 ms with 0.3, 0.7, 1.0 and 1.5 Å (3, 7, 10 and 15 steps).
+    # Between 0.5 and 1 Å the time hardly differs, and a shorter list takes less memory.
     skin: float = field(
         default=0.7,
         metadata=_about("GAQ_SKIN", _length, "a length in Å, such as 0.5, or 0 to make every neighbour list anew"),
     )
 
     def __post_init__(self) -> None:
-        for own in fields(self):
-            value = getattr(self, own.name)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
             if value is not None:
-                _parsed(own.metadata, _text(value))
+                _parsed(setting.metadata, _text(value))
 
 
 def _parsed(metadata: Mapping[str, Any], text: str) -> Any:
-    """The value of a variable.
+    """Parse the text of a variable.
 
     Raises:
-        SettingsError: if it is not allowed.
+        SettingsError: if the value is not allowed.
     """
     try:
         return metadata["parse"](text)
@@ -128,28 +129,32 @@ def _parsed(metadata: Mapping[str, Any], text: str) -> Any:
         ) from None
 
 
-_VARIABLES = {own.metadata["variable"]: own for own in fields(Settings)}
+_VARIABLES = {setting.metadata["variable"]: setting for setting in fields(Settings)}
 
 
 def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that begin with ``GAQ_`` and are none of ours, each with a remark for the user."""
-    found = {}
+    """Find variables that begin with ``GAQ_`` and are not ours, each with a remark for the user."""
+    remarks = {}
     for name in sorted(os.environ if environment is None else environment):
         if name.startswith("GAQ_") and name not in _VARIABLES:
             near = difflib.get_close_matches(name, _VARIABLES, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(_VARIABLES)}."
-            found[name] = f"unknown, and ignored. {hint}"
-    return found
+            remarks[name] = f"unknown, and ignored. {hint}"
+    return remarks
 
 
 def read(environment: Mapping[str, str] | None = None) -> Settings:
-    """The settings of an environment, by default that of this process.
+    """Read the settings of an environment, by default that of this process.
 
     Raises:
         SettingsError: for a value that is not allowed.
     """
-    given = os.environ if environment is None else environment
-    values = {own.name: _parsed(own.metadata, given[name]) for name, own in _VARIABLES.items() if given.get(name)}
+    texts = os.environ if environment is None else environment
+    values = {
+        setting.name: _parsed(setting.metadata, texts[variable])
+        for variable, setting in _VARIABLES.items()
+        if texts.get(variable)
+    }
     return Settings(**values)
 
 
@@ -159,7 +164,7 @@ _overridden: frozenset[str] = frozenset()
 
 
 def current() -> Settings:
-    """The settings of this process. The environment is read at the first call, and a variable set later does nothing.
+    """Return the settings of this process. The first call reads the environment; variables set later have no effect.
 
     Raises:
         SettingsError: for a value in the environment that is not allowed.
@@ -177,10 +182,10 @@ def current() -> Settings:
 
 @contextmanager
 def override(**values: Any) -> Iterator[Settings]:
-    """Within this context these settings hold, in every thread of the process.
+    """Change settings within this context, in every thread of the process.
 
     Args:
-        values: by the names of `Settings`, such as ``engine=False``.
+        values: new values by the names of `Settings`, such as ``engine=False``.
 
     Raises:
         SettingsError: for a value that is not allowed.
@@ -198,7 +203,7 @@ def override(**values: Any) -> Iterator[Settings]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One variable for the eye: its name, its value, where that comes from, and what is wrong with it, if anything."""
+    """A variable for display: its name, its value, the source of the value, and what is wrong with it, if anything."""
 
     variable: str
     value: str
@@ -207,19 +212,19 @@ class Setting:
 
 
 def rows() -> list[Setting]:
-    """Every variable with its value and where it comes from, unknown ones at the end; raises for none of them."""
-    found = []
-    for variable, own in _VARIABLES.items():
+    """List every variable with its value and source, unknown variables last; invalid values raise nothing."""
+    settings = []
+    for variable, setting in _VARIABLES.items():
         text = os.environ.get(variable, "")
-        value, source, problem = own.default, "default", None
-        if own.name in _overridden:
-            value, source = getattr(_current, own.name), "set by the program"
+        value, source, problem = setting.default, "default", None
+        if setting.name in _overridden:
+            value, source = getattr(_current, setting.name), "set by the program"
         elif text:
             source = "environment"
             try:
-                value = _parsed(own.metadata, text)
+                value = _parsed(setting.metadata, text)
             except SettingsError:
-                value, problem = text, f"not allowed; give {own.metadata['allowed']}"
-        found.append(Setting(variable, "-" if value is None else _text(value), source, problem))
-    found += [Setting(name, os.environ[name], "environment", remark) for name, remark in unknown().items()]
-    return found
+                value, problem = text, f"not allowed; give {setting.metadata['allowed']}"
+        settings.append(Setting(variable, "-" if value is None else _text(value), source, problem))
+    settings += [Setting(name, os.environ[name], "environment", remark) for name, remark in unknown().items()]
+    return settings

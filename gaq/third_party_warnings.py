@@ -1,8 +1,8 @@
-"""Warnings of other packages that the user of a command, or the caller of a function here, can do nothing about.
+"""Hides warnings of other packages that a user of this package cannot act on.
 
-Deprecations speak to developers: torch announces since 2.14 that ``torch.jit.script`` is deprecated, once a scripted
-module, which e3nn makes dozens of. Commands hide them all; library functions hide only the known lines, and only while
-they build a model. Warnings of this package begin with ``gaq:`` and are never hidden.
+Deprecations are for developers: since 2.14 torch reports for each scripted module that ``torch.jit.script`` is
+deprecated, and e3nn makes dozens of these modules. Commands hide all deprecations; library functions hide only the
+known lines, and only while they build a model. Warnings of this package begin with ``gaq:`` and are never hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 __all__ = ["KNOWN", "hidden_in_commands", "known_hidden"]
 
-#: Message (a regular expression) and category of the lines that MACE, NequIP and e3nn cause with every model they make.
+#: Message (a regular expression) and category of the warnings that MACE, NequIP and e3nn cause for every model.
 KNOWN: tuple[tuple[str, type[Warning]], ...] = (
     (".*TorchScript type system", UserWarning),
     (".*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", UserWarning),
@@ -24,7 +24,7 @@ KNOWN: tuple[tuple[str, type[Warning]], ...] = (
 
 @contextmanager
 def known_hidden() -> Iterator[None]:
-    """Hide the lines of `KNOWN`; the filters are as before when the block is left."""
+    """Hide the warnings of `KNOWN`; leaving the context restores the filters."""
     with warnings.catch_warnings():
         for message, category in KNOWN:
             warnings.filterwarnings("ignore", message=message, category=category)
@@ -33,7 +33,7 @@ def known_hidden() -> Iterator[None]:
 
 @contextmanager
 def hidden_in_commands() -> Iterator[None]:
-    """Hide the lines of `KNOWN` and every deprecation, whoever raises it. Also a decorator of a command's ``main``."""
+    """Hide the warnings of `KNOWN` and every deprecation. Also serves as decorator of a command's ``main``."""
     with known_hidden():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)

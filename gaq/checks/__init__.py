@@ -1,1 +1,1 @@
-"""Checks of what a potential must keep: equivariance, conservation, smoothness."""
+"""Checks of the physics that a potential must keep: equivariance, energy conservation, smoothness."""

@@ -21,8 +21,8 @@ class CentralDifferenceError:
     Attributes:
         step: displacement h, Å.
         relative_error: rms of (difference quotient − force) over rms of the force, dimensionless.
-        reference_relative_error: the same of the smooth reference potential at the same pairs: the
-            truncation error that h causes by itself. None if no reference was given.
+        reference_relative_error: the same error of the smooth reference potential at the same pairs: the truncation
+            error of h. None without a reference.
         samples: number of (atom, component) pairs.
     """
 
@@ -40,15 +40,15 @@ def central_difference_error(
     seed: int = 0,
     reference: Potential | None = None,
 ) -> dict[float, CentralDifferenceError]:
-    """Relative error of the forces against ``−(E(x+h) − E(x−h)) / 2h``.
+    """Measure the relative error of the forces against ``−(E(x+h) − E(x−h)) / 2h``.
 
-    Of a smooth conservative potential the error is truncation, ``h²/6 · |∂³E|``, and falls by 100 when h
-    falls by 10. Of an energy with steps of height s it is of order ``s / h`` and grows as h falls; of a force
-    that is not a gradient it tends to a constant. Rounding of the energy adds ``ε|E| / h``: use a float64
-    potential at h = 0.01 Å.
+    For a smooth conservative potential the error is truncation, ``h²/6 · |∂³E|``, and falls by a factor of 100 when h
+    falls by 10. For an energy with steps of height s it is of order ``s / h`` and grows as h falls; for a force that is
+    not a gradient it tends to a constant. Rounding of the energy adds ``ε|E| / h``: use a float64 potential at
+    h = 0.01 Å.
 
-    The same randomly chosen (atom, component) pairs serve every step, and every displaced structure goes to
-    the potential in a single list of ``structures x (1 + 2 x steps x components_per_structure)``.
+    The same randomly chosen (atom, component) pairs serve every step, and all displaced structures go to the potential
+    in a single list of ``structures x (1 + 2 x steps x components_per_structure)``.
 
     Args:
         potential: the potential under test.
@@ -97,7 +97,7 @@ def _relative_errors(
     pairs: list[list[tuple[int, int]]],
     steps: Sequence[float],
 ) -> list[float]:
-    """One relative error per step."""
+    """Return one relative error per step."""
     pool = []
     for structure in structures:
         copy = structure.copy()

@@ -46,7 +46,7 @@ def force_and_energy_mae(
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
 ) -> LabelErrors:
-    """Mean absolute errors of energies and forces against the labels the structures carry.
+    """Measure mean absolute errors of energies and forces against the labels of the structures.
 
     Labels are looked up in ``structure.info[energy_key]`` and ``structure.arrays[forces_key]``, then among
     the stored results of an attached ``SinglePointCalculator`` (where ASE puts ``energy`` and ``forces``
@@ -122,16 +122,16 @@ def read_structures(path: str | Path, index: str = ":") -> list[Atoms]:
 
 
 def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
-    """At most `count` of the structures, evenly spaced, the first and the last among them."""
+    """Return at most `count` of the structures, evenly spaced, the first and the last among them."""
     count = min(count, len(structures))
     return [structures[int(n)] for n in np.linspace(0, len(structures) - 1, count)]
 
 
 def _labels(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> tuple[float, np.ndarray]:
-    """Energy (eV) and forces (n_atoms, 3) (eV/Å) of one labelled structure."""
+    """Return energy (eV) and forces (n_atoms, 3) (eV/Å) of a labelled structure."""
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    # Only stored results count: any other calculator would compute "labels" of its own.
+    # Only stored results are labels: any other calculator would compute new values.
     stored = structure.calc.results if isinstance(structure.calc, SinglePointCalculator) else {}
     energy = structure.info.get(energy_key, stored.get("energy"))
     forces = structure.arrays.get(forces_key, stored.get("forces"))

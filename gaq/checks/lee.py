@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -24,8 +24,8 @@ class EquivarianceError:
         energy_mean_mev: mean over structures and rotations of ``|E(R x) − E(x)|``, meV per structure.
         standard_error: standard error of ``mean_mev_per_angstrom``, meV/Å; NaN from a single structure
             and a single rotation.
-        reference_mean_mev_per_angstrom: the reference potential's own mean under the same rotations,
-            meV/Å: the floor set by floating-point rounding, or the baseline to beat. None if no reference.
+        reference_mean_mev_per_angstrom: mean error of the reference potential under the same rotations, meV/Å: the
+            floor set by floating-point rounding, or the baseline. None without a reference.
     """
 
     mean_mev_per_angstrom: float
@@ -35,8 +35,20 @@ class EquivarianceError:
     reference_mean_mev_per_angstrom: float | None = None
 
 
+Component = TypeVar("Component", float, np.ndarray)
+
+
+def rotation_rows(w: Component, x: Component, y: Component, z: Component) -> list[list[Component]]:
+    """Return the rows of the rotation matrix of a unit quaternion, or of many, given by their components."""
+    return [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+
+
 def random_rotations(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Proper rotations uniform on SO(3) (the Haar measure).
+    """Draw proper rotations uniform on SO(3) (the Haar measure).
 
     Four independent normal variates, normalised, are a unit quaternion uniform on the 3-sphere, which covers
     SO(3) twice and uniformly (Shoemake, Graphics Gems III (1992), p. 124).
@@ -50,12 +62,7 @@ def random_rotations(count: int, rng: np.random.Generator) -> np.ndarray:
     """
     quaternions = rng.standard_normal((count, 4))
     w, x, y, z = (quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.array(rows).transpose(2, 0, 1)
+    return np.array(rotation_rows(w, x, y, z)).transpose(2, 0, 1)
 
 
 def local_equivariance_error(
@@ -65,23 +72,23 @@ def local_equivariance_error(
     seed: int = 0,
     reference: Potential | None = None,
 ) -> EquivarianceError:
-    """Mean force error under random proper rotations, in meV/Å.
+    """Measure the mean force error under random proper rotations, in meV/Å.
 
     For every atom i and rotation R the error is the 2-norm ``‖F_i(R x) − R F_i(x)‖``: a finite-rotation error
     (the LEE of arXiv:2603.05343), not the Lie derivative that Gruver et al. (arXiv:2210.02984) gave the same
-    name. Each structure gets rotations of its own; cells turn with the positions. Structures of the
-    same rotation index go to the potential in one list.
+    name. Each structure gets different rotations, and cells rotate with the positions. Structures of the same rotation
+    index go to the potential in one list.
 
     The standard error takes structures as the independent samples (the errors of one structure share its
-    unrotated forces), or the rotations where there is only one structure. Structures differ in size,
-    so it is that of a ratio estimator (Cochran, Sampling Techniques, 3rd ed., eq. 6.13).
+    unrotated forces), or the rotations if there is only one structure. Structures differ in size, so it is the error of
+    a ratio estimator (Cochran, Sampling Techniques, 3rd ed., eq. 6.13).
 
     Args:
         potential: the potential under test.
         structures: structures of any size, periodic or not.
         rotations: random rotations per structure.
         seed: seed of the rotations; the same seed gives the same rotations.
-        reference: a second potential put through the same rotations, for comparison.
+        reference: a second potential, measured under the same rotations for comparison.
 
     Returns:
         The error, with its standard error.
@@ -131,20 +138,20 @@ def _rotation_errors(
     energies, forces = potential([_rotated(structure, np.eye(3)) for structure in structures])
     norms, energy_errors = [], []
     for row in matrices:
-        turned = [_rotated(structure, matrix) for structure, matrix in zip(structures, row, strict=True)]
-        turned_energies, turned_forces = potential(turned)
+        rotated = [_rotated(structure, matrix) for structure, matrix in zip(structures, row, strict=True)]
+        rotated_energies, rotated_forces = potential(rotated)
         norms.append(
             [
                 np.linalg.norm(after - before @ matrix.T, axis=1)
-                for after, before, matrix in zip(turned_forces, forces, row, strict=True)
+                for after, before, matrix in zip(rotated_forces, forces, row, strict=True)
             ]
         )
-        energy_errors.append(np.abs(np.asarray(turned_energies) - np.asarray(energies)))
+        energy_errors.append(np.abs(np.asarray(rotated_energies) - np.asarray(energies)))
     return norms, np.array(energy_errors)
 
 
 def _rotated(structure: Atoms, matrix: np.ndarray) -> Atoms:
-    """A copy turned about the origin, its cell with it, without constraints or calculator."""
+    """Copy a structure rotated about the origin with its cell, without constraints or calculator."""
     copy = structure.copy()
     copy.set_constraint()
     copy.positions = structure.positions @ matrix.T

@@ -23,17 +23,17 @@ class NVEResult:
 
     Attributes:
         drift_mev_per_atom_per_ps: slope of a linear fit to the total energy. NaN if too little was sampled.
-        standard_error: of the slope, meV/atom/ps, from blocks.
+        standard_error: standard error of the slope from block means, meV/atom/ps.
         drift_over_std_kinetic: ``|slope x duration| / std(kinetic energy)``, dimensionless; below 1 the drift
             is hidden in the thermal exchange of potential and kinetic energy.
         std_kinetic_ev: standard deviation of the total kinetic energy, eV.
-        mean_temperature_K: mean over samples.
-        max_temperature_K: largest sampled temperature, the equilibration included.
+        mean_temperature_K: mean temperature of the samples, K.
+        max_temperature_K: largest sampled temperature, equilibration included, K.
         stable: False if the energy was not finite, the temperature exploded, or a bond came apart.
         reason: why the run is not stable; empty if it is.
         duration_ps: length of the sampled part, ps.
         timestep_fs: integration step, fs.
-        temperature_K: target temperature of the equilibration.
+        temperature_K: target temperature of the equilibration, K.
         n_atoms: number of atoms.
         seconds_per_step: median wall time of an integration step between two samples.
         times_ps: sampled times, shape (samples,), ps.
@@ -82,15 +82,15 @@ def nve_drift(
 
     Args:
         calculator: an ASE calculator with ``energy`` and ``forces``.
-        atoms: starting structure; not changed. Constraints are dropped: they would take work out of the run.
+        atoms: starting structure; not changed. Constraints are dropped, because they would change the energy.
         duration_ps: length of the NVE part, ps.
         timestep_fs: integration step, fs.
         temperature_K: temperature, K.
         equilibrate_ps: length of the equilibration, ps; 0 for none.
         seed: seed of velocities and thermostat.
         sample_fs: time between samples, fs; rounded to whole steps.
-        check_bonds: False for a chemistry whose bonds do break.
-        keep_velocities: True to start the NVE part at once, with the velocities that ``atoms`` has.
+        check_bonds: False for systems in which bonds break.
+        keep_velocities: True to start the NVE part at once with the velocities of ``atoms``.
         progress: True for a progress bar.
 
     Returns:
@@ -148,7 +148,7 @@ def _equilibrate(
 
     rng = np.random.RandomState(seed)  # ASE draws from the legacy interface
 
-    def still() -> None:
+    def remove_drift_and_rotation() -> None:
         Stationary(atoms)
         if len(atoms) > 1 and not atoms.pbc.any():
             ZeroRotation(atoms)
@@ -157,7 +157,7 @@ def _equilibrate(
     widths = np.sqrt(atoms.get_masses() * units.kB * temperature_K)
     atoms.set_momenta(widths[:, None] * rng.standard_normal((len(atoms), 3)))
     if len(atoms) > 1:
-        still()
+        remove_drift_and_rotation()
     if not samples:
         return
     # fixcm=False samples the correct ensemble; the momentum it leaves is removed below.
@@ -174,13 +174,13 @@ def _equilibrate(
             break
         bar.update(1)
     if monitor.stable and len(atoms) > 1:
-        still()
+        remove_drift_and_rotation()
 
 
 def _sample(
     atoms: Atoms, monitor: _Monitor, bar: Any, samples: int, stride: int, timestep_fs: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Run NVE while it is stable: sample numbers, total and kinetic energies (eV), and seconds per step."""
+    """Run NVE while it is stable; return sample indices, total and kinetic energies (eV), and seconds per step."""
     from ase import units
     from ase.md.verlet import VelocityVerlet
 
@@ -202,7 +202,7 @@ def _sample(
         kinetics.append(kinetic)
         if sample:
             bar.update(1)
-    # The median: other programs on the machine lengthen some of the steps.
+    # The median, because other programs on the machine slow down some of the steps.
     median = float(np.median(seconds)) if seconds else float("nan")
     return np.array(indices), np.array(totals), np.array(kinetics), median
 
@@ -244,13 +244,12 @@ def _result(
 
 
 def fit_drift(times: np.ndarray, energies: np.ndarray, blocks: int = 10) -> tuple[float, float]:
-    """Slope of a linear fit, and its standard error for correlated residuals.
+    """Return the slope of a linear fit, and its standard error for correlated residuals.
 
-    The slope is that of ordinary least squares on all samples. Its error is that of a second regression, on
-    the means of ``blocks`` consecutive blocks: means of blocks longer than the correlation time are nearly
-    independent, where the samples are not (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461 (1989), applied to
-    a slope). It is too small if the residuals are correlated over more than a block, as in a random walk;
-    take the scatter of several seeds then.
+    The slope is that of ordinary least squares on all samples. Its error comes from a second regression, on the means
+    of ``blocks`` consecutive blocks: unlike the samples, means of blocks longer than the correlation time are nearly
+    independent (Flyvbjerg and Petersen, J. Chem. Phys. 91, 461 (1989), applied to a slope). The error is too small if
+    the residuals are correlated over more than a block, as in a random walk; use the scatter of several seeds then.
 
     Args:
         times: shape (n,), any unit.
@@ -298,11 +297,11 @@ class _Monitor:
         self.reason = self.reason or reason
 
     def advance(self, dynamics: Any, steps: int) -> bool:
-        """Take some steps; False if the run is unstable after them."""
+        """Take some steps; return False if the run is unstable after them."""
         try:
             dynamics.run(steps)
         except Exception as error:
-            # A neighbour list of exploded positions may raise anything; with sane ones it is no explosion.
+            # The calculator may raise any error on exploded positions; on normal positions the error is real.
             if np.isfinite(self.atoms.positions).all() and self.atoms.get_temperature() <= self.limit:
                 raise
             self.fail(f"the calculator failed on exploded positions: {type(error).__name__}")
@@ -324,7 +323,7 @@ class _Monitor:
 
 
 def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bonds between non-metals: first atoms, second atoms, and the length (Å) beyond which each is broken."""
+    """Find bonds between non-metals: first atoms, second atoms, and the length (Å) beyond which each is broken."""
     from ase.data import covalent_radii
     from ase.neighborlist import natural_cutoffs, neighbor_list
 
@@ -338,14 +337,14 @@ def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Minimum-image lengths, shape (bonds,), Å."""
+    """Return minimum-image bond lengths, shape (bonds,), Å."""
     from ase.geometry import find_mic
 
     return find_mic(atoms.positions[second] - atoms.positions[first], atoms.cell, atoms.pbc)[1]
 
 
 def _ratio(change: float, spread: float) -> float:
-    """|energy change| over the spread of the kinetic energy; infinite if only the first is nonzero."""
+    """Divide an energy change by the spread of the kinetic energy; infinite if only the spread is zero."""
     if spread == 0.0:
         return 0.0 if change == 0.0 else float("inf")
     return float(change / spread)

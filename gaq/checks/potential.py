@@ -1,4 +1,4 @@
-"""What the physics checks need of a model: energies and forces of a list of structures."""
+"""The interface through which physics checks see a model: energies and forces of a list of structures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bond-stretch scan: does the energy have steps that the smooth model's curvature does not explain?"""
+"""Bond-stretch scan: looks for energy steps that the curvature of a smooth reference does not explain."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def bond_stretch_scan(
       and a dense staircase of that height (roundings independent from point to point) adds up to ``2 s``: in
       either case ``max|δ²D|`` is of the order of the step, however fine the grid.
     * A smooth difference has ``δ²D = h² D''``, which vanishes with the grid. Quantization changes a good
-      model little, so ``|D''|`` stays below the largest curvature the reference has itself, ``max|E_ref''|``,
+      model little, so ``|D''|`` stays below the largest curvature of the reference, ``max|E_ref''|``,
       unless the surface is not smooth (or so wrong that its force constants are off by a hundred percent).
 
-    So the scan passes when ``max|δ²D| ≤ max|δ²E_ref|``: no step is larger than what the reference's own
-    curvature puts between neighbouring points. Differences against the reference, rather than ``δ²E`` itself,
+    So the scan passes when ``max|δ²D| ≤ max|δ²E_ref|``: no step is larger than what the reference's curvature causes
+    between neighbouring points. Differences against the reference, rather than ``δ²E`` itself,
     remove the true curvature from the quantity under test. With the default spacing of 5 mÅ and a bond of
     30 eV/Å² the bound is 0.75 meV near the minimum; the compressed end of the scan is usually stiffer and
     sets it. Smaller steps need a finer grid: the bound falls as h², a step does not.
@@ -114,13 +114,13 @@ def bond_stretch_scan(
     energy, reference_energy = energy.astype(float), reference_energy.astype(float)
     jumps = np.abs(np.diff(energy - reference_energy, 2))
     allowed = float(np.max(np.abs(np.diff(reference_energy, 2)))) + rounding
-    at = int(np.argmax(jumps))  # argmax finds a NaN first
-    largest = float(jumps[at])
+    largest_index = int(np.argmax(jumps))  # argmax returns a NaN, if there is one
+    largest = float(jumps[largest_index])
     return SmoothnessResult(
         passed=largest <= allowed,
         largest_jump_mev=1e3 * largest,
         allowed_mev=1e3 * allowed,
-        jump_at_angstrom=float(length + changes[at + 1]),
+        jump_at_angstrom=float(length + changes[largest_index + 1]),
         bond=(fixed, moved),
         lengths_angstrom=length + changes,
         energy_ev=energy,
@@ -129,7 +129,7 @@ def bond_stretch_scan(
 
 
 def _half_unit(energies: np.ndarray) -> float:
-    """Half a unit in the last place of single-precision energies, eV; 0 for double precision."""
+    """Return half a unit in the last place of single-precision energies, eV; 0 for double precision."""
     # Many calculators return single-precision results in a float64 array, so look at the values.
     if not np.isfinite(energies).all() or not np.array_equal(energies, energies.astype(np.float32)):
         return 0.0
@@ -148,7 +148,7 @@ def _neighbours(atoms: Atoms) -> list[list[int]]:
 
 
 def _choose_bond(atoms: Atoms, neighbours: list[list[int]]) -> tuple[int, int]:
-    """The first terminal hydrogen, else the first terminal atom, else the shortest contact."""
+    """Choose the bond of the first terminal hydrogen, else of the first terminal atom, else the shortest contact."""
     terminal = [atom for atom, around in enumerate(neighbours) if len(around) == 1]
     hydrogens = [atom for atom in terminal if atoms.numbers[atom] == 1]
     for atom in (*hydrogens, *terminal):
@@ -163,7 +163,7 @@ def _choose_bond(atoms: Atoms, neighbours: list[list[int]]) -> tuple[int, int]:
 
 
 def _attached(neighbours: list[list[int]], fixed: int, moved: int) -> set[int]:
-    """Atoms that move with ``moved``: its side of the bond, or itself alone if the bond is in a ring."""
+    """Return the atoms that move with ``moved``: its side of the bond, or ``moved`` alone if the bond is in a ring."""
     group, front = {moved}, [moved]
     while front:
         atom = front.pop()

@@ -4,12 +4,13 @@ Its points are spread more evenly than those of the octahedral code, but every l
 entries, so tables serve few bits only.
 """
 
-import functools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gaq.caches import cached
 
 MAX_TABLE_BITS = 6
 """Most bits per direction component for a table: 2 x 6 bits are 4002 directions, compared one by one."""
@@ -72,8 +73,9 @@ def geodesic_table(frequency: int) -> Tensor:
     return torch.from_numpy(_geodesic_points(frequency).copy())
 
 
-@functools.lru_cache(maxsize=MAX_TABLE_BITS)
+@cached(most=MAX_TABLE_BITS)
 def _geodesic_points(frequency: int) -> np.ndarray:
+    """Vertices of `geodesic_table` as an array that must not be changed: it is cached."""
     corners, faces = _icosahedron()
     # Integer weights on the corners identify a grid point, so points that faces share coincide exactly.
     weights: dict[tuple[tuple[int, int], ...], None] = {}

@@ -1,4 +1,4 @@
-"""Smaller archives of torch's."""
+"""Compression of torch's archives."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
 def bare_source(source: str) -> str:
-    """Python source without comments and docstrings: the same code at the same lines.
+    """Strip comments and docstrings from Python source; the code keeps its line numbers.
 
     Args:
-        source: of a module.
+        source: source of a module.
 
     Returns:
-        Source of as many lines. Where there was a docstring there is an empty one.
+        Source with the same number of lines; docstrings become empty strings.
     """
     lines = source.splitlines(keepends=True)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -34,9 +34,9 @@ def bare_source(source: str) -> str:
         if token.type == tokenize.STRING and starts_statement and following == tokenize.NEWLINE:
             cuts.append((token.start, token.end, '""'))
         starts_statement = token.type in _LAYOUT and (starts_statement or token.type != tokenize.NL)
-    for (row, column), (end_row, end_column), instead in reversed(cuts):
+    for (row, column), (end_row, end_column), replacement in reversed(cuts):
         tail = lines[end_row - 1][end_column:]
-        kept = lines[row - 1][:column] + instead
+        kept = lines[row - 1][:column] + replacement
         if end_row == row:
             lines[row - 1] = (kept.rstrip() if not tail.strip() else kept) + tail
             continue
@@ -47,14 +47,14 @@ def bare_source(source: str) -> str:
 
 
 def deflate(source: Path, target: Path) -> None:
-    """Compress the entries of an archive of torch's, which reads them either way.
+    """Compress the entries of one of torch's archives, which torch reads compressed or not.
 
-    Pickles lose what they note down and never refer to, half of what a module of many small parts comes to; our own
-    modules, which packages hold a copy of, lose comments and docstrings.
+    Pickles lose the memo entries that nothing refers to: half the pickle of a module with many small parts. Our
+    modules, of which packages hold a copy, lose comments and docstrings.
 
     Args:
-        source: archive, of `torch.save` or a package.
-        target: file to write, which may be `source`.
+        source: archive from `torch.save` or a package.
+        target: file to write; may be `source`.
     """
     with zipfile.ZipFile(source) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
@@ -62,11 +62,11 @@ def deflate(source: Path, target: Path) -> None:
         for name, content in entries:
             if name.endswith(".pkl"):
                 content = pickletools.optimize(content)
-            elif name.endswith(".py") and _is_own(name):
+            elif name.endswith(".py") and _is_of_this_package(name):
                 content = bare_source(content.decode()).encode()
             archive.writestr(name, content)
 
 
-def _is_own(name: str) -> bool:
-    """Whether an entry, below the folder that all entries are in, is of one of our packages."""
+def _is_of_this_package(name: str) -> bool:
+    """Whether an entry, below the archive's top folder, belongs to one of our packages."""
     return name.partition("/")[2].split("/")[0] in ("gaq", "gaq_mace", "gaq_nequip")

@@ -1,10 +1,10 @@
-"""Signed integer codes to bytes and back, exactly.
+"""Exact conversion of signed integer codes to bytes and back.
 
 ===========  ======================================================  ===============
 bits         bytes                                                   unpacked dtype
 ===========  ======================================================  ===============
-4            two codes a byte, the first in the low four bits        int8
-8            one code a byte                                         int8
+4            two codes per byte, the first in the low four bits      int8
+8            one code per byte                                       int8
 16           all high planes, then all low planes, a byte each       int16
 other        a stream of bits, the lowest of the first code first    int8 or int16
 ===========  ======================================================  ===============
@@ -32,7 +32,7 @@ PLANES_MAX = 127 * 256 + 127
 
 
 def pack_int4(codes: IntegerArray) -> Tensor:
-    """Two 4-bit codes a byte, the first in the low four bits; an odd number is filled up with a zero.
+    """Pack two 4-bit codes per byte, the first in the low four bits; a zero completes an odd number of codes.
 
     Args:
         codes: integers in [-8, 7], any shape, taken in row-major order.
@@ -70,12 +70,12 @@ def unpack_int4(packed: IntegerArray, numel: int) -> Tensor:
 
 
 def split_planes(codes: IntegerArray, check: bool = True) -> tuple[Tensor, Tensor]:
-    """Two signed int8 planes with ``codes == 256 * hi + lo`` exactly.
+    """Split codes into two signed int8 planes with ``codes == 256 * hi + lo`` exactly.
 
     Args:
         codes: integers in [-32896, 32639] (`PLANES_MIN`, `PLANES_MAX`), any shape.
-        check: False leaves the range unchecked, for traced or timed code whose codes are clamped already;
-            outside the range the high plane then wraps around.
+        check: False skips the check of the range, for traced or timed code with codes that are clamped already;
+            outside the range the high plane wraps around.
 
     Returns:
         hi and lo, int8, in the shape of ``codes``.
@@ -109,7 +109,7 @@ def join_planes(high: Tensor, low: Tensor) -> Tensor:
 
 
 def packed_bytes(numel: int, bits: int) -> int:
-    """Bytes that `pack` makes of ``numel`` codes.
+    """Return the number of bytes that `pack` makes of ``numel`` codes.
 
     Args:
         numel: number of codes.
@@ -126,11 +126,11 @@ def packed_bytes(numel: int, bits: int) -> int:
 
 
 def pack(codes: IntegerArray, bits: int) -> Tensor:
-    """Bytes of signed integer codes, in the layout of the table above.
+    """Pack signed integer codes into bytes, in the layout of the table above.
 
-    For 16 bits the whole int16 range is stored. Of it, the codes from 32640 to 32767 have a high plane that
-    wrapped around, and are recovered by `unpack` alone: whoever reads the planes straight from the bytes must
-    have kept the codes within `PLANES_MAX`, as `split_planes` checks.
+    16 bits store the full int16 range. The codes from 32640 to 32767 have a high plane that wrapped around, and only
+    `unpack` recovers them: code that reads the planes from the bytes needs codes up to `PLANES_MAX`, as `split_planes`
+    checks.
 
     Args:
         codes: integers in [-2**(bits - 1), 2**(bits - 1) - 1], any shape, taken in row-major order.
@@ -151,8 +151,8 @@ def pack(codes: IntegerArray, bits: int) -> Tensor:
     if bits == 16:
         return torch.cat(split_planes(flat, check=False)).view(torch.uint8)
     pairs = flat.cpu().numpy().astype("<i2").view(np.uint8).reshape(-1, 2)
-    ones = np.unpackbits(pairs, axis=1, bitorder="little")
-    return torch.from_numpy(np.packbits(ones[:, :bits], bitorder="little"))
+    bit_rows = np.unpackbits(pairs, axis=1, bitorder="little")
+    return torch.from_numpy(np.packbits(bit_rows[:, :bits], bitorder="little"))
 
 
 def unpack(packed: IntegerArray, bits: int, shape: Sequence[int]) -> Tensor:
@@ -181,11 +181,11 @@ def unpack(packed: IntegerArray, bits: int, shape: Sequence[int]) -> Tensor:
         # The conversion to int16 undoes the wrapping of the high plane above PLANES_MAX.
         codes = join_planes(planes[:numel], planes[numel:]).to(torch.int16)
     else:
-        ones = np.unpackbits(data.cpu().numpy(), bitorder="little", count=numel * bits).reshape(numel, bits)
+        bit_rows = np.unpackbits(data.cpu().numpy(), bitorder="little", count=numel * bits).reshape(numel, bits)
         filled = np.zeros((numel, 16), dtype=np.uint8)
-        filled[:, :bits] = ones
+        filled[:, :bits] = bit_rows
         wide = np.packbits(filled, axis=1, bitorder="little").view("<i2").reshape(-1).astype(np.int32)
-        # Two's complement of so many bits.
+        # Two's complement of `bits` bits.
         sign = 1 << (bits - 1)
         codes = torch.from_numpy((wide ^ sign) - sign).to(torch.int8 if bits < 8 else torch.int16)
     return codes.reshape(tuple(shape))

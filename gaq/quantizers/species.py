@@ -195,7 +195,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         """Record that the weights lie on the grid for good: their codes are not chosen again."""
         self.settled = True
 
-    def seen(self, weight: Tensor) -> Tensor:
+    def projected(self, weight: Tensor) -> Tensor:
         """Return the weight without the part that acts on no species, flat, shape (numel,)."""
         if self.settled:
             return weight.reshape(-1)
@@ -204,21 +204,21 @@ class SpeciesWeightQuantizer(WeightQuantizer):
         return torch.zeros_like(flat).index_put((self.order,), part.to(flat.dtype))
 
     def largest(self, weight: Tensor) -> Tensor:
-        """Return the largest absolute value of `seen` in each channel, shape (groups,)."""
-        return super().largest(self.seen(weight))
+        """Return the largest absolute value of `projected` in each channel, shape (groups,)."""
+        return super().largest(self.projected(weight))
 
     def search(self, weight: Tensor, method: str) -> None:
         """Set the range by ``absmax``, or by the least squared ``error`` of the matrices of the species."""
         self.range_ratio.fill_(1.0)
         if method != "error" or self.settled:
             return
-        seen, table = self.seen(weight.detach()), self.table().double()
+        projected, table = self.projected(weight.detach()), self.table().double()
         channel = self.scale_index[self.order]
         best, least = self.range_ratio.clone(), torch.full_like(self.range_ratio, torch.inf, dtype=torch.float64)
         for ratio in torch.linspace(1.0, 0.4, 13).tolist():
             self.range_ratio.fill_(ratio)
             rounded = self.codes(weight) * self.spread(self.current_scale(weight))
-            squares = ((table @ (rounded - seen)[self.order].double()) ** 2).sum(0)
+            squares = ((table @ (rounded - projected)[self.order].double()) ** 2).sum(0)
             error = torch.zeros_like(least).index_add(0, channel[0], squares)
             best = torch.where(error < least, torch.full_like(best, ratio), best)
             least = torch.minimum(least, error)
@@ -226,7 +226,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the codes as floating-point numbers, flat, shape (numel,)."""
-        flat = self.seen(weight.detach())
+        flat = self.projected(weight.detach())
         x = flat / self.spread(self.current_scale(weight)).to(flat.dtype)
         if self.settled:
             return torch.round(x).clamp(-self.top, self.top)
@@ -242,7 +242,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
             self.held = True
 
     def release(self, offset: Tensor | None = None) -> None:
-        """Choose the codes anew in every call again, or go back to an `offset` that was held before."""
+        """Choose the codes in every call again, or go back to an `offset` that was held before."""
         self.held = offset is not None and offset.numel() > 0
         self.offset = offset if offset is not None else self.offset.new_zeros(0)
 

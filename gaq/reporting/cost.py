@@ -17,10 +17,10 @@ __all__ = ["cost", "peak_memory", "seconds_per_step"]
 
 
 def seconds_per_step(calculator: Any, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
-    """Median wall time of energy and forces, in seconds.
+    """Measure the median wall time of energy and forces, in seconds.
 
-    The positions change by 1 mÅ before each evaluation, so that the calculator's cache is of no use, while
-    the neighbour list stays that of a typical step.
+    The positions change by 1 mÅ before each evaluation: the calculator's cache does not apply, and the neighbour list
+    is kept or rebuilt as in a typical step.
 
     Args:
         calculator: an ASE calculator with ``energy`` and ``forces``.
@@ -53,7 +53,7 @@ def seconds_per_step(calculator: Any, atoms: Atoms, repeats: int = 10, warmup: i
 
 
 def peak_memory() -> int | None:
-    """Peak memory in bytes: of torch's CUDA allocator if CUDA was used, else the process's resident set.
+    """Return the peak memory in bytes: that of torch's CUDA allocator if CUDA was used, else the peak resident set.
 
     None where the system does not tell (Windows).
     """
@@ -71,12 +71,12 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:
         return None
-    # The unit is the kilobyte, but the byte on macOS.
+    # In kilobytes, except on macOS, where it is bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_peak_memory() -> None:
-    """Start a new peak where the system allows it, so that two models in one process can be told apart."""
+    """Start a new peak where the system allows it, so that each model of a process gets its own peak."""
     if _cuda_used():
         import torch
 
@@ -86,13 +86,13 @@ def _reset_peak_memory() -> None:
 
 
 def _cuda_used() -> bool:
-    # Asking torch itself would initialise CUDA, so look whether anything has.
+    # Asking torch for memory would initialise CUDA, so first see whether CUDA is in use.
     torch = sys.modules.get("torch")
     return bool(torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)
 
 
 def cost(calculator: Any, atoms: Atoms, seed: int = 0) -> tuple[float, int | None]:
-    """Seconds per step of a calculator, and peak bytes while taking them."""
+    """Measure the seconds per step of a calculator, and the peak memory in bytes meanwhile."""
     _reset_peak_memory()
     seconds = seconds_per_step(calculator, atoms, seed=seed)
     return seconds, peak_memory()

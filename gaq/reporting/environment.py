@@ -1,4 +1,4 @@
-"""What software and hardware a measurement was taken on."""
+"""Software and hardware of a measurement."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _PACKAGES = ("gaq", "torch", "numpy", "ase", "mace-torch", "nequip", "e3nn")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of those packages that matter here and are installed, by distribution name."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages that matter here, by distribution name."""
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: ``cpu``, ``instructions``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
+    """Describe the machine: ``cpu``, ``instructions``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
 
     ``instructions`` (as torch names them, ``AVX2`` or ``AVX512``) and ``torch_threads`` are None without torch; ``gpu``
     is None without a CUDA device.

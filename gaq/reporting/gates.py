@@ -1,4 +1,4 @@
-"""Pass-or-fail bounds on the measured quality of a quantized potential."""
+"""Gates: pass-or-fail bounds on the measured quality of a quantized potential."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gate:
     enforced: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in ``report.json``, under its name."""
+        """Return the gate as it stands in ``report.json``, under its name."""
         return {key: value for key, value in asdict(self).items() if key != "name"}
 
 
@@ -55,8 +55,8 @@ class _Bounds:
     engine_error: float = 2.0
 
 
-# These presets need training: where the first bound is None, post-training quantization is held to the
-# second, but only in print.
+# Presets with no first bound need training: post-training quantization is compared with the second bound, and a
+# failure is printed but not enforced.
 BOUNDS: dict[str, _Bounds] = {
     "gaq": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
     "w8a16": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
@@ -67,7 +67,7 @@ BOUNDS: dict[str, _Bounds] = {
     "w4a8": _Bounds(None, 1.05, 7.0, physics_enforced=False),
     "naive_w8a8": _Bounds(None, 1.05, 4.0, physics_enforced=False, accuracy_enforced=False),
 }
-"""One row a preset; every bound that `evaluate_gates` applies stands here."""
+"""Bounds by preset: all that `evaluate_gates` applies."""
 
 CENTRAL_DIFFERENCE_STEP = 0.01
 """Step (Å) at which the central-difference gate is judged."""
@@ -80,7 +80,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 
 FLOAT = "float"
-"""What stands for the preset of a model that is not quantized; no gates apply to it."""
+"""Stands for the preset of a model that is not quantized; no gates apply to it."""
 
 NAIVE = "naive_w8a8"
 """Preset that ``lee_against_naive`` compares with."""
@@ -121,7 +121,7 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
             bounds.engine_error,
             "error of the fused kernels over that of the reference path, both in float32 against float64",
             "needs a float32 model that runs through the fused kernels here; nequip-deploy checks compiled files",
-            # A feature that falls to the other side of a threshold costs a step, in one path as in the other: chance.
+            # A feature near a threshold may round to either side in both paths, which changes the ratio at random.
             enforced=not results.get("rounds_features"),
         ),
         _size_gate(results, fp32, bounds),
@@ -130,13 +130,13 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
 
 
 def failed_gates(gates: Mapping[str, Gate | Mapping[str, Any]]) -> list[str]:
-    """Names of the enforced gates that were measured and failed, of gates or of their form in ``report.json``."""
+    """Return the names of the enforced gates that failed, given gates or their form in ``report.json``."""
     plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
     return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
 
 
 def verdict(gate: Mapping[str, Any]) -> str:
-    """``pass``, ``fail``, ``not measured`` or ``not comparable``, of a gate as it stands in ``report.json``."""
+    """Return ``pass``, ``fail``, ``not measured`` or ``not comparable`` for a gate as in ``report.json``."""
     if gate["passed"] is None:
         return str(gate["note"]).partition(":")[0]
     return "pass" if gate["passed"] else "fail"
@@ -160,14 +160,14 @@ def _gate(
 
 
 def _accuracy_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: str) -> Gate:
-    held = training == "qat" or bounds.force_mae_ptq is not None
+    has_bound = training == "qat" or bounds.force_mae_ptq is not None
     return _gate(
         "force_mae_ratio",
         quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom")),
         bounds.force_mae_qat if training == "qat" or bounds.force_mae_ptq is None else bounds.force_mae_ptq,
         f"force MAE over that of the reference model on the same data ({training})",
         "needs labelled structures and a reference model",
-        enforced=bounds.accuracy_enforced and held,
+        enforced=bounds.accuracy_enforced and has_bound,
     )
 
 
@@ -199,8 +199,8 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
     unstable = nve.get("stable") is False
     reason = nve.get("reason") or "NaN, explosion or a broken bond"
     note = "drift over the run against the spread of the kinetic energy"
-    difference, bar = None, _drift_bar(nve_fp32)
-    if nve.get("drift_mev_per_atom_per_ps") is not None and bar is not None:
+    difference, drift_bound = None, _drift_bound(nve_fp32)
+    if nve.get("drift_mev_per_atom_per_ps") is not None and drift_bound is not None:
         difference = abs(nve["drift_mev_per_atom_per_ps"] - nve_fp32["drift_mev_per_atom_per_ps"])
     smoothness = results.get("smoothness") or {}
     return (
@@ -223,8 +223,8 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
         ),
         _gate(
             "nve_drift_against_reference",
-            math.inf if unstable and bar is not None else difference,
-            bar,
+            math.inf if unstable and drift_bound is not None else difference,
+            drift_bound,
             "difference to the reference model's drift; bound: 2 √2 standard errors of the reference",
             "needs NVE runs of model and reference",
             unit="meV/atom/ps",
@@ -249,33 +249,34 @@ FILE_KINDS = {
     "checkpoint": "a checkpoint of NequIP: float weights, whatever the model, and the state of its training",
     "package of float weights": "a package that the stock command made of a checkpoint of a quantized model",
 }
-"""What files adapters know. Those of one kind are compared by their sizes, unless they hold float weights anyway."""
+"""Kinds of files that adapters know. Files of the same kind are compared by size, unless they hold float weights."""
 
 _FLOAT_WEIGHTS = ("checkpoint", "package of float weights")
 
 
 def _size_gate(results: Metrics, fp32: Metrics, bounds: _Bounds) -> Gate:
-    """Files of one kind by their sizes, otherwise weights with weights, otherwise nothing."""
-    own, other = results.get("file_kind"), fp32.get("file_kind")
+    """Compare the sizes of files of the same kind, otherwise the bytes of weights, otherwise nothing."""
+    kind, reference_kind = results.get("file_kind"), fp32.get("file_kind")
 
     def gate(key: str, note: str) -> Gate:
         ratio = quotient(fp32.get(key), results.get(key))
         missing = "needs a reference model file"
         return _gate("file_size_ratio", ratio, bounds.file_size, note, missing, comparison=">=")
 
-    if not fp32 or (own == other and own not in _FLOAT_WEIGHTS):
+    if not fp32 or (kind == reference_kind and kind not in _FLOAT_WEIGHTS):
         return gate("file_bytes", "reference file size over this file's")
-    if "compiled" not in (own, other) and results.get("weight_bytes") and fp32.get("weight_bytes"):
-        return gate("weight_bytes", f"float weights of the reference ({other}) over codes and scales of this {own}")
+    if "compiled" not in (kind, reference_kind) and results.get("weight_bytes") and fp32.get("weight_bytes"):
+        note = f"float weights of the reference ({reference_kind}) over codes and scales of this {kind}"
+        return gate("weight_bytes", note)
     note = (
-        f"not comparable: the size of a {own} with that of a {other}; give as reference the FP32 model compiled by "
-        "nequip-compile or, for a package, packaged by nequip-package"
+        f"not comparable: the size of a {kind} with that of a {reference_kind}; give as reference the FP32 model "
+        "compiled by nequip-compile or, for a package, packaged by nequip-package"
     )
     return Gate("file_size_ratio", None, bounds.file_size, None, "", note, ">=", enforced=False)
 
 
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
-    """Their ratio; None if one was not measured, 1 of two zeros."""
+    """Return the ratio; None if a number was not measured, 1 for two zeros."""
     if numerator is None or denominator is None:
         return None
     if denominator == 0:
@@ -284,18 +285,18 @@ def quotient(numerator: float | None, denominator: float | None) -> float | None
 
 
 def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | None:
-    """The entry whose key, a number or its text, is the step."""
+    """Return the entry whose key, a number or its text, equals the step."""
     for key, value in (errors or {}).items():
         if math.isclose(float(key), step):
             return value
     return None
 
 
-def _drift_bar(nve_fp32: Metrics) -> float | None:
-    """Largest difference of drifts that two runs of the reference itself would show, meV/atom/ps.
+def _drift_bound(nve_fp32: Metrics) -> float | None:
+    """Return the largest difference of drifts that two runs of the reference would show, meV/atom/ps.
 
-    Two independent runs with standard error σ differ by √2 σ; twice that covers 95 %. The quantized model's
-    own error bar is left out on purpose: rounding noise widens it, and would excuse the drift it causes.
+    Two independent runs with standard error σ differ by √2 σ; twice that covers 95 %. The quantized model's error bar
+    is left out on purpose: rounding noise would widen it and so excuse the drift that the noise causes.
     """
     error = nve_fp32.get("standard_error")
     if error is None or nve_fp32.get("drift_mev_per_atom_per_ps") is None or not math.isfinite(error):

@@ -1,4 +1,4 @@
-"""Measure a model, and the reference on the same data: the one place that says how each number is taken."""
+"""Measure a model and its reference on the same data. How each number is taken is decided here alone."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Quality", "measure_file", "measure_subject", "quality"]
 
-LARGEST_OF_THE_REFERENCE_PATH = 500
-"""Atoms of a structure beyond which plain operations, which hold the features of every edge, are not asked for it."""
+MAX_REFERENCE_PATH_ATOMS = 500
+"""Most atoms of a structure for the reference path, which holds the features of every edge in memory."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What `quality` finds.
+    """Result of `quality`.
 
     Attributes:
-        metrics: under their names in ``report.json``; only those that structures were given for.
-        labels: the errors with the forces behind them, for figures; None without labels.
+        metrics: values under their names in ``report.json``; only those for which structures were given.
+        labels: the errors with the forces they come from, for figures; None without labels.
     """
 
     metrics: dict[str, Any]
@@ -52,16 +52,16 @@ def quality(
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
 ) -> Quality:
-    """Errors against labels in the model's own arithmetic, rotation error and central differences in float64.
+    """Measure errors against labels in the model's precision, and rotation error and central differences in float64.
 
     Args:
         subject: what to measure.
         labelled: structures for the errors; their metrics are None if none of them has labels.
         rotated: structures for the rotation error.
         displaced: structures for central differences.
-        rotations: random rotations a structure.
-        components: force components a structure.
-        seed: of rotations and components.
+        rotations: random rotations per structure.
+        components: force components per structure.
+        seed: seed of rotations and components.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
 
@@ -98,9 +98,9 @@ def measure_file(
         path: the model.
         structures: structures, labelled or not.
         reference: the float model to compare with.
-        trained: hold the model to the bounds of models that were trained with their rounding.
-        device: to run on.
-        options: of `measure_subject`.
+        trained: apply the bounds of models that were trained with their rounding.
+        device: device to run on.
+        options: options of `measure_subject`.
 
     Returns:
         See `measure_subject`.
@@ -125,11 +125,11 @@ def measure_subject(
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
 ) -> dict[str, Any]:
-    """Measure one model, and the reference on the same data, and judge it.
+    """Measure a model and its reference on the same data, and judge the model.
 
-    Errors against labels use every structure. Rotations and central differences, which cost dozens of
-    evaluations a structure, use ``check_structures`` of them, evenly spaced. The NVE run, the bond-stretch
-    scan and the timing use the first.
+    Errors against labels use every structure. Rotations and central differences, which cost dozens of evaluations per
+    structure, use ``check_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use
+    the first structure.
 
     Args:
         subject: the model.
@@ -155,20 +155,24 @@ def measure_subject(
         raise ValueError("measure: no structures given; pass at least one")
     if subject.preset not in (*BOUNDS, FLOAT):
         raise ValueError(f"measure: no gates for preset {subject.preset!r}; nearest of: {', '.join(BOUNDS)}")
-    for one in filter(None, (subject, reference)):
-        if one.path is None or not Path(one.path).is_file():
-            raise ValueError(f"measure: model file {one.path} does not exist; its size is part of the report")
+    subjects = {"model": subject, **({"reference": reference} if reference else {})}
+    for measured in subjects.values():
+        if measured.path is None or not Path(measured.path).is_file():
+            raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
     checked = spaced(structures, max(1, check_structures))
     metrics: dict[str, dict[str, Any]] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
-    for name, one in {"model": subject, **({"reference": reference} if reference else {})}.items():
-        found = quality(one, structures, checked, checked, seed=seed, energy_key=energy_key, forces_key=forces_key)
-        if found.labels is not None:
-            labels[name] = found.labels
+    for name, measured in subjects.items():
+        result = quality(
+            measured, structures, checked, checked, seed=seed, energy_key=energy_key, forces_key=forces_key
+        )
+        if result.labels is not None:
+            labels[name] = result.labels
         if nve_ps > 0:
-            runs[name] = nve_drift(one.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
-        metrics[name] = {"path": one.path, **found.metrics, **_of_the_file(one, structures[0], runs.get(name), seed)}
+            runs[name] = nve_drift(measured.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
+        file_metrics = _file_metrics(measured, structures[0], runs.get(name), seed)
+        metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
     scan = None if reference is None else _scan(subject, reference, structures[0])
     metrics["model"] |= {
         "preset": subject.preset,
@@ -192,7 +196,7 @@ def measure_subject(
 def _label_errors(
     subject: Subject, structures: Sequence[Atoms], energy_key: str, forces_key: str
 ) -> LabelErrors | None:
-    """Errors against labels, or None if no structure is labelled. Some without labels is an error."""
+    """Measure errors against labels; None if no structure is labelled. Labels on some structures only are an error."""
     try:
         return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
     except MissingLabelsError:
@@ -203,8 +207,8 @@ def _label_errors(
         return None
 
 
-def _of_the_file(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> dict[str, Any]:
-    """Drift, size and speed."""
+def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> dict[str, Any]:
+    """Drift of the NVE run, sizes, seconds per step and peak memory."""
     drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
     seconds, peak = cost(subject.calculator, atoms, seed)
     return {
@@ -218,6 +222,7 @@ def _of_the_file(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: in
 
 
 def _scan(subject: Subject, reference: Subject, atoms: Atoms) -> SmoothnessResult | None:
+    """Scan a bond of the structure; None if it has no bond."""
     try:
         return bond_stretch_scan(subject.exact, atoms, reference.exact)
     except ValueError:  # no bond to stretch: the gate reads "not measured"
@@ -227,21 +232,21 @@ def _scan(subject: Subject, reference: Subject, atoms: Atoms) -> SmoothnessResul
 def _against_plain_operations(
     subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int
 ) -> dict[str, float | None]:
-    """The fused kernels against the reference path, and the rotation error of plain rounding over the model's."""
-    small = [atoms for atoms in checked if len(atoms) <= LARGEST_OF_THE_REFERENCE_PATH][:4]
-    found: dict[str, float | None] = {"engine_error_ratio": None, "lee_naive_ratio": None}
+    """Compare the errors of fused kernels and reference path, and the rotation errors of naive rounding and model."""
+    small = [atoms for atoms in checked if len(atoms) <= MAX_REFERENCE_PATH_ATOMS][:4]
+    ratios: dict[str, float | None] = {"engine_error_ratio": None, "lee_naive_ratio": None}
     if subject.preset == FLOAT or not small:
-        return found
+        return ratios
     if subject.engine_error is not None:
-        found["engine_error_ratio"] = subject.engine_error(small)
+        ratios["engine_error_ratio"] = subject.engine_error(small)
     if reference is not None and reference.naive is not None:
         try:
             twin = reference.naive(small)
         except ValueError:  # a model that cannot be quantized: the gate reads "not measured"
-            return found
-        naive, own = (
+            return ratios
+        naive_error, subject_error = (
             local_equivariance_error(potential, small, seed=seed).mean_mev_per_angstrom
             for potential in (twin, subject.exact)
         )
-        found["lee_naive_ratio"] = quotient(naive, own)
-    return found
+        ratios["lee_naive_ratio"] = quotient(naive_error, subject_error)
+    return ratios

@@ -1,4 +1,4 @@
-"""The result of a measurement as JSON and as one self-contained page."""
+"""Result of a measurement as JSON and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #5b657
 def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
-    The page needs nothing but itself: figures are embedded, there is no script and no external address.
-    Without matplotlib it is written without figures and says so. NaN and infinity, which JSON lacks, become
-    null.
+    The page is self-contained: figures are embedded, and there is no script and no external address. Without matplotlib
+    the page has no figures and says so. NaN and infinity, which JSON lacks, become null.
 
     Args:
         report: from `gaq.reporting.measure`, or read back from a ``report.json`` (then there are no figures).
@@ -55,7 +54,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
 
 
 def _plain(value: Any) -> Any:
-    """The same value in JSON's types; NaN and infinity become None."""
+    """Convert a value to JSON's types; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -133,9 +132,9 @@ def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     body = "".join(
-        f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(ours))}</td>"
-        f"<td class='n'>{_text(_value(theirs))}</td><td class='muted'>{_text(unit)}</td></tr>"
-        for label, unit, ours, theirs in metric_rows(model, reference)
+        f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(value))}</td>"
+        f"<td class='n'>{_text(_value(reference_value))}</td><td class='muted'>{_text(unit)}</td></tr>"
+        for label, unit, value, reference_value in metric_rows(model, reference)
     )
     head = "<tr><th>Metric</th><th class='n'>Model</th><th class='n'>Reference</th><th>Unit</th></tr>"
     return f"<table>{head}{body}</table>"

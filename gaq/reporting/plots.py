@@ -1,4 +1,4 @@
-"""Figures of a report, as HTML with the images inside."""
+"""Figures of a report, as HTML with embedded images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = {"model": "#0b5fa5", "reference": "#d98324"}
 
 
 def figures(data: Mapping[str, Any] | None) -> str:
-    """The figures of a report as HTML; a line that says why where there are none."""
+    """Draw the figures of a report as HTML; without figures, a line that says why."""
     if not data:
         return "<p class='muted'>No figure data.</p>"
     try:
@@ -39,7 +39,7 @@ def figures(data: Mapping[str, Any] | None) -> str:
 
 
 def _embed(figure: Any, caption: str) -> str:
-    """A matplotlib figure as an HTML figure with its bytes inside."""
+    """Turn a matplotlib figure into an HTML figure with an embedded image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for axes in figure.axes:
@@ -63,7 +63,7 @@ def _force_figure(labels: Mapping[str, LabelErrors]) -> str:
     figure = _new_figure()
     parity, histogram = figure.subplots(1, 2)
     model = labels["model"]
-    # A few thousand points show the cloud; more only make the file large.
+    # A few thousand points show the distribution; more only make the file large.
     stride = max(1, model.force_components // 5000)
     expected, predicted = model.force_labels[::stride], model.force_predictions[::stride]
     ends = [float(expected.min()), float(expected.max())]
@@ -99,7 +99,7 @@ def _nve_figure(runs: Mapping[str, NVEResult]) -> str:
 
 
 def _scan_figure(scan: SmoothnessResult) -> str:
-    """Bond-stretch energies, and the second differences that decide."""
+    """Draw bond-stretch energies, and the second differences that the gate judges."""
     figure = _new_figure()
     energy, jumps = figure.subplots(1, 2)
     lowest = scan.reference_energy_ev.min()

@@ -1,4 +1,4 @@
-"""A model file as the checks see it: potentials, calculator, kind and size, and what it has to be compared with."""
+"""A model file as the checks see it: potentials, calculator, kind, size, and comparisons with other paths."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ __all__ = ["Subject", "open_file", "open_model"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The model that is measured.
 
     Attributes:
-        potential: the model in its own arithmetic, as it will be used.
-        exact: the same in float64 where it can be had: differences of energies at 0.01 Å, and the rotation error of a
-            sound model, are the rounding of float32.
+        potential: the model in the precision of its file.
+        exact: the model in float64 where possible: in float32, energy differences at 0.01 Å and the rotation error of a
+            correct model are rounding noise.
         calculator: the stock ASE calculator of the file; None without one.
         path: the file; None for a model in memory.
-        preset: of a quantized model; `gaq.reporting.gates.FLOAT` of any other.
+        preset: preset of a quantized model; `gaq.reporting.gates.FLOAT` for any other.
         training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
         rounds_features: whether the model rounds features besides weights.
-        file_kind: what the file is, as its adapter names it.
-        weight_bytes: of codes, scales and what stays float; None if the file does not tell.
-        engine_error: error of the fused kernels over that of the reference path, on structures; gives None where the
-            model does not run through them.
-        naive: of a float model, what makes its `gaq.reporting.gates.NAIVE` twin, with ranges observed on structures.
+        file_kind: kind of the file, as its adapter names it.
+        weight_bytes: bytes of codes, scales and float weights; None if the file does not tell.
+        engine_error: given structures, returns the ratio of the fused kernels' error to the reference path's; None
+            where the model does not run through fused kernels.
+        naive: for a float model, given structures, makes its `gaq.reporting.gates.NAIVE` twin with ranges observed on
+            them.
     """
 
     potential: Potential
@@ -61,7 +62,7 @@ class Subject:
 
 
 def open_model(adapter: Adapter, model: torch.nn.Module) -> Subject:
-    """A model in memory, without what only its file has."""
+    """Open a model in memory; the attributes that only a file has stay empty."""
     return Subject(adapter.potential(model), adapter.potential(adapter.in_float64(model)))
 
 
@@ -72,14 +73,14 @@ def open_file(
     through_calculator: bool = False,
     structures: Sequence[Atoms] = (),
 ) -> Subject:
-    """A model file, float or quantized, of any framework that is installed.
+    """Open a model file, float or quantized, of any installed framework.
 
     Args:
         path: the file.
-        device: to run on.
-        trained: whether the model was trained with its rounding; files that say so need not be told.
-        through_calculator: take every number through the stock calculator, in the file's own arithmetic.
-        structures: what it will be measured on, to say at once what the model does not know.
+        device: device to run on.
+        trained: whether the model was trained with its rounding; files that record it need no flag.
+        through_calculator: take every number through the stock calculator, in the precision of the file.
+        structures: structures it will be measured on, to refuse unknown elements at once.
 
     Raises:
         ValueError: for a file that is missing, damaged or of no known kind, and for structures with elements that the
@@ -93,7 +94,7 @@ def open_file(
         adapter.batches(model, structures, 1)
     config = adapter.config(model)
     first = next(model.parameters(), None)
-    # Said to the calculator: MACE's warns of a dtype that it has to find out.
+    # Passed on, because MACE's calculator warns if it has to find the dtype itself.
     dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
     calculator = adapter.calculator(path, device, dtype)
     potential: Potential = CalculatorPotential(calculator)
@@ -117,11 +118,11 @@ def open_file(
 
 
 def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None]:
-    """See `Subject.engine_error`; gives None in float64 too, where there is nothing more exact to compare with.
+    """Make `Subject.engine_error`; it returns None in float64 too, where no more precise result exists.
 
-    Both errors are those of one model: the unquantized one, which has no features that fall to the other side of a
-    rounding threshold, would compare the arithmetic with the rounding. Few atoms are too few for a ratio of rounding
-    errors, and copies of the structures with atoms moved by 0.01 Å make them more.
+    Both errors are relative to the same model in float64; errors relative to the unquantized model would measure the
+    rounding instead of the arithmetic. A ratio of rounding errors needs many atoms, so copies of the structures with
+    atoms moved by 0.01 Å are added.
     """
 
     def measure(structures: Sequence[Atoms]) -> float | None:
@@ -133,19 +134,19 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
             return np.concatenate(adapter.potential(model, batch_size)(samples)[1]).astype(float)
 
         samples = _with_copies(structures, atoms=200)
-        # Few at a time: the reference path holds the features of every edge.
+        # Small batches, because the reference path holds the features of every edge in memory.
         batch_size = max(1, 200 // max(map(len, samples)))
         fused = forces(model)
         with adapter.reference_path():
             exact, plain = forces(adapter.in_float64(model)), forces(model)
-        errors = [float(np.sqrt(np.mean((found - exact) ** 2))) for found in (fused, plain)]
-        return quotient(*errors)
+        fused_error, plain_error = (float(np.sqrt(np.mean((values - exact) ** 2))) for values in (fused, plain))
+        return quotient(fused_error, plain_error)
 
     return measure
 
 
 def _with_copies(structures: Sequence[Atoms], atoms: int) -> list[Atoms]:
-    """The structures and, while they have fewer atoms together, slightly distorted copies of them."""
+    """Return the structures, with slightly distorted copies added until they have so many atoms together."""
     samples = [structure.copy() for structure in structures]
     rng = np.random.default_rng(0)
     while sum(map(len, samples)) < atoms:
@@ -157,6 +158,8 @@ def _with_copies(structures: Sequence[Atoms], atoms: int) -> list[Atoms]:
 
 
 def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], Potential]:
+    """Make `Subject.naive`."""
+
     def make(structures: Sequence[Atoms]) -> Potential:
         from gaq.config.parse import parse_config
         from gaq.training.ptq import observe_ranges

@@ -30,27 +30,28 @@ _COST_METRICS = (
 def metric_rows(
     model: Mapping[str, Any], reference: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str, Any, Any]]:
-    """Label, unit, and the values of model and reference, of each metric of a report."""
+    """Return label, unit, and the values of model and reference for each metric of a report."""
     rows: list[tuple[str, str, Any, Any]] = []
 
     def add(entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
         rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
 
-    other = reference or {}
-    add(_METRICS, model, other)
-    ours = model.get("central_difference_relative_error") or {}
-    theirs = other.get("central_difference_relative_error") or {}
+    reference = reference or {}
+    add(_METRICS, model, reference)
+    errors = model.get("central_difference_relative_error") or {}
+    reference_errors = reference.get("central_difference_relative_error") or {}
     rows.extend(
-        (f"Force against central differences, h = {step} Å", "relative", ours[step], theirs.get(step)) for step in ours
+        (f"Force against central differences, h = {step} Å", "relative", error, reference_errors.get(step))
+        for step, error in errors.items()
     )
     if model.get("nve"):
-        add(_NVE_METRICS, model["nve"], other.get("nve") or {})
-    add(_COST_METRICS, model, other)
+        add(_NVE_METRICS, model["nve"], reference.get("nve") or {})
+    add(_COST_METRICS, model, reference)
     return rows
 
 
 def format_number(value: Any, digits: int = 3) -> str:
-    """A cell's text.
+    """Format the value of a cell.
 
     Args:
         value: anything.
@@ -76,10 +77,10 @@ def format_number(value: Any, digits: int = 3) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """Aligned plain text; numbers to the right, text to the left.
+    """Format rows as aligned plain text; numbers to the right, text to the left.
 
     Args:
-        rows: one mapping a row; a key a row lacks, or None, prints as a dash.
+        rows: one mapping per row; a missing key, or None, prints as a dash.
         columns: keys in order, or a mapping from key to heading.
 
     Returns:
@@ -99,10 +100,10 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Map
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """The same table in Markdown.
+    """Format rows as a Markdown table.
 
     Args:
-        rows: one mapping a row; a key a row lacks, or None, prints as a dash.
+        rows: one mapping per row; a missing key, or None, prints as a dash.
         columns: keys in order, or a mapping from key to heading.
 
     Returns:
@@ -117,7 +118,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
 def _cells(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
 ) -> tuple[list[str], list[list[str]], list[bool]]:
-    """Headings, texts, and which columns hold numbers only."""
+    """Return headings, texts, and which columns hold numbers only."""
     keys = list(columns)
     headings = list(columns.values()) if isinstance(columns, Mapping) else keys
     cells = [[format_number(row.get(key)) for key in keys] for row in rows]

@@ -1,9 +1,9 @@
-"""Averages of the weights that are deployed.
+"""Averages of the rounded weights, which are deployed.
 
-Hosts keep an exponential moving average of a model's parameters while it trains, and evaluate and save that. In
-quantization-aware training the parameters are not what the model computes with: they lie between codes, and one that
-hops over a threshold averages to a place beside it, whichever of the two codes served better. The average that follows
-the *rounded* weights instead counts how often each code was in use.
+Frameworks keep an exponential moving average of a model's parameters in training, and evaluate and save the average. In
+quantization-aware training the model does not compute with the parameters: they lie between codes, and a parameter that
+jumps over a threshold averages to a value near it, whichever of the two codes is better. The average of the *rounded*
+weights instead reflects how often each code was in use.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["averaging_deployed", "deployed_weights"]
 def deployed_weights(
     parameters: Mapping[str, torch.nn.Parameter], quantizers: Mapping[str, WeightQuantizer]
 ) -> Iterator[None]:
-    """Within this context parameters hold what their quantizers round them to.
+    """Set parameters to their rounded values within this context.
 
     Args:
-        parameters: by name.
-        quantizers: of some of them, by the same names.
+        parameters: parameters of the model, by name.
+        quantizers: quantizers of some of them, by the same names.
     """
     kept = {name: parameters[name].data for name in quantizers}
     try:
@@ -48,13 +48,13 @@ def averaging_deployed(
     parameters: Mapping[str, torch.nn.Parameter],
     quantizers: Mapping[str, WeightQuantizer],
 ) -> Iterator[None]:
-    """Within this context a host's average takes in rounded weights.
+    """Let the framework's average take rounded weights within this context.
 
     Args:
-        average: the host's object; None if it averages nothing.
-        method: its method that takes in the parameters as they are.
-        parameters: of the model, by name.
-        quantizers: of some of them, by the same names.
+        average: the framework's averaging object, of any class; None if it averages nothing.
+        method: name of its method that adds the present parameters to the average.
+        parameters: parameters of the model, by name.
+        quantizers: quantizers of some of them, by the same names.
     """
     if average is None:
         yield
@@ -62,11 +62,11 @@ def averaging_deployed(
     update = getattr(average, method)
 
     @functools.wraps(update)
-    def take_in(*args: Any, **kwargs: Any) -> Any:
+    def update_with_rounded(*args: Any, **kwargs: Any) -> Any:
         with deployed_weights(parameters, quantizers):
             return update(*args, **kwargs)
 
-    setattr(average, method, take_in)
+    setattr(average, method, update_with_rounded)
     try:
         yield
     finally:

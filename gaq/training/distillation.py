@@ -1,7 +1,7 @@
-"""Self-distillation without labels: the float model's own forces teach the rounded one.
+"""Self-distillation without labels: a rounded model learns the forces of its float model.
 
-The float weights stay underneath the rounding (straight-through estimator) and move; scales are learned with them
-(Esser et al. 2020, LSQ, arXiv 1902.08153).
+The float weights beneath the rounding are trained (straight-through estimator), and the scales with them (Esser et al.
+2020, LSQ, arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["DistillationResult", "Labelled", "distill", "force_rms", "label"]
 
 ENERGY_WEIGHT = 0.1
-"""Of the squared energy difference per atom (eV²) beside that of the forces (eV²/Å²): forces decide."""
+"""Weight of the squared energy difference per atom (eV²) relative to that of the forces (eV²/Å²): forces dominate."""
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """How far self-distillation came.
+    """Result of self-distillation.
 
     Attributes:
         before: RMS force difference to the float model, meV/Å, on the held-out structures.
-        after: the same at the end.
+        after: RMS force difference at the end, meV/Å, on the same structures.
         steps: optimiser steps taken.
-        structures: structures that served as input, without the held-out ones.
+        structures: number of training structures, without the held-out ones.
     """
 
     before: float
@@ -58,7 +58,7 @@ class Labelled:
 
 
 def label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Labelled]:
-    """Batches of the structures with what the model gives without rounding."""
+    """Make batches of the structures, with the energies and forces of the model without rounding."""
     labelled = []
     with adapter.unquantized(model):
         for batch in adapter.batches(model, structures, batch_size):
@@ -68,7 +68,7 @@ def label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms],
 
 
 def force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[Labelled]) -> float:
-    """RMS force difference of a model to the labels, meV/Å."""
+    """Return the RMS difference between a model's forces and the labels, meV/Å."""
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for item in labelled:
@@ -87,34 +87,32 @@ def distill(
     progress: bool = True,
     teacher: torch.nn.Module | None = None,
 ) -> DistillationResult:
-    """Adjust rounding and scales until the rounded model reproduces the float model's forces.
+    """Train weights and scales until the rounded model reproduces the float model's forces.
 
-    The float weights stay underneath the rounding (straight-through estimator) and move; scales are
-    learned with them (Esser et al. 2020, LSQ, arXiv 1902.08153). The loss is the squared difference to the
-    float model's forces plus that of the energy per atom; no reference labels enter. Activations are left exact
-    meanwhile: those of 16 bits are noise far below what is fitted, and the ranges of coarse ones, observed on weights
-    that are still far off, would saturate. Weights whose rounding is ``negligible`` are left exact too while they move.
+    The loss is the squared difference to the float model's forces plus the weighted one of the energy per atom; no
+    reference labels enter. Activations stay exact meanwhile: rounding at 16 bits is noise far below the fitted errors,
+    and coarse activations would saturate, because their ranges were observed on weights that still change much. Weights
+    whose rounding is ``negligible`` are not rounded either while they are trained.
 
-    The best weights, judged on one structure in ten that is held out, are kept.
+    One structure in ten is held out, and the weights with the smallest error on these are kept.
 
     Args:
-        adapter: of the model's framework.
-        model: prepared and not yet converted.
-        structures: what the model is to be used on, more or less; a few hundred serve well.
+        adapter: adapter of the model's framework.
+        model: a prepared model, not converted.
+        structures: structures like those the model will be used on; a few hundred suffice.
         config: steps, batch size, learning rate.
-        seed: of the order of structures.
-        progress: whether to show a bar.
-        teacher: a copy of the model whose float weights are still the original ones, where those of
-            `model` are not (after calibrated rounding).
+        seed: seed of the order of structures.
+        progress: whether to show a progress bar.
+        teacher: copy of the model with the original float weights, if calibrated rounding has changed those of `model`.
 
     Returns:
-        The RMS force difference to the float model before and after, all weights rounded.
+        The RMS force difference to the float model before and after, with all weights rounded.
     """
     chosen = choose(structures, config.max_structures, seed)
-    held = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
+    held_out = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
     source = model if teacher is None else teacher
-    training = label(adapter, source, chosen[held:], config.batch_size)
-    validation = label(adapter, source, chosen[:held] or chosen, 16)
+    training = label(adapter, source, chosen[held_out:], config.batch_size)
+    validation = label(adapter, source, chosen[:held_out] or chosen, 16)
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
     for name, quantizer in quantizers.items():
@@ -123,16 +121,16 @@ def distill(
     with exact_features(adapter.feature_quantizers(model).values()):
         descent = _Descent(adapter, model, quantizers, config)
         before, after = descent.run(training, validation, seed, progress)
-    return DistillationResult(before, after, config.steps, len(chosen) - held)
+    return DistillationResult(before, after, config.steps, len(chosen) - held_out)
 
 
 class _Descent:
-    """The optimizer of a distillation, over weights and scales.
+    """Optimizes weights and scales in a distillation.
 
     Args:
-        adapter: of the model's framework.
-        model: prepared, with scales fixed.
-        quantizers: of its weights, by parameter name.
+        adapter: adapter of the model's framework.
+        model: a prepared model with fixed scales.
+        quantizers: quantizers of the weights, by parameter name.
         config: steps and learning rate.
     """
 
@@ -148,30 +146,30 @@ class _Descent:
         self.config = config
         self.parameters = dict(model.named_parameters())
         self.weights = [self.parameters[name] for name in quantizers]
-        # Weights whose rounding is negligible are left exact while they move.
+        # Weights whose rounding is negligible are not rounded while they are trained.
         self.negligible = {name: q for name, q in quantizers.items() if q.negligible and q.enabled}
         self.learned = {name: q for name, q in quantizers.items() if name not in self.negligible}
-        # Each scale is learned relative to where it starts, ``start * factor / typical``: where channels differ by
-        # orders of magnitude, a step that suits the large ones would take the small ones through zero, for good.
+        # Each scale is learned relative to its start, ``start * factor / typical``: where channels differ by orders of
+        # magnitude, an optimizer step that suits large scales would take small ones through zero.
         self.starts = [q.fixed_step.detach().clone() for q in self.learned.values()]
         self.typical = [float(start.mean()) for start in self.starts]
         self.factors = [
             torch.full_like(start, mean).requires_grad_(True)
             for start, mean in zip(self.starts, self.typical, strict=True)
         ]
-        self.required = {name: p.requires_grad for name, p in self.parameters.items()}
+        self.requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
         self.optimizer = torch.optim.Adam(self._groups(quantizers), betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(config.steps, 1), eta_min=0.0)
 
     def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[dict[str, Any]]:
-        """Weights and scales with their learning rates."""
+        """Parameter groups of weights and scales, with their learning rates."""
         groups: list[dict[str, Any]] = []
         rates = {}
         for (name, quantizer), weight in zip(quantizers.items(), self.weights, strict=True):
             size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
-            # A code changes when its weight has moved by about a step, and steps double with every bit less.
+            # A code changes once its weight has moved by about a step, and steps double with every bit less.
             rates[name] = self.config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
             groups.append({"params": [weight.requires_grad_(True)], "lr": rates[name] * size})
         for name, factor, mean in zip(self.learned, self.factors, self.typical, strict=True):
@@ -202,7 +200,7 @@ class _Descent:
     def run(
         self, training: Sequence[Labelled], validation: Sequence[Labelled], seed: int, progress: bool
     ) -> tuple[float, float]:
-        """Take the steps and keep the best weights; the RMS force difference before and after, meV/Å."""
+        """Take the steps, keep the best weights, and return the RMS force difference before and after, meV/Å."""
         before = force_rms(self.adapter, self.model, validation)
         for quantizer in self.negligible.values():
             quantizer.enabled = False
@@ -225,7 +223,7 @@ class _Descent:
         return before, force_rms(self.adapter, self.model, validation) if self.negligible else best
 
     def _finish(self, kept: Sequence[Tensor]) -> None:
-        """Put the best weights and scales in place, and leave the model as a prepared one is."""
+        """Restore the best weights and scales, and the flags of a prepared model."""
         with torch.no_grad():
             for tensor, value in zip((*self.weights, *self.factors), kept, strict=True):
                 tensor.requires_grad_(False)
@@ -236,11 +234,11 @@ class _Descent:
             quantizer.enabled = True
             quantizer.refresh_scale(self.parameters[name])
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(self.required[name])
+            parameter.requires_grad_(self.requires_grad[name])
 
 
 def _shuffled(training: Sequence[Labelled], seed: int) -> Iterator[Labelled]:
-    """The batches in random order, all of them before any comes again."""
+    """Yield batches in random order without end; every batch comes once per pass."""
     generator = np.random.default_rng(seed)
     while True:
         yield from (training[index] for index in reversed(generator.permutation(len(training)).tolist()))

@@ -1,8 +1,8 @@
 """Post-training quantization: activation ranges, calibrated rounding, label-free self-distillation.
 
-Plain rounding at 8 bits costs a well-trained potential some 15 % of its force error, and ruins it at 4. What
-repairs it needs no reference data: the float model itself labels the calibration structures with its own
-forces, and the rounded one is adjusted until it reproduces them.
+Plain rounding at 8 bits raises the force error of a well-trained potential by some 15 %; at 4 bits it makes the
+potential useless. The repair needs no reference data: the float model labels the calibration structures with its
+forces, and the rounded model is trained to reproduce them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gaq.adapter import Adapter
 from gaq.config.schema import QuantizationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.features import OBSERVER_DECAY
-from gaq.quantizers.weights import gptq_round
+from gaq.quantizers.weights import WeightQuantizer, gptq_round
 from gaq.training.distillation import DistillationResult, distill, label
 from gaq.training.sampling import choose
 
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def observe_ranges(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> None:
-    """Set the activation ranges to the largest sizes met in the structures.
+    """Set the activation ranges to the largest sizes observed on the structures.
 
-    Features are observed exact, weights as they are rounded.
+    Features are not rounded meanwhile; weights are.
     """
     quantizers = adapter.feature_quantizers(model).values()
     if not quantizers:
@@ -59,16 +59,16 @@ def observe_ranges(adapter: Adapter, model: torch.nn.Module, structures: Sequenc
 
 
 def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> int:
-    """Replace nearest rounding by rounding that keeps each layer's outputs (`gptq_round`), in place.
+    """Round weights so that each layer's outputs change least (`gptq_round`), in place.
 
-    Layers whose inputs are not those of a matrix (symmetric contractions) keep nearest rounding.
+    Layers that are not a matrix product of their inputs (symmetric contractions) keep nearest rounding.
 
     Returns:
         Number of weight blocks rounded this way.
     """
     moments = adapter.input_moments(model, adapter.batches(model, structures, batch_size))
     parameters = dict(model.named_parameters())
-    done = 0
+    rounded_blocks = 0
     for name, quantizer in adapter.weight_quantizers(model).items():
         weight = parameters[name]
         quantizer.fix_scale(weight)
@@ -82,37 +82,37 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
             columns = flat[span].view(rows, -1)
             steps = step[span].view(rows, -1)
             groups = moment.shape[0] if moment.dim() == 3 else 1
-            # A block over (inputs, species, outputs) is one matrix a species.
+            # A block over (inputs, species, outputs) is one matrix per species.
             for g in range(groups):
                 hessian = moment[g] if moment.dim() == 3 else moment
-                pick = columns.view(rows, groups, -1)[:, g]
-                sizes = steps.view(rows, groups, -1)[:, g]
-                codes = gptq_round(pick, hessian, sizes, quantizer.bits)
-                pick.copy_(codes.to(pick) * sizes)
-                done += 1
-    return done
+                matrix = columns.view(rows, groups, -1)[:, g]
+                matrix_steps = steps.view(rows, groups, -1)[:, g]
+                codes = gptq_round(matrix, hessian, matrix_steps, quantizer.bits)
+                matrix.copy_(codes.to(matrix) * matrix_steps)
+                rounded_blocks += 1
+    return rounded_blocks
 
 
 def calibrate_weights(
     adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig, progress: bool
 ) -> DistillationResult | None:
-    """Calibrated rounding and self-distillation of the weights, as far as a configuration asks for them.
+    """Run calibrated rounding and self-distillation of the weights, as the configuration asks.
 
     Args:
-        adapter: of the model's framework.
-        model: prepared and not yet converted.
-        structures: whatever the adapter makes batches of.
-        config: of the model.
-        progress: whether to show a bar.
+        adapter: adapter of the model's framework.
+        model: a prepared model, not converted.
+        structures: structures in any form that the adapter makes batches of.
+        config: configuration of the model.
+        progress: whether to show a progress bar.
 
     Returns:
-        How far self-distillation came; None if there was none.
+        The result of self-distillation; None if the configuration leaves it out.
     """
     if config.weights.bits is None:
         return None
     calibrated = config.weights.rounding == "gptq"
     distilled = config.distillation.steps > 0
-    # The labels have to come from the float weights, before any of them is moved.
+    # Labels come from the float weights, so copy these before calibrated rounding changes them.
     teacher = copy.deepcopy(model) if calibrated and distilled else None
     if calibrated:
         sample = choose(structures, config.calibration.frames, config.calibration.seed)
@@ -126,9 +126,9 @@ def calibrate_weights(
 def round_at_end(
     adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
 ) -> list[str]:
-    """`calibrate_weights` of weights that were trained in float; the scales they end with are held afterwards.
+    """Run `calibrate_weights` on weights that were trained in float, and hold the resulting scales.
 
-    Processes that train together all do the same, and end with the weights of the first.
+    In distributed training every process runs the same steps and takes the weights of the first process.
 
     Returns:
         Lines for the log.
@@ -137,18 +137,18 @@ def round_at_end(
     quantizers = adapter.weight_quantizers(model)
     for quantizer in quantizers.values():
         quantizer.scale_is_fixed = False
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = not shared or torch.distributed.get_rank() == 0
-    result = calibrate_weights(adapter, model, structures, config, progress=first)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_first = not distributed or torch.distributed.get_rank() == 0
+    result = calibrate_weights(adapter, model, structures, config, progress=is_first)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, quantizer in quantizers.items():
             if quantizer.scale_is_fixed:
                 quantizer.adopt_scale(parameters[name])
-            if shared:
+            if distributed:
                 torch.distributed.broadcast(parameters[name].data, src=0)
                 torch.distributed.broadcast(quantizer.range_ratio, src=0)
-        # Afterwards: the scale of one weight may depend on another, an embedding.
+        # In a second loop, because the scale of a weight may depend on another weight, an embedding.
         for name, quantizer in quantizers.items():
             quantizer.refresh_scale(parameters[name])
     if result is None:
@@ -162,14 +162,14 @@ def round_at_end(
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding one tensor alone costs.
+    """Force error from rounding one tensor alone.
 
     Attributes:
-        parameter: its name.
-        bits: tried.
+        parameter: name of the tensor.
+        bits: code width of the trial.
         numel: number of weights.
         force_difference: mean absolute force difference to the float model, meV/Å.
-        deserves_16_bits: whether it is among the few that cause much for few bytes.
+        deserves_16_bits: whether the tensor is among the few that cause much of the error with few bytes.
     """
 
     parameter: str
@@ -179,8 +179,8 @@ class Sensitivity:
     deserves_16_bits: bool
 
 
-@torch.no_grad()
-def _set_enabled(quantizers: dict[str, Any], only: str | None) -> None:
+def _set_enabled(quantizers: dict[str, WeightQuantizer], only: str | None) -> None:
+    """Enable the quantizer named `only` and disable the others; None enables all."""
     for name, quantizer in quantizers.items():
         quantizer.enabled = only is None or name == only
 
@@ -192,20 +192,19 @@ def sensitivity_scan(
     share: float = 0.03,
     progress: bool = True,
 ) -> list[Sensitivity]:
-    """Round one tensor at a time and measure the forces: which tensors deserve 16 bits.
+    """Round one tensor at a time and measure the force error, to find the tensors that deserve 16 bits.
 
-    A tensor deserves them if it is among the costliest per byte and all such together make up at most
-    `share` of the weights.
+    These are the tensors with the largest squared error per weight, as many as make up at most `share` of the weights.
 
     Args:
-        adapter: of the model's framework.
-        model: prepared and not yet converted.
-        structures: a handful.
-        share: of all weights that may be given 16 bits.
-        progress: whether to show a bar.
+        adapter: adapter of the model's framework.
+        model: a prepared model, not converted.
+        structures: a few structures.
+        share: largest fraction of all weights that may get 16 bits.
+        progress: whether to show a progress bar.
 
     Returns:
-        One entry a tensor, the costliest first.
+        One entry per tensor, the largest error first.
     """
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())

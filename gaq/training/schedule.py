@@ -14,11 +14,11 @@ __all__ = ["DEPLOYED", "BranchState", "branch_state", "describe_schedule", "set_
 
 @dataclass(frozen=True)
 class BranchState:
-    """What is on in one epoch.
+    """Which features are rounded in one epoch.
 
     Attributes:
         vectors: whether l > 0 features are rounded.
-        vector_range_factor: their range, relative to the observed one.
+        vector_range_factor: ratio of their range to the observed range.
     """
 
     vectors: bool
@@ -26,11 +26,11 @@ class BranchState:
 
 
 def branch_state(vectors: VectorConfig, epoch: int) -> BranchState:
-    """The state of the branches in an epoch of training.
+    """Return the state of the branches in an epoch of training.
 
-    Scalars and weights are rounded from the first step. Vectors join at ``start_epoch`` with twice their
-    observed range, which shrinks linearly to the observed one over ``anneal_epochs``: at first few of
-    them saturate while the rest of the model still moves.
+    Scalars and weights are rounded from the first step. Vectors follow at ``start_epoch``, with twice their observed
+    range; it shrinks linearly to the observed range over ``anneal_epochs``, so that few vectors saturate while the rest
+    of the model still changes.
     """
     if vectors.magnitude_bits is None or epoch < vectors.start_epoch:
         return BranchState(False, 1.0)
@@ -41,11 +41,11 @@ def branch_state(vectors: VectorConfig, epoch: int) -> BranchState:
 
 
 DEPLOYED = BranchState(True, 1.0)
-"""Everything rounded, as in validation and in what is saved."""
+"""Everything rounded, as in validation and in saved models."""
 
 
 def set_branches(model: torch.nn.Module, branches: BranchState, observing: bool) -> None:
-    """Switch the branches of every feature quantizer of a model; those observe whose ranges are not the atom's own."""
+    """Switch the branches of all feature quantizers of a model; those with static ranges observe if told to."""
     for quantizer in feature_quantizers(model).values():
         quantizer.vectors_enabled = branches.vectors
         quantizer.vector_range_factor = branches.vector_range_factor
@@ -57,35 +57,35 @@ def _bits(bits: int | None) -> str:
 
 
 def describe_schedule(config: QuantizationConfig) -> list[str]:
-    """What a training log says of a configuration: which bits, and when each branch starts."""
+    """Describe a configuration for the training log: its bits, and when each branch starts."""
     vectors = config.vectors
     lines = [
         f"Preset {config.preset}: weights {_bits(config.weights.bits)}, scalars {_bits(config.scalars.bits)}, "
         f"vectors {_bits(vectors.magnitude_bits)}"
     ]
-    late = config.rounds_weights_at_end
-    branches = [("weights", None if late else config.weights.bits), ("scalars", config.scalars.bits)]
+    at_end = config.rounds_weights_at_end
+    branches = [("weights", None if at_end else config.weights.bits), ("scalars", config.scalars.bits)]
     at_once = " and ".join(name for name, bits in branches if bits is not None)
     if at_once:
         lines.append(f"{at_once.capitalize()} are rounded from the first epoch")
-    if late:
+    if at_end:
         lines.append(
             "Weights are trained in float and rounded when training is over, by calibration on the training structures "
             "(training.round_weights: throughout rounds them all the while)"
         )
     if vectors.magnitude_bits is not None:
-        annealed = f", with a range that shrinks to its own over {vectors.anneal_epochs} epochs"
+        annealed = f", with a range that shrinks to the observed one over {vectors.anneal_epochs} epochs"
         lines.append(
             f"Vectors (l > 0) are rounded from epoch {vectors.start_epoch}"
             f"{annealed if vectors.anneal_epochs else ''}; validation always rounds everything"
         )
     attention = config.attention
     if attention is not None:
-        heat = attention.temperature
+        temperature = attention.temperature
         lines.append(
             f"Gates, attention and density weights are bounded, {_bits(attention.bits)}; attention, where there is "
             f"any: {'normalised' if attention.normalize else 'dot products'}, temperature "
-            f"{heat if isinstance(heat, str) else format(heat, 'g')}"
+            f"{temperature if isinstance(temperature, str) else format(temperature, 'g')}"
         )
     loss = config.equivariance_loss
     if loss.weight > 0:

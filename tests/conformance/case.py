@@ -1,4 +1,4 @@
-"""What the suite asks of a framework: the few things that an adapter alone cannot tell."""
+"""The interface of a framework to the suite: what an adapter does not provide."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Form:
     """One kind of file that `gaq.save` writes.
 
     Attributes:
-        packed: it holds integer codes and little else, so that it is held to the size of its preset.
-        checked: every flipped bit is noticed, not only missing bytes.
-        tolerance: largest difference of a force (eV/Å) between the model and what is loaded from its file.
+        packed: whether it holds little besides integer codes, so that the size bound of its preset applies.
+        checked: whether loading detects every flipped bit, not only missing bytes.
+        tolerance: largest difference of a force (eV/Å) between the model and the one loaded from its file.
     """
 
     packed: bool = True
@@ -29,7 +29,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind: its exit code, all it printed, and where its model would be."""
+    """Result of a command: its exit code, its output, and the path of its model."""
 
     code: int
     text: str
@@ -37,13 +37,13 @@ class Outcome:
 
 
 class Case(Protocol):
-    """One framework, as the suite sees it.
+    """A framework as the suite sees it.
 
     Attributes:
-        name: of its adapter.
+        name: name of its adapter.
         variants: architectures that `build` knows; the first is the smallest.
         forms: kinds of files, by suffix.
-        force_mae: of the float model `trained` on the test frames, in meV/Å.
+        force_mae: force error of the float model `trained` on the test frames, meV/Å.
     """
 
     name: str
@@ -52,27 +52,27 @@ class Case(Protocol):
     force_mae: float
 
     def start(self) -> None:
-        """Put the process into the state that the framework works in."""
+        """Set the process-wide state that the framework needs."""
         ...
 
     def build(self, variant: str, dtype: torch.dtype) -> torch.nn.Module:
-        """A small float model over H, C and O with random weights, the same at every call."""
+        """Build a small float model over H, C and O with random weights, the same at every call."""
         ...
 
     def trained(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The float model of ``tests/data``."""
+        """Return the float model of ``tests/data``."""
         ...
 
     def write_trained(self, folder: Path) -> Path:
-        """Write `trained` in float32 as the framework's own training command writes models; returns the file."""
+        """Write `trained` in float32 as the framework's training command does; return the file."""
         ...
 
     def codes(self, model: torch.nn.Module) -> Mapping[str, Any]:
-        """Integer codes and scales (`QuantizedTensor`) of each quantized parameter of a model, by name."""
+        """Return codes and scales (`QuantizedTensor`) of each quantized parameter of a model, by name."""
         ...
 
     def train(self, folder: Path, quantization: Any) -> Outcome:
-        """Run the framework's own training command on tiny data in a folder, with the key ``quantization``."""
+        """Run the framework's training command on tiny data in a folder, with the key ``quantization``."""
         ...
 
 
@@ -86,6 +86,6 @@ def installed() -> list[str]:
 
 
 def case_of(name: str) -> Case:
-    """The case of an installed framework."""
-    made: Case = import_module(MODULES[name]).Adapted()
-    return made
+    """Return the case of an installed framework."""
+    case: Case = import_module(MODULES[name]).Adapted()
+    return case

@@ -1,4 +1,4 @@
-"""The installed frameworks, one after the other, and models of each that the tests of the suite share."""
+"""Runs each test with every installed framework; models that the tests share."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-ASKED: dict[str, Callable[[Case], Iterable[str]]] = {
+REQUESTS: dict[str, Callable[[Case], Iterable[str]]] = {
     "variant": lambda case: case.variants,
     "suffix": lambda case: case.forms,
     "checked_suffix": lambda case: [suffix for suffix, form in case.forms.items() if form.checked],
 }
-"""What a test may ask for besides a framework, by the name of its argument."""
+"""What a test may request besides a framework, by the name of its argument."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every test each installed framework, with each variant or form of file if it asks for one."""
-    asked = next((name for name in ASKED if name in metafunc.fixturenames), None)
-    if asked is not None:
-        rows = [(name, value) for name in installed() for value in ASKED[asked](case_of(name))]
-        metafunc.parametrize(("case", asked), rows, indirect=["case"], scope="session")
+    """Run every test with each installed framework, and with each variant or file form that it requests."""
+    request = next((name for name in REQUESTS if name in metafunc.fixturenames), None)
+    if request is not None:
+        rows = [(name, value) for name in installed() for value in REQUESTS[request](case_of(name))]
+        metafunc.parametrize(("case", request), rows, indirect=["case"], scope="session")
     elif "case" in metafunc.fixturenames:
         metafunc.parametrize("case", installed(), indirect=True, scope="session")
 
@@ -49,9 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     before = torch.get_default_dtype()
-    made = case_of(request.param)
-    made.start()
-    yield made
+    current = case_of(request.param)
+    current.start()
+    yield current
     torch.set_default_dtype(before)
 
 
@@ -64,13 +64,13 @@ def models(case: Case) -> Any:
 
 @pytest.fixture(scope="session")
 def trained_file(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained float model in a file of its framework; not to be written to."""
+    """The trained float model in a file of its framework; do not write to it."""
     return case.write_trained(tmp_path_factory.mktemp(f"{case.name}_trained"))
 
 
 @pytest.fixture(scope="session")
 def trained_quantized(trained_file: Path) -> Callable[..., Any]:
-    """``trained_quantized(preset, status)``: a fresh copy of the trained model in float32, loaded and quantized."""
+    """``trained_quantized(preset, status)``: a fresh quantized copy of the trained model, in float32."""
     import copy
 
     import trained
@@ -94,7 +94,7 @@ def trained_quantized(trained_file: Path) -> Callable[..., Any]:
 def saved(
     trained_quantized: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """``saved(preset, suffix)``: a file of the trained model; not to be written to."""
+    """``saved(preset, suffix)``: a file of the trained model; do not write to it."""
     import gaq
 
     folder = tmp_path_factory.mktemp("saved")

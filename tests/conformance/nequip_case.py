@@ -20,8 +20,8 @@ class Adapted:
 
     name = "nequip"
     variants = ("plain", "parity", "wide", "readout", *(("allegro", "spline") if find_spec("allegro") else ()))
-    # Checkpoints hold float weights on the quantized grid. Packages fold the self-connection by type, and take the
-    # code along that reads them, which is as large as these small models.
+    # Checkpoints hold float weights on the quantized grid. Packages fold the self-connection by type, and include
+    # the code that reads them, which is as large as these small models.
     forms: Mapping[str, Form] = {
         ".ckpt": Form(packed=False, checked=False),
         ".nequip.zip": Form(packed=False, tolerance=5e-4),
@@ -32,7 +32,7 @@ class Adapted:
         from nequip.utils.global_state import set_global_state
 
         set_global_state()
-        torch.set_default_dtype(torch.float64)  # NequIP does it once only, which may have been for other tests
+        torch.set_default_dtype(torch.float64)  # NequIP sets it only once, perhaps for earlier tests
 
     def build(self, variant: str, dtype: torch.dtype) -> torch.nn.Module:
         model: torch.nn.Module = build_model(variant, str(dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""What every framework's adapter has to do: prepare, train a step, calibrate, convert, save, load, and refuse."""
+"""What every adapter must do: prepare, train a step, calibrate, convert, save, load, and refuse bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gaq.quantizers.weights import largest_code
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
 WEIGHTS_ONLY = ("w8", "w4")
 EIGHT_BITS = ("w8a8", "w4a8", "naive_w8a8")
-"""Presets that round activations to 8 bits: of them one step more or less of a feature is seen in the energy."""
+"""Presets that round activations to 8 bits: a feature that moves by one step changes the energy visibly."""
 DOUBLE = torch.float64
 
 Evaluate = Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -44,7 +44,7 @@ def test_the_adapter_knows_its_models_and_files(case: Case, models: Any, trained
 
 
 def test_evaluates_as_the_framework_does(case: Case, trained_file: Path, evaluate: Evaluate) -> None:
-    """The adapter's energies and forces are those of the framework's own calculator, and the model is trained."""
+    """The adapter's energies and forces equal those of the framework's calculator, and the model is trained."""
     model, frames = gaq.load(trained_file), trained.ethanol()
     energies, forces = evaluate(model, frames)
     calculator = adapter_for(model).calculator(trained_file)
@@ -70,7 +70,7 @@ def test_every_parameter_is_quantized(models: Any, variant: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_prepare_is_in_place_and_keeps_names(models: Any, preset: str) -> None:
-    """Checkpoints, optimizers and averages find every parameter where it was, and in its order."""
+    """Every parameter keeps its name, identity and order, so checkpoints, optimizers and averages find it."""
     model = models.float_model()
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     keys = list(model.state_dict())
@@ -170,7 +170,7 @@ def test_a_step_along_the_gradient_of_the_forces(models: Any, structures: list[A
     before.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.numel() > 0 and p.requires_grad}
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients.values())
-    size = sum(float((g**2).sum()) for g in gradients.values()) ** 0.5  # type: ignore[operator]
+    size = sum(float((g**2).sum()) for g in gradients.values()) ** 0.5  # type: ignore[operator]  # starts at int 0
     assert size > 0
     start = {name: p.detach().clone() for name, p in model.named_parameters() if name in gradients}
     after = []
@@ -218,26 +218,24 @@ def test_quantize_leaves_the_original(models: Any, evaluate: Evaluate, structure
 
 
 def test_variants_compute_close_to_float(models: Any, evaluate: Evaluate, structures: list[Any], variant: str) -> None:
-    """Every architecture runs, and with the default preset its forces are near those of the float model."""
+    """Every architecture runs, and the default preset keeps its forces close to those of the float model."""
     energies, forces = evaluate(models.float_model(variant), structures)
-    found = evaluate(models.quantized("gaq", variant), structures)
-    assert 0 < np.abs(found[1] - forces).mean() < 0.05 * np.abs(forces).mean()
-    assert np.abs(found[0] - energies).max() < 0.05 * np.ptp(energies)
+    actual = evaluate(models.quantized("gaq", variant), structures)
+    assert 0 < np.abs(actual[1] - forces).mean() < 0.05 * np.abs(forces).mean()
+    assert np.abs(actual[0] - energies).max() < 0.05 * np.ptp(energies)
 
 
-def test_four_bits_are_a_rounding_and_no_ruin(
-    case: Case, models: Any, evaluate: Evaluate, structures: list[Any]
-) -> None:
+def test_four_bits_keep_the_forces_roughly(case: Case, models: Any, evaluate: Evaluate, structures: list[Any]) -> None:
     _, forces = evaluate(models.float_model(), structures)
-    found = evaluate(models.quantized("w4"), structures)
-    assert 0 < np.abs(found[1] - forces).mean() < 0.5 * np.abs(forces).mean()
+    actual = evaluate(models.quantized("w4"), structures)
+    assert 0 < np.abs(actual[1] - forces).mean() < 0.5 * np.abs(forces).mean()
 
 
 @pytest.mark.parametrize(("preset", "least", "most"), [("gaq", 0.99, 1.01), ("w4", 0.95, 1.3)])
 def test_a_trained_model_keeps_its_accuracy(
     case: Case, trained_quantized: Callable[..., Any], evaluate: Evaluate, preset: str, least: float, most: float
 ) -> None:
-    """Calibrated without labels; error against the labels over that of the float model."""
+    """Ratio of the force error to that of the float model, after calibration without labels."""
     frames = trained.ethanol()
     labels = np.concatenate([atoms.arrays["REF_forces"] for atoms in frames])
     error = 1e3 * np.abs(evaluate(trained_quantized(preset), frames)[1] - labels).mean()
@@ -251,7 +249,7 @@ def test_a_trained_model_keeps_its_accuracy(
 def test_convert_writes_the_codes(
     case: Case, models: Any, evaluate: Evaluate, structures: list[Any], preset: str
 ) -> None:
-    """Weights become their codes times their scales, and the model computes what it computed in training."""
+    """Weights become codes times scales, and the model gives the same results as in training."""
     model = models.quantized(preset, status="training")
     before = case.codes(model)
     energies, forces = evaluate(model, structures)
@@ -265,7 +263,7 @@ def test_convert_writes_the_codes(
         assert torch.equal(after[name].codes, tensor.codes)
         assert torch.equal(after[name].scale, tensor.scale)
     converted = evaluate(model, structures)
-    # The same numbers to the order of float32 sums, which may decide on which side of a step a feature falls.
+    # Equal up to the order of float32 sums, which may round a feature near a threshold to the other side.
     np.testing.assert_allclose(converted[0], energies, rtol=2e-5 if preset in EIGHT_BITS else 2e-6)
     np.testing.assert_allclose(converted[1], forces, atol=2e-5 if preset in WEIGHTS_ONLY else 2e-2)
     assert gaq.convert(model) is model, "converting twice changes nothing"
@@ -283,7 +281,7 @@ def test_a_model_in_float64_stays_so(case: Case, models: Any, preset: str) -> No
 
 @pytest.mark.parametrize("status", ["training", "converted"])
 @pytest.mark.parametrize("preset", ["gaq", "w4"])
-def test_a_deep_copy_is_the_model_and_its_own(
+def test_a_deep_copy_is_equal_and_independent(
     case: Case, models: Any, evaluate: Evaluate, structures: list[Any], preset: str, status: str
 ) -> None:
     model = models.quantized(preset, status=status)
@@ -291,11 +289,11 @@ def test_a_deep_copy_is_the_model_and_its_own(
     assert adapter.status(twin) == status
     assert adapter.config(twin) == adapter.config(model)
     assert adapter.notes(twin) is not adapter.notes(model)
-    # By name: torch.fx makes a class of its own for every graph.
+    # Compared by name, because torch.fx makes a new class for every graph.
     assert [type(m).__qualname__ for m in twin.modules()] == [type(m).__qualname__ for m in model.modules()]
     energies, forces = evaluate(model, structures)
-    for found, expected in zip(evaluate(twin, structures), (energies, forces), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(evaluate(twin, structures), (energies, forces), strict=True):
+        np.testing.assert_array_equal(actual, expected)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
@@ -313,12 +311,12 @@ def assert_same_quantization(case: Case, first: Any, second: Any) -> None:
     for name, parameter in first.named_parameters():
         assert others[name].dtype == parameter.dtype
         assert torch.equal(others[name], parameter), name
-    codes, theirs = case.codes(first), case.codes(second)
-    assert codes.keys() == theirs.keys()
+    codes, other_codes = case.codes(first), case.codes(second)
+    assert codes.keys() == other_codes.keys()
     for name in codes:
-        assert torch.equal(codes[name].codes, theirs[name].codes), name
-        assert torch.equal(codes[name].scale, theirs[name].scale), name
-        assert codes[name].bits == theirs[name].bits
+        assert torch.equal(codes[name].codes, other_codes[name].codes), name
+        assert torch.equal(codes[name].scale, other_codes[name].scale), name
+        assert codes[name].bits == other_codes[name].bits
     quantizers = adapter_for(second).feature_quantizers(second)
     assert quantizers.keys() == adapter_for(first).feature_quantizers(first).keys()
     for name, quantizer in adapter_for(first).feature_quantizers(first).items():
@@ -336,7 +334,7 @@ def test_a_file_holds_the_model(
     preset: str,
     suffix: str,
 ) -> None:
-    """What is loaded is what was saved; the framework's own calculator computes it; and the file is small."""
+    """A loaded model equals the saved one, the framework's calculator runs it, and the file is small."""
     model, form = trained_quantized(preset), case.forms[suffix]
     adapter, path = adapter_for(model), tmp_path / f"model{suffix}"
     adapter.notes(model)["gates"] = {"lee": {"value": 0.1, "passed": True}}
@@ -347,14 +345,14 @@ def test_a_file_holds_the_model(
         assert trained_file.stat().st_size / path.stat().st_size >= (7.0 if preset.startswith("w4") else 4.0)
     loaded = gaq.load(path)
     assert adapter.status(loaded) in ("converted", "frozen")
-    assert adapter.config(loaded).to_dict() == adapter.config(model).to_dict()  # type: ignore[union-attr]
+    assert adapter.config(loaded).to_dict() == adapter.config(model).to_dict()  # type: ignore[union-attr]  # not None
     assert adapter.notes(loaded)["gates"] == adapter.notes(model)["gates"]
     if adapter.status(loaded) == "converted":
         assert_same_quantization(case, model, loaded)
     frames = few_frames()
     energies, forces = evaluate(model, frames)
-    for found, expected in zip(evaluate(loaded, frames), (energies, forces), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=form.tolerance)
+    for actual, expected in zip(evaluate(loaded, frames), (energies, forces), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=form.tolerance)
     calculator = adapter.calculator(path)
     atoms = frames[0].copy()
     atoms.calc = calculator
@@ -382,7 +380,7 @@ def test_nothing_is_left_where_a_file_cannot_be_written(
 
 
 def refuse(path: Path, word: str = "") -> None:
-    """Loading fails with one line that names the file and says what is wrong with it."""
+    """Check that loading fails with one line that names the file and says what is wrong with it."""
     with pytest.raises(ValueError) as caught:
         gaq.load(path)
     message = str(caught.value)
@@ -422,8 +420,8 @@ def test_other_files_are_refused(case: Case, tmp_path: Path, suffix: str) -> Non
 # Equivariance
 
 
-def turned(structures: list[Any]) -> tuple[list[Any], np.ndarray]:
-    """The structures rotated and moved, and the rotation."""
+def rotated(structures: list[Any]) -> tuple[list[Any], np.ndarray]:
+    """Rotate and shift the structures; return them and the rotation."""
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
     rotation *= np.sign(np.linalg.det(rotation))
     others = [atoms.copy() for atoms in structures]
@@ -439,10 +437,10 @@ def test_rounded_weights_keep_the_symmetry(
 ) -> None:
     model = models.quantized(preset, dtype=DOUBLE, status=status)
     energies, forces = evaluate(model, structures)
-    others, rotation = turned(structures)
-    found = evaluate(model, others)
-    assert np.abs(found[0] - energies).max() < 1e-11
-    assert np.abs(found[1] - forces @ rotation.T).max() < 1e-11
+    others, rotation = rotated(structures)
+    actual = evaluate(model, others)
+    assert np.abs(actual[0] - energies).max() < 1e-11
+    assert np.abs(actual[1] - forces @ rotation.T).max() < 1e-11
 
 
 def trained_in_float64(case: Case, preset: str) -> Any:
@@ -451,7 +449,7 @@ def trained_in_float64(case: Case, preset: str) -> Any:
 
 @pytest.mark.parametrize(("preset", "bound"), [("gaq", 1e-6), ("w8a8", 1e-6), ("naive_w8a8", None)])
 def test_rotation_error_is_rounding(case: Case, preset: str, bound: float | None) -> None:
-    """In float64 every preset but the naive one is equivariant to float64 (meV/Å)."""
+    """In float64 every preset except the naive one is equivariant to float64 rounding (meV/Å)."""
     model = trained_in_float64(case, preset)
     potential = adapter_for(model).potential(model)
     error = local_equivariance_error(potential, few_frames()[:2], rotations=2).mean_mev_per_angstrom
@@ -462,7 +460,7 @@ def test_rotation_error_is_rounding(case: Case, preset: str, bound: float | None
 
 
 def test_rotation_error_in_float32(trained_quantized: Callable[..., Any]) -> None:
-    """The gate of the default preset."""
+    """The rotation error meets the gate of the default preset, 0.15 meV/Å."""
     model = trained_quantized("gaq")
     potential = adapter_for(model).potential(model)
     error = local_equivariance_error(potential, few_frames()[:2], rotations=2).mean_mev_per_angstrom
@@ -480,9 +478,9 @@ def test_rounded_weights_keep_forces_exact(models: Any, evaluate: Evaluate, pres
 
 @pytest.mark.parametrize("preset", ["gaq", "w8"])
 def test_central_differences_of_a_trained_model(case: Case, preset: str) -> None:
-    """The gate: at steps of 0.01 Å forces and differences of the energy agree to a hundredth."""
+    """Forces and energy differences meet the gate: at steps of 0.01 Å they agree within 1 %."""
     model = trained_in_float64(case, preset)
     errors = central_difference_error(adapter_for(model).potential(model), few_frames()[:3], seed=0)
     assert errors[0.01].relative_error <= 1e-2
-    # Truncation alone falls by a hundred between the two; 16-bit activations add a little.
+    # Truncation alone falls by a factor of 100 between the steps; 16-bit activations add a little.
     assert errors[0.01].relative_error < errors[0.1].relative_error / 10

@@ -1,4 +1,4 @@
-"""One line for every framework that the suite has not seen here."""
+"""Reports every framework that is not installed, so that its conformance is not tested."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ def test_what_is_in_an_archive_stays(tmp_path: Path) -> None:
     state = {f"layer.{i}": [torch.arange(4) + i, {"name": str(i)}] for i in range(200)}
     torch.save(state, path)
     deflate(path, target)
-    found = torch.load(target)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[k][0], v[0]) and found[k][1] == v[1] for k, v in state.items())
+    loaded = torch.load(target)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[k][0], v[0]) and loaded[k][1] == v[1] for k, v in state.items())
     with zipfile.ZipFile(path) as before, zipfile.ZipFile(target) as after:
         assert before.namelist() == after.namelist()
         pickled = next(name for name in after.namelist() if name.endswith(".pkl"))
@@ -91,7 +91,7 @@ def test_own_modules_alone_lose_comments(tmp_path: Path) -> None:
             archive.writestr(name, text)
     deflate(tmp_path / "before.zip", tmp_path / "after.zip")
     with zipfile.ZipFile(tmp_path / "after.zip") as archive:
-        found = {name: archive.read(name).decode() for name in archive.namelist()}
-    assert found.pop("root/gaq/a.py") == '""\nx = 1\n'
-    assert len(found) == 3
-    assert set(found.values()) == {text}
+        contents = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert contents.pop("root/gaq/a.py") == '""\nx = 1\n'
+    assert len(contents) == 3
+    assert set(contents.values()) == {text}

@@ -49,15 +49,15 @@ def test_an_average_counts_how_often_each_code_was_in_use() -> None:
     parameter = linear.weight
     step = quantizers["weight"].current_scale(parameter).detach()[0]
     average = Average([parameter], decay=0.0)
-    seen = []
+    averages = []
     with averaging_deployed(average, "update", dict(linear.named_parameters()), quantizers):
         for place in (2.51, 2.51, 1.6, 2.51):
             with torch.no_grad():
                 parameter[0, 0] = place * step
             average.update()
-            seen.append(average.values[0][0, 0].clone())
-    assert [round(float(value / step), 4) for value in seen] == [3.0, 3.0, 2.0, 3.0]
-    mean = torch.stack(seen).mean()
+            averages.append(average.values[0][0, 0].clone())
+    assert [round(float(value / step), 4) for value in averages] == [3.0, 3.0, 2.0, 3.0]
+    mean = torch.stack(averages).mean()
     assert torch.round(mean / step) == 3  # that of the latent weights, 2.28 steps, rounds to 2
     # Afterwards the host's own method is there again.
     assert "update" not in vars(average)

@@ -75,19 +75,19 @@ def test_bytes_of_codes_and_scales() -> None:
 def test_as_many_bits_as_fit(ratio: float) -> None:
     sites = _model()
     total = sum(4 * site.weights[0].layout.numel for site in sites)
-    found = spend(sites, W4, total / ratio)
-    assert found.compression is None
-    bits = _bits(found)
+    settled = spend(sites, W4, total / ratio)
+    assert settled.compression is None
+    bits = _bits(settled)
     least = weight_bytes(sites, dataclasses.replace(W4, compression=None))
-    assert weight_bytes(sites, found) <= max(total / ratio, least)
+    assert weight_bytes(sites, settled) <= max(total / ratio, least)
     level = max(bits[0] - 4, 0)
     # The groups keep their distances, but for what was left over.
-    for group, own in zip(GROUPS, bits, strict=True):
-        assert own - (4 + max(level - LAGS[group], 0)) in (-1, 0, 1), (group, bits)
+    for group, group_bits in zip(GROUPS, bits, strict=True):
+        assert group_bits - (4 + max(level - LAGS[group], 0)) in (-1, 0, 1), (group, bits)
     assert level <= HIGHEST_LEVEL + 1
     if level < HIGHEST_LEVEL and bits != [4, 4, 4, 4]:
         more = dataclasses.replace(
-            found, bits=bits[3] + 1, **{f"{g}_bits": b + 1 for g, b in zip(GROUPS[:3], bits[:3], strict=True)}
+            settled, bits=bits[3] + 1, **{f"{g}_bits": b + 1 for g, b in zip(GROUPS[:3], bits[:3], strict=True)}
         )
         assert weight_bytes(sites, more) > total / ratio
 
@@ -118,20 +118,20 @@ def test_overrides_have_a_budget_of_their_own() -> None:
     def settle(spec: object) -> tuple[WeightConfig, dict[str, WeightConfig | None]]:
         config = parse_config(spec)
         resolved = resolve_overrides(config, names)
-        top, own = settle_bits(config, sites, resolved, lambda: float(total))
-        return top.weights, {name: None if c is None else c.weights for name, c in own.items()}
+        top, site_weights = settle_bits(config, sites, resolved, lambda: float(total))
+        return top.weights, {name: None if c is None else c.weights for name, c in site_weights.items()}
 
-    top, own = settle({"preset": "w4", "overrides": {"other": None}})
-    assert own["other"] is None
-    assert own["rest"] == top
+    top, site_weights = settle({"preset": "w4", "overrides": {"other": None}})
+    assert site_weights["other"] is None
+    assert site_weights["rest"] == top
     expected = spend(_model(), W4, (total - 4 * 6400) / 7)
     assert top == expected
-    top, own = settle({"preset": "gaq", "weights": {"first_bits": 16}, "overrides": {"other": "w4"}})
+    top, site_weights = settle({"preset": "gaq", "weights": {"first_bits": 16}, "overrides": {"other": "w4"}})
     gaq = PRESETS["gaq"].weights
     assert top == dataclasses.replace(gaq, mixing_bits=8, compression=None, least_compression=None)
-    assert own["other"] == spend([sites[-1]], W4, 4 * 6400 / 7)
-    top, own = settle({"preset": "w4", "overrides": {"other": {"weights": {"bits": 5}}}})
-    assert own["other"] == dataclasses.replace(
+    assert site_weights["other"] == spend([sites[-1]], W4, 4 * 6400 / 7)
+    top, site_weights = settle({"preset": "w4", "overrides": {"other": {"weights": {"bits": 5}}}})
+    assert site_weights["other"] == dataclasses.replace(
         W4, bits=5, sensitive_bits=None, first_bits=None, mixing_bits=None, species_bits=None, compression=None
     )
     # Nothing to settle: nothing is asked for.
@@ -149,8 +149,8 @@ def test_bits_give_way_to_a_least_size() -> None:
     sites = _model()
     names = [site.name for site in sites]
     total = sum(4 * site.weights[0].layout.numel for site in sites)
-    own = dataclasses.replace(PRESETS["gaq"].weights, compression=None)
-    actual = total / weight_bytes(sites, own)
+    plain_weights = dataclasses.replace(PRESETS["gaq"].weights, compression=None)
+    actual = total / weight_bytes(sites, plain_weights)
     assert actual == pytest.approx(3.2, abs=0.1)
 
     def settle(spec: object) -> WeightConfig:
@@ -160,7 +160,7 @@ def test_bits_give_way_to_a_least_size() -> None:
     def least(ratio: float) -> dict[str, object]:
         return {"weights": {"compression": None, "least_compression": ratio}}
 
-    assert settle(least(actual - 0.01)) == dataclasses.replace(own, least_compression=None)
+    assert settle(least(actual - 0.01)) == dataclasses.replace(plain_weights, least_compression=None)
     smaller = settle(least(actual + 0.2))
     assert weight_bytes(sites, smaller) <= total / (actual + 0.2)
     assert _bits(smaller) == [13, 11, 9, 8]
@@ -169,7 +169,7 @@ def test_bits_give_way_to_a_least_size() -> None:
     config = parse_config(least(actual + 0.2))
     _, own_bits = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total), of_a_file=False)
     assert own_bits["rest"] is not None
-    assert own_bits["rest"].weights == dataclasses.replace(own, least_compression=None)
+    assert own_bits["rest"].weights == dataclasses.replace(plain_weights, least_compression=None)
     # Not even 8 bits for all: no fewer.
     assert _bits(settle(least(5.0))) == [8, 8, 8, 8]
     # Bits that somebody names are what they get; what an override is for has no size of its own.
@@ -177,7 +177,7 @@ def test_bits_give_way_to_a_least_size() -> None:
     config = parse_config({"preset": "w4", "overrides": {"rest": "gaq"}})
     _, resolved = settle_bits(config, sites, resolve_overrides(config, names), lambda: float(total))
     assert resolved["rest"] is not None
-    assert resolved["rest"].weights == dataclasses.replace(own, mixing_bits=8, least_compression=None)
+    assert resolved["rest"].weights == dataclasses.replace(plain_weights, mixing_bits=8, least_compression=None)
     with pytest.raises(ValueError, match=r"weights\.least_compression: 1"):
         parse_config(least(1))
 
@@ -191,8 +191,8 @@ def test_room_is_used_above_a_least_size() -> None:
     def settle(spec: object, of_a_file: bool = True) -> list[int]:
         config = parse_config(spec)
         resolved = resolve_overrides(config, names)
-        found = settle_bits(config, sites, resolved, lambda: float(total), of_a_file=of_a_file)[0].weights
-        return [*_bits(found), bits_of("species", found)]
+        settled = settle_bits(config, sites, resolved, lambda: float(total), of_a_file=of_a_file)[0].weights
+        return [*_bits(settled), bits_of("species", settled)]
 
     for of_a_file in (False, True):
         assert settle("gaq", of_a_file) == [16, 16, 11, 10, 4]
@@ -230,4 +230,8 @@ def test_fine_weights_are_rounded_when_training_is_over(spec: Any, ratio: float,
     config, resolved = settle_bits(config, sites, resolved, lambda: sum(4 * 64 * n for n in (20, 200, 300, 500, 30)))
     assert config.training.round_weights == when
     assert config.rounds_weights_at_end == (when == "at_end")
-    assert all(own is config for own in resolved.values() if own is not None and own.preset == config.preset)
+    assert all(
+        site_config is config
+        for site_config in resolved.values()
+        if site_config is not None and site_config.preset == config.preset
+    )

@@ -91,13 +91,13 @@ def icosahedral_rotations() -> list[Tensor]:
         return torch.eye(3, dtype=torch.float64) + sine * cross + (1 - cosine) * cross @ cross
 
     generators = [fifth_turn((0, 1, golden)), fifth_turn((0, -1, golden))]
-    found = [torch.eye(3, dtype=torch.float64)]
-    for element in found:  # grows while it is walked
+    elements = [torch.eye(3, dtype=torch.float64)]
+    for element in elements:  # grows while it is walked
         for generator in generators:
             product = generator @ element
-            if all((product - known).abs().max() > 1e-9 for known in found):
-                found.append(product)
-    return found
+            if all((product - known).abs().max() > 1e-9 for known in elements):
+                elements.append(product)
+    return elements
 
 
 def worst_angle_bound(levels: int) -> float:
@@ -352,9 +352,9 @@ def test_geodesic_frequency_is_the_largest_that_fits() -> None:
 
 def test_table_search_is_the_same_in_chunks() -> None:
     table, vectors = geodesic_table(3), random_vectors(1_000, 3)
-    whole = nearest_direction(table, vectors)
-    assert torch.equal(whole, table[(vectors @ table.t()).argmax(1)])
-    assert torch.equal(nearest_direction(table, vectors, scores_at_once=7 * len(table)), whole)
+    unchunked = nearest_direction(table, vectors)
+    assert torch.equal(unchunked, table[(vectors @ table.t()).argmax(1)])
+    assert torch.equal(nearest_direction(table, vectors, scores_at_once=7 * len(table)), unchunked)
 
 
 @pytest.mark.parametrize("dimension", [3, 5, 7])

@@ -219,10 +219,10 @@ def test_without_the_key_attention_is_nowhere() -> None:
 
 def test_attention_follows_the_preset_unless_bits_are_given() -> None:
     for preset, config in PRESETS.items():
-        found = parse_config({"attention": {}, "preset": preset})
-        assert found.attention is not None
-        assert found.attention.bits == (None if config.scalars.bits is None else 16)
-        assert found.rounds_activations == config.rounds_activations
+        parsed = parse_config({"attention": {}, "preset": preset})
+        assert parsed.attention is not None
+        assert parsed.attention.bits == (None if config.scalars.bits is None else 16)
+        assert parsed.rounds_activations == config.rounds_activations
     assert parse_config({"attention": {"normalize": False}, "scalars": None}).attention.bits is None  # type: ignore[union-attr]
     exact = parse_config({"preset": "w8", "attention": {"bits": 12}})
     assert exact.attention is not None
@@ -518,11 +518,11 @@ def test_stored_configurations_of_before_still_load(preset: str, finished: bool)
         section, key = path.split(".")
         stored[section][key] = value
     stored["overrides"] = {"a.*": {"vectors": {"magnitude": "linear", "magnitude_bits": 12}}, "b.*": None}
-    found = parse_stored(stored, finished)
-    assert dataclasses.replace(found, overrides={}) == config
-    assert found.overrides == {"a.*": {"vectors": {"magnitude_bits": 12}}, "b.*": None}
-    assert same_grid(found.to_dict(), stored)
-    assert not same_grid(found.to_dict(), {**stored, "vectors": {**stored["vectors"], "magnitude": "log"}})
+    parsed = parse_stored(stored, finished)
+    assert dataclasses.replace(parsed, overrides={}) == config
+    assert parsed.overrides == {"a.*": {"vectors": {"magnitude_bits": 12}}, "b.*": None}
+    assert same_grid(parsed.to_dict(), stored)
+    assert not same_grid(parsed.to_dict(), {**stored, "vectors": {**stored["vectors"], "magnitude": "log"}})
 
 
 @pytest.mark.parametrize("path", sorted(REMOVED))

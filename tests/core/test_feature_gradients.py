@@ -47,7 +47,7 @@ def test_vector_gradient_is_straight_through_on_the_sphere(
     upstream = random_features(layout, dtype=torch.float64, seed=1)
     rounded = quantizer(x)
     (gradient,) = torch.autograd.grad((rounded * upstream).sum(), x)
-    seen = {True: 0, False: 0}
+    counts = {True: 0, False: 0}
     pieces = (split(layout, tensor) for tensor in (x.detach(), rounded.detach(), upstream, gradient))
     for v, v_q, up, got in zip(*pieces, strict=True):
         if v.shape[-1] == 1:
@@ -55,18 +55,19 @@ def test_vector_gradient_is_straight_through_on_the_sphere(
         m, m_q = v.norm(dim=-1, keepdim=True), v_q.norm(dim=-1, keepdim=True)
         u, u_q = v / m, v_q / m_q
         inside = m <= 2.0
-        one = torch.eye(v.shape[-1], dtype=torch.float64)
+        identity = torch.eye(v.shape[-1], dtype=torch.float64)
         along = u.unsqueeze(-1) * u.unsqueeze(-2)
-        jacobian = inside.unsqueeze(-1) * u_q.unsqueeze(-1) * u.unsqueeze(-2) + (m_q / m).unsqueeze(-1) * (one - along)
+        radial = inside.unsqueeze(-1) * u_q.unsqueeze(-1) * u.unsqueeze(-2)
+        jacobian = radial + (m_q / m).unsqueeze(-1) * (identity - along)
         expected = (up.unsqueeze(-2) @ jacobian).squeeze(-2)
         present = m_q.squeeze(-1) > 0
         assert torch.allclose(got[present], expected[present], rtol=1e-9, atol=1e-12)
-        for side in seen:
-            seen[side] += int((present & (inside.squeeze(-1) == side)).sum())
+        for side in counts:
+            counts[side] += int((present & (inside.squeeze(-1) == side)).sum())
         # Past the range, stretching a vector changes nothing.
         radial = (got * u).sum(-1, keepdim=True)[~inside]
         assert torch.allclose(radial, torch.zeros_like(radial), atol=1e-12)
-    assert min(seen.values()) > 50
+    assert min(counts.values()) > 50
 
 
 @LAYOUTS
@@ -116,6 +117,6 @@ def test_gradients_of_many_directions_at_once(layout: FeatureLayout, plain: bool
     rounded = quantizer(x)
     upstream = torch.stack([random_features(layout, 3, seed=seed) for seed in (1, 2)])
     (batched,) = torch.autograd.grad(rounded, x, upstream, is_grads_batched=True, retain_graph=True)
-    for one, together in zip(upstream, batched, strict=True):
-        (single,) = torch.autograd.grad(rounded, x, one, retain_graph=True)
+    for single_upstream, together in zip(upstream, batched, strict=True):
+        (single,) = torch.autograd.grad(rounded, x, single_upstream, retain_graph=True)
         assert torch.allclose(single, together, rtol=1e-5, atol=1e-6)

@@ -49,15 +49,15 @@ def test_ranges_are_the_largest_sizes_seen(layout: FeatureLayout, plain: bool, s
 
 def test_ranges_do_not_depend_on_the_batching() -> None:
     x = random_features(MUL_IR, 60)
-    whole, parts = make(MUL_IR), make(MUL_IR)
-    for quantizer, size in ((whole, 60), (parts, 7)):
+    complete, parts = make(MUL_IR), make(MUL_IR)
+    for quantizer, size in ((complete, 60), (parts, 7)):
         quantizer.start_observing()
         for batch in x.split(size):
             quantizer(batch)
-    assert torch.equal(whole.ranges(), parts.ranges())
+    assert torch.equal(complete.ranges(), parts.ranges())
     # And rounding one row does not look at the others.
-    whole.observing = False
-    assert torch.equal(whole(x)[:7], whole(x[:7]))
+    complete.observing = False
+    assert torch.equal(complete(x)[:7], complete(x[:7]))
 
 
 def test_ranges_in_training_forget_slowly() -> None:

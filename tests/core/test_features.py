@@ -116,9 +116,9 @@ def test_switches_and_nulls_leave_features_alone(plain: bool) -> None:
 def test_vector_range_factor_widens_the_range_of_vectors_only(vectors: dict[str, Any], plain: bool) -> None:
     x = random_features(MUL_IR)
     narrow, wide = make(MUL_IR, vectors, limit=1.0, plain=plain), make(MUL_IR, vectors, limit=2.0, plain=plain)
-    one, two = narrow(x), wide(x)
+    narrow_result, wide_result = narrow(x), wide(x)
     narrow.vector_range_factor = 2.0
-    for i, pieces in enumerate(zip(*(split(MUL_IR, y) for y in (narrow(x), one, two)), strict=True)):
+    for i, pieces in enumerate(zip(*(split(MUL_IR, y) for y in (narrow(x), narrow_result, wide_result)), strict=True)):
         assert torch.equal(pieces[0], pieces[1 if MUL_IR.pieces[i][1] == 1 else 2])
 
 

@@ -91,8 +91,8 @@ def test_axes_are_orthonormal(dimension: int, dtype: torch.dtype) -> None:
         assert torch.allclose(x @ axes.transpose(1, 2) @ axes, x, atol=1e-4 if dtype == torch.float32 else 1e-12)
         if dimension > 3:  # the third axis of three is a cross product
             axes = local_frame_at_once(x, mixtures(dimension, 8).to(dtype), dimension)
-            whole = torch.eye(dimension, dtype=dtype).expand(30, -1, -1)
-            assert torch.allclose(axes @ axes.transpose(1, 2), whole, atol=atol)
+            identity = torch.eye(dimension, dtype=dtype).expand(30, -1, -1)
+            assert torch.allclose(axes @ axes.transpose(1, 2), identity, atol=atol)
 
 
 @PATHS

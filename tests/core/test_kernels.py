@@ -29,7 +29,7 @@ R_MAX = 4.0
 def cartesian_harmonics(directions: Tensor) -> Tensor:
     """l = 0 to 2 with component normalisation, in the order x, y, z."""
     x, y, z = directions.unbind(-1)
-    one = torch.ones_like(x)
+    constant = torch.ones_like(x)
     second = [
         math.sqrt(15) * x * z,
         math.sqrt(15) * x * y,
@@ -37,7 +37,7 @@ def cartesian_harmonics(directions: Tensor) -> Tensor:
         math.sqrt(15) * y * z,
         0.5 * math.sqrt(15) * (z * z - x * x),
     ]
-    return torch.stack([one, *(math.sqrt(3) * c for c in (x, y, z)), *second], dim=-1)
+    return torch.stack([constant, *(math.sqrt(3) * c for c in (x, y, z)), *second], dim=-1)
 
 
 SH = tuple(harmonics.fit(cartesian_harmonics, 2))
@@ -99,9 +99,9 @@ def test_convolution_is_the_reference(
         results.append(
             [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True))]
         )
-    for ours, theirs in zip(*results, strict=True):
-        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for actual, expected in zip(*results, strict=True):
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,9 +133,9 @@ def test_product_is_the_reference(
         out = function(problem, x, y, weights, centre)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x, y])])
-    for ours, theirs in zip(*results, strict=True):
-        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for actual, expected in zip(*results, strict=True):
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 def test_product_threads_and_float32() -> None:
@@ -145,20 +145,20 @@ def test_product_threads_and_float32() -> None:
     inputs = [torch.randn(n, 20, 3, generator=generator, dtype=torch.float64) for n in (150, 12)]
     weights = torch.randn(20, 2, generator=generator, dtype=torch.float64)
     before = torch.get_num_threads()
-    found = {}
+    results = {}
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for dtype in (torch.float32, torch.float64):
                 x, y = (t.to(dtype).requires_grad_() for t in inputs)
                 out = product.product(problem, x, y, weights.to(dtype), centre)
-                found[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, y])]
+                results[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, y])]
     finally:
         torch.set_num_threads(before)
     for dtype in (torch.float32, torch.float64):
-        assert all(torch.equal(a, b) for a, b in zip(found[1, dtype], found[3, dtype], strict=True))
-    for ours, theirs in zip(found[1, torch.float32], found[1, torch.float64], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()))
+        assert all(torch.equal(a, b) for a, b in zip(results[1, dtype], results[3, dtype], strict=True))
+    for actual, expected in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
 
 
 def test_product_refuses_what_does_not_fit() -> None:
@@ -198,9 +198,9 @@ def test_convolution_with_several_tables_is_the_reference(
         results.append(
             [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, [x, r], strict=True))]
         )
-    for ours, theirs in zip(*results, strict=True):
-        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for actual, expected in zip(*results, strict=True):
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 def test_convolution_threads_and_float32() -> None:
@@ -212,20 +212,20 @@ def test_convolution_threads_and_float32() -> None:
     features = torch.randn(40, 3, 24, generator=generator, dtype=torch.float64)
     weights = torch.randn(1, 33, 3, 24, generator=generator, dtype=torch.float64)
     before = torch.get_num_threads()
-    found = {}
+    results = {}
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for dtype in (torch.float32, torch.float64):
                 x, r = features.to(dtype).requires_grad_(), vectors.to(dtype).requires_grad_()
                 out = convolution.convolution(problem, graph, x, r, weights.to(dtype))
-                found[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
+                results[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
     finally:
         torch.set_num_threads(before)
-    for ours, theirs in zip(found[1, torch.float64], found[3, torch.float64], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(found[1, torch.float32], found[1, torch.float64], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
+    for actual, expected in zip(results[1, torch.float64], results[3, torch.float64], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
 
 
 def test_convolution_is_differentiable_once_only() -> None:
@@ -288,8 +288,8 @@ def test_contraction_is_the_reference(
         out = function(polynomial, x, kinds, coefficients)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x])])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_fold_adds_up_equal_monomials() -> None:
@@ -324,9 +324,9 @@ def test_radial_table_states_its_error() -> None:
     assert table.slope_error <= radial.SLOPE_TOLERANCE
     lengths = torch.linspace(0.35, R_MAX - 1e-6, 4001, dtype=torch.float64)
     exact = smooth(lengths)
-    found = radial.evaluate(table.knots, lengths, R_MAX)
+    actual = radial.evaluate(table.knots, lengths, R_MAX)
     # The stated error is taken half-way between knots, where it is largest.
-    assert float((found - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
+    assert float((actual - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
     assert (
         float(radial.evaluate(table.knots, torch.tensor([R_MAX, 7.0], dtype=torch.float64), R_MAX).abs().max()) == 0.0
     )
@@ -384,14 +384,14 @@ def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> N
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = rounding.round_features(x, plan, 30)
+        actual = rounding.round_features(x, plan, 30)
     finally:
         torch.set_num_threads(before)
     expected = rounding.reference(x, quantizer, pieces, 30)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert not torch.equal(found, x)
-    torch.testing.assert_close(found[:, 5:8], x[:, 5:8], rtol=0, atol=0)
-    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(actual, x)
+    torch.testing.assert_close(actual[:, 5:8], x[:, 5:8], rtol=0, atol=0)
+    (grad,) = torch.autograd.grad((actual * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
 
 
@@ -422,13 +422,13 @@ def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, t
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = rounding.rounded(x, plan.ints, plan.reals)
+        actual = rounding.rounded(x, plan.ints, plan.reals)
     finally:
         torch.set_num_threads(before)
     expected = quantizer(x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert not torch.equal(found, x)
-    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(actual, x)
+    (grad,) = torch.autograd.grad((actual * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
     # Nothing to round.
     assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
@@ -464,8 +464,8 @@ def test_rounding_loses_no_component_where_mixtures_are_dependent(d: int, dtype:
     plan = rounding.plan(quantizer, [rounding.Piece(d, 16, 0, 16 * d, 16)])
     assert plan is not None
     x = nearly_dependent(d, 16, 1, left).transpose(1, 2).contiguous()
-    found = rounding.round_features(x.to(dtype), plan, len(x))
-    assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
+    actual = rounding.round_features(x.to(dtype), plan, len(x))
+    assert (actual - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
 def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:

@@ -176,9 +176,9 @@ def test_observed_ranges_are_those_of_exact_features(adapter: Any) -> None:
     second.scalars_enabled = False
     # Old ranges are forgotten.
     first.load_ranges(torch.full((32,), 100.0))
-    seen: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     for i, quantizer in enumerate((first, second)):
-        quantizer.register_forward_pre_hook(lambda _, x, i=i: seen.update({i: x[0].detach()}))
+        quantizer.register_forward_pre_hook(lambda _, x, i=i: inputs.update({i: x[0].detach()}))
     ptq.observe_ranges(adapter, model, data, batch_size=7)
     assert (first.scalars_enabled, first.vectors_enabled) == (True, True)
     assert (second.scalars_enabled, second.vectors_enabled) == (False, True)
@@ -188,10 +188,10 @@ def test_observed_ranges_are_those_of_exact_features(adapter: Any) -> None:
     # Neither quantizer rounds what the other sees, while weights are as they are rounded.
     first.scalars_enabled = second.scalars_enabled = False
     forces(adapter, model, data[:16])
-    largest = [seen[i].abs().amax(0) for i in (0, 1)]
+    largest = [inputs[i].abs().amax(0) for i in (0, 1)]
     forces(adapter, model, data[16:])
     for i, quantizer in enumerate((first, second)):
-        expected = torch.maximum(largest[i], seen[i].abs().amax(0))
+        expected = torch.maximum(largest[i], inputs[i].abs().amax(0))
         assert torch.allclose(quantizer.ranges(), expected, rtol=1e-5)
         assert torch.equal(quantizer.limit, torch.maximum(quantizer.ranges(), quantizer.ranges().max() / 64) * 2)
 
@@ -316,20 +316,20 @@ def test_weights_whose_rounding_is_negligible_move_exactly(adapter: Any) -> None
     config = DistillationConfig(steps=40, learning_rate=RATE)
     held = held_out(data, config)
     target = exact_forces(adapter, model, held)
-    seen = []
+    enabled_flags = []
     forward = model.up.quantizer.forward
 
     def watched(weight: Tensor) -> Tensor:
-        seen.append(close.enabled)
+        enabled_flags.append(close.enabled)
         return forward(weight)
 
-    close.forward = watched  # type: ignore[method-assign]
+    close.forward = watched  # type: ignore[method-assign]  # to watch the calls
     weight = model.up.weight.detach().clone()
     result = ptq.distill(adapter, model, data, config, progress=False)
     # Labels; the first error; steps and their errors; the last error.
-    enabled = [i for i, on in enumerate(seen) if on]
-    assert seen.count(False) > 40
-    assert enabled[-1] == len(seen) - 1
+    enabled = [i for i, on in enumerate(enabled_flags) if on]
+    assert enabled_flags.count(False) > 40
+    assert enabled[-1] == len(enabled_flags) - 1
     assert close.enabled
     assert not torch.equal(model.up.weight, weight)
     largest = model.up.weight.abs().amax(0)

@@ -186,8 +186,9 @@ class TestGates:
         ],
     )
     def test_sizes_of_like_with_like(self, kinds, ratio):
-        own = {**GOOD, "file_kind": kinds[0], "weight_bytes": 200_000}
-        gate = evaluate_gates(own, "gaq", {**FP32, "file_kind": kinds[1], "weight_bytes": 1_000_000})["file_size_ratio"]
+        metrics = {**GOOD, "file_kind": kinds[0], "weight_bytes": 200_000}
+        reference = {**FP32, "file_kind": kinds[1], "weight_bytes": 1_000_000}
+        gate = evaluate_gates(metrics, "gaq", reference)["file_size_ratio"]
         assert gate.value == ratio
         assert gate.bound == 4.0
         if ratio is None:
@@ -200,13 +201,13 @@ class TestGates:
             assert ("weights" in gate.note) == (ratio == 5.0)
 
     def test_too_many_bits_in_a_checkpoint_fail(self):
-        own = {**GOOD, "file_kind": "checkpoint", "weight_bytes": 300_000}
-        gates = evaluate_gates(own, "gaq", {**FP32, "file_kind": "checkpoint", "weight_bytes": 1_000_000})
+        metrics = {**GOOD, "file_kind": "checkpoint", "weight_bytes": 300_000}
+        gates = evaluate_gates(metrics, "gaq", {**FP32, "file_kind": "checkpoint", "weight_bytes": 1_000_000})
         assert failed_gates(gates) == ["file_size_ratio"]
 
     def test_gates_are_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            evaluate_gates(GOOD, "gaq", FP32)["lee"].passed = False  # type: ignore[misc]
+            evaluate_gates(GOOD, "gaq", FP32)["lee"].passed = False  # type: ignore[misc]  # frozen
 
 
 class TestTables:
@@ -235,10 +236,10 @@ class TestTables:
 
 class TestEnvironment:
     def test_versions(self):
-        found = versions()
-        assert found["numpy"] == np.__version__
-        assert found["python"].startswith("3.")
-        assert {"torch", "ase"} <= set(found)
+        installed = versions()
+        assert installed["numpy"] == np.__version__
+        assert installed["python"].startswith("3.")
+        assert {"torch", "ase"} <= set(installed)
 
     def test_hardware(self):
         machine = hardware()
@@ -398,7 +399,7 @@ class TestReport:
         def never(structures):
             raise AssertionError
 
-        monkeypatch.setattr("gaq.reporting.measure.LARGEST_OF_THE_REFERENCE_PATH", 3)
+        monkeypatch.setattr("gaq.reporting.measure.MAX_REFERENCE_PATH_ATOMS", 3)
         subject, structures = case
         model = subject("quantized.model", "gaq", engine_error=never)
         report = measure_subject(model, structures[:1], subject("fp32.model", naive=never))
@@ -407,9 +408,9 @@ class TestReport:
 
     def test_quality_measures_what_it_is_given_structures_for(self, case):
         subject, structures = case
-        found = quality(subject("fp32.model"), rotated=structures[:2])
-        assert set(found.metrics) == {"lee_mev_per_angstrom"}
-        assert found.labels is None
+        result = quality(subject("fp32.model"), rotated=structures[:2])
+        assert set(result.metrics) == {"lee_mev_per_angstrom"}
+        assert result.labels is None
 
     def test_bad_input(self, case):
         subject, structures = case

@@ -118,7 +118,7 @@ def test_temperature_keeps_a_gradient(theta: float) -> None:
     module = attention(1)
     torch.nn.init.constant_(module.theta, theta)
     module.temperature().backward()
-    assert float(module.theta.grad) > 0  # type: ignore[arg-type]
+    assert float(module.theta.grad) > 0  # type: ignore[arg-type]  # not None
 
 
 def test_temperatures_are_set_and_held() -> None:
@@ -211,13 +211,13 @@ def test_continuous_at_the_cutoff(others: int, bits: int | None) -> None:
     fixed = torch.linspace(0.4, 0.7, others, dtype=DOUBLE)
     gaps = []
     for h in (1e-2, 1e-3, 1e-4):
-        found = []
+        results = []
         for r in (1.0 - h, 1.0 + h):
             distances = torch.cat([fixed, torch.tensor([r], dtype=DOUBLE)]).requires_grad_()
             value = message(module, distances)
             (force,) = torch.autograd.grad(value, distances)
-            found.append((value.detach(), force))
-        gaps.append((float((found[0][0] - found[1][0]).abs()), float((found[0][1] - found[1][1]).abs().max())))
+            results.append((value.detach(), force))
+        gaps.append((float((results[0][0] - results[1][0]).abs()), float((results[0][1] - results[1][1]).abs().max())))
     # u goes as h^3 and its slope as h^2; a softmax without the constant would leave a gap of order one.
     for power, numbers in ((3, [g[0] for g in gaps]), (2, [g[1] for g in gaps])):
         for coarse, fine in itertools.pairwise(numbers):
@@ -230,9 +230,9 @@ def test_a_plain_softmax_with_the_envelope_inside_jumps() -> None:
     """Why there is a constant in the denominator: without it the only neighbour weighs 1 up to the cutoff."""
     u = cutoff(torch.tensor([1.0 - 1e-4], dtype=DOUBLE))
     plain = u / u.sum()
-    ours = neighbour_weights(torch.zeros(1, 1, dtype=DOUBLE), u, torch.tensor([0]), 1)
+    weights = neighbour_weights(torch.zeros(1, 1, dtype=DOUBLE), u, torch.tensor([0]), 1)
     assert float(plain) == 1.0
-    assert float(ours) < 1e-9
+    assert float(weights) < 1e-9
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -46,7 +46,7 @@ def test_every_variable() -> None:
         "GAQ_QUANTIZATION": "w8",
         "GAQ_SKIN": "1.25",
     }
-    assert set(environment) == {own.variable for own in settings.rows() if own.problem is None}
+    assert set(environment) == {setting.variable for setting in settings.rows() if setting.problem is None}
     assert settings.read(environment) == Settings(
         cache=Path("/tmp/kernels"),
         cuda_graphs=20000,
@@ -83,7 +83,7 @@ def test_they_are_read_once(unread: pytest.MonkeyPatch) -> None:
     unread.setenv("GAQ_SKIN", "wide")
     assert settings.current().skin == 0.5
     with pytest.raises(FrozenInstanceError):
-        settings.current().skin = 1.0  # type: ignore[misc]
+        settings.current().skin = 1.0  # type: ignore[misc]  # frozen
 
 
 def test_override(unread: pytest.MonkeyPatch) -> None:
@@ -105,14 +105,14 @@ def test_override(unread: pytest.MonkeyPatch) -> None:
 
 
 def test_first_use_from_two_threads(unread: pytest.MonkeyPatch) -> None:
-    found: list[Settings] = []
-    threads = [threading.Thread(target=lambda: found.append(settings.current())) for _ in range(8)]
+    received: list[Settings] = []
+    threads = [threading.Thread(target=lambda: received.append(settings.current())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert all(one is found[0] for one in found)
+    assert len(received) == 8
+    assert all(item is received[0] for item in received)
 
 
 def test_unknown_variables(unread: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +142,7 @@ def test_doctor_of_an_environment() -> None:
     done = doctor(GAQ_LINEAR="int8", GAQ_LINAER="int8")
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip().startswith("GAQ_")}
-    assert {own.variable for own in settings.rows()} | {"GAQ_LINAER"} == set(lines)
+    assert {setting.variable for setting in settings.rows()} | {"GAQ_LINAER"} == set(lines)
     assert "int8" in lines["GAQ_LINEAR"]
     assert "environment" in lines["GAQ_LINEAR"]
     assert "default" in lines["GAQ_ENGINE"]
@@ -168,5 +168,5 @@ def test_nothing_else_reads_them() -> None:
 
 def test_the_documentation_lists_them() -> None:
     text = (ROOT / "docs" / "settings.md").read_text()
-    for own in fields(Settings):
-        assert f"`{own.metadata['variable']}`" in text
+    for setting in fields(Settings):
+        assert f"`{setting.metadata['variable']}`" in text

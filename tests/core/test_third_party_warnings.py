@@ -29,7 +29,7 @@ def shown(function: Callable[[], None]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         function()
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 def announce() -> None:

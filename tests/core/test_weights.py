@@ -78,8 +78,8 @@ def test_segments_cover_the_weight_and_agree_with_the_index(
     for offset, shape, scale_offset, scale_shape in segments:
         assert (offset, scale_offset) == (end, scale_end)
         end, scale_end = offset + math.prod(shape), scale_offset + math.prod(scale_shape)
-        own = torch.arange(scale_offset, scale_end).view(scale_shape).expand(shape)
-        assert torch.equal(index[offset:end].view(shape), own)
+        indices = torch.arange(scale_offset, scale_end).view(scale_shape).expand(shape)
+        assert torch.equal(index[offset:end].view(shape), indices)
     assert end == layout.numel
     # Every scale has weights.
     assert torch.equal(index.unique(), torch.arange(scale_end))
@@ -264,13 +264,13 @@ def test_an_adopted_scale_is_the_one_that_is_found_again() -> None:
     weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     weight[:, 3] = 0.0
     quantizer = WeightQuantizer(WeightLayout.single((16, 8)), 4, "per_channel", 32)
-    wanted = torch.linspace(0.05, 0.2, 8)
-    quantizer.fix_scale(weight, scale=wanted)
+    scale = torch.linspace(0.05, 0.2, 8)
+    quantizer.fix_scale(weight, scale=scale)
     quantizer.adopt_scale(weight)
     quantizer.refresh_scale(weight)
     keep = torch.arange(8) != 3
     # As bfloat16 keeps it, rounded up.
-    torch.testing.assert_close(quantizer.fixed_step[keep], wanted[keep], rtol=0.01, atol=0)
+    torch.testing.assert_close(quantizer.fixed_step[keep], scale[keep], rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)
