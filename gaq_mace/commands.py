@@ -23,11 +23,12 @@ SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
 @hidden_in_commands()
 def train() -> None:
     """`mace_run_train`, whether or not torch's plugin autoload is on: the script ``gaq_mace_train``."""
-    from gaq_mace.hook.patches import ensure_installed
+    from gaq_mace.hook.patches import apply, ensure_installed
 
     ensure_installed()
     from mace.cli import run_train
 
+    apply(run_train)  # with autoload switched off, the import above does not
     run_train.main()
 
 

@@ -13,7 +13,7 @@ import mace
 import numpy as np
 import torch
 from mace.modules import models as mace_models
-from mace.tools.scripts_utils import extract_config_mace_model
+from mace.tools import scripts_utils
 from torch import Tensor
 
 import gaq
@@ -45,7 +45,7 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
     Raises:
         ModelFileError: if the interactions differ in a number the constructor takes only once.
     """
-    config = extract_config_mace_model(model)
+    config = scripts_utils.extract_config_mace_model(model)
     if "error" in config:
         raise ModelFileError(str(config["error"]))
     neighbors = {float(block.avg_num_neighbors) for block in model.interactions}  # type: ignore[union-attr]
