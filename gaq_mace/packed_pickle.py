@@ -14,6 +14,7 @@ error that names them and the MACE that wrote the file; with this package instal
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import operator
@@ -195,8 +196,12 @@ def _parameters_checked(made: Call, own: Call, state: dict[str, Any], meta: dict
     return Call(comparison, Call(importlib.import_module, "torch.testing"))
 
 
-def reduce_stock(model: torch.nn.Module, stock: type) -> tuple[Any, ...]:
-    """The value of ``__reduce_ex__`` of a model that is not quantized: that of the stock class."""
-    import copyreg
+def reduce_stock(stock: type, entries: dict[str, Any]) -> tuple[Any, ...]:
+    """The value of ``__reduce_ex__`` that stores a model as one of MACE's own class.
 
-    return copyreg.__newobj__, (stock,), model.__dict__  # type: ignore[attr-defined]
+    Args:
+        stock: MACE's own class.
+        entries: of the model's ``__dict__`` that the file is to hold.
+    """
+    # Not by copyreg.__newobj__, with which pickle insists on the class of the object itself.
+    return copyreg._reconstructor, (stock, object, None), entries  # type: ignore[attr-defined]  # private, but what pickle uses

@@ -19,7 +19,7 @@ from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
 from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
 from gaq_mace import packed, packed_pickle
-from gaq_mace.engine import Served
+from gaq_mace.engine.serving import OWN_ENTRIES, RECORD, Served
 from gaq_mace.insertion import configure_attention, insert
 from gaq_mace.sites import find_sites
 from gaq_mace.weights import weight_quantizers
@@ -34,15 +34,16 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if state_of(self) is not None:
             return packed_pickle.reduce_packed(self)
-        return packed_pickle.reduce_stock(self, mace_models.ScaleShiftMACE)
+        entries = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
+        return packed_pickle.reduce_stock(mace_models.ScaleShiftMACE, entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         # An engine belongs to the weights it was made from.
-        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
-        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
+        entries = {key: value for key, value in self.__dict__.items() if key != RECORD}
+        torch.nn.Module.__setstate__(new, copy.deepcopy(entries, memo))
         return new
 
     def get_extra_state(self) -> Tensor:

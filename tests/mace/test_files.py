@@ -447,3 +447,17 @@ def test_pickle_holds_only_public_callables(quantized: Callable[..., Any], tmp_p
     assert modules
     python = {"operator", "_operator", "functools", "itertools", "importlib", "collections", "builtins", "__builtin__"}
     assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", *python}
+
+
+def test_root_without_quantization_pickles_as_stock(float_model: Callable[..., Any]) -> None:
+    """MACE rebuilds a model by its class, and may write it before it has taken over a quantization."""
+    from mace.modules import models as mace_models
+
+    from gaq_mace.root import ScaleShiftMACE
+
+    model = float_model()
+    model.__class__ = ScaleShiftMACE
+    restored = pickle.loads(pickle.dumps(model))
+    assert type(restored) is mace_models.ScaleShiftMACE
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, restored.get_parameter(name)), name
