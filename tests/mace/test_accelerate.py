@@ -21,6 +21,7 @@ from mace.modules.models import ScaleShiftMACE
 from mace.tools.scripts_utils import extract_config_mace_model
 
 import gaq
+from gaq import settings
 from gaq.kernels.cpu import native
 from gaq_mace import engine, neighbours
 from gaq_mace.engine import accelerate, decelerate, is_accelerated, serving
@@ -235,13 +236,12 @@ def test_what_cannot_be_served_is_named(float_model: Callable[..., Any], monkeyp
 
 
 def test_where_everything_is_switched_off(
-    float_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, calls: Calls
+    float_model: Callable[..., Any], caplog: pytest.LogCaptureFixture, calls: Calls
 ) -> None:
-    monkeypatch.setenv("GAQ_ENGINE", "0")
-    model = accelerate(float_model("plain", torch.float32))
-    assert "switched off (GAQ_ENGINE=0)" in caplog.text
-    assert calls.during(lambda: model(batch_of(model))) == 0
-    monkeypatch.delenv("GAQ_ENGINE")
+    with settings.override(engine=False):
+        model = accelerate(float_model("plain", torch.float32))
+        assert "switched off (GAQ_ENGINE=0)" in caplog.text
+        assert calls.during(lambda: model(batch_of(model))) == 0
     assert calls.during(lambda: model(batch_of(model))) == 1
 
 
