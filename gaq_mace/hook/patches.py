@@ -294,7 +294,7 @@ def _patch_models(module: Any) -> None:
         original(self, state)
         payload = self.__dict__.pop(PACKED, None)
         if payload is not None:
-            from gaq_mace.packed_pickle import restore_from_pickle
+            from gaq_mace.files import restore_from_pickle
 
             restore_from_pickle(self, payload)
 

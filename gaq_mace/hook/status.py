@@ -1,4 +1,4 @@
-"""Whether the hook is in place, read from what it leaves behind."""
+"""The state of the hook: whether MACE is patched, and what helps if it is not."""
 
 from __future__ import annotations
 
