@@ -1,7 +1,7 @@
 """MACE adapter of GAQ.
 
 This package is imported while torch itself is being imported (see `gaq_mace.hook.autoload`), so it imports
-nothing at the top: `gaq_mace.load` and its like are resolved on first use.
+nothing at the top: `gaq_mace.load` and the other public names are resolved on first use.
 """
 
 from __future__ import annotations

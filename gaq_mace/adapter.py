@@ -1,4 +1,4 @@
-"""`MACEAdapter`: MACE as the core sees it."""
+"""MACE as the core sees it: `MACEAdapter`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MACEAdapter:
         return path.suffix in (".model", ".safetensors")
 
     def process_state(self) -> AbstractContextManager[None]:
-        # MACE sets the default dtype of what it makes; where this package calls it, that is put back at once.
+        # MACE sets torch's default dtype and leaves it so.
         return default_dtype(torch.get_default_dtype())
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
@@ -88,7 +88,7 @@ class MACEAdapter:
         return unquantized(model)
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
-        # Readouts mask the channels of the other heads: what is calibrated has to see every head.
+        # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
         heads = getattr(model, "heads", None) or [None]
         return [batch for head in heads for batch in make_batches(model, structures, batch_size, head)]
 

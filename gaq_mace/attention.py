@@ -1,6 +1,6 @@
 """An interaction block for MACE whose messages are weighted by robust attention.
 
-Named in the YAML like MACE's own blocks, for models trained from scratch:
+A model that is trained from scratch gets it by its name, like MACE's own blocks:
 
 .. code-block:: yaml
 
@@ -32,19 +32,18 @@ __all__ = ["GAQAttentionResidualInteractionBlock", "register"]
 
 HEADS = 4
 DIM = 16
-"""Of queries and keys, in each head: together the 64 scalars of MACE's own attention block."""
+"""Size of queries and keys in each head: together 64 scalars, as many as in MACE's own attention block."""
 
 
 @compile_mode("script")
 class GAQAttentionResidualInteractionBlock(InteractionBlock):
-    """MACE's residual interaction block with a sum over neighbours that is weighted by attention.
+    """MACE's residual interaction block whose sum over neighbours is weighted by attention.
 
-    The message of edge ij is that of `RealAgnosticResidualInteractionBlock`, times ``alpha_ij`` of
-    `gaq.quantizers.attention`: queries are linear in the scalars of the receiver, keys in those of the sender and
-    in the radial features. The weights are invariants, so that messages stay equivariant. They sum to less than one,
-    which takes the place of the division by the average number of neighbours. The envelope is MACE's cutoff where
-    that is handed over (``apply_cutoff: False``), else it is learned from the radial features, which the cutoff is
-    part of.
+    The message of edge ij is that of `RealAgnosticResidualInteractionBlock` times ``alpha_ij`` of
+    `gaq.quantizers.attention`. Queries are linear in the scalars of the receiver, keys in the scalars of the sender and
+    in the radial features. The weights are invariants, so messages stay equivariant. Their sum is less than one, which
+    replaces the division by the average number of neighbours. With ``apply_cutoff: False`` MACE hands its cutoff over,
+    and that is the envelope. Otherwise the envelope is learned from the radial features, which contain the cutoff.
     """
 
     def _setup(self) -> None:
@@ -70,7 +69,7 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
         )
         basis = self.edge_feats_irreps.num_irreps
         self.conv_tp_weights = nn.FullyConnectedNet(
-            [basis, *self.radial_MLP, self.conv_tp.weight_numel],  # type: ignore[attr-defined]
+            [basis, *self.radial_MLP, self.conv_tp.weight_numel],  # type: ignore[attr-defined]  # of e3nn's class
             torch.nn.functional.silu,
         )
         self.irreps_out = self.target_irreps
@@ -89,8 +88,8 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
         self.radial_key = nn.FullyConnectedNet([basis, HEADS * DIM])
         self.envelope = LearnedEnvelope(basis)
         self.attention = RobustAttention(HEADS)
-        own = heads_of_weights([self.edge_irreps[ins[0]].mul for ins in instructions], HEADS)
-        self.register_buffer("head_of_weight", own, persistent=False)
+        head_of_weight = heads_of_weights([self.edge_irreps[ins[0]].mul for ins in instructions], HEADS)
+        self.register_buffer("head_of_weight", head_of_weight, persistent=False)
 
     def forward(
         self,
@@ -110,7 +109,7 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
         sc = self.skip_tp(node_feats, node_attrs)
         query, key = self.linear_query(node_feats), self.linear_key(node_feats)
         node_feats = self.linear_up(node_feats)
-        # One exchange for all that neighbours read.
+        # LAMMPS exchanges ghost atoms once for all that neighbours read.
         combined = self.handle_lammps(
             torch.cat((node_feats, query, key), dim=-1),
             lammps_class=lammps_class,
@@ -136,7 +135,7 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
 
 
 def register() -> None:
-    """Make the block known to MACE by its name."""
+    """Add the block to those that MACE knows by name."""
     interaction_classes[ATTENTION] = GAQAttentionResidualInteractionBlock
 
 

@@ -1,4 +1,4 @@
-"""MACE's ASE calculator that leaves torch's default dtype alone."""
+"""MACE's ASE calculator, with torch's default dtype left as it is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["Calculator"]
 
 
 class Calculator(MACECalculator):
-    """`MACECalculator`, which sets torch's default dtype as it is made and takes structures in it ever after.
+    """`MACECalculator` without its lasting effects on the process.
 
-    As it is made it also gives the root logger a handler, where there is none.
+    The constructor of `MACECalculator` sets torch's default dtype, which its later calls rely on, and gives the root
+    logger a handler where there is none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Console scripts: MACE's own commands, with quantization certain to be there."""
+"""Console scripts: MACE's training command with the hook in place, and its LAMMPS export for quantized models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
 
 @hidden_in_commands()
 def train() -> None:
-    """`mace_run_train`, whether or not torch's plugin autoload is on: the script ``gaq_mace_train``."""
-    from gaq_mace.hook.patches import ensure_installed
+    """Run `mace_run_train` with the hook, whether or not torch's autoload is on: the script ``gaq_mace_train``."""
+    from gaq_mace.hook.patches import apply, ensure_installed
 
     ensure_installed()
     from mace.cli import run_train
 
+    apply(run_train)  # with autoload switched off, the import above does not
     run_train.main()
 
 
@@ -55,18 +56,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choose_head(model: torch.nn.Module, wanted: str | None) -> str | None:
+def _choose_head(model: torch.nn.Module, name: str | None) -> str | None:
+    """The head with this name, or the only one of the model; None for models from before MACE had heads.
+
+    Raises:
+        ValueError: if there is no such head, or a name is needed to choose one.
+    """
     heads: list[Any] = list(getattr(model, "heads", None) or [None])
-    if wanted is not None:
-        if wanted not in heads:
-            raise ValueError(f"--head {wanted}: no such head; the model has {', '.join(map(str, heads))}.")
-        return wanted
+    if name is not None:
+        if name not in heads:
+            raise ValueError(f"--head {name}: no such head; the model has {', '.join(map(str, heads))}.")
+        return name
     if len(heads) > 1:
         raise ValueError(f"the model has the heads {', '.join(map(str, heads))}: choose one with --head.")
     return heads[0]
 
 
 def _kept(model: torch.nn.Module) -> str:
+    """The sentence that tells the user what the exported file keeps of the quantization."""
     from gaq.model.state import feature_quantizers, state_of
 
     state = state_of(model)
@@ -80,15 +87,16 @@ def _kept(model: torch.nn.Module) -> str:
     )
 
 
-def _write(what: Any, target: Path, format_: str) -> None:
+def _write(exported: torch.nn.Module, target: Path, format_: str) -> None:
+    """Write an exported model; nothing is left behind if writing fails."""
     part = target.with_name(target.name + ".part")
     try:
         if format_ == "mliap":
-            torch.save(what, part)
+            torch.save(exported, part)
         else:
             from e3nn.util import jit
 
-            jit.compile(what).save(str(part))
+            jit.compile(exported).save(str(part))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -117,7 +125,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     with default_dtype(dtype):
         options = {} if head is None else {"head": head}
         if arguments.format == "mliap":
-            model.lammps_mliap = True  # type: ignore[assignment]
+            model.lammps_mliap = True  # type: ignore[assignment]  # torch types attributes of modules as tensors
             _write(LAMMPS_MLIAP_MACE(model, **options), target, "mliap")
         else:
             _write(LAMMPS_MACE(model, **options), target, "libtorch")
@@ -127,11 +135,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 @hidden_in_commands()
 def create_lammps_model(argv: Sequence[str] | None = None) -> int:
-    """`mace_create_lammps_model` for quantized models: the script ``gaq_mace_create_lammps_model``.
+    """Convert a MACE model, quantized or not, for LAMMPS: the script ``gaq_mace_create_lammps_model``.
 
-    The libtorch format is scripted as MACE does it. For mliap, MACE rebuilds the model for cuEquivariance,
-    which drops the rounding of features (and fails where cuEquivariance is missing); here the model is stored
-    as it is.
+    The libtorch format is the TorchScript that `mace_create_lammps_model` writes. For mliap that command rebuilds the
+    model for cuEquivariance, which drops the rounding of features and fails where cuEquivariance is missing. This
+    command stores the model as it is.
 
     Returns:
         The exit code: 0, or 2 for bad input, with nothing written.

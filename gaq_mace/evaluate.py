@@ -23,20 +23,20 @@ __all__ = ["MACEPotential", "energy_and_forces", "make_batches"]
 def make_batches(
     model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int, head: str | None = None
 ) -> list[dict[str, Tensor]]:
-    """Graphs of the structures, in batches, on the device and in the dtype of the model.
+    """Make the graphs of structures, in batches, on the device and in the dtype of the model.
 
     Args:
         model: any MACE model.
         structures: at least one.
-        batch_size: structures a batch.
-        head: of a model with several; by default the one called ``default``, or the last.
+        batch_size: structures in a batch.
+        head: for a model with several; by default the one called ``default``, or else the last.
 
     Raises:
         ValueError: if there are no structures, or one has an element the model does not know.
     """
     if not structures:
         raise ValueError("no structures were given.")
-    numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]
+    numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]  # a tensor
     table = utils.AtomicNumberTable(numbers)
     for i, atoms in enumerate(structures):
         unknown = sorted(set(atoms.get_chemical_symbols()) - {_symbol(z) for z in numbers})
@@ -55,13 +55,13 @@ def make_batches(
             data.AtomicData.from_config(
                 data.config_from_atoms(atoms, head_name=head),
                 z_table=table,
-                cutoff=float(model.r_max),  # type: ignore[arg-type]
+                cutoff=float(model.r_max),  # type: ignore[arg-type]  # a tensor
                 heads=heads,
             )
             for atoms in structures
         ]
         loader = torch_geometric.dataloader.DataLoader(
-            graphs,  # type: ignore[arg-type]
+            graphs,  # type: ignore[arg-type]  # MACE's graphs are of a class of its own
             batch_size=batch_size,
             shuffle=False,
             drop_last=False,
@@ -79,7 +79,7 @@ def _symbol(number: int) -> str:
 def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
+    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and the number of atoms of each graph."""
     output = model(dict(batch), training=create_graph, compute_force=True)
     counts = batch["ptr"][1:] - batch["ptr"][:-1]
     return output["energy"], output["forces"], counts
@@ -90,7 +90,7 @@ class MACEPotential:
 
     Args:
         model: any MACE model.
-        batch_size: structures a batch.
+        batch_size: structures in a batch.
     """
 
     def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:

@@ -1,15 +1,8 @@
 """Packed model files: a `.model` that stock MACE loads, and a `.safetensors` that runs no code.
 
-A stock `.model` is a pickle of the whole module: dense Clebsch-Gordan buffers, TorchScript archives and
-float weights. A packed one is a pickle of *how to build it*: the constructor of `ScaleShiftMACE` with its
-configuration, then ``load_state_dict`` with weights computed as ``codes * scale``. Every callable in it
-belongs to Python, torch, e3nn or MACE, so it loads where this package is not installed, as the plain MACE
-model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
-(see `gaq_mace.hook.patches`) puts the activation quantizers back. A model with the interaction block of
-`gaq_mace.attention` is the exception: the constructor names that block, so it loads only with this package.
-
-Both forms hold every parameter. A reader whose MACE builds a model with other parameters, by name or shape, gets an
-error that names them and the MACE that wrote the file; with this package installed and without.
+`gaq_mace.packed_pickle` and `gaq_mace.safetensors_file` describe the two forms. Both hold every parameter. If the
+reader's MACE builds a model with other parameters, by name or shape, loading stops with an error that names them and
+the MACE that wrote the file.
 """
 
 from __future__ import annotations
@@ -37,7 +30,15 @@ __all__ = ["compress_packed", "is_packed", "load", "restore_from_pickle", "save"
 
 
 def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None:
-    """Called at the end of unpickling where this package is installed: put the quantizers back."""
+    """Put the quantizers back at the end of unpickling.
+
+    Args:
+        model: with the dequantized weights.
+        payload: what `gaq_mace.packed_pickle.reduce_packed` stored beside them.
+
+    Raises:
+        ModelFileError: if another MACE built the model, or the file was altered or is newer than this version.
+    """
     meta = dict(payload["meta"])
     check_format(meta)
     verify(model, meta)
@@ -47,7 +48,7 @@ def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None
 
 
 def is_packed(path: str | Path | None) -> bool:
-    """Whether a file is a packed model, from its pickle alone (nothing in it is run)."""
+    """Whether a file is a packed model; reads its pickle and runs nothing in it."""
     if path is None or not Path(path).is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -59,7 +60,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     """Write a quantized model, packed.
 
     Args:
-        model: a quantized model, in training or converted (the file always holds rounded weights).
+        model: a quantized model, in training or converted; the file holds rounded weights in either case.
         path: ``*.safetensors`` for the form that runs no code on load, anything else for the pickle that
             stock MACE loads. Nothing is left behind if writing fails.
 
@@ -93,8 +94,8 @@ def compress_packed(folder: str | Path, name: str) -> None:
     """Compress the packed models that MACE's training command has written, as `save` does with its own.
 
     Args:
-        folder: where they lie.
-        name: that their names begin with.
+        folder: that holds them.
+        name: of the run, with which the names of its files begin.
     """
     for path in Path(folder).glob(f"{glob.escape(name)}*.model"):
         if is_packed(path) and not _is_compressed(path):
@@ -107,7 +108,11 @@ def compress_packed(folder: str | Path, name: str) -> None:
 
 
 def _check_device(device: str) -> None:
-    """A missing device is the user's to mend, not a damaged file."""
+    """Refuse a device that is missing, which would read as a damaged file.
+
+    Raises:
+        ValueError: if torch does not know the device, or finds none of its kind.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -117,14 +122,18 @@ def _check_device(device: str) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """torch.load does not look at the checksums of an archive's entries, and the digest covers weights only."""
+    """Check the checksums of an archive's entries: torch.load does not, and the digest covers weights only.
+
+    Raises:
+        ModelFileError: naming an entry that was changed.
+    """
     with zipfile.ZipFile(path) as archive:
         bad = archive.testzip()
     if bad is not None:
         raise ModelFileError(f"damaged: the entry {bad} does not match its checksum. Quantize the float model again.")
 
 
-# What a damaged file, or one of another kind, makes pickle, torch and the constructors raise.
+# What pickle, torch and the constructors raise for a file that is damaged or of another kind.
 _UNREADABLE = (
     zlib.error,
     pickle.UnpicklingError,
@@ -144,7 +153,7 @@ _UNREADABLE = (
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """Load a MACE model, stock or quantized, from a ``.model`` or ``.safetensors`` file.
 
-    A ``.model`` is a pickle: loading one runs what is in it. Use safetensors for files from strangers.
+    A ``.model`` is a pickle: loading it runs the code in it. Use safetensors for files from strangers.
 
     Raises:
         ModelFileError: for a file that is missing, truncated, altered, of another kind, or written by a
@@ -160,19 +169,19 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             return load_safetensors(path).to(device)
         if is_packed(path):
             _check_archive(path)
-        # A packed pickle sets both and puts them back, but where MACE's constructor raises.
+        # A packed pickle sets dtype and random state and puts them back, except where MACE's constructor raises.
         with torch.random.fork_rng(devices=[]), default_dtype(torch.get_default_dtype()), known_hidden():
             model = torch.load(path, map_location=device, weights_only=False)
             if (payload := getattr(model, "__dict__", {}).pop(PACKED, None)) is not None:
-                restore_from_pickle(model, payload)  # where the hook is not there to do so
+                restore_from_pickle(model, payload)  # the hook has not done so: it is not installed
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except _UNREADABLE as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, AssertionError) and first.startswith(WRITTEN):
-            # A packed pickle checks its parameters itself (see `_parameters_checked`).
-            raise ModelFileError(f"{path}: {first}") from error
-        raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({first}).") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, AssertionError) and reason.startswith(WRITTEN):
+            # A packed pickle checks its parameters itself.
+            raise ModelFileError(f"{path}: {reason}") from error
+        raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({reason}).") from error
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelFileError(
             f"{path}: a compiled (TorchScript) model; give the .model file that mace_run_train writes beside it."

@@ -37,8 +37,20 @@ _QUANTIZED = {
     "dense": QuantizedDense,
 }
 
+_BLOCKS = {original_type(block): block for block in (QuantizedDensity, QuantizedDensityResidual)}
 
-_BLOCKS = {original_type(own): own for own in (QuantizedDensity, QuantizedDensityResidual)}
+
+def _insert_contraction(module: SymmetricContraction, weights: Mapping[str, WeightQuantizer], device: Any) -> None:
+    """Give the contractions of a symmetric contraction their weight quantizers, by `WeightSite.path`."""
+    for i, contraction in enumerate(module.contractions):
+        prefix = f"contractions.{i}."
+        quantizers = {path.removeprefix(prefix): q for path, q in weights.items() if prefix in path}
+        if not quantizers:
+            continue
+        contraction.weights_max_quantizer = quantizers.get("weights_max", torch.nn.Identity()).to(device)
+        others = [quantizers.get(f"weights.{k}", torch.nn.Identity()) for k in range(len(contraction.weights))]
+        contraction.weights_quantizers = torch.nn.ModuleList(others).to(device)
+        contraction.__class__ = QuantizedContraction
 
 
 def insert(site: Site, weights: Mapping[str, WeightQuantizer], features: FeatureQuantizer | None) -> None:
@@ -47,38 +59,32 @@ def insert(site: Site, weights: Mapping[str, WeightQuantizer], features: Feature
     Args:
         site: the module and its layout.
         weights: a quantizer for each weight to round, by `WeightSite.path`; may be empty.
-        features: of the input, or None.
+        features: the quantizer of the input, or None.
     """
-    module: Any = site.module
+    module: Any = site.module  # its class is changed below
     device = next(module.parameters()).device
-    identity = torch.nn.Identity()
+    if site.kind in ("density", "attention"):
+        if features is not None:
+            module.input_quantizer = features.to(device)
+            # `RobustAttention` calls its quantizer without a class of ours.
+            module.__class__ = _BLOCKS.get(type(module), type(module))
+        return
     if site.kind == "contraction":
-        for i, contraction in enumerate(module.contractions):
-            own = {k.removeprefix(f"contractions.{i}."): q for k, q in weights.items() if f"contractions.{i}." in k}
-            if own:
-                contraction.weights_max_quantizer = own.get("weights_max", identity).to(device)
-                quantizers = [own.get(f"weights.{k}", torch.nn.Identity()) for k in range(len(contraction.weights))]
-                contraction.weights_quantizers = torch.nn.ModuleList(quantizers).to(device)
-                contraction.__class__ = QuantizedContraction
+        _insert_contraction(module, weights, device)
     elif site.kind == "product":
         if not hasattr(module, "use_agnostic_product"):  # models from before MACE had it
             module.use_agnostic_product = False
-    elif site.kind in ("density", "attention"):
-        if features is not None:
-            module.input_quantizer = features.to(device)
-            module.__class__ = _BLOCKS.get(type(module), type(module))  # attention calls its quantizer as it is
-        return
     elif weights or features is not None:
-        module.weight_quantizer = weights.get("weight", identity).to(device)
+        module.weight_quantizer = weights.get("weight", torch.nn.Identity()).to(device)
     if features is not None or (weights and site.kind != "contraction"):
-        module.input_quantizer = (features or identity).to(device)
+        module.input_quantizer = (features or torch.nn.Identity()).to(device)
         module.__class__ = _QUANTIZED[site.kind]
 
 
 def remove(module: torch.nn.Module, keep_input: bool) -> None:
-    """Take the weight quantizers out of a site, and the input's unless it is to be kept.
+    """Take the weight quantizers out of the module of a site, and the input quantizer unless it is to be kept.
 
-    The weights themselves are not touched: see `gaq_mace.model.convert` for writing them.
+    The weights stay as they are: `gaq_mace.model.convert` writes them.
     """
     keep = keep_input and isinstance(getattr(module, "input_quantizer", None), FeatureQuantizer)
     if isinstance(module, SymmetricContraction):
@@ -101,7 +107,7 @@ def remove(module: torch.nn.Module, keep_input: bool) -> None:
 
 def site_quantizers(site: Site) -> dict[str, WeightQuantizer]:
     """The weight quantizers now in a site, by `WeightSite.path`."""
-    found: dict[str, WeightQuantizer] = {}
+    quantizers_by_path: dict[str, WeightQuantizer] = {}
     for weight in site.weights:
         owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
         quantizer: Any
@@ -116,8 +122,8 @@ def site_quantizers(site: Site) -> dict[str, WeightQuantizer]:
         else:
             quantizer = getattr(owner, "weight_quantizer", None)
         if isinstance(quantizer, WeightQuantizer):
-            found[weight.path] = quantizer
-    return found
+            quantizers_by_path[weight.path] = quantizer
+    return quantizers_by_path
 
 
 def configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> None:

@@ -1,8 +1,8 @@
 """Quantized forms of MACE's weight-carrying modules, put in place by changing a module's class.
 
-Parameter names, state-dict keys and attributes stay the host's own, so optimizers, checkpoints, exports
-and weight decay by name keep working. A class here holds no state but its quantizers, and every forward
-is TorchScript, so that LAMMPS export works in any state.
+Parameter names, state-dict keys and attributes stay those of MACE, so optimizers, checkpoints, exports and weight decay
+by name keep working. The only state that a class here adds are its quantizers. Every ``forward`` can be compiled by
+TorchScript, so that the export to LAMMPS works in training and after conversion.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class QuantizedTensorProduct(o3.FullyConnectedTensorProduct):
 
 @compile_mode("script")
 class QuantizedLayer(_Layer):
-    """A layer of e3nn's `FullyConnectedNet` with rounded weight and, where asked for, input."""
+    """A layer of e3nn's `FullyConnectedNet` with rounded weight and, where the preset says so, rounded input."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input_quantizer(x)
@@ -59,7 +59,7 @@ class QuantizedLayer(_Layer):
 
 
 class QuantizedDense(torch.nn.Linear):
-    """`torch.nn.Linear` with rounded weight and, where asked for, input."""
+    """`torch.nn.Linear` with rounded weight and, where the preset says so, rounded input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
@@ -97,8 +97,8 @@ class QuantizedProduct(EquivariantProductBasisBlock):
 class QuantizedDensity(RealAgnosticDensityInteractionBlock):
     """MACE's `RealAgnosticDensityInteractionBlock` whose density weights are rounded.
 
-    A density weight is ``tanh(x^2)``, so it lies in [0, 1). It is rounded before the cutoff multiplies it, so that its
-    steps vanish at the cutoff.
+    A density weight is ``tanh(x^2)``, so it lies in [0, 1). It is rounded before it is multiplied by the cutoff
+    function, so that its steps vanish at the cutoff.
     """
 
     def forward(
@@ -138,7 +138,10 @@ class QuantizedDensity(RealAgnosticDensityInteractionBlock):
 
 @compile_mode("script")
 class QuantizedDensityResidual(RealAgnosticDensityResidualInteractionBlock):
-    """MACE's `RealAgnosticDensityResidualInteractionBlock` whose density weights are rounded, as above."""
+    """MACE's `RealAgnosticDensityResidualInteractionBlock` whose density weights are rounded.
+
+    See `QuantizedDensity`.
+    """
 
     def forward(
         self,
@@ -189,10 +192,10 @@ _ORIGINAL: dict[type, type] = {
 
 
 def original_class(module: torch.nn.Module) -> type:
-    """The host's class of a module, whether it is quantized now or not."""
+    """MACE's, e3nn's or torch's own class of a module, quantized or not."""
     return original_type(type(module))
 
 
 def original_type(kind: type) -> type:
-    """The host's class that a class stands for."""
+    """The class of MACE, e3nn or torch that a quantized class stands for; any other class as it is."""
     return _ORIGINAL.get(kind, kind)

@@ -1,7 +1,7 @@
-"""The quantized MACE model: quantizers in, and weights rounded for good.
+"""The two steps of a quantized MACE model: quantizers are inserted, and later the weights are rounded for good.
 
-A quantized model differs from a stock one in the classes of some modules (`gaq_mace.layers`) and in the class of its
-root (`gaq_mace.root`).
+A quantized model has other classes than a stock one for some of its modules (`gaq_mace.layers`) and for its root
+(`gaq_mace.root`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["convert", "prepare", "search_ranges"]
 SUPPORTED = (mace_models.ScaleShiftMACE, root.ScaleShiftMACE)
 
 FILE_OVERHEAD = 3500
-"""Bytes of a file besides codes and scales: names and configuration."""
+"""Size of the names and the configuration in a file, in bytes."""
 
 CODING_LOSS = 0.03
-"""Share by which compressed codes and scales in a file are larger than their bits, at most as measured."""
+"""Largest share, as measured, by which compressed codes and scales are larger in a file than their bits."""
 
 
 def check_supported(model: torch.nn.Module) -> None:
@@ -65,7 +65,7 @@ def check_supported(model: torch.nn.Module) -> None:
 
 
 def _file_bytes(model: torch.nn.Module) -> int:
-    """Size of the file of a float model in single precision."""
+    """Size of the file of a float model in single precision, in bytes."""
     buffer = io.BytesIO()
     torch.save(copy.deepcopy(model).float(), buffer)
     return buffer.tell()
@@ -75,7 +75,7 @@ class MACEHost:
     """See `gaq.model.insertion.Host`."""
 
     def check_supported(self, model: torch.nn.Module) -> None:
-        # Converted it will have the kernels again; an accelerated float model is MACE's own class until then.
+        # An accelerated float model is of MACE's own class again from here on; conversion brings the kernels back.
         check_supported(decelerate(model))
 
     def configure_attention(self, model: torch.nn.Module, config: QuantizationConfig) -> None:
@@ -106,12 +106,12 @@ def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Modu
 
 
 def search_ranges(model: torch.nn.Module) -> None:
-    """Set the range of every weight quantizer anew, for the weights the model has now."""
+    """Search the range of every weight quantizer again, for the weights that the model has now."""
     shared.search_ranges(HOST, model)
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:
-    """Round the weights for good, in place, and drop what only training needs.
+    """Write rounded weights into the model, in place, and drop the quantizers that only training needs.
 
     Raises:
         ValueError: if the model is not prepared.

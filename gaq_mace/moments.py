@@ -22,17 +22,18 @@ def _slices(module: Any) -> list[slice]:
 
 
 def _rows(x: Tensor, span: slice, multiplicity: int) -> Tensor:
-    """Inputs of one path as rows, one for each atom and component: (batch, components, multiplicity)."""
+    """Inputs of one path, a row for each atom and component: (atoms, components, multiplicity)."""
     return x[:, span].reshape(x.shape[0], multiplicity, -1).transpose(1, 2)
 
 
 def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..., None]:
+    """A forward pre-hook that adds the moments of a site's input to the store."""
     key = f"{site.name}.{site.weights[0].path}"
     module: Any = site.module
 
     def add(index: int, moment: Tensor) -> None:
-        present = store[key][index]
-        store[key][index] = moment if present is None else present + moment
+        total = store[key][index]
+        store[key][index] = moment if total is None else total + moment
 
     def collect(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach().double()
@@ -55,7 +56,7 @@ def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..
 
 
 def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
-    """``sum x x^T`` over atoms (or edges) and components, a matrix for each weight block.
+    """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block.
 
     Returns:
         By parameter name, a list in the order of the blocks of its layout: shape (inputs, inputs), or

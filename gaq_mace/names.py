@@ -8,12 +8,13 @@ ATTENTION = "GAQAttentionResidualInteractionBlock"
 """Name under which MACE knows the interaction block of `gaq_mace.attention`."""
 
 PACKED = "gaq_packed"
-"""Attribute under which a packed pickle hands its state to the model it has built."""
+"""Attribute of a model in which a packed pickle leaves the description of the quantization."""
 
 PATCHED = "__gaq_patched__"
-"""Attribute of a MACE module that the hook has patched."""
+"""Attribute that marks a module of MACE as patched by the hook."""
 
 RUN_TRAIN = "mace.cli.run_train"
+"""Module of MACE's training command."""
 
 TARGETS = (
     "mace.calculators.mace",

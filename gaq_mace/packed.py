@@ -1,11 +1,11 @@
-"""A quantized model taken apart: what a file of it has to hold, whatever its form, and what a reader checks."""
+"""The contents of a quantized model's file, whatever its form, and the checks of its reader."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import mace
 import numpy as np
 import torch
 from mace.modules import models as mace_models
-from mace.tools.scripts_utils import extract_config_mace_model
+from mace.tools import scripts_utils
 from torch import Tensor
 
 import gaq
@@ -39,16 +39,21 @@ __all__ = [
 ]
 
 
+def _interactions(model: Any) -> Iterable[Any]:  # MACE's attributes, which torch types as Tensor or Module
+    interactions: Iterable[Any] = model.interactions
+    return interactions
+
+
 def model_config(model: torch.nn.Module) -> dict[str, Any]:
     """Constructor arguments of a MACE model, with arrays as lists and irreps as text.
 
     Raises:
         ModelFileError: if the interactions differ in a number the constructor takes only once.
     """
-    config = extract_config_mace_model(model)
+    config = scripts_utils.extract_config_mace_model(model)
     if "error" in config:
         raise ModelFileError(str(config["error"]))
-    neighbors = {float(block.avg_num_neighbors) for block in model.interactions}  # type: ignore[union-attr]
+    neighbors = {float(block.avg_num_neighbors) for block in _interactions(model)}
     if len(neighbors) > 1:
         raise ModelFileError(f"the interactions differ in avg_num_neighbors ({sorted(neighbors)}); cannot be packed.")
     for key in ("cueq_config", "oeq_config"):
@@ -67,7 +72,7 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    """A plain MACE model of a configuration, leaving the global dtype and random state as they are."""
+    """Build a plain MACE model of a configuration; the default dtype and the random state stay as they are."""
     with torch.random.fork_rng(devices=[]), default_dtype(dtype), known_hidden():
         return mace_models.ScaleShiftMACE(**config)
 
@@ -78,15 +83,15 @@ def _dtype(model: torch.nn.Module) -> torch.dtype:
 
 @dataclass
 class Packed:
-    """A quantized model taken apart.
+    """The contents of a quantized model's file.
 
     Attributes:
-        meta: plain data: versions, configuration, digest.
+        meta: plain data: versions, configuration, checksum.
         config: constructor arguments.
         dtype: of the model.
         quantized: codes and scales by parameter name.
-        plain: every other parameter, and the buffers that the constructor does not make by itself.
-        ranges: observed sizes by site name.
+        plain: every other parameter, and the buffers that differ from those the constructor makes.
+        ranges: observed sizes of activations by site name.
         ratios: range ratios of the weights of a model in training.
     """
 
@@ -100,7 +105,7 @@ class Packed:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """A checksum of all tensors that are not derived from the configuration."""
+    """SHA-256 of the names and values of tensors, in the order of their names; float tensors in float32."""
     summary = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu()
@@ -112,7 +117,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Constructed:
-    """What the constructor of MACE makes of a configuration, without the values of parameters.
+    """The result of MACE's constructor for a configuration, without the values of parameters.
 
     Attributes:
         parameters: names and shapes, as `described` gives them.
@@ -125,7 +130,7 @@ class Constructed:
 
 @functools.lru_cache(maxsize=8)
 def constructed(key: bytes) -> Constructed:
-    """Build a plain model and describe it. Slow (a second model), so once a configuration.
+    """Build a plain model and describe it. It is slow, so it is done once for each configuration.
 
     Args:
         key: configuration and dtype, pickled.
@@ -139,7 +144,7 @@ def constructed(key: bytes) -> Constructed:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """Of one tensor, to the last bit."""
+    """SHA-256 of a tensor with its dtype and shape, to the last bit."""
     data = tensor.detach().cpu().contiguous()
     summary = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
     summary.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -147,15 +152,15 @@ def _checksum(tensor: Tensor) -> str:
 
 
 def described(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names with shapes: ``"readouts.0.linear.weight (128,)"``."""
+    """Names with shapes, such as ``"readouts.0.linear.weight (128,)"``."""
     return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def take_apart(model: torch.nn.Module) -> Packed:
-    """What a file of this model has to hold.
+    """The contents of the file of a quantized model.
 
-    A file leaves out the buffers that MACE's constructor makes by itself, Clebsch-Gordan tables above all. Which those
-    are is known from a second model, built of the configuration (once for each, see `constructed`).
+    A file leaves out the buffers that MACE's constructor makes, above all the Clebsch-Gordan tables. `constructed`
+    builds a second model of the configuration to find out which those are.
 
     Raises:
         ModelFileError: if the constructor would not make a model with these parameters, so that the file could not be
@@ -179,7 +184,7 @@ def take_apart(model: torch.nn.Module) -> Packed:
         if name in parameters or made.buffers.get(name) != _checksum(value):
             plain[name] = value.clone()
     meta = meta_of(model)
-    # Packing rounds the weights: whoever reads the file gets a converted model.
+    # Packing rounds the weights, so the reader of the file gets a converted model.
     meta["status"] = "converted"
     weights = {name: q.dequantize() for name, q in quantized.items()}
     stored = {**weights, **{k: v for k, v in plain.items() if k in parameters}}
@@ -194,7 +199,10 @@ WRITTEN = "this file was written with"
 
 
 def other_mace(meta: Mapping[str, Any]) -> str:
-    """The error for a reader with another MACE; braces for what only the file has, and for what only the model has."""
+    """The error for a reader with another MACE.
+
+    It has two pairs of braces to format: tensors that only the file has, and those that only the model has.
+    """
     writer = str(meta.get("mace", "of an unknown version"))
     return (
         f"{WRITTEN} mace-torch {writer} (torch {meta.get('torch', '?')}, gaq {meta.get('gaq', '?')}), and the mace "
@@ -208,7 +216,7 @@ def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta:
 
     Args:
         model: as MACE has built it.
-        stored: every parameter, and some buffers, by name.
+        stored: every parameter and some buffers in the file, by name.
         meta: of the file.
 
     Raises:
@@ -238,13 +246,13 @@ def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
 
 
 def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping[str, Tensor], complete: bool) -> None:
-    """Refuse ranges of activations that belong to no site of a restored model, and sites without theirs.
+    """Refuse ranges of activations without a site in a restored model, and sites without ranges.
 
     Args:
         model: restored.
         meta: of the file.
         ranges: by site name.
-        complete: whether the file holds the ranges of all sites, and not only those that were observed.
+        complete: whether the file holds the ranges of all sites, or only those that were observed.
 
     Raises:
         ModelFileError: naming the sites that differ and the MACE that wrote the file.
@@ -256,7 +264,7 @@ def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping
 
 
 def meta_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything about a quantization but its tensors, as plain data."""
+    """The description of a quantization without its tensors, as plain data."""
     state = require_state(model)
     return {
         "format": FORMAT,

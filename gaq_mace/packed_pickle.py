@@ -1,24 +1,25 @@
 """A quantized model as a pickle that stock MACE loads.
 
-A stock `.model` is a pickle of the whole module: dense Clebsch-Gordan buffers, TorchScript archives and
-float weights. A packed one is a pickle of *how to build it*: the constructor of `ScaleShiftMACE` with its
-configuration, then ``load_state_dict`` with weights computed as ``codes * scale``. Every callable in it
-belongs to Python, torch, e3nn or MACE, so it loads where this package is not installed, as the plain MACE
-model that holds the dequantized weights. Where it is installed, the state set at the end of the pickle
-(see `gaq_mace.hook.patches`) puts the activation quantizers back. A model with the interaction block of
-`gaq_mace.attention` is the exception: the constructor names that block, so it loads only with this package.
+A stock `.model` is a pickle of the complete module: dense Clebsch-Gordan buffers, TorchScript archives and float
+weights. A packed one is a pickle of *how to build it*: the constructor of `ScaleShiftMACE` with its configuration, then
+``load_state_dict`` with weights computed as ``codes * scale``. Every function in it belongs to Python, torch, e3nn or
+MACE. So it loads where this package is not installed, as the plain MACE model with the dequantized weights. Where this
+package is installed, ``MACE.__setstate__`` (see `gaq_mace.hook.patches`) puts the quantizers of the activations back.
+The exception is a model with the interaction block of `gaq_mace.attention`: its constructor names that block, so it
+loads only with this package.
 
-Both forms hold every parameter. A reader whose MACE builds a model with other parameters, by name or shape, gets an
-error that names them and the MACE that wrote the file; with this package installed and without.
+The file holds every parameter. If the reader's MACE builds a model with other parameters, by name or shape, loading
+stops with an error that names them and the MACE that wrote the file, with this package installed or without.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -27,6 +28,7 @@ from mace.modules import models as mace_models
 from torch import Tensor
 
 from gaq.files.packing import pack
+from gaq.quantizers.weights import QuantizedTensor
 from gaq_mace.names import PACKED
 from gaq_mace.packed import other_mace, take_apart
 
@@ -34,9 +36,9 @@ __all__ = ["reduce_packed", "reduce_stock"]
 
 
 class Call:
-    """Pickles as ``function(*arguments)``: the result, not this object, is what a reader gets.
+    """Pickles as ``function(*arguments)``: the reader gets the result, not this object.
 
-    One object that occurs twice is called once.
+    An object that occurs twice in a pickle is called once.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -61,7 +63,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Pool:
-    """One byte buffer of codes of one width, and the expression that turns it into integers."""
+    """The codes of one width of all weights, and the expression that turns their bytes into integers."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -69,18 +71,19 @@ class _Pool:
         self.length = 0
 
     def add(self, codes: Tensor) -> int:
+        """Append the codes of a weight; returns where they begin, in elements."""
         offset = self.length
         self.parts.append(codes.reshape(-1))
         self.length += codes.numel()
         return offset
 
     def expression(self) -> Any:
-        """Integers as the reader will compute them, from bytes and stock functions only."""
+        """The integers, as the reader computes them from bytes with stock functions only."""
         codes = torch.cat(self.parts)
         if self.bits == 4:
             return Call(operator.sub, Call(operator.xor, _nibbles(pack(codes, 4)), 8), 8)
         if self.bits == 12:
-            # The last four bits of a code are noise, the rest is not: apart, the latter can be compressed.
+            # The last four bits of a code are noise, the others are not: stored apart, the others can be compressed.
             codes = torch.cat((codes, codes.new_zeros(self.length % 2)))
             fours = _nibbles(pack(((codes & 15) ^ 8) - 8, 4))
             high = Call(_method("short"), (codes >> 4).to(torch.int8))
@@ -94,7 +97,7 @@ class _Pool:
 
 
 def _nibbles(data: Tensor) -> Any:
-    """The expression that gives the four-bit halves of bytes, low ones first, from 0 to 15."""
+    """The expression for the four-bit halves of bytes, from 0 to 15, the low half first."""
     halves = (Call(operator.and_, data, 15), Call(operator.rshift, data, 4))
     return Call(_method("char"), Call(_method("flatten"), Call(torch.stack, halves, 1)))
 
@@ -106,76 +109,98 @@ def _pool_bits(bits: int) -> int:
     return next(n for n in _POOLS if bits <= n)
 
 
+class _Place(NamedTuple):
+    """Where the codes and scales of a weight lie: width of the pool, first code, dtype of the scales, first scale."""
+
+    bits: int
+    code: int
+    dtype: torch.dtype
+    scale: int
+
+
+def _pooled(
+    quantized: Mapping[str, QuantizedTensor],
+) -> tuple[dict[str, _Place], dict[int, Any], dict[torch.dtype, Call]]:
+    """All codes in a buffer for each width, and all scales in a buffer for each dtype.
+
+    Returns:
+        The place of each weight by name, the expressions for the codes by width, and those for the scales by dtype.
+    """
+    pools = {bits: _Pool(bits) for bits in _POOLS}
+    scales: dict[torch.dtype, list[Tensor]] = {torch.bfloat16: [], torch.float32: []}
+    places = {}
+    for name, tensor in quantized.items():
+        bits = _pool_bits(tensor.bits)
+        dtype = torch.bfloat16 if torch.equal(tensor.scale, tensor.scale.bfloat16().float()) else torch.float32
+        first_scale = sum(t.numel() for t in scales[dtype])
+        scales[dtype].append(tensor.scale.to(dtype))
+        places[name] = _Place(bits, pools[bits].add(tensor.codes), dtype, first_scale)
+    codes = {bits: pool.expression() for bits, pool in pools.items() if pool.length}
+    steps = {dtype: Call(_method("float"), torch.cat(parts)) for dtype, parts in scales.items() if parts}
+    return places, codes, steps
+
+
+def _dequantized(tensor: QuantizedTensor, place: _Place, codes: Any, scales: Call) -> Call:
+    """The expression for a weight: ``codes * scale`` of each of its segments, in the shape of the weight."""
+    pieces = []
+    for segment in tensor.layout.segments(tensor.granularity, tensor.group_size):
+        integers = Call(
+            _method("as_strided", segment.shape, _strides(segment.shape), place.code + segment.offset), codes
+        )
+        step_shape = segment.scale_shape
+        if len(step_shape) == 1 and len(segment.shape) > 1:
+            step_shape = (1,) * len(segment.shape)
+        step = Call(_method("as_strided", step_shape, _strides(step_shape), place.scale + segment.scale_offset), scales)
+        pieces.append(Call(_method("flatten"), Call(operator.mul, integers, step)))
+    flat = pieces[0] if len(pieces) == 1 else Call(torch.cat, pieces)
+    return Call(_method("view", tuple(tensor.codes.shape)), flat)
+
+
 def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     """The value of ``__reduce_ex__`` that stores a quantized model packed."""
     packed = take_apart(model)
-    pools = {bits: _Pool(bits) for bits in _POOLS}
-    scales: dict[torch.dtype, list[Tensor]] = {torch.bfloat16: [], torch.float32: []}
-    placed: dict[str, tuple[int, int, torch.dtype, int]] = {}
-    for name, tensor in packed.quantized.items():
-        bits = _pool_bits(tensor.bits)
-        kind = torch.bfloat16 if torch.equal(tensor.scale, tensor.scale.bfloat16().float()) else torch.float32
-        start = sum(t.numel() for t in scales[kind])
-        scales[kind].append(tensor.scale.to(kind))
-        placed[name] = (bits, pools[bits].add(tensor.codes), kind, start)
-    codes = {bits: pool.expression() for bits, pool in pools.items() if pool.length}
-    scale = {kind: Call(_method("float"), torch.cat(parts)) for kind, parts in scales.items() if parts}
-
+    places, codes, scales = _pooled(packed.quantized)
     state: dict[str, Any] = {}
     fixed: dict[str, tuple[Any, ...]] = {}
     for name, tensor in packed.quantized.items():
-        bits, offset, kind, start = placed[name]
-        pieces = []
-        for segment in tensor.layout.segments(tensor.granularity, tensor.group_size):
-            integers = Call(
-                _method("as_strided", segment.shape, _strides(segment.shape), offset + segment.offset), codes[bits]
-            )
-            step_shape = segment.scale_shape
-            if len(step_shape) == 1 and len(segment.shape) > 1:
-                step_shape = (1,) * len(segment.shape)
-            step = Call(
-                _method("as_strided", step_shape, _strides(step_shape), start + segment.scale_offset), scale[kind]
-            )
-            pieces.append(Call(_method("flatten"), Call(operator.mul, integers, step)))
-        flat = pieces[0] if len(pieces) == 1 else Call(torch.cat, pieces)
-        state[name] = Call(_method("view", tuple(tensor.codes.shape)), flat)
-        own = Call(_method("narrow", 0, start, tensor.scale.numel()), scale[kind])
-        fixed[name] = (tensor.bits, tensor.granularity, tensor.group_size, own)
+        place = places[name]
+        state[name] = _dequantized(tensor, place, codes[place.bits], scales[place.dtype])
+        scale = Call(_method("narrow", 0, place.scale, tensor.scale.numel()), scales[place.dtype])
+        fixed[name] = (tensor.bits, tensor.granularity, tensor.group_size, scale)
     state.update(packed.plain)
 
     arguments = {
         key: Call(o3.Irreps, str(value)) if isinstance(value, o3.Irreps) else value
         for key, value in packed.config.items()
     }
-    # In this order: the model is made in its own dtype, and the reader's dtype and random numbers are
-    # put back afterwards.
-    before_dtype = Call(torch.get_default_dtype)
-    before_random = Call(torch.get_rng_state)
-    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)  # type: ignore[arg-type]
-    made = Call(constructor)
-    own = Call(_method("state_dict"), made)
+    # In this order: the model is made in its own dtype, and then the reader's dtype and random numbers are put back.
+    reader_dtype = Call(torch.get_default_dtype)
+    reader_random = Call(torch.get_rng_state)
+    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)  # type: ignore[arg-type]  # some are calls
+    built = Call(constructor)
+    built_state = Call(_method("state_dict"), built)
     steps = (
-        before_dtype,
-        before_random,
+        reader_dtype,
+        reader_random,
         Call(torch.set_default_dtype, packed.dtype),
-        made,
-        Call(torch.set_default_dtype, before_dtype),
-        Call(torch.set_rng_state, before_random),
-        _parameters_checked(made, own, state, packed.meta),
-        # The constructor's own buffers stay; of the parameters every one is in the file by now.
-        Call(torch.nn.Module.load_state_dict, made, Call(operator.or_, own, state)),
+        built,
+        Call(torch.set_default_dtype, reader_dtype),
+        Call(torch.set_rng_state, reader_random),
+        _parameters_checked(built, built_state, state, packed.meta),
+        # The buffers that the constructor makes stay; every parameter is in the file by now.
+        Call(torch.nn.Module.load_state_dict, built, Call(operator.or_, built_state, state)),
     )
     payload = {"meta": packed.meta, "ranges": packed.ranges, "weights": fixed}
     return operator.itemgetter(3), (steps,), {PACKED: payload}
 
 
-def _parameters_checked(made: Call, own: Call, state: dict[str, Any], meta: dict[str, Any]) -> Call:
-    """`check_parameters` as the reader will compute it, from stock functions only.
+def _parameters_checked(built: Call, built_state: Call, state: dict[str, Any], meta: dict[str, Any]) -> Call:
+    """`gaq_mace.packed.check_parameters` as the reader computes it, with stock functions only.
 
     Args:
-        made: the model as MACE has built it.
-        own: its state.
-        state: what the file holds.
+        built: the model as the reader's MACE builds it.
+        built_state: its state dict.
+        state: the tensors in the file, by name.
         meta: of the file.
     """
 
@@ -183,20 +208,25 @@ def _parameters_checked(made: Call, own: Call, state: dict[str, Any], meta: dict
         shapes = Call(map, tuple, Call(map, operator.attrgetter("shape"), tensors))
         return Call(set, Call(map, "{} {}".format, names, shapes))
 
-    names = Call(map, operator.itemgetter(0), Call(_method("named_parameters"), made))
-    parameters = texts(names, Call(_method("parameters"), made))
+    names = Call(map, operator.itemgetter(0), Call(_method("named_parameters"), built))
+    parameters = texts(names, Call(_method("parameters"), built))
     stored = texts(Call(_method("keys"), state), Call(_method("values"), state))
-    model = texts(Call(_method("keys"), own), Call(_method("values"), own))
+    model = texts(Call(_method("keys"), built_state), Call(_method("values"), built_state))
     unknown, missing = Call(operator.sub, stored, model), Call(operator.sub, parameters, stored)
     message = Call(other_mace(meta).format, Call(sorted, unknown), Call(sorted, missing))
     count = Call(len, Call(operator.or_, unknown, missing))
-    # Through the module, whose public name this is; the function pickles as that of a private one.
+    # Through the module: the function itself would be pickled by the name of a private module.
     comparison = operator.methodcaller("assert_close", count, 0, msg=message)
     return Call(comparison, Call(importlib.import_module, "torch.testing"))
 
 
-def reduce_stock(model: torch.nn.Module, stock: type) -> tuple[Any, ...]:
-    """The value of ``__reduce_ex__`` of a model that is not quantized: that of the stock class."""
-    import copyreg
+def reduce_stock(stock: type, entries: dict[str, Any]) -> tuple[Any, ...]:
+    """The value of ``__reduce_ex__`` that stores a model as one of MACE's own class.
 
-    return copyreg.__newobj__, (stock,), model.__dict__  # type: ignore[attr-defined]
+    Args:
+        stock: MACE's own class.
+        entries: of the model's ``__dict__`` that the file is to hold.
+    """
+    # Not by copyreg.__newobj__, with which pickle insists on the class of the object itself.
+    # Private, but what pickle itself uses for protocols below 2.
+    return copyreg._reconstructor, (stock, object, None), entries  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The class of a quantized model's root: it packs itself when pickled, and keeps its quantization in the state dict."""
+"""The class of a quantized model's root, which keeps the quantization in pickles, copies and state dicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
 from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
 from gaq_mace import packed, packed_pickle
-from gaq_mace.engine import Served
+from gaq_mace.engine.serving import OWN_ENTRIES, RECORD, Served
 from gaq_mace.insertion import configure_attention, insert
 from gaq_mace.sites import find_sites
 from gaq_mace.weights import weight_quantizers
@@ -29,20 +29,21 @@ __all__ = ["ScaleShiftMACE", "adopt", "is_quantized", "restore"]
 
 @compile_mode("script")
 class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
-    """A `mace.modules.ScaleShiftMACE` that keeps its quantization through copies, states and files."""
+    """A `mace.modules.ScaleShiftMACE` that keeps its quantization in pickles, copies and state dicts."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if state_of(self) is not None:
             return packed_pickle.reduce_packed(self)
-        return packed_pickle.reduce_stock(self, mace_models.ScaleShiftMACE)
+        entries = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
+        return packed_pickle.reduce_stock(mace_models.ScaleShiftMACE, entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        # An engine belongs to the weights it was made from.
-        own = {key: value for key, value in self.__dict__.items() if key != "gaq_engine"}
-        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
+        # The engine belongs to the weights of the original.
+        entries = {key: value for key, value in self.__dict__.items() if key != RECORD}
+        torch.nn.Module.__setstate__(new, copy.deepcopy(entries, memo))
         return new
 
     def get_extra_state(self) -> Tensor:
@@ -54,7 +55,7 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
         return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the quantization of the model the state comes from."""
+        """Take over the quantization of the model that the state comes from."""
         text = bytes(state.cpu().numpy().tobytes()).decode()
         if text:
             _take_over(self, json.loads(text))
@@ -69,7 +70,7 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def adopt(model: torch.nn.Module, state: ModelState) -> None:
-    """Give a model its state, and its root the class that keeps it."""
+    """Give a model the state of its quantization, and its root the class that keeps the state."""
     if type(model) in _ROOTS:
         model.__class__ = _ROOTS[type(model)]
     model.__dict__["gaq_state"] = state
@@ -79,11 +80,11 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
     """Make a plain model the quantized one that was stored, in place.
 
     Args:
-        model: of the right architecture; of a converted model its weights are the dequantized ones.
-        stored: what was stored.
+        model: of the right architecture; with the dequantized weights if the stored model was converted.
+        stored: configuration, ranges and grids of the weights.
 
     Raises:
-        ModelFileError: if the stored form is newer than this version, or asks for what this version no longer does.
+        ModelFileError: if the stored form is newer than this version, or has a key that this version no longer follows.
     """
     check_format(stored.meta)
     try:
@@ -95,7 +96,7 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
     configure_attention(model, config)
     sites = find_sites(model)
     resolved = resolve_overrides(config, [site.name for site in sites])
-    # The bits of the model itself are stored, those of its overrides follow from their sites.
+    # The bits of the model are stored; those of its overrides follow from their sites.
     _, resolved = settle_bits(config, sites, resolved, lambda: 0.0)
     for site in sites:
         site_config = resolved[site.name]
@@ -111,12 +112,13 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
 
 
 def _take_over(model: torch.nn.Module, plain: dict[str, Any]) -> None:
+    """Make a model the quantized one that a state dict describes, or take its ranges if it is quantized already."""
     stored = StoredState.from_json(plain)
     state = state_of(model)
     if state is None:
         restore(model, stored)
     elif same_grid(state.config.to_dict(), stored.meta["config"]):
-        # A checkpoint of the same run: only the ranges move, the modules are in place.
+        # A checkpoint of the same run: the quantizers are in place, and only their ranges differ.
         state.resumed = True
         stored.load_ranges(model, weight_quantizers(model))
     else:

@@ -30,6 +30,11 @@ _NAMES: dict[str, dict[str, Any]] = {
 
 
 def config_to_json(config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of a MACE model as plain data: classes by MACE's names for them, irreps as text.
+
+    Raises:
+        ModelFileError: for a class that MACE does not know by name.
+    """
     plain: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NAMES and value is not None:
@@ -44,6 +49,11 @@ def config_to_json(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
+    """The constructor arguments that `config_to_json` made plain.
+
+    Raises:
+        ModelFileError: for a name that this MACE does not know.
+    """
     config: dict[str, Any] = {}
     for key, value in plain.items():
         if key in _NAMES and value is not None:
@@ -59,16 +69,17 @@ def config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_safetensors(packed: Packed, path: Path) -> None:
+    """Write a model that was taken apart: codes of all weights in one tensor, scales in another, the rest by name."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {f"plain:{name}": t.contiguous() for name, t in packed.plain.items()}
     table = {}
-    # All in two tensors, in the order of the table: an entry each would make the header as large as some models.
+    # Two tensors, in the order of the table: with one for each weight the header would be as large as some models.
     for name, q in packed.quantized.items():
         table[name] = [q.bits, q.granularity, q.group_size, list(q.codes.shape)]
     tensors["codes"] = torch.cat([pack(q.codes, q.bits) for q in packed.quantized.values()])
     tensors["scales"] = torch.cat([q.scale.to(torch.bfloat16) for q in packed.quantized.values()])
-    # Ranges of the atom's own were never observed, and are not stored.
+    # Per-atom ranges are not observed, so there is nothing to store for them.
     tensors.update({f"range:{name}": t for name, t in packed.ranges.items() if bool(t.any())})
     header = {
         "meta": {key: value for key, value in packed.meta.items() if key != "checked"},
@@ -80,6 +91,12 @@ def save_safetensors(packed: Packed, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> torch.nn.Module:
+    """Build the quantized model that `save_safetensors` wrote.
+
+    Raises:
+        ModelFileError: for a file that is truncated, altered, of another kind, written by a later version, or written
+            with a MACE that builds other parameters.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -102,17 +119,17 @@ def load_safetensors(path: Path) -> torch.nn.Module:
     parameters = {name for name, _ in model.named_parameters()}
     header["meta"]["checked"] = sorted(parameters)
     weights = {}
-    begin = first = 0
+    first_byte = first_scale = 0
     for name, (bits, granularity, group_size, shape) in header["weights"].items():
         layout: WeightLayout = layout_of[name]
-        end = begin + packed_bytes(layout.numel, bits)
-        last = first + layout.scales(granularity, group_size)
-        codes = unpack(tensors["codes"][begin:end], bits, shape)
-        scale = tensors["scales"][first:last].float()
-        begin, first = end, last
+        end_byte = first_byte + packed_bytes(layout.numel, bits)
+        end_scale = first_scale + layout.scales(granularity, group_size)
+        codes = unpack(tensors["codes"][first_byte:end_byte], bits, shape)
+        scale = tensors["scales"][first_scale:end_scale].float()
+        first_byte, first_scale = end_byte, end_scale
         state[name] = dequantize(codes, scale, layout.scale_index(granularity, group_size))
         weights[name] = FixedWeight(bits, granularity, group_size, scale)
-    # The constructor's own buffers stay.
+    # The buffers that the constructor makes stay.
     model.load_state_dict({**model.state_dict(), **state})
     verify(model, header["meta"])
     ranges = {key.removeprefix("range:"): t for key, t in tensors.items() if key.startswith("range:")}

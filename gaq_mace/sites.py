@@ -1,16 +1,22 @@
 """Which modules of a MACE model can be quantized, and how their weights and inputs are laid out.
 
-Kinds: ``linear``, ``layer`` (e3nn's fully connected layer), ``tensor_product``, ``contraction``, ``dense``
-(`torch.nn.Linear`), and ``product``, which has no weights of its own: its *output* is rounded, once for all that
-read it. ``density`` and ``attention`` have none either: what is rounded, under the key ``attention``, are the density
-weights of an interaction block and the logits of `gaq.quantizers.attention.RobustAttention`.
+==================  =====================================================================================
+``linear``          e3nn's equivariant linear layer
+``tensor_product``  e3nn's fully connected tensor product: the skip connection
+``contraction``     MACE's symmetric contraction: its weights
+``layer``           a layer of e3nn's `FullyConnectedNet`: the radial networks
+``dense``           `torch.nn.Linear`
+``product``         no weights of its own; its *output*, the node features that later layers read, is rounded
+``density``         no weights; the density weights of an interaction block, rounded under the key ``attention``
+``attention``       no weights; the logits of `gaq.quantizers.attention.RobustAttention`, rounded under that key
+==================  =====================================================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
 import torch
@@ -31,35 +37,23 @@ from gaq.quantizers.weights import Block, WeightLayout
 
 __all__ = ["bystanders", "find_sites"]
 
-
 DENSITY = "density weights, in [0, 1): rounded under the key attention"
 LOGITS = "logits, bounded by the temperature: rounded under the key attention"
 POLYNOMIAL = "a polynomial of features just computed, evaluated in float; its weights are rounded"
 
 
-def _linear_layout(module: o3.Linear) -> WeightLayout:
+def _path_layout(module: Any, weighted: Iterable[Any]) -> WeightLayout:
+    """The layout of a weight that holds a matrix for each of these instructions, one after the other."""
     blocks = []
     offset = 0
-    for instruction in module.instructions:
-        if instruction.i_in == -1 or 0 in instruction.path_shape:
-            continue
-        blocks.append(Block(offset, tuple(instruction.path_shape), 0))
-        offset += math.prod(instruction.path_shape)
-    return WeightLayout(tuple(module.weight.shape), tuple(blocks))
-
-
-def _tensor_product_layout(module: o3.TensorProduct) -> WeightLayout:
-    blocks = []
-    offset = 0
-    for instruction in module.instructions:
-        if not instruction.has_weight:
-            continue
+    for instruction in weighted:
         blocks.append(Block(offset, tuple(instruction.path_shape), 0))
         offset += math.prod(instruction.path_shape)
     return WeightLayout(tuple(module.weight.shape), tuple(blocks))
 
 
 def _pieces(irreps: o3.Irreps, used: set[int] | None = None) -> tuple[tuple[int, int], ...]:
+    """(multiplicity, dimension) of each irrep; those that are not used with a negative multiplicity."""
     return tuple((mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0)
 
 
@@ -76,7 +70,7 @@ def _contraction_weights(module: Any) -> tuple[WeightSite, ...]:
     return tuple(sites)
 
 
-# What an interaction block reads directly from the node features of the layer before.
+# Parts of an interaction block that read the node features of the layer before as they are.
 _READERS = {
     "linear_up",
     "linear_down",
@@ -90,7 +84,7 @@ _READERS = {
 
 
 def _source_of_node_feats(name: str, model: torch.nn.Module) -> int | None:
-    """The layer whose node features a module reads unchanged: -1 the species embedding, None if it does not."""
+    """The layer whose node features a module reads unchanged; -1 is the species embedding, None no layer."""
     parts = name.split(".")
     if parts[0] == "interactions" and len(parts) == 3:
         block = type(model.get_submodule(".".join(parts[:2]))).__name__
@@ -110,10 +104,10 @@ def _is_position_free(name: str, model: torch.nn.Module) -> bool:
 
 
 def _attention_weights(name: str, model: torch.nn.Module) -> AttentionSite | None:
-    """What a layer reads of the scalars of both atoms, in the radial network of MACE's attention block.
+    """The scalars of both atoms that a layer reads, in the radial network of MACE's attention block; None elsewhere.
 
-    The first layer reads radial features as well, which stay as they are. In the first interaction those scalars are a
-    function of the species.
+    The first layer also reads radial features, which stay as they are. The scalars of the first interaction depend on
+    the species only, so they stay too.
     """
     parts = name.split(".")
     if parts[0] != "interactions" or parts[2:3] != ["conv_tp_weights"] or parts[1] == "0":
@@ -129,103 +123,152 @@ def _attention_weights(name: str, model: torch.nn.Module) -> AttentionSite | Non
 
 
 def _edge_weights(name: str, module: torch.nn.Module) -> Site | None:
-    """The site of density weights or attention logits, None if there are none."""
+    """The site of density weights or attention logits; None for a module without them."""
     if isinstance(module, RealAgnosticDensityInteractionBlock | RealAgnosticDensityResidualInteractionBlock):
-        own = AttentionSite(FeatureLayout(((1, 1),)), limit=1.0, signed=False, what="density")
-        return Site(name, module, "density", (), None, DENSITY, False, False, "1x0e", own)
+        density = AttentionSite(FeatureLayout(((1, 1),)), limit=1.0, signed=False, what="density")
+        return Site(name, module, "density", (), None, DENSITY, False, False, "1x0e", density)
     if isinstance(module, RobustAttention):
-        own = AttentionSite(FeatureLayout(((module.heads, 1),)), limit=1.0, what="logits")
-        return Site(name, module, "attention", (), None, LOGITS, False, False, f"{module.heads}x0e", own)
+        logits = AttentionSite(FeatureLayout(((module.heads, 1),)), limit=1.0, what="logits")
+        return Site(name, module, "attention", (), None, LOGITS, False, False, f"{module.heads}x0e", logits)
     return None
+
+
+def _product(name: str, module: EquivariantProductBasisBlock) -> Site:
+    """The site of the node features that an interaction hands to all later layers."""
+    linear: Any = module.linear  # an e3nn Linear, which torch types as Tensor or Module
+    irreps = linear.irreps_out
+    note = "its output, the node features all later layers read"
+    return Site(name, module, "product", (), FeatureLayout(_pieces(irreps)), note, False, False, f"-> {irreps}")
 
 
 def _is_hidden(name: str, model: torch.nn.Module) -> bool:
     """Whether a layer of a network is not its last one."""
     network, leaf = name.rsplit(".", 1)
     children = model.get_submodule(network).named_children()
-    return leaf != [own for own, module in children if isinstance(module, _Layer | torch.nn.Linear)][-1]
+    layers = [child for child, module in children if isinstance(module, _Layer | torch.nn.Linear)]
+    return leaf != layers[-1]
+
+
+class _Tensors(NamedTuple):
+    """What a module holds to round, whatever its place in the model."""
+
+    kind: str
+    weights: tuple[WeightSite, ...]
+    features: FeatureLayout | None
+    irreps: str
+
+
+def _linear(name: str, module: o3.Linear) -> _Tensors | None:
+    weighted = [ins for ins in module.instructions if ins.i_in != -1 and 0 not in ins.path_shape]
+    layout = _path_layout(module, weighted)
+    if not layout.blocks:
+        return None
+    if name.startswith("node_embedding"):
+        # The input picks one row, so a row and not a column is what shares an error.
+        layout = WeightLayout(layout.shape, tuple(Block(b.offset, b.shape, 1) for b in layout.blocks))
+    features = FeatureLayout(_pieces(module.irreps_in, {ins.i_in for ins in module.instructions if ins.i_in != -1}))
+    irreps = f"{module.irreps_in} -> {module.irreps_out}"
+    return _Tensors("linear", (WeightSite("", "weight", layout),), features, irreps)
+
+
+def _tensor_product(module: o3.TensorProduct) -> _Tensors | None:
+    layout = _path_layout(module, (ins for ins in module.instructions if ins.has_weight))
+    if not layout.blocks:
+        return None
+    features = FeatureLayout(_pieces(module.irreps_in1, {ins.i_in1 for ins in module.instructions}))
+    irreps = f"{module.irreps_in1} x {module.irreps_in2} -> {module.irreps_out}"
+    return _Tensors("tensor_product", (WeightSite("", "weight", layout),), features, irreps)
+
+
+def _tensors(name: str, module: torch.nn.Module) -> _Tensors | None:
+    """The weights of a module and the layout of its input; None if it has no weights that can be rounded."""
+    if isinstance(module, SymmetricContraction):
+        irreps = f"{module.irreps_in} -> {module.irreps_out}"
+        return _Tensors("contraction", _contraction_weights(module), None, irreps)
+    if isinstance(module, o3.Linear) and isinstance(module.weight, torch.nn.Parameter):
+        return _linear(name, module)
+    if isinstance(module, o3.TensorProduct) and isinstance(module.weight, torch.nn.Parameter):
+        return _tensor_product(module)
+    if isinstance(module, _Layer):
+        weight = WeightSite("", "weight", WeightLayout.single(module.weight.shape, 0))
+        inputs, outputs = int(module.h_in), int(module.h_out)
+        return _Tensors("layer", (weight,), FeatureLayout(((inputs, 1),)), f"{inputs} -> {outputs}")
+    if isinstance(module, torch.nn.Linear):
+        weight = WeightSite("", "weight", WeightLayout.single(module.weight.shape, 1))
+        inputs, outputs = module.in_features, module.out_features
+        return _Tensors("dense", (weight,), FeatureLayout(((inputs, 1),)), f"{inputs} -> {outputs}")
+    return None
+
+
+def _is_radial(name: str) -> bool:
+    """Whether a module belongs to a network that reads the distance of an edge."""
+    return any(part in name for part in (".conv_tp_weights", ".density_fn", ".radial_key"))
+
+
+def _is_sensitive(name: str, module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether `sensitive_bits` protects the weights of a module."""
+    if name.startswith(("node_embedding", "readouts", "joint_embedding")):
+        return True
+    if _is_radial(name) and name.rsplit(".", 1)[-1] in ("layer0", "0"):
+        return True
+    # Each of these few weights acts on everything that an atom of its species sends or becomes.
+    if isinstance(module, SymmetricContraction):
+        return True
+    return isinstance(module, o3.Linear) and _source_of_node_feats(name, model) == -1
+
+
+def _settle_input(name: str, tensors: _Tensors, model: torch.nn.Module) -> tuple[FeatureLayout | None, str]:
+    """The layout of the input that is rounded in a module, and the note about it; None where it is not rounded."""
+    if _is_position_free(name, model):
+        return None, POSITION_FREE
+    if _is_radial(name):
+        return tensors.features, RADIAL
+    if (source := _source_of_node_feats(name, model)) is not None:
+        return None, f"rounded at the output of products.{source}"
+    return tensors.features, POLYNOMIAL if tensors.kind == "contraction" else ROUNDED
+
+
+def _site(name: str, module: torch.nn.Module, tensors: _Tensors, model: torch.nn.Module) -> Site:
+    """The site of a module with weights, in its place in the model."""
+    radial = _is_radial(name)
+    features, note = _settle_input(name, tensors, model)
+    layer = name.split(".")[1] if name.startswith(("interactions.", "products.")) else None
+    first = layer == "0"
+    if first:
+        mixing = tensors.kind == "tensor_product"
+    else:
+        mixing = layer is not None and (_is_hidden(name, model) if radial else tensors.kind == "linear")
+    return Site(
+        name,
+        module,
+        tensors.kind,
+        tensors.weights,
+        features,
+        note,
+        sensitive=_is_sensitive(name, module, model),
+        radial=radial,
+        irreps=tensors.irreps,
+        attention=_attention_weights(name, model),
+        first=first,
+        mixing=mixing,
+    )
 
 
 def find_sites(model: torch.nn.Module) -> list[Site]:
-    """Every module of a MACE model that holds weights or node features to round, in order."""
+    """Every module of a MACE model that holds weights or node features to round, in the order of its modules."""
     sites: list[Site] = []
-    inside_contraction: set[str] = set()
+    contractions: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside_contraction):
+        if any(name.startswith(contraction) for contraction in contractions):
             continue
+        if isinstance(module, SymmetricContraction):
+            contractions.append(name + ".")
         if (edge_weights := _edge_weights(name, module)) is not None:
             sites.append(edge_weights)
-            continue
-        radial = any(part in name for part in (".conv_tp_weights", ".density_fn", ".radial_key"))
-        leaf = name.rsplit(".", 1)[-1]
-        first_radial = radial and leaf in ("layer0", "0")
-        # Each of these few weights acts on everything an atom of its species sends or becomes.
-        per_species = isinstance(module, SymmetricContraction) or (
-            isinstance(module, o3.Linear) and _source_of_node_feats(name, model) == -1
-        )
-        sensitive = name.startswith(("node_embedding", "readouts", "joint_embedding")) or first_radial or per_species
-        weights: tuple[WeightSite, ...]
-        features: FeatureLayout | None
-        if isinstance(module, EquivariantProductBasisBlock):
-            linear: Any = module.linear
-            out = linear.irreps_out
-            note = "its output, the node features all later layers read"
-            own = FeatureLayout(_pieces(out))
-            sites.append(Site(name, module, "product", (), own, note, False, False, f"-> {out}"))
-            continue
-        if isinstance(module, SymmetricContraction):
-            inside_contraction.add(name + ".")
-            weights = _contraction_weights(module)
-            features = None
-            kind, irreps = "contraction", f"{module.irreps_in} -> {module.irreps_out}"
-        elif isinstance(module, o3.Linear) and isinstance(module.weight, torch.nn.Parameter):
-            layout = _linear_layout(module)
-            if not layout.blocks:
-                continue
-            if name.startswith("node_embedding"):
-                # The input picks one row, so a row and not a column is what shares an error.
-                layout = WeightLayout(layout.shape, tuple(Block(b.offset, b.shape, 1) for b in layout.blocks))
-            weights = (WeightSite("", "weight", layout),)
-            used = {ins.i_in for ins in module.instructions if ins.i_in != -1}
-            features = FeatureLayout(_pieces(module.irreps_in, used))
-            kind, irreps = "linear", f"{module.irreps_in} -> {module.irreps_out}"
-        elif isinstance(module, o3.TensorProduct) and isinstance(module.weight, torch.nn.Parameter):
-            layout = _tensor_product_layout(module)
-            if not layout.blocks:
-                continue
-            weights = (WeightSite("", "weight", layout),)
-            used = {ins.i_in1 for ins in module.instructions}
-            features = FeatureLayout(_pieces(module.irreps_in1, used))
-            kind, irreps = "tensor_product", f"{module.irreps_in1} x {module.irreps_in2} -> {module.irreps_out}"
-        elif isinstance(module, _Layer):
-            weights = (WeightSite("", "weight", WeightLayout.single(module.weight.shape, 0)),)
-            features = FeatureLayout(((int(module.h_in), 1),))
-            kind, irreps = "layer", f"{int(module.h_in)} -> {int(module.h_out)}"
-        elif isinstance(module, torch.nn.Linear):
-            weights = (WeightSite("", "weight", WeightLayout.single(module.weight.shape, 1)),)
-            features = FeatureLayout(((module.in_features, 1),))
-            kind, irreps = "dense", f"{module.in_features} -> {module.out_features}"
-        else:
-            continue
-        note = ROUNDED
-        if isinstance(module, SymmetricContraction):
-            note = POLYNOMIAL
-        if _is_position_free(name, model):
-            features, note = None, POSITION_FREE
-        elif radial:
-            note = RADIAL
-        elif (source := _source_of_node_feats(name, model)) is not None:
-            features, note = None, f"rounded at the output of products.{source}"
-        own_attention = _attention_weights(name, model)
-        layer = name.split(".")[1] if name.startswith(("interactions.", "products.")) else None
-        first = layer == "0"
-        if first:
-            mixing = kind == "tensor_product"
-        else:
-            mixing = layer is not None and (_is_hidden(name, model) if radial else kind == "linear")
-        sites.append(
-            Site(name, module, kind, weights, features, note, sensitive, radial, irreps, own_attention, first, mixing)
-        )
+        elif isinstance(module, EquivariantProductBasisBlock):
+            sites.append(_product(name, module))
+        elif (tensors := _tensors(name, module)) is not None:
+            sites.append(_site(name, module, tensors, model))
     return settle_first(sites)
 
 
@@ -244,19 +287,18 @@ _REASONS = {
 
 
 def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
-    """The modules a user may look for and not find among the sites, each with the reason."""
+    """The modules that a user may look for and not find among the sites, each with the reason."""
     sites = find_sites(model)
-    covered = {site.name for site in sites}
-    # A density site is a whole block, in which every part has a place of its own.
-    whole = {site.name for site in sites if site.kind != "density"}
+    names = {site.name for site in sites}
+    # A density site is a complete block, whose parts are listed by themselves.
+    covering = {site.name for site in sites if site.kind != "density"}
     for name, module in model.named_modules():
-        leaf = name.rsplit(".", 1)[-1]
-        parent_listed = any(name.startswith(prefix + ".") for prefix in whole)
-        if name in covered or parent_listed:
+        if name in names or any(name.startswith(site + ".") for site in covering):
             continue
-        own = sum(p.numel() for p in module.parameters(recurse=False))
+        leaf = name.rsplit(".", 1)[-1]
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
         if leaf in _REASONS and not name.endswith("scale_shift.scale"):
-            yield Bystander(name, type(module).__name__, _REASONS[leaf], own)
-        elif own and not isinstance(module, Contraction | torch.nn.ParameterList):
+            yield Bystander(name, type(module).__name__, _REASONS[leaf], parameters)
+        elif parameters and not isinstance(module, Contraction | torch.nn.ParameterList):
             reason = "LayerNorm: a few numbers, kept exact" if "Norm" in type(module).__name__ else "not a known kind"
-            yield Bystander(name, type(module).__name__, reason, own)
+            yield Bystander(name, type(module).__name__, reason, parameters)

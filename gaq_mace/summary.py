@@ -14,7 +14,7 @@ __all__ = ["rows"]
 
 
 def rows(model: torch.nn.Module, bystanders: bool = True) -> list[SummaryRow]:
-    """A row a module; with `bystanders`, also those that are never quantized, with the reason."""
+    """A row for each site; with `bystanders` also one, with the reason, for each module that is never quantized."""
     state = state_of(model)
     return inspection.rows(
         mace_sites.find_sites(model),

@@ -1,4 +1,4 @@
-"""Quantization-aware training inside the stock `mace_run_train`: what the patched functions do."""
+"""Quantization-aware training inside the stock `mace_run_train`: what the functions of the hook do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ __all__ = ["EquivarianceLoss", "error_table", "finish", "run", "run_epoch", "set
 
 
 def start(model: torch.nn.Module, config: QuantizationConfig) -> None:
-    """Insert quantizers into a float model before the optimizer is made, and say in the log what was done."""
+    """Insert quantizers into a float model before the optimizer is made, and log what is quantized.
+
+    Raises:
+        ValueError: if the model is quantized already or cannot be.
+    """
     if is_quantized(model):
         raise ValueError(
             "this model is already quantized: train the float model it was made from, or remove the key `quantization`."
@@ -48,7 +52,7 @@ def start(model: torch.nn.Module, config: QuantizationConfig) -> None:
 
 
 def refresh_scales(model: torch.nn.Module) -> None:
-    """Take the scales of all weights from the weights as they are now."""
+    """Compute the scales of all weights again from the weights as they are now."""
     parameters = dict(model.named_parameters())
     for name, quantizer in weight_quantizers(model).items():
         quantizer.refresh_scale(parameters[name])
@@ -56,7 +60,18 @@ def refresh_scales(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed: int, device: torch.device) -> int:
-    """Observe activation ranges on structures of a MACE dataset; returns how many were used."""
+    """Observe activation ranges on structures of a MACE dataset.
+
+    Args:
+        model: prepared for quantization.
+        dataset: of MACE's graphs.
+        frames: number of structures to use, if there are as many.
+        seed: of the choice of structures.
+        device: of the model.
+
+    Returns:
+        The number of structures that were used.
+    """
     quantizers = feature_quantizers(model).values()
     chosen = choose(dataset, frames, seed)
     with unquantized(model):
@@ -71,7 +86,7 @@ def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed
 
 
 class _TrainingData(MACEAdapter):
-    """The adapter on structures that are MACE's own graphs."""
+    """The adapter for structures that are MACE's own graphs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -91,6 +106,7 @@ def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: A
 
 
 def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
+    """Log what the first and the last epoch of a run mean for the rounding of vectors."""
     if vectors.magnitude_bits is None:
         return
     if vectors.start_epoch >= end:
@@ -103,7 +119,7 @@ def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
 
 
 def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`mace.tools.train` with calibration before the first epoch and frozen observers after the last."""
+    """Run `mace.tools.train` with calibration before the first epoch and frozen ranges after the last."""
     model = kwargs["model"]
     state = state_of(model)
     if state is None:
@@ -112,7 +128,7 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if state.resumed:
         logging.info("Quantization ranges taken from the checkpoint")
     else:
-        # The weights may have come from a float checkpoint since the quantizers were made.
+        # MACE may have loaded a float checkpoint after the quantizers were made.
         search_ranges(model)
         if feature_quantizers(model):
             used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
@@ -131,14 +147,14 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def round_after_loading(handler: Any, model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
-    """Make `finish` the step that follows each loading of a checkpoint from now on.
+    """Call `finish` after each checkpoint that is loaded from now on.
 
-    When training is over, MACE loads the weights it evaluates and saves: the best ones of each stage.
+    When training is over, MACE loads the weights that it evaluates and saves: the best ones of each stage.
 
     Args:
         handler: the run's `CheckpointHandler`; its ``load_latest`` is replaced.
-        model: of the run, its weights trained in float.
-        dataset: the training structures, as MACE has them.
+        model: of the run, with weights trained in float.
+        dataset: the training structures, as MACE's graphs.
         device: of the model.
     """
     load_latest = handler.load_latest
@@ -161,7 +177,7 @@ def finish(model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
 
 
 def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`train_one_epoch` under the branch schedule; validation afterwards sees the deployed form."""
+    """Run `train_one_epoch` under the schedule of the branches; validation afterwards sees the deployed form."""
     model = kwargs["model"]
     state = state_of(model)
     if state is None:
@@ -192,24 +208,24 @@ def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def share_ranges(model: torch.nn.Module) -> None:
-    """Give every process the largest size that any of them observed."""
+    """Set the ranges of every process to the largest sizes that any of them observed."""
     quantizers = list(feature_quantizers(model).values())
     if not quantizers:
         return
     observed = torch.cat([q.observed for q in quantizers])
     torch.distributed.all_reduce(observed, op=torch.distributed.ReduceOp.MAX)
-    for quantizer, own in zip(quantizers, observed.split([q.observed.numel() for q in quantizers]), strict=True):
-        quantizer.load_ranges(own)
+    for quantizer, sizes in zip(quantizers, observed.split([q.observed.numel() for q in quantizers]), strict=True):
+        quantizer.load_ranges(sizes)
 
 
 def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """MACE's error table, and in the log the same weights without quantization beside it."""
+    """Make MACE's error table, and log that of the same weights without quantization."""
     table = original(*args, **kwargs)
     model = kwargs.get("model")
     inner = getattr(model, "module", model)
     if inner is not None and state_of(inner) is not None:
         with unquantized(inner):
-            # One record a run goes to wandb: that of the quantized model.
+            # Only the record of the quantized model goes to wandb.
             reference = original(*args, **{**kwargs, "log_wandb": False})
         logging.info("The same weights without quantization (FP32 against the quantized table that follows):")
         logging.info("\n" + str(reference))
@@ -217,14 +233,14 @@ def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _written: list[tuple[str, str]] = []
-"""Names and folders of the models that the run in progress writes."""
+"""Name of the run in progress and the folders that it writes models to."""
 
 
 def writes(name: str, *folders: str | None) -> None:
-    """Say where the run that begins writes models: MACE does not compress them, so `compress_written` does.
+    """Note where the run that begins writes models, for `compress_written`: MACE does not compress them.
 
-    It is called when the run ends. Where MACE's script is itself the main program, which cannot be hooked, it is called
-    when the process ends.
+    `compress_written` is called when the run ends, or when the process ends if MACE's script is itself the main
+    program, which cannot be hooked.
     """
     atexit.unregister(compress_written)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -233,7 +249,7 @@ def writes(name: str, *folders: str | None) -> None:
 
 
 def compress_written() -> None:
-    """Compress the models that a run has written, as `gaq.save` does with its own; once."""
+    """Compress the models that a run has written, once, as `gaq.save` compresses its own."""
     while _written:
         name, folder = _written.pop()
         compress_packed(folder, name)
@@ -249,7 +265,7 @@ class EquivarianceLoss(torch.nn.Module):
         loss_fn: the loss of the run.
         model: the model in training.
         weight: of the term, in the units of the force loss (eV²/Å²).
-        rotations: rotations drawn a step.
+        rotations: number of rotations drawn in each step.
     """
 
     def __init__(self, loss_fn: torch.nn.Module, model: torch.nn.Module, weight: float, rotations: int) -> None:

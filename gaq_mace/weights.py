@@ -30,17 +30,17 @@ def layouts(model: torch.nn.Module) -> dict[str, WeightLayout]:
 def quantized_weights(model: torch.nn.Module) -> dict[str, QuantizedTensor]:
     """Codes and scales of every quantized weight, by parameter name.
 
-    Of a converted model the codes are read back from the weights, exactly; a weight that has been changed since is left
-    out, and so is stored in float.
+    For a converted model the codes are read back from the weights, exactly. A weight that has been changed since is
+    left out, so a file stores it in float.
     """
     state = require_state(model)
     parameters = dict(model.named_parameters())
     if state.status == "training":
         return {name: q.quantized(parameters[name]) for name, q in weight_quantizers(model).items() if q.enabled}
     layout_of = layouts(model)
-    read = {
+    quantized = {
         name: fixed_codes(parameters[name], fixed, layout_of[name])
         for name, fixed in state.weights.items()
         if name in parameters
     }
-    return {name: codes for name, codes in read.items() if codes is not None}
+    return {name: codes for name, codes in quantized.items() if codes is not None}

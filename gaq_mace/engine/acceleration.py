@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import logging
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from mace.modules import models as mace_models
 from gaq.model.state import state_of
 from gaq_mace.engine.reading import Unsupported
 from gaq_mace.engine.serving import CHOICE, OWN_ENTRIES, RECORD, Served, record_of, switched_off
+from gaq_mace.packed_pickle import reduce_stock
 
 __all__ = ["accelerate", "decelerate"]
 
@@ -30,8 +30,7 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         own = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
-        # Not by copyreg.__newobj__, with which pickle insists on the class of the object itself.
-        return copyreg._reconstructor, (mace_models.ScaleShiftMACE, object, None), own  # type: ignore[attr-defined]
+        return reduce_stock(mace_models.ScaleShiftMACE, own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
         # Through pickling a copy would lose its speed; the engine belongs to the weights of the original.

@@ -1,8 +1,8 @@
 """What torch runs when it is imported: a finder that waits for a few MACE modules.
 
-MACE has no plugin system and its command refuses unknown keys. torch imports every entry point of the
-group ``torch.backends`` on its own import, which happens before MACE's modules are loaded. This file must
-stay tiny and must never raise: an exception here would break ``import torch``.
+MACE has no plugin system, and its command refuses unknown keys. When torch is imported it imports every entry point of
+the group ``torch.backends``, and that is before MACE's modules are loaded. This file must stay tiny and must never
+raise: an exception here would break ``import torch`` or ``import mace``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from gaq_mace.names import TARGETS
 class _PatchingLoader(Loader):
     """Loads a module as usual, then hands it to `gaq_mace.hook.patches`."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any) -> None:  # any loader: importlib has no type for what all of them have
         self.inner = inner
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.inner.create_module(spec)  # type: ignore[no-any-return]
+        module: ModuleType | None = self.inner.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         self.inner.exec_module(module)
-        from gaq_mace.hook.patches import apply
+        try:
+            from gaq_mace.hook import patches
 
-        apply(module)
+            patches.apply(module)
+        except Exception as error:
+            print(f"gaq: {module.__name__} could not be patched ({error}); see `gaq doctor`.", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

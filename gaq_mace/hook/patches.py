@@ -1,21 +1,22 @@
 """What the hook changes in MACE, and nothing else.
 
-==========================  ==============================================================
-``build_default_arg_parser``  learns ``--quantization`` and refuses what cannot go with it; knows our
-                              interaction block by its name
-``get_params_options``        the last point before the optimizer: quantizers are inserted
-``train``                     activation ranges are calibrated before the first epoch; weights trained in float are
-                              rounded after each checkpoint that is loaded when training is over
-``train_one_epoch``           the schedule of the branches; the equivariance loss
-``extract_config_mace_model`` names MACE's own class of a block whose density is rounded
-``create_error_table``        prints the same weights without quantization beside the table
-``run_train.run``             compresses the files of the run when it is over
-``MACE.__setstate__``         a packed file gets its quantizers back on load
-``_atoms_to_batch``           the calculator keeps the neighbour lists of accelerated models over some steps
-==========================  ==============================================================
+==============================  =======================================================================================
+``build_default_arg_parser``    learns ``--quantization``, refuses options that cannot go with it, and knows our
+                                interaction block by its name
+``get_params_options``          the last point before the optimizer is made: inserts the quantizers
+``train``                       calibrates activation ranges before the first epoch; rounds weights that were trained in
+                                float after each checkpoint that MACE loads once training is over
+``train_one_epoch``             applies the schedule of the branches and the equivariance loss
+``extract_config_mace_model``   gives MACE's own class for an interaction block whose density is rounded
+``create_error_table``          logs the errors of the same weights without quantization beside the table
+``run_train.run``               compresses the model files when the run is over
+``MACE.__setstate__``           puts the quantizers back when a packed file is loaded
+``_atoms_to_batch``             keeps the neighbour lists of accelerated models over some steps
+==============================  =======================================================================================
 
-Without the key ``quantization``, that name and quantized models each of them is the original. Imports stay inside the
-functions: this module is loaded while MACE's own are half imported.
+Without the key ``quantization``, that block and quantized models, each of them does what the original does.
+`gaq_mace.hook.targets` says what each must look like: where MACE has moved one, its module is left as it is.
+Imports stay inside the functions, because MACE's modules are half imported when this one is loaded.
 """
 
 from __future__ import annotations
@@ -24,18 +25,32 @@ import argparse
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from gaq_mace.hook import targets
 from gaq_mace.names import ATTENTION, PACKED, PATCHED, RUN_TRAIN, TARGETS
+
+# MACE's modules and their functions are Any here: they are replaced at run time, which no type describes.
 
 
 def apply(module: ModuleType) -> None:
-    """Patch one of the modules named in `gaq_mace.names.TARGETS`, once."""
+    """Patch one of the modules named in `gaq_mace.names.TARGETS`, once; leave it as it is if a target has moved."""
     if getattr(module, PATCHED, False):
         return
-    _PATCHES[module.__name__](module)
-    setattr(module, PATCHED, True)
+    if not targets.problems_in(module):
+        _PATCHES[module.__name__](module)
+        setattr(module, PATCHED, True)
+    if module.__name__ == RUN_TRAIN:
+        _announce_missing_parser()
+
+
+def _announce_missing_parser() -> None:
+    """Tell a process that trains why MACE is about to refuse the key ``quantization``."""
+    parser = sys.modules.get(targets.ARG_PARSER)
+    if parser is not None and (problems := targets.problems_in(parser)):
+        print(f"gaq: the key `quantization` is not known here: {targets.advice(problems)}", file=sys.stderr)
 
 
 def ensure_installed() -> None:
@@ -44,42 +59,49 @@ def ensure_installed() -> None:
 
     import_module("mace")
     for name in TARGETS:
-        # The command itself takes long to import, and only a process that trains needs it.
-        module = sys.modules.get(name) if name == RUN_TRAIN else import_module(name)
-        if module is not None:
-            apply(module)
+        # Only a process that trains needs the command itself.
+        if name == RUN_TRAIN and name not in sys.modules:
+            continue
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            continue  # MACE has moved it; `targets.problems` names it
+        apply(module)
     # Names bound elsewhere before a late patch: `mace.tools` re-exports some.
     _copy_names("mace.tools.arg_parser", "mace.tools", "build_default_arg_parser")
     _copy_names("mace.tools.train", "mace.tools", "train")
-    if RUN_TRAIN in sys.modules:
-        _copy_names("mace.tools.scripts_utils", RUN_TRAIN, "get_params_options", "extract_config_mace_model")
-        _copy_names("mace.tools.tables_utils", RUN_TRAIN, "create_error_table")
+    _copy_names("mace.tools.scripts_utils", RUN_TRAIN, "get_params_options", "extract_config_mace_model")
+    _copy_names("mace.tools.tables_utils", RUN_TRAIN, "create_error_table")
 
 
 def _copy_names(source: str, target: str, *names: str) -> None:
-    """Give a loaded module the functions that another one has by these names."""
-    for name in names:
-        setattr(sys.modules[target], name, getattr(sys.modules[source], name))
+    """Give a loaded module the functions that a patched one has by these names."""
+    patched = sys.modules.get(source)
+    if target in sys.modules and getattr(patched, PATCHED, False):
+        for name in names:
+            setattr(sys.modules[target], name, getattr(patched, name))
 
 
 class QuantizationArgument(str):
-    """The text of ``--quantization``, which MACE writes to its logs, and the configuration it was read as.
+    """The text of ``--quantization``, which MACE writes to its logs, with the configuration it stands for.
 
     Raises:
-        argparse.ArgumentTypeError: for text that is no configuration; argparse turns it into its own error.
+        argparse.ArgumentTypeError: if the text is no configuration; argparse turns it into its own error.
     """
 
-    config: Any
+    config: Any  # a QuantizationConfig, whose module must not be imported here
 
     def __new__(cls, text: str) -> QuantizationArgument:
         from gaq.config.parse import ConfigError, parse_config
 
-        made = super().__new__(cls, text)
+        argument = super().__new__(cls, text)
         try:
-            made.config = parse_config(text)
+            argument.config = parse_config(text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
-        return made
+        return argument
 
 
 INCOMPATIBLE = {
@@ -92,12 +114,26 @@ SUPPORTED_MODELS = ("MACE", "ScaleShiftMACE")
 
 
 def _use_attention(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    """Make our interaction block known to MACE, or end the command where the block cannot run."""
     for option in ("enable_cueq", "only_cueq", "enable_oeq"):
         if getattr(namespace, option, False):
             parser.error(f"interaction {ATTENTION} cannot be combined with {option}: there is no such kernel.")
     from gaq_mace import attention
 
     attention.register()
+
+
+def _check_quantization(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    """End the command where the key ``quantization`` cannot be followed."""
+    if problems := targets.problems(only_training=True):
+        parser.error(f"quantization is not possible: {targets.advice(problems)}")
+    for option, reason in INCOMPATIBLE.items():
+        if getattr(namespace, option, False):
+            parser.error(f"quantization cannot be combined with {option}: {reason}. Remove {option}.")
+    if namespace.model not in SUPPORTED_MODELS:
+        parser.error(
+            f"quantization does not support model: {namespace.model}; supported are {' and '.join(SUPPORTED_MODELS)}."
+        )
 
 
 def _patch_arg_parser(module: Any) -> None:
@@ -123,14 +159,7 @@ def _patch_arg_parser(module: Any) -> None:
             if ATTENTION in (namespace.interaction, namespace.interaction_first):
                 _use_attention(parser, namespace)
             if namespace.quantization is not None:
-                for option, reason in INCOMPATIBLE.items():
-                    if getattr(namespace, option, False):
-                        parser.error(f"quantization cannot be combined with {option}: {reason}. Remove {option}.")
-                if namespace.model not in SUPPORTED_MODELS:
-                    parser.error(
-                        f"quantization does not support model: {namespace.model}; "
-                        f"supported are {' and '.join(SUPPORTED_MODELS)}."
-                    )
+                _check_quantization(parser, namespace)
             return namespace
 
         parser.parse_args = parse_args  # type: ignore[method-assign,assignment]  # of this one parser
@@ -139,12 +168,37 @@ def _patch_arg_parser(module: Any) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
-def _patch_scripts_utils(module: Any) -> None:
-    original = module.get_params_options
+def _insert_quantizers(args: argparse.Namespace, model: Any, key: str, packed: bool) -> None:
+    """Make the model of a run a quantized one, or end the command with the reason.
 
+    Args:
+        args: of the run.
+        model: of the run, in float.
+        key: the key ``quantization``.
+        packed: whether the foundation model is quantized already.
+    """
+    from gaq.config.parse import parse_config
+    from gaq_mace.training import start, writes
+
+    writes(args.name, args.model_dir, args.checkpoints_dir)
+    try:
+        # Arguments that did not come through the parser have not been read yet.
+        start(model, key.config if isinstance(key, QuantizationArgument) else parse_config(key))
+    except ValueError as error:
+        logging.error(str(error))
+        print(f"mace_run_train: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if packed:
+        logging.warning(
+            f"The foundation model {args.foundation_model} is quantized: training starts from its rounded "
+            "weights. The float model it was made from is the better start, if you have it."
+        )
+
+
+def _with_quantizers(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_params_options(args: argparse.Namespace, model: Any) -> Any:
-        spec = getattr(args, "quantization", None)
+        key = getattr(args, "quantization", None)
         if ATTENTION in (getattr(args, "interaction", None), getattr(args, "interaction_first", None)):
             logging.warning(
                 f"{ATTENTION} belongs to gaq: the models of this run can be loaded only where gaq is installed."
@@ -152,45 +206,36 @@ def _patch_scripts_utils(module: Any) -> None:
         from gaq_mace.files import is_packed
 
         packed = is_packed(getattr(args, "foundation_model", None))
-        if packed and spec is None:
+        if key is not None:
+            _insert_quantizers(args, model, key, packed)
+        elif packed:
             logging.warning(
                 f"The foundation model {args.foundation_model} is quantized. Its rounded weights are a starting point "
                 "only: without the key `quantization` this run trains a float model."
             )
-        if spec is not None:
-            from gaq.config.parse import parse_config
-            from gaq_mace.training import start, writes
-
-            writes(args.name, args.model_dir, args.checkpoints_dir)
-            try:
-                # Arguments that did not come through the parser have not been read yet.
-                start(model, spec.config if isinstance(spec, QuantizationArgument) else parse_config(spec))
-            except ValueError as error:
-                logging.error(str(error))
-                print(f"mace_run_train: error: {error}", file=sys.stderr)
-                raise SystemExit(2) from error
-            if packed:
-                logging.warning(
-                    f"The foundation model {args.foundation_model} is quantized: training starts from its rounded "
-                    "weights. The float model it was made from is the better start, if you have it."
-                )
         return original(args, model)
 
-    module.get_params_options = get_params_options
-    original_config = module.extract_config_mace_model
+    return get_params_options
 
-    @functools.wraps(original_config)
+
+def _with_original_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def extract_config_mace_model(model: Any) -> dict[str, Any]:
-        config: dict[str, Any] = original_config(model)
-        # Where they were never imported there is no class of ours.
-        classes: Any = sys.modules.get("gaq_mace.layers")
-        if classes is not None:
+        config: dict[str, Any] = original(model)
+        # If the module was never imported, no class of ours is in the model.
+        layers: Any = sys.modules.get("gaq_mace.layers")
+        if layers is not None:
             for key in ("interaction_cls", "interaction_cls_first"):
                 if key in config:
-                    config[key] = classes.original_type(config[key])
+                    config[key] = layers.original_type(config[key])
         return config
 
-    module.extract_config_mace_model = extract_config_mace_model
+    return extract_config_mace_model
+
+
+def _patch_scripts_utils(module: Any) -> None:
+    module.get_params_options = _with_quantizers(module.get_params_options)
+    module.extract_config_mace_model = _with_original_blocks(module.extract_config_mace_model)
 
 
 def _patch_train(module: Any) -> None:
@@ -233,19 +278,20 @@ def _patch_run_train(module: Any) -> None:
         try:
             return original(*args, **kwargs)
         finally:
-            # Where it was never imported nothing was quantized.
-            training = sys.modules.get("gaq_mace.training")
+            # If the module was never imported, nothing was quantized.
+            training: Any = sys.modules.get("gaq_mace.training")
             if training is not None:
-                training.compress_written()  # type: ignore[attr-defined]
+                training.compress_written()
 
     module.run = run
 
 
 def _patch_models(module: Any) -> None:
-    def __setstate__(self: Any, state: dict[str, Any]) -> None:
-        import torch
+    original = module.MACE.__setstate__
 
-        torch.nn.Module.__setstate__(self, state)
+    @functools.wraps(original)
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        original(self, state)
         payload = self.__dict__.pop(PACKED, None)
         if payload is not None:
             from gaq_mace.files import restore_from_pickle
@@ -260,7 +306,7 @@ def _patch_calculator(module: Any) -> None:
 
     @functools.wraps(original)
     def _atoms_to_batch(self: Any, atoms: Any) -> Any:
-        # Where it was never imported no model is quantized or accelerated.
+        # If the module was never imported, no model is quantized or accelerated.
         if "gaq_mace.engine" not in sys.modules:
             return original(self, atoms)
         from gaq_mace import neighbours

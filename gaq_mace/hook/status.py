@@ -1,10 +1,11 @@
-"""Whether the hook is in place, read from what it leaves behind."""
+"""The state of the hook: whether MACE is patched, and what helps if it is not."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from gaq_mace.hook import targets
 from gaq_mace.names import PATCHED, TARGETS
 
 __all__ = ["describe", "is_installed"]
@@ -16,7 +17,9 @@ def is_installed() -> bool:
 
 
 def describe() -> str:
-    """One line for ``gaq doctor``."""
+    """One line for ``gaq doctor``: whether MACE's training command knows the key, and if not, what helps."""
+    if problems := targets.problems():
+        return f"NOT active: {targets.advice(problems)}"
     disabled = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
     waiting = any(type(finder).__module__ == "gaq_mace.hook.autoload" for finder in sys.meta_path)
     if disabled:

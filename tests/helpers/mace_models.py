@@ -121,6 +121,6 @@ def agree(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> Non
             continue
         assert ours[key].shape == value.shape, key
         assert ours[key].dtype == value.dtype, key
-        own, value = ours[key].detach(), value.detach()
+        tensor, value = ours[key].detach(), value.detach()
         scale = max(1.0, float(value.abs().max())) if value.numel() else 1.0
-        torch.testing.assert_close(own, value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(tensor, value, rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")

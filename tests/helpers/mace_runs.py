@@ -143,8 +143,8 @@ def check_errors(run: Run, path: Path, row: str = "Default_Default", which: int 
     frames = read(run.folder / run.settings.get("check_file", "test.xyz"), ":")
     energies, forces = results(path, frames, run.settings["default_dtype"], head)
     sizes = np.array([len(atoms) for atoms in frames])
-    wanted = np.array([atoms.info["REF_energy"] for atoms in frames])
-    energy = 1e3 * np.sqrt(np.mean(((wanted - energies) / sizes) ** 2))
+    references = np.array([atoms.info["REF_energy"] for atoms in frames])
+    energy = 1e3 * np.sqrt(np.mean(((references - energies) / sizes) ** 2))
     delta = np.concatenate([atoms.arrays["REF_forces"] - f for atoms, f in zip(frames, forces, strict=True)])
     force = 1e3 * np.sqrt(np.mean(delta**2))
     table = run.table(row, which)
@@ -159,8 +159,8 @@ def training_form(run: Run, path: Path, suffix: str = "") -> torch.nn.Module:
     model = build(model_config(packed), dtype)
     model.__class__ = ScaleShiftMACE
     pattern = f"{run.settings['name']}_run-{run.settings['seed']}_epoch-*{suffix}.pt"
-    found = [p for p in (run.folder / "checkpoints").glob(pattern) if suffix or "_swa" not in p.name]
-    latest = max(found, key=lambda p: int(re.findall(r"epoch-(\d+)", p.name)[0]))
+    checkpoints = [p for p in (run.folder / "checkpoints").glob(pattern) if suffix or "_swa" not in p.name]
+    latest = max(checkpoints, key=lambda p: int(re.findall(r"epoch-(\d+)", p.name)[0]))
     checkpoint = torch.load(latest, map_location="cpu", weights_only=False)
     model.load_state_dict(checkpoint["model"], strict=False)
     state = state_of(model)

@@ -21,6 +21,7 @@ from mace.modules.models import ScaleShiftMACE
 from mace.tools.scripts_utils import extract_config_mace_model
 
 import gaq
+from gaq import settings
 from gaq.kernels.cpu import native
 from gaq_mace import engine, neighbours
 from gaq_mace.engine import accelerate, decelerate, is_accelerated, serving
@@ -42,9 +43,9 @@ class Calls:
         self.count = 0
         forward = engine.Engine.forward
 
-        def counted(own: engine.Engine, *args: Any, **options: Any) -> Any:
+        def counted(step: engine.Engine, *args: Any, **options: Any) -> Any:
             self.count += 1
-            return forward(own, *args, **options)
+            return forward(step, *args, **options)
 
         monkeypatch.setattr(engine.Engine, "forward", counted)
 
@@ -70,10 +71,10 @@ def test_energies_and_forces_are_those_of_mace(
     assert accelerate(model) is model
     fast: list[Any] = []
     assert calls.during(lambda: fast.extend(model(batch_of(model, a), compute_stress=True) for a in chosen)) == 2
-    for own, theirs in zip(fast, stock, strict=True):
+    for ours, theirs in zip(fast, stock, strict=True):
         for key, bound in (("energy", 1e-6), ("forces", 5e-6), ("stress", 5e-6)):
             size = max(1.0, float(theirs[key].detach().abs().max()))
-            assert float((own[key] - theirs[key]).detach().abs().max()) <= bound * size, key
+            assert float((ours[key] - theirs[key]).detach().abs().max()) <= bound * size, key
 
 
 def test_a_stock_file_in_the_stock_calculator(
@@ -154,10 +155,10 @@ def test_training_is_that_of_mace(float_model: Callable[..., Any], calls: Calls)
     expected = {name: gradients(model, loss) for name, loss in losses.items()}
     accelerate(model)
     for name, loss in losses.items():
-        found: dict[str, torch.Tensor] = {}
-        assert calls.during(lambda f=found, l=loss: f.update(gradients(model, l))) == 0  # type: ignore[misc]  # noqa: E741
-        assert found.keys() == expected[name].keys()
-        assert all(torch.equal(found[key], expected[name][key]) for key in found)
+        computed: dict[str, torch.Tensor] = {}
+        assert calls.during(lambda f=computed, l=loss: f.update(gradients(model, l))) == 0  # type: ignore[misc]  # noqa: E741
+        assert computed.keys() == expected[name].keys()
+        assert all(torch.equal(computed[key], expected[name][key]) for key in computed)
     before = model(batch_of(model))["energy"].detach()
     gradients(model, losses["forces"])
     torch.optim.SGD(model.parameters(), lr=1e-4).step()
@@ -235,13 +236,12 @@ def test_what_cannot_be_served_is_named(float_model: Callable[..., Any], monkeyp
 
 
 def test_where_everything_is_switched_off(
-    float_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, calls: Calls
+    float_model: Callable[..., Any], caplog: pytest.LogCaptureFixture, calls: Calls
 ) -> None:
-    monkeypatch.setenv("GAQ_ENGINE", "0")
-    model = accelerate(float_model("plain", torch.float32))
-    assert "switched off (GAQ_ENGINE=0)" in caplog.text
-    assert calls.during(lambda: model(batch_of(model))) == 0
-    monkeypatch.delenv("GAQ_ENGINE")
+    with settings.override(engine=False):
+        model = accelerate(float_model("plain", torch.float32))
+        assert "switched off (GAQ_ENGINE=0)" in caplog.text
+        assert calls.during(lambda: model(batch_of(model))) == 0
     assert calls.during(lambda: model(batch_of(model))) == 1
 
 
@@ -262,5 +262,5 @@ def test_a_step_is_decided_once(float_model: Callable[..., Any], monkeypatch: py
         atoms.positions[0, 0] += 1e-3
         atoms.get_forces()
         assert len(decisions) == step + 1
-    assert all(isinstance(own, engine.Engine) for own in decisions)
+    assert all(isinstance(decision, engine.Engine) for decision in decisions)
     assert neighbours.kept_by(atoms.calc) is not None

@@ -186,15 +186,17 @@ def test_the_key_rounds_and_costs_no_more_than_its_bits(evaluate: Callable[..., 
     errors = {}
     for bits in (16, 8):
         spec = with_attention("w8", bits=bits)
-        own = gaq.calibrate(gaq.prepare(copy.deepcopy(model), spec), molecules(), progress=False)
-        found = {n: type(q) for n, q in feature_quantizers(own).items() if isinstance(q, BoundedGate | GridQuantizer)}
-        assert found == EXPECTED[block]
-        with unquantized(own):
-            np.testing.assert_allclose(evaluate(own, molecules())[1], exact[1], atol=2e-6)
-        rounded = evaluate(own, molecules())
-        for quantizer in feature_quantizers(own).values():
+        calibrated = gaq.calibrate(gaq.prepare(copy.deepcopy(model), spec), molecules(), progress=False)
+        quantizer_types = {
+            n: type(q) for n, q in feature_quantizers(calibrated).items() if isinstance(q, BoundedGate | GridQuantizer)
+        }
+        assert quantizer_types == EXPECTED[block]
+        with unquantized(calibrated):
+            np.testing.assert_allclose(evaluate(calibrated, molecules())[1], exact[1], atol=2e-6)
+        rounded = evaluate(calibrated, molecules())
+        for quantizer in feature_quantizers(calibrated).values():
             quantizer.scalars_enabled = False
-        errors[bits] = np.abs(rounded[1] - evaluate(own, molecules())[1]).max()
+        errors[bits] = np.abs(rounded[1] - evaluate(calibrated, molecules())[1]).max()
     scale = np.abs(exact[1]).max()
     assert 0 < errors[16] < 1e-3 * scale
     assert errors[16] < 0.1 * errors[8]
@@ -214,12 +216,12 @@ def test_on_a_trained_model_without_attention_the_key_changes_nothing(
     trained_file: Path, trained_frames: Sequence[Atoms], evaluate: Callable[..., Any]
 ) -> None:
     frames = list(trained_frames)[:3]
-    found = []
+    results = []
     for spec in (without_distillation("gaq", **NEAREST), with_attention("gaq")):
         model = gaq.prepare(gaq.load(trained_file), spec)
-        found.append(evaluate(gaq.calibrate(model, frames, progress=False), frames))
-    assert np.array_equal(found[0][0], found[1][0])
-    assert np.array_equal(found[0][1], found[1][1])
+        results.append(evaluate(gaq.calibrate(model, frames, progress=False), frames))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("block", ["density", "ours_first"])
@@ -265,10 +267,10 @@ def test_torchscript(evaluate: Callable[..., Any]) -> None:
     for block in ("ours", "density"):
         model = gaq.convert(calibrated(block, with_attention("gaq")))
         (batch,) = make_batches(model, molecules(), 4)
-        wanted = model(copy.deepcopy(batch), compute_force=True)["forces"]
+        expected = model(copy.deepcopy(batch), compute_force=True)["forces"]
         scripted = jit.compile(copy.deepcopy(model))
-        found = scripted(copy.deepcopy(batch), compute_force=True)["forces"]
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+        forces = scripted(copy.deepcopy(batch), compute_force=True)["forces"]
+        torch.testing.assert_close(forces, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_messages_are_for_nequip() -> None:
@@ -315,12 +317,12 @@ def predictions(path: Path, frames: Sequence[Atoms]) -> np.ndarray:
     from mace.calculators import MACECalculator
 
     calculator = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float32")
-    found = []
+    forces = []
     for atoms in frames:
         frame = atoms.copy()
         frame.calc = calculator
-        found.append(frame.get_forces())
-    return np.concatenate(found)
+        forces.append(frame.get_forces())
+    return np.concatenate(forces)
 
 
 @pytest.mark.parametrize(
@@ -411,12 +413,14 @@ def test_methane_has_one_neighbour_shell() -> None:
     model = made("ours")
     atoms = molecule("CH4")
     (batch,) = make_batches(model, [atoms], 1)
-    seen: list[torch.Tensor] = []
-    handle = model.interactions[1].attention.register_forward_hook(lambda *found: seen.append(found[2].detach()))
+    outputs: list[torch.Tensor] = []
+    handle = model.interactions[1].attention.register_forward_hook(
+        lambda *arguments: outputs.append(arguments[2].detach())
+    )
     model(batch, compute_force=False)
     handle.remove()
-    own = seen[0][batch["edge_index"][1] == 0]
-    assert own.shape == (4, 4)
-    assert float((own - own[0]).abs().max()) < 1e-12
-    assert bool((own.sum(0) < 1).all())
-    assert bool((own > 0.01).all())
+    weights = outputs[0][batch["edge_index"][1] == 0]
+    assert weights.shape == (4, 4)
+    assert float((weights - weights[0]).abs().max()) < 1e-12
+    assert bool((weights.sum(0) < 1).all())
+    assert bool((weights > 0.01).all())

@@ -75,21 +75,21 @@ def test_energies(
     preset: str,
     variant: str,
 ) -> None:
-    own = calculator(preset, variant=variant)
+    calc = calculator(preset, variant=variant)
     model = quantized(preset, variant, torch.float64)
     energies, forces = evaluate(model, structures)
     got = []
     for i, atoms in enumerate(structures):
-        one = atoms.copy()
-        one.calc = own
-        assert one.get_potential_energy() == pytest.approx(energies[i], rel=1e-10)
-        node_energies = own.results["node_energy"]
-        assert node_energies.shape == (len(one),)
-        np.testing.assert_allclose(own.results["energies"].sum(), energies[i], rtol=1e-10)
+        frame = atoms.copy()
+        frame.calc = calc
+        assert frame.get_potential_energy() == pytest.approx(energies[i], rel=1e-10)
+        node_energies = calc.results["node_energy"]
+        assert node_energies.shape == (len(frame),)
+        np.testing.assert_allclose(calc.results["energies"].sum(), energies[i], rtol=1e-10)
         isolated = dict(zip((1, 6, 8), (-1.0, -3.0, -5.0), strict=True))
-        total = node_energies.sum() + sum(isolated[z] for z in one.numbers)
+        total = node_energies.sum() + sum(isolated[z] for z in frame.numbers)
         assert total == pytest.approx(energies[i], rel=1e-10)
-        got.append(one.get_forces())
+        got.append(frame.get_forces())
     # One at a time or in a batch.
     np.testing.assert_allclose(np.concatenate(got), forces, atol=1e-9)
 
@@ -153,18 +153,18 @@ def test_supercell_is_extensive(calculator: Callable[..., MACECalculator], cryst
 @pytest.mark.parametrize("preset", PRESETS)
 def test_descriptors(calculator: Callable[..., MACECalculator], structures: list[Any], preset: str) -> None:
     atoms = structures[0].copy()
-    own = calculator(preset)
-    invariant = own.get_descriptors(atoms)
+    calc = calculator(preset)
+    invariant = calc.get_descriptors(atoms)
     assert invariant.shape == (len(atoms), 16)  # two layers of 8 scalars
-    assert own.get_descriptors(atoms, num_layers=1).shape == (len(atoms), 8)
-    assert own.get_descriptors(atoms, invariants_only=False).shape == (len(atoms), 8 * 4 + 8)
+    assert calc.get_descriptors(atoms, num_layers=1).shape == (len(atoms), 8)
+    assert calc.get_descriptors(atoms, invariants_only=False).shape == (len(atoms), 8 * 4 + 8)
     turned = atoms.copy()
     turned.rotate(77, (1, 2, 3), center="COM")
     tolerance = {"w8": 1e-10, "gaq": 1e-4}[preset]  # a step of the 16-bit grid
-    np.testing.assert_allclose(own.get_descriptors(turned), invariant, atol=tolerance)
+    np.testing.assert_allclose(calc.get_descriptors(turned), invariant, atol=tolerance)
     moved = atoms.copy()
     moved.positions[0] += 0.1
-    assert np.abs(own.get_descriptors(moved) - invariant).max() > 1e-3
+    assert np.abs(calc.get_descriptors(moved) - invariant).max() > 1e-3
 
 
 @pytest.mark.parametrize("preset", ["gaq", pytest.param("w8", marks=pytest.mark.slow)])
@@ -175,9 +175,9 @@ def test_committee(model_file: Callable[..., str], structures: list[Any], preset
     energy = atoms.get_potential_energy()
     singles = []
     for path in paths:
-        one = atoms.copy()
-        one.calc = MACECalculator(model_paths=path, device="cpu")
-        singles.append(one.get_potential_energy())
+        frame = atoms.copy()
+        frame.calc = MACECalculator(model_paths=path, device="cpu")
+        singles.append(frame.get_potential_energy())
     assert energy == pytest.approx(np.mean(singles), rel=1e-10)
     np.testing.assert_allclose(atoms.calc.results["energy_comm"], singles, rtol=1e-10)
     assert atoms.calc.results["energy_var"] == pytest.approx(np.var(singles), rel=1e-6)
@@ -187,8 +187,8 @@ def test_committee(model_file: Callable[..., str], structures: list[Any], preset
 @pytest.mark.parametrize("preset", PRESETS)
 def test_hessian(calculator: Callable[..., MACECalculator], structures: list[Any], preset: str) -> None:
     atoms = structures[1].copy()
-    own = calculator(preset)
-    hessian = own.get_hessian(atoms).reshape(9, 9)
+    calc = calculator(preset)
+    hessian = calc.get_hessian(atoms).reshape(9, 9)
     tolerance = RELATIVE[preset]
     assert relative(hessian, hessian.T) < tolerance
     assert np.abs(hessian.sum(0)).max() < tolerance * np.abs(hessian).max()  # a rigid shift moves nothing
@@ -199,7 +199,7 @@ def test_hessian(calculator: Callable[..., MACECalculator], structures: list[Any
         for factor in (1, -1):
             moved = atoms.copy()
             moved.positions.reshape(-1)[i] += factor * step
-            moved.calc = own
+            moved.calc = calc
             forces.append(moved.get_forces().reshape(-1))
         measured[i] = -(forces[0] - forces[1]) / (2 * step)
     assert relative(measured, hessian) < (tolerance if preset == "w8" else 3 * tolerance)

@@ -75,9 +75,9 @@ def lammps_inputs(atoms: Any, model: torch.nn.Module) -> dict[str, Any]:
 def atom_forces(inputs: dict[str, Any], pair_forces: np.ndarray) -> np.ndarray:
     """Forces on atoms from those along pairs, ghosts included."""
     forces = np.zeros((inputs["nlocal"], 3))
-    whole = np.concatenate([np.arange(inputs["nlocal"]), inputs["owners"]])
-    np.add.at(forces, whole[inputs["pair_i"]], pair_forces)
-    np.add.at(forces, whole[inputs["pair_j"]], -pair_forces)
+    owners = np.concatenate([np.arange(inputs["nlocal"]), inputs["owners"]])
+    np.add.at(forces, owners[inputs["pair_i"]], pair_forces)
+    np.add.at(forces, owners[inputs["pair_j"]], -pair_forces)
     return forces
 
 
@@ -135,12 +135,12 @@ def test_mliap(
         inputs = lammps_inputs(atoms, files.load(path))
         energy, pair_forces, loaded = space["run"](target, inputs)
         assert bool(feature_quantizers(loaded.model.model)) == (preset != "w4")
-        wanted = expected(path, atoms, dtype)
+        reference = expected(path, atoms, dtype)
         small = 1e-9 if dtype == "float64" else 1e-5
-        assert energy == pytest.approx(wanted[0], rel=small)
+        assert energy == pytest.approx(reference[0], rel=small)
         # A vector rounded the other way for a difference in the last place of a float32 moves a force by a step.
         loose = 1e-7 if dtype == "float64" else 3e-2
-        np.testing.assert_allclose(atom_forces(inputs, pair_forces), wanted[1], atol=loose)
+        np.testing.assert_allclose(atom_forces(inputs, pair_forces), reference[1], atol=loose)
 
 
 def test_mliap_file_is_packed_and_loads_without_the_plugin(

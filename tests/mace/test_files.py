@@ -18,9 +18,8 @@ import torch
 from e3nn.util.jit import compile as jit_compile
 
 import gaq
-import gaq_mace.model as quantized_model
 from gaq.model.state import feature_quantizers, state_of, unquantized
-from gaq_mace import files
+from gaq_mace import files, packed
 from gaq_mace.files import ModelFileError
 from gaq_mace.weights import quantized_weights
 
@@ -337,7 +336,7 @@ def test_newer_format(
 ) -> None:
     path = tmp_path / f"model{suffix}"
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_model, "FORMAT", 99)
+        patch.setattr(packed, "FORMAT", 99)
         gaq.save(quantized("w8"), path)
     refuse(path, "format 99", "pip install -U gaq")
 
@@ -345,7 +344,7 @@ def test_newer_format(
 def test_earlier_safetensors(quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_model, "FORMAT", 1)
+        patch.setattr(packed, "FORMAT", 1)
         gaq.save(quantized("w8"), path)
     refuse(path, "before format 2", "quantize the float model again")
 
@@ -447,3 +446,17 @@ def test_pickle_holds_only_public_callables(quantized: Callable[..., Any], tmp_p
     assert modules
     python = {"operator", "_operator", "functools", "itertools", "importlib", "collections", "builtins", "__builtin__"}
     assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", *python}
+
+
+def test_root_without_quantization_pickles_as_stock(float_model: Callable[..., Any]) -> None:
+    """MACE rebuilds a model by its class, and may write it before it has taken over a quantization."""
+    from mace.modules import models as mace_models
+
+    from gaq_mace.root import ScaleShiftMACE
+
+    model = float_model()
+    model.__class__ = ScaleShiftMACE
+    restored = pickle.loads(pickle.dumps(model))
+    assert type(restored) is mace_models.ScaleShiftMACE
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, restored.get_parameter(name)), name

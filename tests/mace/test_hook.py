@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -149,5 +150,143 @@ print(*sorted(n for n in sys.modules if n.split(".")[0] in ("gaq", "gaq_mace", "
 print(sum(type(finder).__module__ == "gaq_mace.hook.autoload" for finder in sys.meta_path))
 """
     done = python(code)
-    assert done.stdout == "gaq_mace gaq_mace.hook.autoload\n1\n"
+    assert done.stdout == "gaq_mace gaq_mace.hook gaq_mace.hook.autoload gaq_mace.names\n1\n"
     assert done.stderr == ""
+
+
+MOVED = """
+import sys
+from gaq_mace.hook import patches
+stock_apply = patches.apply
+def apply(module):
+    # As a later MACE might have it.
+    if module.__name__ == "mace.tools.train":
+        module.take_epoch = module.train_one_epoch
+        del module.train_one_epoch
+    stock_apply(module)
+patches.apply = apply
+"""
+ADVICE = (
+    "has moved what gaq patches: mace.tools.train.train_one_epoch is missing. "
+    'Supported is mace-torch>=0.3.16,<0.4: pip install "mace-torch>=0.3.16,<0.4"'
+)
+
+
+def test_moved_target_stops_the_key_only(python: Callable[..., Any]) -> None:
+    """A MACE that has moved a function still imports and parses; the key and the doctor name the function."""
+    code = f"""{MOVED}{PARSER}
+from importlib.metadata import version
+import mace.cli.run_train as run_train
+assert run_train.tools.train.__module__ == "mace.tools.train", "a module is patched whole or not at all"
+assert run_train.create_error_table.__code__.co_filename.endswith("hook/patches.py")
+assert get() is None
+error = refused("--quantization", "gaq")
+assert "mace-torch " + version("mace-torch") in error and {ADVICE!r} in " ".join(error.split()), error
+from gaq.cli import main
+assert main(["doctor"]) == 0
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  mace training"))
+    assert "NOT active" in line
+    assert ADVICE in line
+
+
+def _module(name: str, **functions: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(functions)
+    return module
+
+
+def _moved_modules() -> list[tuple[ModuleType, str]]:
+    def renamed(args: Any, network: Any) -> None: ...
+
+    def config(model: Any) -> None: ...
+
+    class WithoutBatches:
+        pass
+
+    return [
+        (
+            _module("mace.tools.scripts_utils", get_params_options=renamed, extract_config_mace_model=config),
+            "mace.tools.scripts_utils.get_params_options has no parameter model",
+        ),
+        (
+            _module("mace.tools.scripts_utils", get_params_options=renamed),
+            "mace.tools.scripts_utils.extract_config_mace_model is missing",
+        ),
+        (_module("mace.tools.tables_utils"), "mace.tools.tables_utils.create_error_table is missing"),
+        (_module("mace.tools.arg_parser"), "mace.tools.arg_parser.build_default_arg_parser is missing"),
+        (_module("mace.cli.run_train", run=3), "mace.cli.run_train.run is missing"),
+        (_module("mace.modules.models"), "mace.modules.models.MACE.__setstate__ is missing"),
+        (
+            _module("mace.calculators.mace", MACECalculator=WithoutBatches),
+            "mace.calculators.mace.MACECalculator._atoms_to_batch is missing",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("module", "problem"), _moved_modules(), ids=lambda value: str(value)[-40:])
+def test_a_module_without_its_target_stays_as_it_is(module: ModuleType, problem: str) -> None:
+    from gaq_mace.hook import patches, targets
+
+    before = dict(vars(module))
+    patches.apply(module)
+    assert vars(module) == before
+    assert problem in targets.problems_in(module)
+    assert problem in targets.advice(targets.problems_in(module))
+
+
+def test_parameters_of_any_name_are_enough() -> None:
+    from gaq_mace.hook import targets
+
+    assert targets.problems_in(_module("mace.tools.tables_utils", create_error_table=lambda **options: None)) == []
+
+
+def test_installed_mace_has_all_targets() -> None:
+    """The patched modules as well: a replacement has the signature of its original."""
+    from gaq_mace.hook import patches, targets
+    from gaq_mace.names import TARGETS
+
+    assert {target.module for target in targets.TARGETS} == set(TARGETS)
+    assert targets.problems() == []
+    patches.ensure_installed()
+    assert targets.problems() == []
+
+
+def test_training_without_the_parser_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where MACE's parser cannot be taught the key, the training command says so before MACE refuses the key."""
+    import mace.cli.run_train as run_train
+    import mace.tools.arg_parser as arg_parser
+
+    from gaq_mace.hook import patches
+    from gaq_mace.names import PATCHED
+
+    monkeypatch.delattr(arg_parser, "build_default_arg_parser")
+    monkeypatch.setattr(run_train, "run", run_train.run)
+    monkeypatch.setattr(run_train, PATCHED, False, raising=False)
+    patches.apply(run_train)
+    error = capsys.readouterr().err
+    assert "the key `quantization` is not known" in error
+    assert "mace.tools.arg_parser.build_default_arg_parser is missing" in error
+
+
+def test_supported_versions_are_those_of_the_package() -> None:
+    from gaq_mace.hook.targets import SUPPORTED_MACE
+
+    assert f'mace = ["{SUPPORTED_MACE}"]' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_a_failing_patch_does_not_break_mace(python: Callable[..., Any]) -> None:
+    code = """
+from gaq_mace.hook import patches
+def broken(module):
+    raise RuntimeError("broken on purpose")
+patches._PATCHES["mace.tools.train"] = broken
+import mace.tools
+print(mace.tools.train.__module__)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("mace.tools.train\n")
+    assert "gaq: mace.tools.train could not be patched (broken on purpose); see `gaq doctor`." in done.stderr

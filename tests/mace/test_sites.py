@@ -33,11 +33,11 @@ def test_bits_follow_from_what_passes_through(float_model: Callable[..., Any]) -
     model = gaq.prepare(float_model("plain"), "w4")
     bits = {name: quantizer.bits for name, quantizer in weight_quantizers(model).items()}
     sensitive = tuple(f"{site.name}." for site in find_sites(model) if site.sensitive)
-    for name, own in bits.items():
+    for name, bits_of_site in bits.items():
         if name.startswith(sensitive):
-            assert own == 14, name
+            assert bits_of_site == 14, name
         else:
-            assert own == next((n for start, n in LATER if name.startswith(start)), 12), name
+            assert bits_of_site == next((n for start, n in LATER if name.startswith(start)), 12), name
     assert set(bits.values()) == {10, 11, 12, 14}
     spec = {"preset": "w4", "weights": {"compression": None, "sensitive_bits": 16}}
     plain = gaq.prepare(float_model("plain"), spec)
@@ -54,10 +54,10 @@ def test_layouts_tile_the_parameters(float_model: Callable[..., Any], variant: s
         for weight in site.weights:
             parameter = parameters[f"{site.name}.{weight.path}"]
             assert weight.layout.shape == tuple(parameter.shape)
-            seen = torch.zeros(parameter.numel(), dtype=torch.int64)
+            times_covered = torch.zeros(parameter.numel(), dtype=torch.int64)
             for block in weight.layout.blocks:
-                seen[block.offset : block.offset + block.numel] += 1
-            assert bool((seen == 1).all()), weight
+                times_covered[block.offset : block.offset + block.numel] += 1
+            assert bool((times_covered == 1).all()), weight
             for granularity in ("per_tensor", "per_channel", "per_group"):
                 index = weight.layout.scale_index(granularity, 4)
                 assert torch.equal(index.unique(), torch.arange(int(index.max()) + 1))

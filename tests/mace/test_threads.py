@@ -59,9 +59,9 @@ def calculator_of(model: torch.nn.Module) -> MACECalculator:
 
 
 def energy_and_forces(calculator: MACECalculator, atoms: Atoms) -> tuple[float, np.ndarray]:
-    own = atoms.copy()
-    own.calc = calculator
-    return own.get_potential_energy(), own.get_forces()
+    copied = atoms.copy()
+    copied.calc = calculator
+    return copied.get_potential_energy(), copied.get_forces()
 
 
 def expected_of(model: torch.nn.Module, structures: list[Atoms]) -> list[tuple[float, np.ndarray]]:
@@ -69,24 +69,24 @@ def expected_of(model: torch.nn.Module, structures: list[Atoms]) -> list[tuple[f
         return [energy_and_forces(calculator_of(model), atoms) for atoms in structures]
 
 
-def assert_results(found: list[Any], expected: list[Any]) -> None:
-    for (energy, forces), (wanted, wanted_forces) in zip(found, expected, strict=True):
+def assert_results(results: list[Any], expected: list[Any]) -> None:
+    for (energy, forces), (expected_energy, expected_forces) in zip(results, expected, strict=True):
         # To the rounding of float32 and the error of the radial tables.
-        assert energy == pytest.approx(wanted, rel=2e-6, abs=0)
-        np.testing.assert_allclose(forces, wanted_forces, rtol=0, atol=2e-5)
+        assert energy == pytest.approx(expected_energy, rel=2e-6, abs=0)
+        np.testing.assert_allclose(forces, expected_forces, rtol=0, atol=2e-5)
 
 
 def test_each_thread_with_a_calculator_of_its_own(model: torch.nn.Module) -> None:
     structures = [molecule(name) for name in MOLECULES]
     expected = expected_of(model, structures)
     calculators = [calculator_of(model) for _ in structures]
-    found = at_once(
+    results = at_once(
         [
             lambda c=c, a=a: energy_and_forces(c, a)  # type: ignore[misc]
             for c, a in zip(calculators, structures, strict=True)
         ]
     )
-    assert_results(found, expected)
+    assert_results(results, expected)
     assert all(engine.engine_of(c.models[0]) is not None for c in calculators)
 
 
@@ -95,22 +95,22 @@ def test_one_calculator_for_all_threads(model: torch.nn.Module) -> None:
     atoms = molecule("H2O")
     expected = expected_of(model, [atoms])
     calculator = calculator_of(model)
-    found = at_once([lambda: energy_and_forces(calculator, atoms)] * 2)
-    assert_results(found, expected * 2)
+    results = at_once([lambda: energy_and_forces(calculator, atoms)] * 2)
+    assert_results(results, expected * 2)
 
 
 def test_one_model_with_structures_of_different_species(model: torch.nn.Module) -> None:
     """More compositions than the engine keeps, and radial tables that no thread has made before."""
-    own = copy.deepcopy(model)
+    converted = copy.deepcopy(model)
     structures = [molecule(name) for name in (*MOLECULES, "CO", "OH", "CH4", "C2H4", "HCO", "CH3OH", "O2", "H2")]
     batches = [make_batches(model, [atoms], 1)[0] for atoms in structures]
     with engine.disabled():
-        expected = [float(own(dict(batch))["energy"].detach()) for batch in batches]
+        expected = [float(converted(dict(batch))["energy"].detach()) for batch in batches]
 
     def run(numbers: range) -> dict[int, float]:
-        return {i: float(own(dict(batches[i]))["energy"].detach()) for i in numbers}
+        return {i: float(converted(dict(batches[i]))["energy"].detach()) for i in numbers}
 
     everything = range(len(batches))
-    found = at_once([lambda r=r: run(r) for r in (everything, everything[::-1])])  # type: ignore[misc]
-    for energies in found:
+    results = at_once([lambda r=r: run(r) for r in (everything, everything[::-1])])  # type: ignore[misc]
+    for energies in results:
         assert [energies[i] for i in everything] == pytest.approx(expected, rel=2e-6, abs=0)

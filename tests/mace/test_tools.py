@@ -37,9 +37,9 @@ def energies(path: Any, structures: list[Any], dtype: str = "", **options: Any) 
     calculator = MACECalculator(model_paths=str(path), device="cpu", default_dtype=dtype, **options)
     result = []
     for atoms in structures:
-        one = atoms.copy()
-        one.calc = calculator
-        result.append(one.get_potential_energy())
+        frame = atoms.copy()
+        frame.calc = calculator
+        result.append(frame.get_potential_energy())
     return np.array(result)
 
 
@@ -79,9 +79,9 @@ def test_every_head_is_calibrated(
     result = []
     for model in (float_model("heads"), quantized("gaq", "heads")):
         calculator = MACECalculator(models=model, device="cpu", head=head)
-        one = structures[0].copy()
-        one.calc = calculator
-        result.append(one.get_forces())
+        frame = structures[0].copy()
+        frame.calc = calculator
+        result.append(frame.get_forces())
     assert np.abs(result[1] - result[0]).mean() < 0.05 * np.abs(result[0]).mean()
 
 
@@ -176,10 +176,10 @@ def test_lammps_export(
         result = script(batch, local, compute_virials=True)
         tolerance = 1e-10 if dtype == "float64" else 2e-6
         assert float(result["total_energy_local"]) == pytest.approx(energy, rel=tolerance)
-        one = atoms.copy()
-        one.calc = calculator
+        frame = atoms.copy()
+        frame.calc = calculator
         np.testing.assert_allclose(
-            result["forces"].detach().numpy(), one.get_forces(), atol=1e-6 if dtype == "float64" else 1e-3
+            result["forces"].detach().numpy(), frame.get_forces(), atol=1e-6 if dtype == "float64" else 1e-3
         )
 
 
