@@ -28,7 +28,7 @@ from gaq_nequip import insertion, root
 from gaq_nequip.sites import class_name, find_sites
 from gaq_nequip.weights import weight_quantizers
 
-__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "search_ranges"]
+__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "quantized_models", "search_ranges"]
 
 SUPPORTED = ("GraphModel", "CompileGraphModel")
 
@@ -38,6 +38,11 @@ def graph_models(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     if getattr(model, "is_graph_model", False):
         return {"": model}
     return {name: m for name, m in model.items()} if isinstance(model, torch.nn.ModuleDict) else {}  # noqa: C416
+
+
+def quantized_models(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The quantized ones among the `graph_models`."""
+    return [m for m in graph_models(model).values() if state_of(m) is not None]
 
 
 def check_supported(model: torch.nn.Module) -> None:

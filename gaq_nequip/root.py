@@ -26,7 +26,7 @@ from gaq_nequip.freeze import freeze
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.weights import hold_scales, settle_species, weight_quantizers
 
-__all__ = ["COMPILES", "QuantizedCompileGraphModel", "QuantizedGraphModel", "adopt", "stored_state"]
+__all__ = ["COMPILES", "QuantizedCompileGraphModel", "QuantizedGraphModel", "adopt", "eager", "stored_state"]
 
 COMPILES = "gaq_compiles"
 """Attribute of a model that is built to be compiled and not to be trained."""
@@ -265,3 +265,15 @@ def adopt(model: torch.nn.Module, state: Any) -> None:
     """Make a model a quantized one, with this state."""
     model.__class__ = _ROOTS[getattr(type(model), "gaq_host_class", type(model).__name__)]
     model.__dict__["gaq_state"] = state
+
+
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """Within this context a train-time compiled model evaluates its modules and not its compiled graph."""
+    before = model.__class__
+    if getattr(model, "is_compile_graph_model", False):
+        model.__class__ = QuantizedGraphModel
+    try:
+        yield
+    finally:
+        model.__class__ = before

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
-from gaq.reporting.gates import verdict
 
 import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
 from gaq.model.state import state_of
+from gaq.reporting.gates import verdict
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import check as deploy_check
 from gaq_nequip.deploy import compile as deploy_compile

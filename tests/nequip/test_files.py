@@ -122,7 +122,7 @@ def test_stock_package_of_a_trained_checkpoint(
     expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), frames)
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=2e-5)
     names = zipfile.ZipFile(path).namelist()
-    assert any(name.endswith("gaq_nequip/modules.py") for name in names)
+    assert any(name.endswith("gaq_nequip/layers.py") for name in names)
     assert not any("yaml" in name and name.endswith(".py") for name in names)
     info = command("nequip-package", "info", path, "--get-modifiers")
     assert "enable_GAQInt8" in info.stdout
