@@ -124,7 +124,7 @@ def test_compiled(
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
     assert stock.stat().st_size / path.stat().st_size >= 4
-    # A compiled file is mostly code: its size is compared with that of its like, and of nothing else.
+    # A compiled file is mostly code: its size is only compared with that of another compiled file.
     for reference, word, value in (
         (trained_float.best, "not comparable", None),
         (stock, "pass", stock.stat().st_size / path.stat().st_size),
@@ -157,7 +157,7 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
 
 @pytest.mark.slow
 def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: Path) -> None:
-    """What benchmarks compare quantized files with: the kernels and the float weights, in float32 the same function."""
+    """The kernels with float weights, which benchmarks compare quantized files with: in float32 the same function."""
     from ase.io import read
     from test_files import by_calculator
 
@@ -174,8 +174,8 @@ def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: P
         assert b"torch.ops.gaq.edge_convolution" in archive.read(library)
     structures = list(read(trained_float.folder / "test.xyz", ":"))
     expected = by_calculator(adapter_for_file(trained_float.best).calculator(trained_float.best), structures)
-    found = by_calculator(files.CompiledModel(path, "cpu").calculator(), structures)
-    assert np.allclose(found, expected, atol=5e-5)
+    fused = by_calculator(files.CompiledModel(path, "cpu").calculator(), structures)
+    assert np.allclose(fused, expected, atol=5e-5)
 
 
 @pytest.mark.slow
