@@ -192,7 +192,7 @@ def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
 
         return prepare(model, read_key({"preset": preset, **keys}, loaded=_building.get() > 1))
 
-    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]
+    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]  # takes class methods
 
 
 def install() -> None:

@@ -136,7 +136,7 @@ def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], flo
                 group = "first"
             elif "linear_" in site.name:
                 group = "mixing"
-            assert quantizer.bits == expected[group], site.name  # type: ignore[union-attr]
+            assert quantizer.bits == expected[group], site.name  # type: ignore[union-attr]  # of torch's Module
             assert (type(quantizer).__name__ == "SpeciesWeightQuantizer") == (group == "species")
             groups_met.add(group)
     assert groups_met == set(expected)

@@ -158,11 +158,11 @@ class Staircase:
 
     @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient(self, model: Any, atomic_batch: Any, device: str) -> None:
-        super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]
+        super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]  # of the suite
 
     @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient_partial(self, partial_model: Any, atomic_batch: Any, device: str) -> None:
-        super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]
+        super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]  # of the suite
 
 
 class TestNequIPW8A8(Staircase, NequIPTests):
