@@ -227,11 +227,11 @@ def test_the_model_is_loaded_once_and_frozen_once(
     import nequip.scripts.compile as nequip_compile
     import nequip.utils.aot as aot
 
-    from gaq_nequip import freeze
+    from gaq_nequip import root
 
     loaded: list[str] = []
     frozen: list[Any] = []
-    load, freeze_weights = load_utils.load_saved_model, freeze.freeze
+    load, freeze = load_utils.load_saved_model, root.freeze
 
     def counted_load(path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append(str(path))
@@ -240,14 +240,14 @@ def test_the_model_is_loaded_once_and_frozen_once(
     def counted_freeze(model: Any, *args: Any, **kwargs: Any) -> Any:
         if state_of(model).status != "frozen":
             frozen.append(model)
-        return freeze_weights(model, *args, **kwargs)
+        return freeze(model, *args, **kwargs)
 
     def stop(**keywords: Any) -> None:
         raise RuntimeError("nothing is compiled here")
 
     monkeypatch.setattr(load_utils, "load_saved_model", counted_load)
     monkeypatch.setattr(nequip_compile, "load_saved_model", counted_load)
-    monkeypatch.setattr(freeze, "freeze", counted_freeze)
+    monkeypatch.setattr(root, "freeze", counted_freeze)
     monkeypatch.setattr(aot, "aot_export_model", stop)
     arguments = ["build", str(trained.best), str(tmp_path / f"out{suffix}")]
     if suffix == ".nequip.pt2":
