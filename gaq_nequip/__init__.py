@@ -1,7 +1,7 @@
 """NequIP adapter of GAQ: an extension that NequIP loads by itself.
 
-Importing it teaches `nequip-train` the key ``quantization`` (see `gaq_nequip.hook.patches`). It is not embedded in
-packages: a packaged model takes only the modules it is made of.
+Importing it teaches `nequip-train` the key ``quantization``; see `gaq_nequip.hook.patches`. This file is not embedded
+in packages: a packaged model takes only the modules that its classes come from.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = ["NequIPAdapter", "load", "quantized", "save"]
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
     if name in _PUBLIC:
         from importlib import import_module
 

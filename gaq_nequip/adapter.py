@@ -1,4 +1,4 @@
-"""`NequIPAdapter`: NequIP and Allegro as the core sees them."""
+"""NequIP and Allegro as the core sees them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["NequIPAdapter"]
 
 
 class NequIPAdapter:
-    """See `gaq.adapter.Adapter`."""
+    """The `gaq.adapter.Adapter` of NequIP and Allegro."""
 
     name = "nequip"
 
@@ -75,8 +75,8 @@ class NequIPAdapter:
         if isinstance(model_, files.CompiledModel):
             facts = {k: v for k, v in model_.metadata.items() if k.startswith("gaq") and k != "gaq_config"}
             status = ", ".join(f"{k.removeprefix('gaq_')} {v}" for k, v in sorted(facts.items())) or "float"
-            weights = int(model_.metadata.get("gaq_weight_bytes", 0))
-            return [SummaryRow("compiled model", "-", "-", "-", "-", weights, status)]
+            weight_bytes = int(model_.metadata.get("gaq_weight_bytes", 0))
+            return [SummaryRow("compiled model", "-", "-", "-", "-", weight_bytes, status)]
         return rows(model_)
 
     def weight_quantizers(self, model: torch.nn.Module) -> dict[str, WeightQuantizer]:
@@ -107,7 +107,7 @@ class NequIPAdapter:
         return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
 
     def is_fused(self, model: torch.nn.Module) -> bool:
-        return False  # the kernels are in compiled files only, and there is no way around them
+        return False  # only compiled files have the kernels, and there they cannot be switched off
 
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()

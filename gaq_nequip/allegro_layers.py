@@ -1,4 +1,7 @@
-"""Quantized forms of Allegro's modules; see `gaq_nequip.layers`."""
+"""Quantized forms of Allegro's modules, put in place as those of `gaq_nequip.layers` are.
+
+Embedded in packages of Allegro models.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ __all__ = ["CLASSES"]
 class QuantizedContracter(Contracter):
     """Allegro's tensor product with rounded path weights, environment and tensor features.
 
-    The sum over paths is NequIP's own: the weights are handed to it rounded.
+    The sum over paths is Allegro's; it reads the property `weights`, which rounds.
     """
 
     gaq_host_class = "Contracter"
@@ -27,16 +30,20 @@ class QuantizedContracter(Contracter):
     @property
     def weights(self) -> Tensor:
         """The rounded path weights."""
-        return self.weight_quantizer(self.path_weights())  # type: ignore[no-any-return]
+        weights: Tensor = self.weight_quantizer(self.path_weights())
+        return weights
 
     def path_weights(self) -> Tensor:
-        """The parameter under its own name, which the property above hides."""
-        own = self._parameters.get("weights")
-        return own if own is not None else self._buffers["weights"]  # type: ignore[return-value]
+        """The float path weights: the parameter ``weights``, which the property of that name hides.
+
+        In a frozen model an empty buffer has taken the place of the parameter.
+        """
+        parameter = self._parameters.get("weights")
+        return parameter if parameter is not None else self._buffers["weights"]  # type: ignore[return-value]  # not None
 
 
 class QuantizedEnvWeighter(MakeWeightedChannels):
-    """Allegro's weighting of the environment, with rounded weights."""
+    """Allegro's weighting of the environment, with rounded environment weights."""
 
     gaq_host_class = "MakeWeightedChannels"
 

@@ -1,7 +1,7 @@
 """Attention over messages in NequIP's interaction block, for models trained from scratch.
 
-``quantization.attention.messages: true`` gives every interaction block of a model just built the parts of this module.
-It is embedded in packages: it imports nothing but torch, e3nn, NequIP and the core.
+``quantization.attention.messages: true`` adds it to every interaction block of a model that was just built. This module
+is embedded in packages: it imports only torch, e3nn, NequIP and the core.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ __all__ = ["AttentionInteractionBlock", "add_attention"]
 
 HEADS = 4
 DIM = 16
-"""Of queries and keys, in each head."""
+"""Channels of a query and of a key, per head."""
 
 
 class AttentionInteractionBlock(InteractionBlock):
-    """NequIP's `InteractionBlock` with a sum over neighbours that is weighted by attention.
+    """NequIP's `InteractionBlock` whose sum over neighbours is weighted by attention.
 
-    The message of edge ij is NequIP's, times ``N alpha_ij``: alpha_ij of `gaq.quantizers.attention`, with queries
-    linear in the scalars of the receiver, keys in those of the sender and in the edge embedding, and NequIP's own
-    cutoff function as envelope; N the average number of neighbours, so that equal weights give about NequIP's own sum.
-    The weights are invariants, so that messages stay equivariant.
+    The message of edge ij is NequIP's, times ``N alpha_ij``. alpha_ij is that of `gaq.quantizers.attention`: queries
+    are linear in the scalars of the receiver, keys in the scalars of the sender and in the edge embedding, and the
+    envelope is NequIP's cutoff function. N is the average number of neighbours, so that equal weights give about
+    NequIP's sum.
+    The weights are invariants, so messages stay equivariant.
     """
 
     heads: int
@@ -70,15 +71,15 @@ class AttentionInteractionBlock(InteractionBlock):
 
 
 def _extend(block: Any) -> None:
-    """Give a block the parts it needs, in its own dtype, and its new class."""
+    """Give an interaction block the modules that attention needs, in the block's dtype, and its new class."""
     features = block.irreps_in[AtomicDataDict.NODE_FEATURES_KEY]
     weight = block.linear_1.weight
-    # The weights the builder drew decide on those drawn here: its seed does, and no state that others share.
+    # The seed follows from the weights that the builder drew: from the model's seed, and from no shared state.
     seed = int(float(weight.detach().double().abs().sum()) * 1e6) % 2**31
     before = torch.get_default_dtype()
-    # Scripted layers would fix the number of atoms where a model is traced for compilation.
+    # Scripted layers would fix the number of atoms when the model is traced for compilation.
     with torch.random.fork_rng(devices=[]), conditional_torchscript_mode(False):
-        # Not torch.manual_seed, which seeds every GPU as well.
+        # torch.manual_seed would seed every GPU as well.
         torch.default_generator.manual_seed(seed)
         try:
             torch.set_default_dtype(weight.dtype)
@@ -98,17 +99,17 @@ def _extend(block: Any) -> None:
     block.heads, block.dim = HEADS, DIM
     block.neighbours = float((1.0 / block.avg_num_neighbors_norm.norm_const.double() ** 2).mean())
     product = block.tp_scatter.tp
-    own = heads_of_weights([product.irreps_in1[ins.i_in1].mul for ins in product.instructions], HEADS)
-    block.register_buffer("head_of_weight", own, persistent=False)
+    head_of_weight = heads_of_weights([product.irreps_in1[ins.i_in1].mul for ins in product.instructions], HEADS)
+    block.register_buffer("head_of_weight", head_of_weight, persistent=False)
     block.to(weight.device)
     block.__class__ = AttentionInteractionBlock
 
 
 def add_attention(model: torch.nn.Module) -> None:
-    """Weigh the messages of every interaction block by attention, in place. The model becomes another function.
+    """Weight the messages of every interaction block by attention, in place. The model becomes another function.
 
     Raises:
-        ValueError: for a model without interaction blocks (Allegro), and for blocks without a cutoff function.
+        ValueError: if the model has no interaction blocks (Allegro), or a block gets no cutoff function.
     """
     blocks: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if class_name(m) == "InteractionBlock"]
     if not blocks:
@@ -118,5 +119,5 @@ def add_attention(model: torch.nn.Module) -> None:
         )
     for name, block in blocks:
         if AtomicDataDict.EDGE_CUTOFF_KEY not in block.irreps_in:
-            raise ValueError(f"quantization.attention.messages: {name} is handed no cutoff function (edge_cutoff).")
+            raise ValueError(f"quantization.attention.messages: {name} gets no cutoff function (edge_cutoff).")
         _extend(block)

@@ -1,4 +1,4 @@
-"""The explicit way: a model builder, for those who would rather see it in the configuration."""
+"""A model builder that quantizes, for users who want to see the quantization in the model's configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> 
             model: {_target_: nequip.model.NequIPGNNModel, ...}
 
     Args:
-        model: configuration of the model, with its own ``_target_``.
+        model: configuration of the float model; its ``_target_`` is the builder that is called.
         quantization: preset or mapping, as for the key ``quantization``.
         keys: further arguments of that builder (``model_dtype``, ``type_names``, ...), added to `model`.
 
@@ -27,18 +27,20 @@ def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> 
         The model, ready for training.
 
     Raises:
-        gaq.ConfigError: for a configuration that cannot be used.
+        gaq.ConfigError: if the quantization cannot be used.
+        ValueError: if `model` has no ``_target_``.
     """
     from hydra.utils import get_method
 
     from gaq_nequip.hook.patches import _building, is_trained, read_key
     from gaq_nequip.training import start
 
-    inner = {**model, **keys}
-    if "_target_" not in inner:
+    model_config = {**model, **keys}
+    if "_target_" not in model_config:
         raise ValueError("training_module.model.model: needs the key _target_, the builder of the model.")
-    built = get_method(inner.pop("_target_"))(**inner)
-    # One build is that of the training module this model belongs to.
+    pretrained = is_trained(model_config)
+    built = get_method(model_config.pop("_target_"))(**model_config)
+    # The first build under way is that of the training module; a second one means that a checkpoint is being loaded.
     config = read_key(quantization, loaded=_building.get() > 1)
-    start(built, config, pretrained=is_trained({**model, **keys}))
+    start(built, config, pretrained=pretrained)
     return built

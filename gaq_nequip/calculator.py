@@ -1,4 +1,4 @@
-"""NequIP's ASE calculator that leaves torch's default dtype alone."""
+"""NequIP's ASE calculators of files and models; none of them changes torch's default dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["Calculator", "compiled_calculator", "model_calculator", "saved_calcu
 
 
 class Calculator(NequIPCalculator):
-    """`NequIPCalculator`, which takes structures in torch's default dtype and expects NequIP's."""
+    """`NequIPCalculator` that computes in NequIP's default dtype.
+
+    NequIP's calculator converts structures in torch's default dtype, but its models expect NequIP's, float64.
+    """
 
     def calculate(self, *args: Any, **kwargs: Any) -> None:
         with default_dtype(_GLOBAL_DTYPE):
@@ -36,7 +39,7 @@ def saved_calculator(path: Any, device: str) -> Calculator:
 
 
 def model_calculator(model: Any, device: str) -> Calculator:
-    """The calculator of a model that is loaded; its types are taken for chemical symbols."""
+    """The calculator of a model in memory, whose type names are taken for chemical symbols."""
     metadata = model.metadata
     names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
     cutoff = float(metadata[graph_model.R_MAX_KEY])

@@ -1,4 +1,4 @@
-"""Batched energies and forces of a NequIP model for lists of ASE structures."""
+"""Batched energies and forces of a NequIP model on ASE structures."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ __all__ = ["NequIPPotential", "device_of", "energy_and_forces", "make_batches"]
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where a model computes; a frozen one has buffers only."""
+    """The device of a model; a frozen model has buffers only."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[dict[str, Tensor]]:
-    """Graphs of the structures, in batches, on the device of the model.
+    """Convert structures to graphs, in batches, on the model's device.
 
     Args:
-        model: a complete NequIP model; its types are taken for chemical symbols.
+        model: a complete NequIP model; its type names are taken for chemical symbols.
         structures: at least one.
-        batch_size: structures a batch.
+        batch_size: structures per batch.
 
     Raises:
-        ValueError: if there are no structures, or one has an element the model does not know.
+        ValueError: if there are no structures, or one has an element that the model does not know.
     """
     if not structures:
         raise ValueError("no structures were given.")
-    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]
+    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
     names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
     for i, atoms in enumerate(structures):
         unknown = sorted(set(atoms.get_chemical_symbols()) - set(names))
@@ -68,7 +68,10 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
 
 @contextmanager
 def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """NequIP keeps the graph of the forces in training mode only; flags alone, no module is told."""
+    """Within this context the ``training`` flags are set: NequIP keeps the graph of the forces in training mode only.
+
+    `torch.nn.Module.train` is not called, so what modules do when their mode changes does not happen.
+    """
     modules = list(model.modules())
     before = [module.training for module in modules]
     try:
@@ -83,7 +86,7 @@ def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
 def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and atoms of each graph."""
+    """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and the number of atoms of each graph (graphs,)."""
     with default_dtype(_GLOBAL_DTYPE), _mode(model, create_graph):
         output: Any = model(dict(batch))
     energy = output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
@@ -92,11 +95,11 @@ def energy_and_forces(
 
 
 class NequIPPotential:
-    """A `gaq.checks.potential.Potential` of a NequIP model, evaluated in batches.
+    """A NequIP model as a `gaq.checks.potential.Potential`, evaluated in batches.
 
     Args:
         model: a complete NequIP model.
-        batch_size: structures a batch.
+        batch_size: structures per batch.
     """
 
     def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:

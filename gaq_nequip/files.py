@@ -1,8 +1,8 @@
 """Model files of NequIP: checkpoints, packages, and compiled models (for reports only).
 
-A quantized checkpoint is an ordinary one whose model configuration has the key ``quantization``: with this package
-installed it is trained on, packaged and compiled by the stock commands. A quantized package holds the integer codes;
-the classes that read them travel inside, so it needs nothing but NequIP.
+A quantized checkpoint is an ordinary one whose model configuration has the key ``quantization``: where this package is
+installed, the stock commands continue its training, package it and compile it. A quantized package holds the integer
+codes and the classes that read them, so it needs only NequIP.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
 CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
 SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
 SOURCE = "gaq_source"
-"""Attribute of a loaded model: the file it came from, which holds what the model alone does not."""
+"""Name of an attribute of a loaded model: its file, which holds what a new file needs besides the model."""
 
 
 class CompiledModel(torch.nn.Module):
-    """A compiled ``.nequip.pt2``, for reports: it computes, but there is nothing in it to look at.
+    """A compiled ``.nequip.pt2``, for reports: it computes, but its modules and weights cannot be inspected.
 
     Args:
-        path: the file.
-        device: it was compiled for.
+        path: compiled file.
+        device: device that it was compiled for.
     """
 
     def __init__(self, path: Path, device: str) -> None:
@@ -60,15 +60,16 @@ class CompiledModel(torch.nn.Module):
         return compiled_calculator(self.path, self.device)
 
 
-def _name_of(path: Path) -> str:
+def _suffix_of(path: Path) -> str:
+    """The one of `SUFFIXES` that a file name ends in."""
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return suffix
     raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
 
 
-def _own_state(model: torch.nn.Module) -> None:
-    """Give a packaged model a state of the installed class, with the configuration checked anew."""
+def _install_state(model: torch.nn.Module) -> None:
+    """Replace the state of a packaged model, of the package's class, by one of the installed class; checks it again."""
     state: Any = model.__dict__.get("gaq_state")
     if state is not None and not isinstance(state, ModelState):
         config = parse_stored(state.config.to_dict(), finished=state.status != "training")
@@ -76,7 +77,7 @@ def _own_state(model: torch.nn.Module) -> None:
         model.__dict__["gaq_state"] = ModelState(config, state.status, weights, dict(state.notes))
 
 
-# What a damaged file, or one of another kind, makes torch, pickle and NequIP raise.
+# What torch, pickle and NequIP raise for a damaged file or a file of another kind.
 _UNREADABLE = (
     RuntimeError,
     OSError,
@@ -93,28 +94,29 @@ _UNREADABLE = (
 
 
 def _check_package(path: Path) -> None:
+    """Refuse a package with a damaged entry."""
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+            damaged_entry = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise ModelFileError(f"{path}: truncated or damaged, or not a package ({error}).") from error
-    if bad is not None:
-        raise ModelFileError(f"{path}: damaged: the entry {bad} does not match its checksum.")
+    if damaged_entry is not None:
+        raise ModelFileError(f"{path}: damaged: the entry {damaged_entry} does not match its checksum.")
 
 
-# Of use as long as a model from the file lives, whose classes keep their importer.
+# An entry lives as long as a model from the file: the classes of the model hold their importer.
 _importers: WeakValueCache[tuple[Path, int], Any] = WeakValueCache()
 
 
 def _importer(path: Path) -> Any:
-    """The importer of a package; one a file, since what one importer made cannot be written with another."""
+    """The importer of a package; one per file, because what one importer made cannot be saved with another."""
     from nequip.model.saved_models.package import _suppress_package_importer_exporter_warnings
 
     path = path.resolve()
 
     def make() -> Any:
         with _suppress_package_importer_exporter_warnings():
-            return torch.package.PackageImporter(str(path))  # type: ignore[attr-defined]
+            return torch.package.PackageImporter(str(path))  # type: ignore[attr-defined]  # not exported in its stub
 
     return _importers.get((path, path.stat().st_mtime_ns), make)
 
@@ -130,7 +132,7 @@ def _load_package(path: Path) -> Any:
 
 
 def _other_nequip(path: Path, error: str) -> str:
-    """What to tell a reader whose NequIP builds a model with other tensors than the checkpoint holds."""
+    """Error message for a checkpoint whose tensors are not those of the model that the installed NequIP builds."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     versions: dict[str, Any] = checkpoint["hyper_parameters"]["info_dict"].get("versions", {})
     writer = ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
@@ -144,17 +146,17 @@ def _other_nequip(path: Path, error: str) -> str:
 def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     """Load a NequIP model, float or quantized, from a checkpoint, a package or a compiled file.
 
-    Checkpoints and packages are pickles: loading one runs what is in it.
+    Checkpoints and packages are pickles: loading one runs the code in it.
 
     Raises:
-        ModelFileError: for a file that is missing, truncated, of another kind, or written by a later version.
-        ValueError: for a device that is not there.
+        ModelFileError: if the file is missing, damaged, of another kind, or written by a later version.
+        ValueError: if the device is not available.
     """
     from nequip.model.saved_models.load_utils import load_saved_model
     from nequip.train.lightning import _SOLE_MODEL_KEY
 
     path = Path(path)
-    kind = _name_of(path)
+    kind = _suffix_of(path)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -174,13 +176,13 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise ModelFileError(f"{path}: {_other_nequip(path, str(error))}") from error
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(f"{path}: truncated, damaged, or not a NequIP model ({first}).") from error
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(f"{path}: truncated, damaged, or not a NequIP model ({cause}).") from error
     models = graph_models(loaded)
     if list(models) != [_SOLE_MODEL_KEY]:
         raise ModelFileError(f"{path}: holds {len(models)} models ({', '.join(models)}); only single ones can be read.")
     model = models[_SOLE_MODEL_KEY]
-    _own_state(model)
+    _install_state(model)
     state = state_of(model)
     if state is not None:
         check_format(state.notes.get("meta", {}), str(path))
@@ -192,19 +194,19 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     """Write a quantized model.
 
     Args:
-        model: quantized, and loaded from a file (which holds the data set, the training settings and the example that
-            a checkpoint and a package are made with).
+        model: quantized model that was loaded from a file. That file holds what a checkpoint or package needs besides
+            the model: data set, training settings, example structure.
         path: ``*.ckpt`` for a checkpoint of float weights on the quantized grid, to be compiled or packaged;
             ``*.nequip.zip`` for a package of integer codes. Nothing is left behind if writing fails.
 
     Raises:
-        ValueError: if the model is not quantized, or a file of this kind cannot be made of what it came from.
+        ValueError: if the model is not quantized, or a file of this kind cannot be made from the file it came from.
         FileNotFoundError: if the folder does not exist.
     """
     path = Path(path)
     if state_of(model) is None:
         raise ValueError("this model is not quantized: quantize it first.")
-    kind = _name_of(path)
+    kind = _suffix_of(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     source = model.__dict__.get(SOURCE)
@@ -225,7 +227,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
-    if _name_of(source) != CHECKPOINT:
+    if _suffix_of(source) != CHECKPOINT:
         raise ValueError(
             f"{path.name}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. "
             f"Write a {PACKAGE}."
@@ -237,14 +239,14 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     prefix = "model.sole_model."
     entries: dict[str, Any] = checkpoint["state_dict"]
-    own = model.state_dict()
-    _check_same_tensors(entries, own, prefix, source)
-    for name, value in own.items():
-        # Constants of e3nn's generated code are buffers or not, as the process that builds the model is set up.
+    model_entries = model.state_dict()
+    _check_same_tensors(entries, model_entries, prefix, source)
+    for name, value in model_entries.items():
+        # Whether constants of e3nn's generated code are buffers depends on the settings of the process.
         if "._tensor_constant" in name and prefix + name not in entries:
             continue
         entries[prefix + name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
-    # Averaged weights, where there are any, are what inference takes: in NequIP's order of the parameters.
+    # Inference takes the averaged weights, if there are any. They are stored in the order of the parameters.
     if "ema.ema_weight_0" in entries:
         for name in [name for name in entries if name.startswith("ema.ema_weight_")]:
             del entries[name]
@@ -261,19 +263,19 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     torch.save(checkpoint, path)
 
 
-def _check_same_tensors(entries: dict[str, Any], own: dict[str, Any], prefix: str, source: Path) -> None:
-    """Refuse to write a model into a checkpoint of another one.
+def _check_same_tensors(entries: dict[str, Any], model_entries: dict[str, Any], prefix: str, source: Path) -> None:
+    """Refuse to write a model into the checkpoint of another model.
 
     Raises:
-        ModelFileError: naming the tensors of the checkpoint that the model has not, or has in another shape.
+        ModelFileError: if the model lacks tensors of the checkpoint or has them in another shape; names them.
     """
     differing = []
     for name, value in entries.items():
         if not name.startswith(prefix) or not isinstance(value, Tensor) or name.endswith("_extra_state"):
             continue
-        ours = own.get(name.removeprefix(prefix))
-        # Constants of e3nn's generated code are buffers or not, as the process that builds the model is set up.
-        if "._tensor_constant" not in name and (ours is None or ours.shape != value.shape):
+        counterpart = model_entries.get(name.removeprefix(prefix))
+        # Whether constants of e3nn's generated code are buffers depends on the settings of the process.
+        if "._tensor_constant" not in name and (counterpart is None or counterpart.shape != value.shape):
             differing.append(f"{name.removeprefix(prefix)} {tuple(value.shape)}")
     if differing:
         raise ModelFileError(
@@ -286,12 +288,12 @@ def example_data(source: Path) -> Any:
     """The example structure that NequIP compiles with, from a checkpoint's training data or a package.
 
     Raises:
-        ModelFileError: if the training data of a checkpoint is not where it was.
+        ModelFileError: if the training data that a checkpoint names cannot be read.
     """
     from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
     from nequip.model.saved_models.package import data_dict_from_package
 
-    if _name_of(source) == PACKAGE:
+    if _suffix_of(source) == PACKAGE:
         return data_dict_from_package(str(source))
     from hydra.errors import InstantiationException
 
@@ -306,7 +308,7 @@ def example_data(source: Path) -> Any:
 
 
 def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
-    """Write the frozen model as a package with one copy of it, compressed."""
+    """Write a package with the frozen model, in one copy and compressed."""
     import copy
 
     from nequip.model.saved_models.package import _get_package_metadata, _suppress_package_importer_exporter_warnings
@@ -317,18 +319,18 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     from nequip.utils.versions.version_utils import get_version_safe
 
     frozen: Any = copy.deepcopy(model).cpu()
-    # By the model's own class: what comes from a package has to go back as the package's.
+    # By the model's own class: a model from a package has to be saved with the classes of the package.
     frozen.freeze_weights()
     frozen.__dict__.pop(SOURCE, None)
-    sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]
+    sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
     importers: tuple[Any, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
-        if _name_of(source) == PACKAGE:
+        if _suffix_of(source) == PACKAGE:
             importer = _importer(source)
             config = importer.load_text("model", "config.yaml")
             metadata = _get_package_metadata(importer)
-            # Classes that are only in the package come from there, ours from the installation.
+            # The package first, for classes that only it has; then the installation.
             importers = (importer, sys_importer)
             data = importer.load_pickle("model", "example_data.pkl")
         else:
@@ -341,7 +343,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
             metadata = {
                 "external_modules": {k: get_version_safe(k) for k in utils._EXTERNAL_MODULES},
                 "package_version_id": _CURRENT_NEQUIP_PACKAGE_VERSION,
-                "atom_types": dict(enumerate(frozen.type_names)),  # type: ignore[arg-type]
+                "atom_types": dict(enumerate(frozen.type_names)),
             }
             data = example_data(source)
         metadata["versions"] = get_current_code_versions(verbose=False)

@@ -1,13 +1,13 @@
-"""Freezing: float weights out, integer codes in; the self-connection folded by type where that is smaller.
+"""Freezing: integer codes replace float weights, and the self-connection is folded by type where that is smaller.
 
 **The fold** (our derivation). NequIP's self-connection is the bilinear map ``sum_uv W[u, v, w] x[u] a[v]`` of the node
-features x and the embedding a of the atom's type. There are only as many embeddings as types, so it equals one matrix
-a type, ``W_t[u, w] = sum_v W[u, v, w] a_t[v]``, exactly. The embedding handed to it becomes the one-hot type. At three
-types and 64 features this is 64 / 3 times fewer numbers. Folded matrices are new numbers, off the grid of the weights
-that were rounded, so they are stored with 16 bits. Models in float64 are not folded: they are deployed for agreement to
-more digits than that.
+features x and the embedding a of the atom's type. There are only as many embeddings as types, so it equals exactly one
+matrix per type, ``W_t[u, w] = sum_v W[u, v, w] a_t[v]``, applied to the one-hot type in place of the embedding. For
+three types and 64 features this is 64 / 3 times fewer numbers. Folded matrices are new numbers, off the grid of the
+rounded weights, so they are stored with 16 bits. Models in float64 are not folded, because they are deployed to agree
+to more digits than 16 bits give.
 
-This module is embedded in packages: it imports nothing but torch, NequIP and the core.
+This module is embedded in packages: it imports only torch, NequIP and the core.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from gaq_nequip.sites import class_name, find_sites
 __all__ = ["FOLD_BITS", "FoldedSelfConnection", "OneHotTypeEmbed", "freeze"]
 
 FOLD_BITS = 16
-"""Bits of the folded matrices: their rounding is then far below that of the weights they come from."""
+"""Bits of the folded matrices; their rounding error is then far below that of the weights they come from."""
 
 
 class OneHotTypeEmbed(NodeTypeEmbed):
-    """NequIP's type embedding that hands the one-hot type, not the embedding, to the folded self-connections."""
+    """NequIP's type embedding that gives the folded self-connections the one-hot type in place of the embedding."""
 
     gaq_host_class = "NodeTypeEmbed"
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
         types = data[AtomicDataDict.ATOM_TYPE_KEY].view(-1)
         embedding = self.embed_module(types)
-        every = torch.arange(self.num_types, device=types.device)
-        data[AtomicDataDict.NODE_ATTRS_KEY] = (types.unsqueeze(-1) == every).to(embedding.dtype)
+        all_types = torch.arange(self.num_types, device=types.device)
+        data[AtomicDataDict.NODE_ATTRS_KEY] = (types.unsqueeze(-1) == all_types).to(embedding.dtype)
         if self.set_features:
             data[AtomicDataDict.NODE_FEATURES_KEY] = embedding
         return data
 
 
 class FoldedSelfConnection(torch.nn.Module):
-    """A self-connection as one matrix a type and path.
+    """A self-connection as one matrix per type and path.
 
     Args:
-        product: the fully connected tensor product.
+        product: the self-connection, a fully connected tensor product.
         weight: its rounded weight, flat.
         embedding: rounded embeddings of the types, shape (types, embedding).
     """
@@ -89,16 +89,16 @@ class FoldedSelfConnection(torch.nn.Module):
         self.register_buffer("placeholder", torch.empty(0, dtype=weight.dtype), persistent=False)
 
     def forward(self, x: Tensor, types: Tensor) -> Tensor:
-        """Output features, shape (atoms, irreps_out.dim), of features and one-hot types, shape (atoms, types)."""
+        """Output features, shape (atoms, irreps_out.dim), from features and one-hot types, shape (atoms, types)."""
         x = self.input_quantizer(x)
         weight = self.weight_quantizer(self.placeholder)
         pieces: dict[int, Tensor] = {}
         for first, u, dim, begin, w, start, size in self.paths:
             matrix = weight[begin : begin + size].view(u, self.types * w)
-            rows = x[:, first : first + u * dim].reshape(-1, u, dim).transpose(1, 2)
+            rows = x[:, first : first + u * dim].reshape(-1, u, dim).transpose(1, 2)  # (atoms, dim, u)
             all_types = torch.matmul(rows, matrix).view(-1, dim, self.types, w)
-            own = (all_types * types.view(-1, 1, self.types, 1)).sum(2)
-            piece = own.transpose(1, 2).reshape(-1, w * dim)
+            of_type = (all_types * types.view(-1, 1, self.types, 1)).sum(2)  # (atoms, dim, w)
+            piece = of_type.transpose(1, 2).reshape(-1, w * dim)
             pieces[start] = pieces[start] + piece if start in pieces else piece
         parts: list[Tensor] = []
         filled = 0
@@ -113,46 +113,48 @@ class FoldedSelfConnection(torch.nn.Module):
 
 
 def _pack(module: Any, parameter: str, quantizer: WeightQuantizer) -> PackedWeight:
-    """The codes of a parameter, which is then taken out of its module."""
+    """Take a parameter out of its module, and return its codes."""
     weight = module.weights[int(parameter.split(".")[1])] if "." in parameter else module._parameters[parameter]
     packed = PackedWeight(quantizer.quantized(weight.detach())).to(weight.device)
     if "." not in parameter:
         del module._parameters[parameter]
-        # What is left says which dtype to compute in, and moves with the module.
+        # The empty buffer tells the dtype to compute in, and moves with the module.
         module._buffers[parameter] = torch.empty(0, dtype=weight.dtype, device=weight.device)
         module._non_persistent_buffers_set.add(parameter)
     return packed
 
 
-def _foldable(model: torch.nn.Module, sites: list[Site]) -> tuple[str, Any] | None:
-    """Name and module of the type embedding, if every self-connection can be folded and becomes smaller by it.
+def _foldable(model: torch.nn.Module, sites: list[Site]) -> Any:
+    """The module of the type embedding, if every self-connection can be folded and becomes smaller; else None.
 
-    Never in float64, where the rounding of the fold would be the largest error of a compiled model.
+    Models in float64 are never folded: the rounding of the fold would be the largest error of a compiled model.
     """
-    embeds = [(name, m) for name, m in model.named_modules() if class_name(m) == "NodeTypeEmbed"]
+    embeds: list[Any] = [m for m in model.modules() if class_name(m) == "NodeTypeEmbed"]
     products = [site for site in sites if site.kind == "tensor_product"]
     if len(embeds) != 1 or not products:
         return None
-    name, embed = embeds[0]
+    embed = embeds[0]
     if embed.do_categorical_graph_field_embed or embed.embed_module.weight.dtype == torch.float64:
         return None
     for site in products:
+        product: Any = site.module
         quantizers = list(site_quantizers(site).values())
-        modes = {ins.connection_mode for ins in site.module.instructions}  # type: ignore[union-attr]
-        scalars = all(ir.l == 0 for _, ir in site.module.irreps_in2)  # type: ignore[union-attr]
+        modes = {ins.connection_mode for ins in product.instructions}
+        scalars = all(ir.l == 0 for _, ir in product.irreps_in2)
         if not quantizers or not is_kind(quantizers[0], WeightQuantizer) or modes != {"uvw"} or not scalars:
             return None
-        # Other products of the attributes keep the embedding they were made for.
+        # Other products read the embedding itself.
         if not site.name.endswith(".conv.sc"):
             return None
-        features = int(site.module.irreps_in2.dim)  # type: ignore[union-attr,arg-type]
+        features = int(product.irreps_in2.dim)
         if embed.num_types * FOLD_BITS >= features * quantizers[0].bits:
             return None
-    return name, embed
+    return embed
 
 
 @torch.no_grad()
 def _fold(model: torch.nn.Module, sites: list[Site], embed: Any) -> None:
+    """Replace the self-connections by folded ones, and make the type embedding give the one-hot type."""
     table = embed.embed_module.weight
     if hasattr(embed.embed_module, "weight_quantizer"):
         table = embed.embed_module.weight_quantizer(table)
@@ -172,11 +174,11 @@ def _fold(model: torch.nn.Module, sites: list[Site], embed: Any) -> None:
 
 
 def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
-    """Keep of every rounded weight its codes and scales only, in place. The model can only be evaluated afterwards.
+    """Replace every rounded weight by its codes and scales, in place. Afterwards the model can only be evaluated.
 
     Args:
-        model: quantized, in training or converted, holding the weights to deploy.
-        fold: whether to fold the self-connection by type where that is smaller (and the model is not in float64).
+        model: quantized model, in training or converted, with the weights to deploy.
+        fold: whether to fold the self-connection by type where that is smaller and the model is not in float64.
 
     Returns:
         The same model.
@@ -192,8 +194,8 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
     finish_features(model)
     state.notes["float_weight_bytes"] = 4 * sum(p.numel() for p in model.parameters())
     sites = find_sites(model)
-    if fold and (found := _foldable(model, sites)) is not None:
-        _fold(model, sites, found[1])
+    if fold and (embedding := _foldable(model, sites)) is not None:
+        _fold(model, sites, embedding)
         sites = [site for site in sites if site.kind != "tensor_product"]
     for site in sites:
         for weight in site.weights:

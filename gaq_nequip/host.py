@@ -1,9 +1,9 @@
-"""NequIP's process-wide settings: held while this package calls NequIP, and put back afterwards.
+"""NequIP's process-wide settings: in force while this package calls NequIP, and restored afterwards.
 
-NequIP computes in an environment of its own (float64 as torch's default dtype, e3nn without TorchScript, seeds, options
-of the compiler, TF32 off), which it sets up once in a process and never leaves. A process that only loads a quantized
-model is not its own: what NequIP has changed is undone, its note that it was set up included, so that it sets up itself
-again when it is next used.
+NequIP computes with its own settings (float64 as torch's default dtype, e3nn without TorchScript, seeds, compiler
+options, TF32 off). It makes them once per process and never undoes them. A program that only loads a quantized model
+must not be left with them, so this module restores the earlier settings. It also resets NequIP's note that it was set
+up, so that NequIP makes its settings again when it is next used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["nequip_state"]
 
 @contextmanager
 def nequip_state() -> Iterator[None]:
-    """Within this context NequIP is set up; afterwards the process is as it was, also where the context raises."""
+    """Within this context NequIP is set up; afterwards the process is as before, also if the context raises."""
     with ExitStack() as stack:
         stack.enter_context(process.unchanged())
         stack.callback(workflow.set_workflow_state, workflow.get_workflow_state())
@@ -38,12 +38,13 @@ def nequip_state() -> Iterator[None]:
 
 @contextmanager
 def _set_up() -> Iterator[None]:
+    """Within this context NequIP's global state is set; afterwards the settings it changed are restored."""
     dynamo: Any = torch._dynamo.config
     flags = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
     before = {name: getattr(dynamo, name) for name in flags}
     optimizations = dict(e3nn.get_optimization_defaults())
     sharing = torch.multiprocessing.get_sharing_strategy()
-    # Setting is the only way to ask.
+    # Reading the present strategy is only possible by setting one.
     fusion = torch.jit.set_fusion_strategy(global_state._JIT_FUSION_STRATEGY)
     latest = dict(global_state._latest_global_config)
     try:
@@ -62,7 +63,7 @@ def _set_up() -> Iterator[None]:
 
 @contextmanager
 def _tf32_unchanged() -> Iterator[None]:
-    """NequIP sets the precision of products on GPUs at every load."""
+    """Restore the precision of matrix products on GPUs afterwards: NequIP sets it whenever it loads a model."""
     if not torch.cuda.is_available():
         yield
         return

@@ -1,4 +1,7 @@
-"""Putting quantizers into the modules of a NequIP or Allegro model. Embedded in packages, like `gaq_nequip.layers`."""
+"""Putting quantizers into the modules of a NequIP or Allegro model.
+
+Embedded in packages, like `gaq_nequip.layers`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,7 @@ import torch
 
 from gaq.config.schema import QuantizationConfig
 from gaq.model.sites import Site
-from gaq.model.state import (
-    is_kind,
-)
+from gaq.model.state import is_kind
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_nequip.attention import add_attention
@@ -39,15 +40,15 @@ _CLASSES: dict[str, type] = {
     "convnet": QuantizedConvNet,
     "gate": QuantizedGate,
 }
-
+"""The quantized class of each kind of site."""
 
 _ALLEGRO_KINDS = ("contracter", "tensor_track", "env_weighter")
 
 
 def _quantized_class(kind: str) -> type:
     if kind in _ALLEGRO_KINDS:
-        # Allegro is an extension of its own and need not be there; a packager, which reads imports from the source,
-        # would ask for it.
+        # Allegro is an extension that need not be installed. It is imported by name, because the packager reads import
+        # statements from the source and would ask for Allegro.
         classes: dict[str, type] = importlib.import_module("gaq_nequip.allegro_layers").CLASSES
         return classes[kind]
     return _CLASSES[kind]
@@ -58,8 +59,8 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
 
     Args:
         site: the module and its layout.
-        weights: a quantizer for each weight to round, by `gaq.model.sites.WeightSite.path`; may be empty.
-        features: of the input, or None.
+        weights: quantizers of the weights to round, by `gaq.model.sites.WeightSite.path`; may be empty.
+        features: quantizer of the input, or None.
     """
     if not weights and features is None:
         return
@@ -80,22 +81,22 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
     elif site.kind == "tensor_track" and not hasattr(module, "weight_quantizer"):
         module.weight_quantizer = torch.nn.Identity()
         module.input_quantizer = torch.nn.Identity()
-    if site.kind != "attention":  # which calls its quantizer as it is
+    if site.kind != "attention":  # it calls its quantizer without a change of class
         module.__class__ = _quantized_class(site.kind)
 
 
 def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
-    """The weight quantizers or packed weights now in a site, by `gaq.model.sites.WeightSite.path`."""
+    """The weight quantizers or packed weights in a site, by `gaq.model.sites.WeightSite.path`."""
     module: Any = site.module
     if site.kind == "deep_linear":
-        present = list(getattr(module, "weights_quantizers", []))
+        quantizers = list(getattr(module, "weights_quantizers", []))
     else:
-        present = [getattr(module, "weight_quantizer", None)] if site.weights else []
-    return {w.path: q for w, q in zip(site.weights, present, strict=False) if q is not None}
+        quantizers = [getattr(module, "weight_quantizer", None)] if site.weights else []
+    return {w.path: q for w, q in zip(site.weights, quantizers, strict=False) if q is not None}
 
 
 def configure_attention(model: torch.nn.Module, config: QuantizationConfig) -> None:
-    """Apply the key ``attention``: give a model attention over messages where asked for, and set up what it has."""
+    """Apply the key ``attention``: add attention over messages if asked for, and configure the attention there is."""
     if config.attention is None:
         return
     if config.attention.messages:

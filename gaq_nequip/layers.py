@@ -1,10 +1,10 @@
-"""Quantized forms of the weight-carrying modules of NequIP, put in place by changing a module's class.
+"""Quantized forms of NequIP's modules, put in place by changing a module's class.
 
-Parameters keep their names and their order, which NequIP's checkpoints and its exponential moving average rely on.
-Each class holds no state but its quantizers: a `FeatureQuantizer` under ``input_quantizer`` and, for each weight, a
-`WeightQuantizer` (in training, and after conversion) or a `PackedWeight` (once frozen).
+Parameters keep their names and their order, because NequIP's checkpoints and its exponential moving average rely on
+them. The only state that a class adds are quantizers: a `FeatureQuantizer` under ``input_quantizer`` and, for each
+weight, a `WeightQuantizer` (in training and after conversion) or a `PackedWeight` (once frozen).
 
-This module is embedded in packages: it imports nothing but torch, e3nn, NequIP and the core.
+This module is embedded in packages: it imports only torch, e3nn, NequIP and the core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class QuantizedLinear(Linear):
     gaq_host_class = "Linear"
 
     def forward(self, features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        del weight, bias  # shared, internal weights only
+        del weight, bias  # sites have shared, internal weights only
         return self._compiled_main(self.input_quantizer(features), self.weight_quantizer(self.weight), self.bias)
 
 
@@ -69,9 +69,9 @@ class QuantizedDeepLinear(DeepLinearMLP):
     gaq_host_class = "DeepLinearMLP"
 
     def forward(self, input: Tensor) -> Tensor:
-        # Frozen, nothing but the dtype of a weight is left to hand over.
-        own = list(self.weights) or [self.alpha] * len(self.weights_quantizers)
-        weights = [q(w) for q, w in zip(self.weights_quantizers, own, strict=True)]
+        # A frozen layer has no weights left; its packed weights need a tensor of the right dtype only.
+        parameters = list(self.weights) or [self.alpha] * len(self.weights_quantizers)
+        weights = [q(w) for q, w in zip(self.weights_quantizers, parameters, strict=True)]
         return torch.mm(self.input_quantizer(input), torch.linalg.multi_dot(weights) * self.alpha)
 
 
@@ -85,7 +85,7 @@ class QuantizedEmbedding(torch.nn.Embedding):
 
 
 class QuantizedConvNet(ConvNetLayer):
-    """NequIP's `ConvNetLayer` whose output, the node features of the next layer, is rounded."""
+    """NequIP's `ConvNetLayer` with rounded output, which is the node features that later layers read."""
 
     gaq_host_class = "ConvNetLayer"
 
@@ -97,7 +97,7 @@ class QuantizedConvNet(ConvNetLayer):
 
 
 class QuantizedGate(Gate):
-    """e3nn's `Gate` that reads rounded scalars and gates."""
+    """`e3nn.nn.Gate` with rounded scalars and gates."""
 
     gaq_host_class = "Gate"
 
@@ -106,7 +106,7 @@ class QuantizedGate(Gate):
 
 
 class SecondInput(torch.nn.Module):
-    """A second input of a module, with its quantizer."""
+    """Rounds a further input of a module whose ``input_quantizer`` belongs to another input."""
 
     def __init__(self, quantizer: FeatureQuantizer) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The quantized NequIP model: quantizers in, and weights rounded for good."""
+"""The quantized NequIP model: inserting quantizers, and rounding the weights for good."""
 
 from __future__ import annotations
 
@@ -28,24 +28,28 @@ from gaq_nequip import insertion, root
 from gaq_nequip.sites import class_name, find_sites
 from gaq_nequip.weights import weight_quantizers
 
-__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "search_ranges"]
+__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "quantized_models", "search_ranges"]
 
 SUPPORTED = ("GraphModel", "CompileGraphModel")
 
 
 def graph_models(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The complete models in what NequIP built: itself, or those of a `ModuleDict`, by key."""
+    """The complete models in what NequIP built, by key: those of a `ModuleDict`, or the model itself under ''."""
     if getattr(model, "is_graph_model", False):
         return {"": model}
-    return {name: m for name, m in model.items()} if isinstance(model, torch.nn.ModuleDict) else {}  # noqa: C416
+    return dict(model.items()) if isinstance(model, torch.nn.ModuleDict) else {}
+
+
+def quantized_models(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The quantized ones among the `graph_models`."""
+    return [m for m in graph_models(model).values() if state_of(m) is not None]
 
 
 def check_supported(model: torch.nn.Module) -> None:
     """Refuse models that cannot be quantized, with the reason.
 
     Raises:
-        ValueError: for anything but a complete model of NequIP's own root class, and for modules that an
-            acceleration has replaced.
+        ValueError: if the root is not one of NequIP's complete models, or an acceleration has replaced modules.
     """
     if class_name(model) not in SUPPORTED:
         raise ValueError(
@@ -61,7 +65,7 @@ def check_supported(model: torch.nn.Module) -> None:
 
 
 class NequIPHost:
-    """See `gaq.model.insertion.Host`."""
+    """NequIP as a `gaq.model.insertion.Host`."""
 
     def check_supported(self, model: torch.nn.Module) -> None:
         check_supported(model)
@@ -79,7 +83,7 @@ class NequIPHost:
         return insertion.site_quantizers(site)
 
     def float_size(self, model: torch.nn.Module) -> shared.FloatSize:
-        # Of the weights alone: what a file holds besides them is mostly code.
+        # The weights alone are compared: the rest of a file is mostly code.
         return shared.FloatSize(lambda: 4 * sum(p.numel() for p in model.parameters()), of_a_file=False)
 
     def adopt(self, model: torch.nn.Module, state: ModelState) -> None:
@@ -105,8 +109,8 @@ def search_ranges(model: torch.nn.Module) -> None:
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Round the weights for good, in place.
 
-    Afterwards every weight *is* its dequantized code, in the host's own parameter. The quantizers stay, with fixed
-    scales: rounding what is rounded changes nothing, and `gaq_nequip.freeze.freeze` reads the codes from them.
+    Afterwards every parameter holds its dequantized codes. The quantizers stay, with fixed scales: rounding a rounded
+    weight changes nothing, and `gaq_nequip.freeze.freeze` needs them to read the codes.
 
     Raises:
         ValueError: if the model is not prepared.
@@ -130,7 +134,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a model that computes in float64.
 
-    NequIP casts intermediate results to the dtype a module was built in, so that has to follow.
+    NequIP casts intermediate results to the dtype that a module was built with, so these attributes change as well.
     """
     double = copy.deepcopy(model).double()
     for module in double.modules():

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of NequIP's layers, which calibrated rounding needs."""
+"""Second moments of the inputs of NequIP's layers, for calibrated rounding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ __all__ = ["input_moments"]
 
 
 def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
+    """A forward pre-hook that adds ``x^T x`` of a layer's input to `moments`, one entry per weight block."""
     module: Any = site.module
 
     def add(index: int, moment: Tensor) -> None:
-        present = moments[index]
-        moments[index] = moment if present is None else present + moment
+        total = moments[index]
+        moments[index] = moment if total is None else total + moment
 
     def collect(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach().double()
@@ -28,8 +29,8 @@ def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
             add(0, x.T @ x)
             return
         slices = list(module.irreps_in.slices())
-        active = [i for i in module.instructions if i.i_in != -1 and 0 not in i.path_shape]
-        for index, instruction in enumerate(active):
+        weighted = [ins for ins in module.instructions if ins.i_in != -1 and 0 not in ins.path_shape]
+        for index, instruction in enumerate(weighted):
             inputs = instruction.path_shape[0]
             rows = x[:, slices[instruction.i_in]].reshape(x.shape[0], inputs, -1).transpose(1, 2).reshape(-1, inputs)
             add(index, rows.T @ rows)
@@ -38,19 +39,19 @@ def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
 
 
 def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
-    """``sum x x^T`` over atoms (or edges) and components, a matrix for each weight block.
+    """``sum x x^T`` over atoms (or edges) and components: one matrix for each weight block.
 
-    Self-connections have none: their input is a product of features and embedding, too wide for a matrix.
+    Self-connections have none: their input is the product of features and embedding, which is too wide for a matrix.
 
     Returns:
-        By parameter name, a list in the order of the blocks of its layout: shape (inputs, inputs).
+        By parameter name, one matrix of shape (inputs, inputs) for each block of the weight's layout, in its order.
     """
-    store: dict[str, list[Tensor | None]] = {}
+    moments_by_name: dict[str, list[Tensor | None]] = {}
     handles = []
     for site in find_sites(model):
         if site.kind in ("linear", "scalar_linear"):
             moments: list[Tensor | None] = [None] * len(site.weights[0].layout.blocks)
-            store[f"{site.name}.{site.weights[0].path}"] = moments
+            moments_by_name[f"{site.name}.{site.weights[0].path}"] = moments
             handles.append(site.module.register_forward_pre_hook(_collector(site, moments)))
     try:
         with unquantized(model):
@@ -59,4 +60,4 @@ def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, l
     finally:
         for handle in handles:
             handle.remove()
-    return store
+    return moments_by_name

@@ -1,4 +1,4 @@
-"""`PackedWeight`: a weight as integer codes and scales, dequantized where it is used."""
+"""A weight as integer codes and scales, dequantized where it is used. Embedded in packages."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from gaq.files.packing import pack
+from gaq.model.state import is_kind
 from gaq.quantizers.weights import QuantizedTensor
 
-__all__ = ["PackedWeight"]
+__all__ = ["PackedWeight", "widen_codes"]
 
 
 class PackedWeight(torch.nn.Module):
-    """Stands where a `gaq.quantizers.weights.WeightQuantizer` stood, with the codes of the weight it rounded.
+    """Takes the place of a `gaq.quantizers.weights.WeightQuantizer` and holds the codes of the weight it rounded.
 
-    The codes are buffers, never parameters: int8 or int16 where they have 8 or 16 bits, else packed
-    (`gaq.files.packing`) in uint8; the scales are bfloat16. `widen` trades bytes for time.
-    ``codes * scale`` is exact in float32 and float64, so that both give the weights that were trained.
+    The codes are buffers, never parameters: int8 or int16 if they have 8 or 16 bits, otherwise packed
+    (`gaq.files.packing`) in uint8. The scales are bfloat16. ``codes * scale`` is exact in float32 and float64, so both
+    give the weights that were trained. `widen` trades bytes for time.
+
+    Attributes:
+        whole: whether each code has an element of `codes` of its own.
 
     Args:
         tensor: codes and scales.
@@ -52,20 +56,20 @@ class PackedWeight(torch.nn.Module):
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale))
 
     def widen(self) -> None:
-        """Keep codes of more than 8 bits as int16, so that a step need not unpack them; fewer bits stay packed."""
+        """Keep codes of more than 8 bits as int16, so that steps need not unpack them; fewer bits stay packed."""
         if self.bits > 8 and not self.whole:
             self.codes = self.integers().to(torch.int16)
             self.whole = True
 
     def integers(self) -> Tensor:
-        """The codes, flat, in a type of integers that holds them."""
+        """The codes, flat, in an integer dtype that holds them."""
         if self.whole:
             return self.codes
         if self.bits == 4:
             nibbles = torch.stack((self.codes & 15, self.codes >> 4), dim=1).reshape(-1)[: self.numel]
-            # Two's complement of four bits: 8 ... 15 stand for -8 ... -1.
+            # Two's complement in four bits: 8 ... 15 stand for -8 ... -1.
             return (nibbles ^ 8).to(torch.int8) - 8
-        # A stream of bits: a code begins anywhere in a byte, and reaches at most into the second after it.
+        # A stream of bits: a code starts anywhere in a byte, and ends at most two bytes later.
         start = torch.arange(self.numel, device=self.codes.device, dtype=torch.int32) * self.bits
         first = start >> 3
         stream = torch.nn.functional.pad(self.codes, (0, 2)).to(torch.int32)
@@ -75,13 +79,13 @@ class PackedWeight(torch.nn.Module):
         return (wide ^ sign) - sign
 
     def tensor(self) -> QuantizedTensor:
-        """Codes and scales as they were given."""
+        """The codes and scales that the module was made from, on the CPU."""
         codes = self.integers().to(torch.int32).cpu().view(self.weight_shape)
         scale = self.scale.float().cpu()
         return QuantizedTensor(codes, scale, self.bits, self.layout, self.granularity, self.group_size)
 
     def forward(self, placeholder: Tensor) -> Tensor:
-        """The weight, in the dtype of the placeholder that stands where the parameter was."""
+        """The dequantized weight, in the dtype of the placeholder that has taken the place of the parameter."""
         codes = self.integers().to(placeholder.dtype)
         scale = self.scale.to(placeholder.dtype)
         parts = []
@@ -90,3 +94,10 @@ class PackedWeight(torch.nn.Module):
             step = scale[scale_offset : scale_offset + math.prod(scale_shape)].view(scale_shape)
             parts.append((piece * step).reshape(-1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.weight_shape)
+
+
+def widen_codes(model: torch.nn.Module) -> None:
+    """`PackedWeight.widen` for all packed weights of a model, in place: a compiled model reads codes in every step."""
+    for module in model.modules():
+        if is_kind(module, PackedWeight):
+            module.widen()

@@ -23,20 +23,20 @@ from gaq.model.state import StoredState, is_kind, require_state, same_grid, sett
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_nequip.freeze import freeze
-from gaq_nequip.packed import PackedWeight
+from gaq_nequip.packed import PackedWeight, widen_codes
 from gaq_nequip.weights import hold_scales, settle_species, weight_quantizers
 
-__all__ = ["COMPILES", "QuantizedCompileGraphModel", "QuantizedGraphModel", "adopt", "stored_state"]
+__all__ = ["COMPILES", "QuantizedCompileGraphModel", "QuantizedGraphModel", "adopt", "eager", "stored_state"]
 
 COMPILES = "gaq_compiles"
-"""Attribute of a model that is built to be compiled and not to be trained."""
+"""Name of an attribute: whether the model was built to be compiled, and not to be trained."""
 
 
 def stored_state(model: torch.nn.Module) -> StoredState:
     """The quantization of a model as a checkpoint keeps it.
 
-    Of weights in training it holds the scales with which they were trained and evaluated. The averaged weights in it
-    are averages of rounded ones: a scale taken from them would not be that of the codes they are averages of.
+    For weights in training it includes the scales with which they were trained and evaluated. The averaged weights of a
+    checkpoint are averages of rounded weights, so a scale computed from them would differ from that of their codes.
     """
     state = require_state(model)
     stored = StoredState.of(model, dict(state.notes.get("meta", {})), weight_quantizers(model))
@@ -45,11 +45,11 @@ def stored_state(model: torch.nn.Module) -> StoredState:
 
 
 class _QuantizedRoot:
-    """What the root of a quantized model has more than NequIP's."""
+    """What the root of a quantized model adds to NequIP's: quantization in states, metadata and packages."""
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; in evaluation scales are held."""
-        super().train(mode)  # type: ignore[misc]  # of the host's class, which comes after this one
+        super().train(mode)  # type: ignore[misc]  # of the NequIP class that the subclasses inherit as well
         model: Any = self
         state = state_of(model)
         if state is None:
@@ -60,58 +60,58 @@ class _QuantizedRoot:
                 settle_species(model)
         for module in model.modules():
             if is_kind(module, FeatureQuantizer):
-                # Only training differentiates forces again; the rest takes the fused path.
+                # Only training differentiates forces again; evaluation can take the fused path.
                 module.differentiable_twice = mode
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Configuration and ranges, as bytes, so that checkpoints keep them."""
+        """Configuration and ranges as JSON text in a tensor of bytes, so that checkpoints keep them."""
         model: Any = self
         text = json.dumps(stored_state(model).to_json()) if state_of(model) is not None else ""
         return torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the ranges of the model the state comes from.
+        """Load the ranges of the model that the state comes from.
 
         Raises:
             ValueError: if that model was quantized with other settings.
         """
         model: Any = self
         text = bytes(state.cpu().numpy().tobytes()).decode().strip()
-        own = state_of(model)
-        if not text or own is None:
+        model_state = state_of(model)
+        if not text or model_state is None:
             return
         stored = StoredState.from_json(json.loads(text))
-        if not same_grid(own.config.to_dict(), stored.meta["config"]):
+        if not same_grid(model_state.config.to_dict(), stored.meta["config"]):
             raise ValueError(
                 "this checkpoint was written with other quantization settings "
-                f"(preset {stored.meta['config']['preset']}) than the ones given (preset {own.config.preset}). "
+                f"(preset {stored.meta['config']['preset']}) than the ones given (preset {model_state.config.preset}). "
                 "Restart with the settings it was written with, or start a new run from its float model."
             )
-        own.resumed = True
-        own.status = stored.meta["status"]
-        if own.status != "training":
+        model_state.resumed = True
+        model_state.status = stored.meta["status"]
+        if model_state.status != "training":
             settle_codes(model)
-        own.notes = dict(stored.meta.get("notes", {}))
-        own.weights = dict(stored.weights)
+        model_state.notes = dict(stored.meta.get("notes", {}))
+        model_state.weights = dict(stored.weights)
         stored.load_ranges(model, weight_quantizers(model))
-        own.holds_scales = bool(stored.steps)
+        model_state.holds_scales = bool(stored.steps)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """NequIP's metadata, and what a compiled file is to say about its quantization."""
+        """NequIP's metadata, and what a compiled file says about its quantization."""
         model: Any = self
-        found: dict[str, str] = dict(super().metadata)  # type: ignore[misc]  # of the host's class
+        facts: dict[str, str] = dict(super().metadata)  # type: ignore[misc]  # of the NequIP class, as in `train`
         state = state_of(model)
         if state is not None:
-            found["gaq_preset"] = state.config.preset
-            found["gaq_status"] = state.status
-            found["gaq_config"] = json.dumps(state.config.to_dict())
-            found.update(_size_metadata(model))
-        return found
+            facts["gaq_preset"] = state.config.preset
+            facts["gaq_status"] = state.status
+            facts["gaq_config"] = json.dumps(state.config.to_dict())
+            facts.update(_size_metadata(model))
+        return facts
 
     def freeze_weights(self) -> Any:
-        """`gaq_nequip.freeze.freeze` of the model, as the package it may come from has it."""
+        """Freeze the model in place by the `gaq_nequip.freeze.freeze` of its own package, if it comes from one."""
         model: Any = self
         return freeze(model)
 
@@ -120,18 +120,17 @@ class _QuantizedRoot:
     def enable_GAQInt8(cls, model: torch.nn.Module) -> torch.nn.Module:
         """Replace the weights by their integer codes and scales, and fold the self-connection where that is smaller.
 
-        For ``nequip-compile --modifiers enable_GAQInt8``; the model can only be evaluated afterwards. Codes of 9 to 15
-        bits are kept as int16: they are read in every step.
+        For ``nequip-compile --modifiers enable_GAQInt8``. Afterwards the model can only be evaluated. Codes of 9 to 15
+        bits are kept as int16, because every step reads them.
         """
-        own: Any = model
-        frozen = own.freeze_weights()
-        for module in frozen.modules():
-            if is_kind(module, PackedWeight):
-                module.widen()
+        quantized: Any = model
+        frozen: torch.nn.Module = quantized.freeze_weights()
+        widen_codes(frozen)
         return frozen
 
 
 def _size_metadata(model: torch.nn.Module) -> dict[str, str]:
+    """Bytes of the weights, and whether the self-connection is folded; empty unless the model is frozen."""
     packed = [m for m in model.modules() if is_kind(m, PackedWeight)]
     if not packed:
         return {}
@@ -149,12 +148,13 @@ class QuantizedGraphModel(_QuantizedRoot, GraphModel):
 
 
 class _LastingDetach(TorchFunctionMode):
-    """Writes `Tensor.detach` so that a graph traced for training keeps it.
+    """Replaces `Tensor.detach` while a graph is traced for training, so that the graph keeps its effect.
 
-    NequIP traces with a table of decompositions that makes ``aten.detach`` an alias. It has to: the backward pass in
-    the graph reads saved results through such nodes, and is differentiated again. But the straight-through estimator
-    ``x + (round(x) - x).detach()`` with the detach gone has a gradient of exactly zero, and nothing would be trained.
-    Reading the bits as integers and back says the same in operations that stay: integers have no gradient.
+    NequIP traces with a table of decompositions that turns ``aten.detach`` into an alias. It has to: the backward pass
+    in the graph reads saved results through such nodes, and is differentiated again. But without the detach the
+    straight-through estimator ``x + (round(x) - x).detach()`` has a gradient of exactly zero, and nothing would be
+    trained. Viewing the bits as integers and back has the same effect in operations that the graph keeps, because
+    integers have no gradient.
     """
 
     def __torch_function__(
@@ -170,9 +170,9 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 @contextmanager
 def _lasting_detach(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context every call of the model itself, but not of a graph made from it, is in `_LastingDetach`.
+    """Within this context calls of the model run under `_LastingDetach`; calls of a graph made from it do not.
 
-    Dynamo ties what it compiles to the modes that are active, so the mode must not be around the compilation.
+    Dynamo ties what it compiles to the active modes, so the mode must not be active during compilation.
     """
     mode = _LastingDetach()
 
@@ -191,7 +191,7 @@ def _lasting_detach(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _step(quantizer: FeatureQuantizer) -> float:
-    """The coarsest step of what a quantizer rounds, relative to its range; 0 if it rounds nothing."""
+    """The coarsest step of a quantizer relative to its range; 0 if it rounds nothing."""
     steps = [0.0]
     if quantizer.round_scalars and quantizer.scalars_enabled:
         steps.append(1.0 / quantizer.scalar_top)
@@ -205,32 +205,33 @@ def _step(quantizer: FeatureQuantizer) -> float:
 class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
     """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages.
 
-    Weights, scales and ranges are inputs of the compiled graph. What quantizers are told by plain attributes is fixed
-    when it is traced, so there is a graph for each state of these: training and evaluation differ where features are
+    Weights, scales and ranges are inputs of the compiled graph. Plain attributes of quantizers are fixed when the graph
+    is traced, so there is one graph for each combination of them: training and evaluation differ where features are
     rounded, and so does training before and after a branch is switched.
     """
 
     gaq_host_class = "CompileGraphModel"
 
     def _switches(self) -> tuple[Any, ...]:
-        found: list[Any] = []
+        """The attributes of all quantizers that a graph fixes when it is traced."""
+        switches: list[Any] = []
         for module in self.modules():
             if is_kind(module, FeatureQuantizer):
-                found.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
-                found.append((module.differentiable_twice, getattr(module, "calibrated", True)))
+                switches.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
+                switches.append((module.differentiable_twice, getattr(module, "calibrated", True)))
             elif is_kind(module, WeightQuantizer):
-                found.append((module.enabled, module.scale_is_fixed, getattr(module, "held", False)))
-        return tuple(found)
+                switches.append((module.enabled, module.scale_is_fixed, getattr(module, "held", False)))
+        return tuple(switches)
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
         graphs: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("gaq_graphs", {})
         switches = self._switches()
-        own = graphs.pop(switches, {})
-        graphs[switches] = own
-        # Training and validation take turns; a state of the schedule that is over does not come back.
+        graph = graphs.pop(switches, {})
+        graphs[switches] = graph
+        # Two are enough: training and validation alternate, and past stages of the schedule do not return.
         if len(graphs) > 2:
             del graphs[next(iter(graphs))]
-        self._compiled_cache = (own,)
+        self._compiled_cache = (graph,)
         return super().forward(data)
 
     def _compile_variant(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> None:
@@ -238,21 +239,21 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
             with _lasting_detach(self.model):
                 super()._compile_variant(data, input_signature, cache)
         except AssertionError:
-            # NequIP asks the graph to agree with the modules more closely than one step of the rounding of features.
-            # Their sums differ in the last bit, and a feature on the edge of two steps is then rounded to the other.
+            # NequIP requires the graph to agree with the modules more closely than one rounding step of the features.
+            # But sums differ in the last bit, and a feature on the edge of two steps may then be rounded to the other.
             if input_signature not in cache or not self._agrees(data, input_signature, cache):
                 raise
 
     def _agrees(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> bool:
-        """Whether a graph gives the labels in the data as the modules do, up to a few steps of the rounding."""
+        """Whether graph and modules predict the labels in the data alike, up to a few rounding steps."""
         tolerance = 4.0 * max([_step(m) for m in self.modules() if is_kind(m, FeatureQuantizer)], default=0.0)
         compiled, output_fields = cache[input_signature]
         inputs = {key: data[key] for key in input_signature}
-        found = self._compiled_forward(inputs, compiled, input_signature, output_fields)
-        wanted = self.model(inputs)
+        of_graph = self._compiled_forward(inputs, compiled, input_signature, output_fields)
+        of_modules = self.model(inputs)
         for key in set(output_fields) & data.keys():
-            expected = wanted[key].detach().double()
-            error = (found[key].detach().double() - expected).abs()
+            expected = of_modules[key].detach().double()
+            error = (of_graph[key].detach().double() - expected).abs()
             if not bool((error <= tolerance * expected.abs().max().clamp_min(1.0)).all()):
                 return False
         return True
@@ -262,6 +263,18 @@ _ROOTS: dict[str, type] = {"GraphModel": QuantizedGraphModel, "CompileGraphModel
 
 
 def adopt(model: torch.nn.Module, state: Any) -> None:
-    """Make a model a quantized one, with this state."""
+    """Give a model its state, and its root the class that keeps it."""
     model.__class__ = _ROOTS[getattr(type(model), "gaq_host_class", type(model).__name__)]
     model.__dict__["gaq_state"] = state
+
+
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """Within this context a train-time compiled model evaluates its modules and not its compiled graph."""
+    before = model.__class__
+    if getattr(model, "is_compile_graph_model", False):
+        model.__class__ = QuantizedGraphModel
+    try:
+        yield
+    finally:
+        model.__class__ = before

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 
 from gaq.model import summary
-from gaq.model.state import (
-    feature_quantizers,
-    state_of,
-)
+from gaq.model.state import feature_quantizers, state_of
 from gaq.model.summary_table import SummaryRow
 from gaq_nequip.sites import bystanders, find_sites
 from gaq_nequip.weights import quantized_weights
@@ -19,9 +16,9 @@ __all__ = ["rows"]
 
 
 def rows(model: torch.nn.Module) -> list[SummaryRow]:
-    """A row a module, and one for each that is never quantized, with the reason."""
+    """One row per module, with the reason for those that are never quantized."""
     state = state_of(model)
-    found = summary.rows(
+    table = summary.rows(
         find_sites(model),
         state,
         dict(model.named_parameters()),
@@ -33,7 +30,7 @@ def rows(model: torch.nn.Module) -> list[SummaryRow]:
         if getattr(module, "gaq_folded", False):
             packed: Any = module.weight_quantizer
             scale = packed.scale.float()
-            found.append(
+            table.append(
                 SummaryRow(
                     name,
                     f"{packed.numel} weights",
@@ -44,4 +41,4 @@ def rows(model: torch.nn.Module) -> list[SummaryRow]:
                     "rounded, folded by type",
                 )
             )
-    return found
+    return table

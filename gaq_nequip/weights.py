@@ -1,21 +1,24 @@
-"""The rounded weights of a NequIP model, by parameter name. Embedded in packages, like `gaq_nequip.layers`."""
+"""The rounded weights of a NequIP model, by parameter name.
+
+Embedded in packages, like `gaq_nequip.layers`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gaq.model.state import (
-    is_kind,
-    require_state,
-)
+from gaq.model.state import is_kind, require_state
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightQuantizer
 from gaq_nequip.insertion import site_quantizers
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import find_sites
+
+Kind = TypeVar("Kind", bound=torch.nn.Module)
 
 __all__ = [
     "hold_codes",
@@ -30,28 +33,27 @@ __all__ = [
 
 
 def weight_quantizers(model: torch.nn.Module) -> dict[str, WeightQuantizer]:
-    """The weight quantizers of a model that still has its weights, by parameter name."""
-    found: dict[str, WeightQuantizer] = {}
-    for site in find_sites(model):
-        for path, quantizer in site_quantizers(site).items():
-            if is_kind(quantizer, WeightQuantizer):
-                found[f"{site.name}.{path}"] = quantizer
-    return found
+    """The weight quantizers of a model, by parameter name; a frozen model has none."""
+    return _in_sites(model, WeightQuantizer)
 
 
 def packed_weights(model: torch.nn.Module) -> dict[str, PackedWeight]:
-    """The packed weights of a frozen model, by the name its parameter had."""
-    found: dict[str, PackedWeight] = {}
-    for site in find_sites(model):
-        for path, packed in site_quantizers(site).items():
-            if is_kind(packed, PackedWeight):
-                found[f"{site.name}.{path}"] = packed
-    return found
+    """The packed weights of a frozen model, by the names that their parameters had."""
+    return _in_sites(model, PackedWeight)
+
+
+def _in_sites(model: torch.nn.Module, kind: type[Kind]) -> dict[str, Kind]:
+    return {
+        f"{site.name}.{path}": module
+        for site in find_sites(model)
+        for path, module in site_quantizers(site).items()
+        if is_kind(module, kind)
+    }
 
 
 @torch.no_grad()
 def settle_species(model: torch.nn.Module) -> None:
-    """Round the weights whose codes are chosen together for good, in place: a compiled file cannot choose any."""
+    """Round for good, in place, the weights whose codes are chosen together: a compiled file cannot choose codes."""
     parameters = dict(model.named_parameters())
     for name, quantizer in species_quantizers(model).items():
         if not quantizer.settled:
@@ -62,11 +64,11 @@ def settle_species(model: torch.nn.Module) -> None:
 
 
 def hold_scales(model: torch.nn.Module, fresh: bool = True) -> None:
-    """Take the scales of weights from the weights as they are now, and hold them.
+    """Compute the scales of all weights from the present weights, and hold them.
 
     Args:
-        model: in training.
-        fresh: whether scales that are held already are to be taken anew.
+        model: quantized model in training.
+        fresh: whether to compute again the scales that are held already.
     """
     parameters = dict(model.named_parameters())
     for name, quantizer in weight_quantizers(model).items():
@@ -75,38 +77,38 @@ def hold_scales(model: torch.nn.Module, fresh: bool = True) -> None:
 
 
 def species_quantizers(model: torch.nn.Module) -> dict[str, SpeciesWeightQuantizer]:
-    """The quantizers of weights whose codes are chosen together, by the names of their parameters."""
-    return {n: q for n, q in weight_quantizers(model).items() if is_kind(q, SpeciesWeightQuantizer)}
+    """The quantizers of the weights whose codes are chosen together, by parameter name."""
+    return _in_sites(model, SpeciesWeightQuantizer)
 
 
 def hold_codes(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Round weights whose codes are chosen together as they are rounded now, without choosing anew in every step.
+    """Hold the codes that are chosen together: choose them for the present weights, and not again in every step.
 
     Returns:
-        What was held before, for `release_codes`.
+        The offsets held before, by parameter name, for `release_codes`.
     """
     parameters = dict(model.named_parameters())
-    before = {}
+    offsets_before = {}
     for name, quantizer in species_quantizers(model).items():
-        before[name] = quantizer.offset
+        offsets_before[name] = quantizer.offset
         quantizer.hold(parameters[name])
-    return before
+    return offsets_before
 
 
-def release_codes(model: torch.nn.Module, before: Mapping[str, Tensor] | None = None) -> None:
-    """Choose codes for the weights as they are from now on, or go back to what was held before."""
+def release_codes(model: torch.nn.Module, offsets: Mapping[str, Tensor] | None = None) -> None:
+    """Go back to the offsets that `hold_codes` returned; without them, choose codes in every step from now on."""
     for name, quantizer in species_quantizers(model).items():
-        quantizer.release((before or {}).get(name))
+        quantizer.release((offsets or {}).get(name))
 
 
 def quantized_weights(model: torch.nn.Module) -> dict[str, QuantizedTensor]:
     """Codes and scales of every quantized weight, by parameter name."""
     require_state(model)
     parameters = dict(model.named_parameters())
-    found = {
+    tensors = {
         name: quantizer.quantized(parameters[name])
         for name, quantizer in weight_quantizers(model).items()
         if quantizer.enabled
     }
-    found.update({name: packed.tensor() for name, packed in packed_weights(model).items()})
-    return found
+    tensors.update({name: packed.tensor() for name, packed in packed_weights(model).items()})
+    return tensors

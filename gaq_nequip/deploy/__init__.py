@@ -1,1 +1,1 @@
-"""Deploying NequIP models: compile, check, slim, and say what came of it."""
+"""Deploying NequIP models: compile, check, slim, and print the sizes."""

@@ -1,20 +1,20 @@
-"""Compiled ``.nequip.pt2`` files: what is in them, and the same with less in it.
+"""Compiled ``.nequip.pt2`` files: their metadata and sizes, and how to make them smaller.
 
-Such a file is a zip archive that AOTInductor made. torch's loader reads of it, below one root folder of any name:
+Such a file is a zip archive made by AOTInductor. torch's loader reads these entries, below one root folder of any name:
 
 =====================================================  ========================================================
-``archive_format`` and ``_version``, ``byteorder``     what the archive says of itself, with ``.data/``
+``archive_format`` and ``_version``, ``byteorder``     a description of the archive, with ``.data/``
 ``data/aotinductor/model/NAME.so``                     the compiled model; its constants are ELF sections
-``data/aotinductor/model/NAME_metadata.json``          strings, NequIP's and ours
-``data/aotinductor/model/NAME.json``                   operators that are called through torch, where there are any
-``data/aotinductor/model/NAME.cpp``                    its name only, by which some versions find the metadata
+``data/aotinductor/model/NAME_metadata.json``          metadata: strings, NequIP's and ours
+``data/aotinductor/model/NAME.json``                   operators called through torch, if there are any
+``data/aotinductor/model/NAME.cpp``                    only its name, by which some versions find the metadata
 =====================================================  ========================================================
 
-and besides, on other devices or with other settings, compiled kernels, blobs of weights and custom objects. The root
-folder comes from the first two names of the archive, so a renamed file keeps working, and an entry outside of the
-root, as NequIP's list of libraries with custom operators is, must not stand among them.
+On other devices or with other settings there are also compiled kernels, blobs of weights and custom objects. The
+loader takes the root folder from the first two names of the archive. So a renamed file keeps working, but an entry
+outside of the root, such as NequIP's list of libraries with custom operators, must not be among those two.
 
-This module needs the standard library only.
+This module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _METADATA = "_metadata.json"
 _CONSTANT_SECTIONS = frozenset({b".lrodata", b".ldata"})
 _NOBITS = 8
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, IndexError, EOFError, OverflowError, RuntimeError)
-"""What reading a damaged archive, or a damaged library in it, may raise."""
+"""Errors that reading a damaged archive, or a damaged library in it, may raise."""
 
 
 class ArtefactError(ValueError):
-    """A file that is not a whole compiled model; says what was wrong with which file, and what to do instead."""
+    """A file is not a complete compiled model; the message names the file, what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class ArtefactSizes:
     """Where the bytes of a compiled file are.
 
     Attributes:
-        total: the file as it lies on the disk, compressed or not.
-        weights: constants of the model (parameters, buffers, tables), not compressed. In a library that is not 64-bit
-            ELF they cannot be told from the code, and count there.
-        code: the rest of the library, debug symbols among it, not compressed.
-        sources: generated C++ files and headers, not compressed.
-        other: everything else in the archive, not compressed.
+        total: the file on the disk, compressed or not.
+        weights: constants of the model (parameters, buffers, tables), before compression. In a library that is not
+            64-bit ELF they cannot be told from the code, and count as code.
+        code: the rest of the library with its debug symbols, before compression.
+        sources: generated C++ files and headers, before compression.
+        other: everything else in the archive, before compression.
     """
 
     total: int
@@ -71,18 +71,18 @@ class ArtefactSizes:
 def slim(source: Path, target: Path) -> bool:
     """Write a smaller archive that computes the same, bit for bit, and loads in the same programs.
 
-    Debug symbols and C++ sources are left out and the rest is compressed; entries that are not known are kept. Doing it
-    twice gives the same bytes.
+    Debug symbols and C++ sources are left out and the rest is compressed; unknown entries are kept. Slimming a slimmed
+    file gives the same bytes.
 
     Args:
         source: compiled model.
-        target: file to write, which may be `source`; never seen half written.
+        target: file to write, which may be `source`; it is replaced at once, when it is complete.
 
     Returns:
         False if the library kept its symbols: there is no program ``strip``, or it cannot be used on this library.
 
     Raises:
-        ArtefactError: `source` is not a whole compiled model, or there is no folder for `target`.
+        ArtefactError: `source` is not a complete compiled model, or the folder of `target` does not exist.
         OSError: the file cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -106,7 +106,7 @@ def slim(source: Path, target: Path) -> bool:
                         data = archive.read(entry) if kept else b""
                     # No time stamp, so that equal models give equal files.
                     result.writestr(zipfile.ZipInfo(entry.filename), data, zipfile.ZIP_DEFLATED, compresslevel=9)
-        # mkstemp makes files that only their owner can read.
+        # mkstemp makes files that only the owner can read.
         shutil.copymode(source, temporary)
         temporary.replace(target)
     except BaseException:
@@ -119,7 +119,7 @@ def sections(path: Path) -> ArtefactSizes:
     """Where the bytes of a compiled file are.
 
     Raises:
-        ArtefactError: not a whole compiled model.
+        ArtefactError: the file is not a complete compiled model.
     """
     path = Path(path)
     with _reading(path) as archive:
@@ -143,12 +143,12 @@ def sections(path: Path) -> ArtefactSizes:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a compiled file says of itself: cutoff, types, inputs, device, and ours, whose keys begin with ``gaq``.
+    """Metadata of a compiled file: cutoff, types, inputs, device, and our own, whose keys begin with ``gaq``.
 
     No code of the file is loaded.
 
     Raises:
-        ArtefactError: not a whole compiled model, or one without metadata.
+        ArtefactError: the file is not a complete compiled model, or has no metadata.
     """
     path = Path(path)
     with _reading(path) as archive:
@@ -170,7 +170,7 @@ _AGAIN = "copy or compile it again"
 
 @contextmanager
 def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive, open; damage that shows while it is read becomes an `ArtefactError`."""
+    """Open the archive; damage that shows within the context becomes an `ArtefactError`."""
     if path.is_dir():
         raise ArtefactError(f"{path}: a folder; give a compiled model, made with {_COMPILE}.")
     if not path.is_file():
@@ -202,41 +202,41 @@ def _is_source(name: str) -> bool:
 
 
 def _library(archive: zipfile.ZipFile, path: Path) -> str:
-    """Name of the entry that torch would load."""
-    found = []
+    """Name of the library that torch would load."""
+    libraries = []
     for name in archive.namelist():
         inner = PurePosixPath(_below_root(name))
         if str(inner.parent) == _MODEL_FOLDER and inner.suffix == ".so":
-            found.append(name)
-    if not found:
+            libraries.append(name)
+    if not libraries:
         raise ArtefactError(
             f"{path}: a zip archive without a compiled library, such as a package (.nequip.zip); compile the model "
             f"with {_COMPILE}."
         )
-    # As torch does.
-    return found[-1]
+    # torch takes the last one.
+    return libraries[-1]
 
 
 def _kept(name: str, library: str) -> bool | None:
-    """True for an entry to keep, False for one whose name alone is needed, None for one to leave out."""
+    """True for an entry to keep, False for one to keep without its content, None for one to leave out."""
     stem = library.removesuffix(".so")
     if name == f"{stem}.cpp":
         return False
     if _is_source(name):
         return None
     beside = PurePosixPath(name).parent == PurePosixPath(library).parent
-    # The kernels' copy; torch reads that of the last source in the archive.
+    # A copy of the metadata for the kernels; torch reads the one that belongs to the last source in the archive.
     if beside and name.endswith(f".kernel{_METADATA}") and not stem.endswith(".kernel"):
         return None
     return True
 
 
 def _strip(code: bytes) -> bytes | None:
-    """The library without what only debuggers and linkers read; None if that cannot be done here."""
+    """The library without what only debuggers and linkers read; None if it cannot be stripped here."""
     program = shutil.which("strip")
     embedded, appended = _constants(code)
-    # Very large constants follow the ELF file, where `strip` would cut them off; without any, nothing shows that they
-    # came through.
+    # Very large constants follow the ELF file, where `strip` would cut them off. And without embedded constants there
+    # is nothing to compare, to check that `strip` did no harm.
     if program is None or appended or not embedded:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -250,14 +250,14 @@ def _strip(code: bytes) -> bytes | None:
 
 
 def _constants(code: bytes) -> tuple[Sequence[bytes], bytes]:
-    """The sections that hold the constants, and what is appended to the ELF file; both empty if it is not one."""
-    # 64 bits, little-endian: all that AOTInductor makes for Linux.
+    """The sections with the constants, and the bytes after the end of the ELF file; both empty for other files."""
+    # 64 bits, little-endian: what AOTInductor makes for Linux.
     if code[:6] != b"\x7fELF\x02\x01":
         return (), b""
     offset, size, count, names = struct.unpack_from("<Q10xHHH", code, 40)
     headers = [struct.unpack_from("<IIQQQQ", code, offset + size * i) for i in range(count)]
     end = offset + size * count
-    found = []
+    constants = []
     for name, kind, _flags, _address, begin, length in headers:
         if kind == _NOBITS:
             continue
@@ -266,5 +266,5 @@ def _constants(code: bytes) -> tuple[Sequence[bytes], bytes]:
             raise zipfile.BadZipFile("the library in it is cut off")
         label = headers[names][4] + name
         if code[label : code.index(b"\0", label)] in _CONSTANT_SECTIONS:
-            found.append(code[begin : begin + length])
-    return tuple(found), code[end:]
+            constants.append(code[begin : begin + length])
+    return tuple(constants), code[end:]

@@ -1,4 +1,4 @@
-"""Whether a deployed file computes what the model does that it was made of."""
+"""Checking that a deployed file computes the same as the model it was made from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Check", "check", "default_tolerance"]
 
 @dataclass(frozen=True)
 class Check:
-    """How far a deployed file is from the model it was made of, on the example structure and distorted copies.
+    """Differences between a deployed file and its model, on the example structure and distorted copies.
 
     Attributes:
         energy: largest difference of the energy per atom, meV.
         forces: largest difference of a force component, meV/Å.
         force_scale: largest force component, meV/Å.
-        structures: number compared.
+        structures: number of structures compared.
     """
 
     energy: float
@@ -33,7 +33,10 @@ class Check:
 
 
 def check(model: Any, example: Any, deployed: Path, target: str, device: str) -> Check | None:
-    """Compare with the model; None for targets that ASE cannot run, whose graph is that of ``ase`` but for outputs."""
+    """Compare a deployed file with its model; None for a target that ASE cannot run.
+
+    The compiled graphs of such targets differ from that of ``ase`` in their outputs only.
+    """
     compiled = deployed.name.endswith(files.COMPILED)
     if compiled and target != "ase":
         return None
@@ -44,9 +47,9 @@ def check(model: Any, example: Any, deployed: Path, target: str, device: str) ->
 def default_tolerance(config: Any) -> float:
     """Allowed force difference, meV/Å, between a deployed file and its model.
 
-    Where activations are exact, the fold is all that differs: 0.5. Where they are rounded, a number that lies on
-    the edge between two steps may fall on the other side in another order of summation, and forces differ by the
-    rounding noise itself, which at 16 bits is below 5; coarser grids are printed, not judged.
+    With exact activations only the fold differs: 0.5. With rounded activations, a number on the edge between two steps
+    may fall to the other side in another order of summation. Forces then differ by the rounding noise itself, which is
+    below 5 at 16 bits. On coarser grids the difference is printed, not judged.
     """
     if not config.rounds_activations:
         return 0.5
@@ -59,14 +62,14 @@ def _structures(example: Any, count: int = 4, amplitude: float = 0.05) -> list[A
     """The example structure and copies of it with atoms moved at random by `amplitude` Å."""
     from nequip.data import to_ase
 
-    first = to_ase(example)[0]
-    first.info.clear()
-    first.calc = None
-    structures = [first]
+    original = to_ase(example)[0]
+    original.info.clear()
+    original.calc = None
+    structures = [original]
     for seed in range(count - 1):
-        other = first.copy()
-        other.rattle(amplitude, seed=seed)
-        structures.append(other)
+        distorted = original.copy()
+        distorted.rattle(amplitude, seed=seed)
+        structures.append(distorted)
     return structures
 
 

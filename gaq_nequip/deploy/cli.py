@@ -1,4 +1,4 @@
-"""The command ``nequip-deploy``: a quantized model to a small file that runs where this package is not installed.
+"""The command ``nequip-deploy``: makes a small file of a quantized model, which runs without this package.
 
     nequip-deploy build MODEL OUT [--target ase|pair_nequip|pair_allegro|batch] [--device cpu|cuda]
     nequip-deploy info FILE
@@ -23,7 +23,7 @@ PACKAGE, COMPILED = ".nequip.zip", ".nequip.pt2"
 
 
 class InputError(ValueError):
-    """Bad input: one line for the user, exit code 2."""
+    """Bad input; the command prints the message as one line and exits with code 2."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
     build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused kernel")
     build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
-    info = commands.add_parser("info", help="what a deployed file says of itself, and where its bytes are")
+    info = commands.add_parser("info", help="print the metadata of a deployed file and where its bytes are")
     info.add_argument("file")
     return parser
 
@@ -78,7 +78,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from gaq_nequip.deploy.compile import compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
 
-    # Loaded and frozen once: the model is what the deployed file is compared with, its frozen copy what is deployed.
+    # The frozen copy is deployed, and the result is compared with the model.
     model = files.load(source)
     state = state_of(model)
     if state is None:
@@ -96,13 +96,13 @@ def _build(arguments: argparse.Namespace) -> int:
         else:
             noise = default_tolerance(state.config) if state.config.rounds_activations else 0.0
             compile_model(frozen, example, trial, arguments.target, arguments.device, _fuses(arguments), noise)
-        found = check(model, example, trial, arguments.target, arguments.device)
-        print(table(sizes, source, trial, found, arguments.compare))
+        difference = check(model, example, trial, arguments.target, arguments.device)
+        print(table(sizes, source, trial, difference, arguments.compare))
         allowed = default_tolerance(state.config) if arguments.tolerance is None else arguments.tolerance
-        if found is not None and found.forces > allowed:
+        if difference is not None and difference.forces > allowed:
             print(
-                f"nequip-deploy: not written, because forces differ from the model by {found.forces:.3g} meV/Å, more "
-                f"than {allowed:g}. --tolerance sets another bound.",
+                f"nequip-deploy: not written, because forces differ from the model by {difference.forces:.3g} meV/Å, "
+                f"more than {allowed:g}. --tolerance sets another bound.",
                 file=sys.stderr,
             )
             return 1
@@ -112,7 +112,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _fuses(arguments: argparse.Namespace) -> bool:
-    """Whether convolutions are to go through the fused kernel; without a compiler AOTInductor would fail as well."""
+    """Whether convolutions go through the fused kernel; prints the reason if the kernel cannot be used."""
     from gaq.kernels import gpu
     from gaq.kernels.cpu import native
 
@@ -146,7 +146,7 @@ def _info(arguments: argparse.Namespace) -> int:
     model = files.load(path)
     state = state_of(model)
     print(f"{path}: {'float' if state is None else f'preset {state.config.preset}, {state.status}'}")
-    for key, value in sorted(model.metadata.items()):  # type: ignore[operator,union-attr]
+    for key, value in sorted(model.metadata.items()):  # type: ignore[operator,union-attr]  # NequIP's property
         if key != "gaq_config":
             print(f"  {key:28s} {value}")
     print(format_rows(rows(model)))

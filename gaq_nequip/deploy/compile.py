@@ -1,4 +1,4 @@
-"""NequIP's own compilation of a model that is loaded and frozen already, with the fused kernels where wanted."""
+"""Compiling a loaded and frozen model by NequIP's own compilation, with the fused kernels if asked for."""
 
 from __future__ import annotations
 
@@ -13,29 +13,21 @@ from typing import Any
 
 import torch
 
-from gaq.model.state import is_kind
 from gaq.third_party_warnings import known_hidden
 from gaq_nequip import files
 from gaq_nequip.deploy import artefact
 from gaq_nequip.host import nequip_state
-from gaq_nequip.packed import PackedWeight
+from gaq_nequip.packed import widen_codes
 from gaq_nequip.root import COMPILES
 
 __all__ = ["compile_file", "compile_model", "frozen_copy", "save_data", "tolerating", "with_cell"]
 
 
 def frozen_copy(model: Any, to_compile: bool) -> Any:
-    """A copy of a quantized model with its weights as integers, for a compiled file or for a package."""
+    """A copy of a quantized model with integer weights, for a compiled file (`to_compile`) or a package."""
     frozen = copy.deepcopy(model)
     frozen.__dict__[COMPILES] = to_compile
     return frozen.freeze_weights()
-
-
-def widen_codes(frozen: torch.nn.Module) -> None:
-    """Keep codes of 9 to 15 bits as int16, in place: a compiled model reads them in every step."""
-    for module in frozen.modules():
-        if is_kind(module, PackedWeight):
-            module.widen()
 
 
 def compile_file(
@@ -50,13 +42,13 @@ def compile_file(
     """Load a model and compile it; see `compile_model`.
 
     Args:
-        source: quantized checkpoint or package; a float one if not `frozen`.
+        source: quantized checkpoint or package; a float one if `frozen` is False.
         output: compiled file.
-        target: of `nequip-compile`.
+        target: a target of `nequip-compile`.
         device: cpu or cuda.
         fused: whether convolutions go through the fused kernel, which the file then carries.
         tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
-        frozen: whether weights are stored as integers. A float model has none to store, and keeps its own.
+        frozen: whether weights are stored as integers; False for a float model.
     """
     model = files.load(source)
     if frozen:
@@ -67,13 +59,13 @@ def compile_file(
 def compile_model(
     model: Any, example: Any, output: Path, target: str, device: str, fused: bool, tolerance: float
 ) -> None:
-    """Compile a model by `nequip-compile` and slim the result; writes `output`.
+    """Compile a model by `nequip-compile`, slim the result, and write it to `output`.
 
     Args:
-        model: float or frozen; it is used up.
-        example: a structure, as `gaq_nequip.files.example_data` gives it.
+        model: float or frozen model; it is changed, so do not use it afterwards.
+        example: a structure, as `gaq_nequip.files.example_data` returns it.
         output: compiled file. The example is left beside it.
-        target: of `nequip-compile`.
+        target: a target of `nequip-compile`.
         device: cpu or cuda.
         fused: whether convolutions go through the fused kernel, which the file then carries.
         tolerance: force difference, meV/Å, that the rounding of features may make between two orders of summation.
@@ -89,17 +81,17 @@ def compile_model(
         stack.enter_context(_logging_unchanged())
         stack.enter_context(tolerating(1e-3 * tolerance))
         if fused:
-            stack.enter_context(_kernels_at_hand(model, device))
-        stack.enter_context(_handed_over(model))
-        # NequIP reads no model here: the name stands for the one that is handed over.
+            stack.enter_context(_fused_kernels(model, device))
+        stack.enter_context(_in_place_of_loading(model))
+        # NequIP loads no file here: "model" is a placeholder for its path.
         nequip_compile.main(["model", str(output), *arguments])
     if not artefact.slim(output, output):
         print("nequip-deploy: the debug symbols could not be stripped (program `strip`), and stay.", file=sys.stderr)
 
 
 @contextmanager
-def _handed_over(model: Any) -> Iterator[None]:
-    """Within this context `nequip-compile` takes this model in place of loading one."""
+def _in_place_of_loading(model: Any) -> Iterator[None]:
+    """Within this context `nequip-compile` takes a given model in place of loading one."""
     from nequip.scripts import compile as nequip_compile
 
     before = nequip_compile.load_saved_model
@@ -111,8 +103,8 @@ def _handed_over(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _kernels_at_hand(model: Any, device: str) -> Iterator[None]:
-    """Fuse the convolutions of a model; within this context Inductor puts the kernels into what it compiles."""
+def _fused_kernels(model: Any, device: str) -> Iterator[None]:
+    """Fuse the convolutions of a model; within this context Inductor links the kernels into what it compiles."""
     from torch._inductor import config as inductor
 
     from gaq.kernels.cpu import native
@@ -142,7 +134,7 @@ def _kernels_at_hand(model: Any, device: str) -> Iterator[None]:
 
 @contextmanager
 def _logging_unchanged() -> Iterator[None]:
-    """Compilation turns logs on that the caller may have turned off."""
+    """Restore the disabled level of logging afterwards: compilation turns on logs that the caller may have disabled."""
     before = logging.root.manager.disable
     try:
         yield
@@ -152,26 +144,26 @@ def _logging_unchanged() -> Iterator[None]:
 
 @contextmanager
 def tolerating(force: float) -> Iterator[None]:
-    """Within this context NequIP lets compiled float32 models differ from plain ones by `force`, eV/Å, if that is more.
+    """Within this context NequIP lets compiled float32 models differ from eager ones by at least `force`, eV/Å.
 
-    Its own bound, 5e-5, is that of sums in another order. A rounded feature on the edge of two steps may then fall to
-    the other side, which costs a step of its rounding.
+    NequIP's own bound, 5e-5, allows for sums in another order. A rounded feature on the edge of two steps may then fall
+    to the other side, which costs one step of its rounding.
     """
     from nequip.utils import dtype
 
     before = dtype._FLOAT32_MODEL_TOL
-    # Not infinite: times zero that would be no number.
-    dtype._FLOAT32_MODEL_TOL = min(max(before, force), 1e3)  # type: ignore[misc]
+    # At most 1e3: NequIP multiplies the bound, and infinity times zero is NaN.
+    dtype._FLOAT32_MODEL_TOL = min(max(before, force), 1e3)  # type: ignore[misc]  # NequIP declares it Final
     try:
         yield
     finally:
-        dtype._FLOAT32_MODEL_TOL = before  # type: ignore[misc]
+        dtype._FLOAT32_MODEL_TOL = before  # type: ignore[misc]  # Final, as above
 
 
 def with_cell(data: Any) -> Any:
-    """The example structure, in a box if it is a molecule without one.
+    """The example structure, in a box if it is a molecule without a cell.
 
-    NequIP divides the virial by the volume and compares the stress it gets: without a cell its own compilation fails.
+    NequIP's compilation divides the virial by the volume and compares the stress, so without a cell it fails.
     """
     from nequip.data import AtomicDataDict
 
@@ -188,5 +180,5 @@ def save_data(data: Any, path: Path) -> None:
     holder = torch.nn.Module()
     for name, value in data.items():
         holder.register_buffer(name, value)
-    with known_hidden():  # TorchScript is deprecated, and what NequIP asks for
+    with known_hidden():  # TorchScript is deprecated, but NequIP asks for it
         torch.jit.save(torch.jit.script(holder), path)

@@ -1,4 +1,4 @@
-"""Bytes of a model's weights, in float and packed, and the table that `nequip-deploy build` prints of them."""
+"""Sizes of a model's weights, in float and packed, and the table that `nequip-deploy build` prints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["WeightSizes", "float_weight_bytes", "frozen_bytes", "packed_bytes", 
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of a model's weights.
+    """Bytes of a model's weights in three forms.
 
     Attributes:
-        floats: in float32.
-        plain: codes and scales, with what stays float.
-        frozen: the same as it is deployed, with the self-connection folded by type where that is smaller.
-        numbers: packed in the deployed form.
+        floats: all weights in float32.
+        plain: codes and scales, and the weights that stay float.
+        frozen: the deployed form: `plain` with the self-connection folded by type where that is smaller.
+        numbers: how many numbers are packed in the deployed form.
     """
 
     floats: int
@@ -36,17 +36,17 @@ class WeightSizes:
 
     @classmethod
     def of(cls, model: Any, frozen: Any) -> WeightSizes:
-        """Of a quantized model and its frozen copy."""
+        """Measure a quantized model and its frozen copy."""
         return cls(float_weight_bytes(model), unfolded_bytes(model), *frozen_bytes(frozen))
 
 
 def float_weight_bytes(model: Any) -> int:
-    """Bytes of the parameters of a model in float32."""
+    """Bytes of a model's parameters in float32."""
     return 4 * sum(p.numel() for p in model.parameters())
 
 
 def unfolded_bytes(model: Any) -> int:
-    """Bytes of the codes and scales of a quantized model with what stays float; nothing is frozen for it."""
+    """Bytes of codes, scales and float weights of a quantized model that is not folded; the model is not changed."""
     quantizers = weights.weight_quantizers(model)
     packed = sum(code_bytes(q.layout.numel, q.bits) + 2 * q.groups for q in quantizers.values())
     packed += sum(p.bytes for p in weights.packed_weights(model).values())
@@ -54,23 +54,23 @@ def unfolded_bytes(model: Any) -> int:
 
 
 def frozen_bytes(frozen: Any) -> tuple[int, int]:
-    """Bytes of the codes and scales of a frozen model with what stays float, and how many numbers are packed."""
-    weights = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
-    return sum(m.bytes for m in weights) + float_weight_bytes(frozen), sum(m.numel for m in weights)
+    """Bytes of codes, scales and float weights of a frozen model, and how many numbers are packed."""
+    packed = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
+    return sum(m.bytes for m in packed) + float_weight_bytes(frozen), sum(m.numel for m in packed)
 
 
 def packed_bytes(model: Any, fold: bool) -> tuple[int, int]:
-    """`frozen_bytes` of a quantized model that is not changed.
+    """`frozen_bytes` of a copy of a quantized model.
 
     Args:
-        model: quantized.
+        model: quantized model; it is not changed.
         fold: whether the self-connection is folded by type, as in compiled files.
     """
     return frozen_bytes(freeze(copy.deepcopy(model), fold=fold))
 
 
 def table(sizes: WeightSizes, source: Path, deployed: Path, check: Check | None, compare: str | None) -> str:
-    """What `nequip-deploy build` prints: sizes of weights and files, and how far the file is from the model."""
+    """The table of `nequip-deploy build`: sizes of weights and files, and differences between file and model."""
     rows: list[tuple[str, str, str]] = []
     if sizes.floats:
         rows.append(("weights, float32", _kib(sizes.floats), ""))

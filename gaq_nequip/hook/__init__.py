@@ -1,1 +1,1 @@
-"""What GAQ changes in NequIP, and how it gets there."""
+"""What GAQ changes in NequIP, and how the changes are installed."""

@@ -1,15 +1,15 @@
-"""What the extension changes in NequIP, and nothing else.
+"""The changes that the extension makes in NequIP; there are no others.
 
 ===========================================  ==================================================================
-``NequIPLightningModule.__init__``           a top-level key ``quantization`` that reached no model is an error
-``NequIPLightningModule._build_model``       quantizers are inserted, before the averaged weights are made
-``NequIPLightningModule.configure_callbacks``  the schedule of the branches, ranges, scales
-``NequIPLightningModule.training_step``      the equivariance loss, where asked for
-``GraphModel.enable_GAQ``                    the persistent modifier, for ``nequip.model.modify``
+``NequIPLightningModule.__init__``           refuses a top-level key ``quantization`` that reached no model
+``NequIPLightningModule._build_model``       inserts quantizers, before the averaged weights are made
+``NequIPLightningModule.configure_callbacks``  adds the callback: schedule of the branches, ranges, scales
+``NequIPLightningModule.training_step``      adds the equivariance loss, if asked for
+``GraphModel.enable_GAQ``                    is the persistent modifier, for ``nequip.model.modify``
 ===========================================  ==================================================================
 
-Without the key each of them is the original. NequIP ignores top-level keys it does not know, so if these changes
-cannot be made, importing NequIP fails with the reason: a run must not be silently in full precision.
+Without the key each of them does what NequIP's own does. NequIP ignores top-level keys it does not know. So if these
+changes cannot be made, importing NequIP fails with the reason: a run must not train in full precision unnoticed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["KEY", "install"]
 KEY = "quantization"
 _MISSING: Any = object()
 _building: contextvars.ContextVar[int] = contextvars.ContextVar("gaq_building", default=0)
-"""Builds under way: a model that is built from a checkpoint is built within another build."""
+"""Number of builds under way; a model from a checkpoint is built within another build."""
 
 
 def _plain(value: Any) -> Any:
@@ -35,7 +35,7 @@ def _plain(value: Any) -> Any:
 
 
 def _run_config() -> Mapping[str, Any] | None:
-    """The configuration of the `nequip-train` run that is going on, None outside one."""
+    """The configuration of the present `nequip-train` run; None outside a run."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
@@ -46,7 +46,7 @@ def _run_config() -> Mapping[str, Any] | None:
 
 
 def _top_level() -> Any:
-    """The value of the key at the top level of the run's configuration; refuses what looks like a typo of it."""
+    """The value of the key at the top level of the run's configuration; refuses a key that looks like a typo of it."""
     config = _run_config()
     if config is None:
         return _MISSING
@@ -59,36 +59,36 @@ def _top_level() -> Any:
 
 
 def _requested(model_config: Mapping[str, Any]) -> Any:
-    """What the run asks for: the key of the model, or the one at the top level."""
-    own = _plain(model_config.get(KEY, _MISSING))
+    """The value of the key that applies to a model: its own, or the one at the top level."""
+    of_model = _plain(model_config.get(KEY, _MISSING))
     if _building.get():
-        return own  # the model of a checkpoint, loaded within another build: the top level is not about it
+        return of_model  # a checkpoint is loaded within another build: the top level does not apply to its model
     top = _top_level()
     if top is _MISSING:
-        return own
+        return of_model
     config = _run_config()
     restart = config is not None and config.get("ckpt_path") is not None
-    if own is _MISSING and restart:
+    if of_model is _MISSING and restart:
         raise ValueError(
             f"{KEY}: this run continues a checkpoint that was trained in float (ckpt_path). To quantize it, start a "
             "new run with `training_module.model: {_target_: nequip.model.ModelFromCheckpoint, checkpoint_path: ...}`."
         )
-    if own is not _MISSING and not restart and own != top:
+    if of_model is not _MISSING and not restart and of_model != top:
         raise ValueError(
-            f"{KEY}: {top!r} at the top level, but {own!r} under training_module.model.{KEY}. Give it once."
+            f"{KEY}: {top!r} at the top level, but {of_model!r} under training_module.model.{KEY}. Give it once."
         )
-    return top if own is _MISSING else own
+    return top if of_model is _MISSING else of_model
 
 
 def read_key(spec: Any, loaded: bool) -> Any:
-    """The configuration that a value of the key stands for: what a user wrote, or what a file holds.
+    """Parse a value of the key, which a user wrote or a file holds.
 
     Args:
-        spec: the value.
-        loaded: whether the model it is for is loaded from a checkpoint within the build of another one.
+        spec: value of the key.
+        loaded: whether its model is loaded from a checkpoint within the build of another model.
 
     Raises:
-        gaq.config.parse.ConfigError: for a configuration that cannot be used.
+        gaq.config.parse.ConfigError: if the configuration cannot be used.
     """
     from nequip.scripts._workflow_utils import get_workflow_state
 
@@ -98,7 +98,7 @@ def read_key(spec: Any, loaded: bool) -> Any:
     restarts = run is not None and run.get("ckpt_path") is not None and KEY not in run
     if get_workflow_state() == "train" and not loaded and not restarts:
         return parse_config(spec)
-    # An earlier version may have written the file.
+    # The file may come from an earlier version.
     return parse_stored(spec, finished=not restarts)
 
 
@@ -133,7 +133,7 @@ def _patch_lightning(cls: Any) -> None:
     @functools.wraps(original_build)
     def _build_model(self: Any, model_config: dict[str, Any]) -> Any:
         explicit = str(model_config.get("_target_", "")).startswith("gaq_nequip.")
-        # Our own builder takes the key itself; given at the top level as well, the two have to agree.
+        # Our own builder reads the key itself; a key at the top level has to agree with it.
         spec = _requested(model_config)
         inner = {key: value for key, value in model_config.items() if explicit or key != KEY}
         token = _building.set(_building.get() + 1)
@@ -154,8 +154,8 @@ def _patch_lightning(cls: Any) -> None:
     def configure_callbacks(self: Any) -> Any:
         from gaq_nequip.training import QuantizationCallback, is_quantized
 
-        found = original_callbacks(self)
-        callbacks = list(found) if isinstance(found, list | tuple) else [found]
+        original = original_callbacks(self)
+        callbacks = list(original) if isinstance(original, list | tuple) else [original]
         if is_quantized(self.model):
             callbacks.append(QuantizationCallback())
         return callbacks
@@ -174,7 +174,7 @@ def _patch_lightning(cls: Any) -> None:
 
 
 def _remember(module: Any, model_config: dict[str, Any], spec: Any) -> None:
-    """Write the key into what the checkpoint keeps, so that it rebuilds the quantized model by itself."""
+    """Write the key into the hyperparameters of the checkpoint, so that loading it rebuilds the quantized model."""
     model_config[KEY] = spec
     hparams = module.hparams
     if isinstance(hparams.get("model"), dict):
@@ -192,14 +192,14 @@ def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
 
         return prepare(model, read_key({"preset": preset, **keys}, loaded=_building.get() > 1))
 
-    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]
+    cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]  # takes class methods
 
 
 def install() -> None:
     """Make the changes, once.
 
     Raises:
-        ImportError: if this NequIP has not what is to be changed.
+        ImportError: if the installed NequIP lacks something that is to be changed.
     """
     from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Runs of NequIP's stock training command on shaken molecules, and its checkpoints of models trained before."""
+"""Runs of NequIP's stock training command on shaken molecules, and a checkpoint of a model trained before."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ training_module:
 def training_config(train: Path, test: Path, split: tuple[int, int] = (16, 4)) -> dict[str, Any]:
     """The configuration of a run on two files, the first of which is split for training and validation."""
     config: dict[str, Any] = yaml.safe_load(TRAINING)
-    # Absolute: packaging and compilation read one structure of it again, from wherever they are run.
+    # Absolute paths: packaging and compilation read a structure of it again, from any folder.
     config["data"]["split_dataset"] = {"file_path": str(train), "train": split[0], "val": split[1]}
     config["data"]["test_file_path"] = str(test)
     return config
@@ -105,13 +105,13 @@ def write_data(folder: Path) -> None:
 
 
 class Run:
-    """One `nequip-train` run: what it printed, and the files it left."""
+    """One `nequip-train` run: its output and its files."""
 
     def __init__(self, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
         self.folder = folder
         self.code = done.returncode
         log = folder / "out" / "train.log"
-        # NequIP's logger writes to a file beside the standard streams.
+        # NequIP's logger also writes to a file.
         self.text = done.stdout + done.stderr + (log.read_text() if log.is_file() else "")
         self.best = folder / "out" / "best.ckpt"
         self.last = folder / "out" / "last.ckpt"
@@ -144,7 +144,7 @@ def train(folder: Path, changes: Callable[[Any], None] | None = None, *overrides
     """Stock `nequip-train` on a tiny data set, in a folder of its own.
 
     Args:
-        folder: made if missing.
+        folder: folder of the run; made if missing.
         changes: edits the configuration in place before it is written.
         overrides: further arguments of the command.
     """

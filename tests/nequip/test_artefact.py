@@ -72,7 +72,7 @@ def compiled(original: Path, tmp_path: Path) -> Path:
 
 
 def run(path: Path, x: torch.Tensor) -> torch.Tensor:
-    # Not `aoti_load_package`, which takes archives of another format, too, with a warning only.
+    # `aoti_load_package` would accept archives of another format with a mere warning.
     return load_pt2(str(path)).aoti_runners["model"](x)
 
 
@@ -201,7 +201,7 @@ def test_sections_add_up(compiled: Path) -> None:
 
 
 def test_weights_outside_of_the_library(compiled: Path) -> None:
-    """Weights behind the library's end, where torch puts more than 2 GB of them, and in a blob."""
+    """Weights after the end of the library, where torch puts more than 2 GB of them, and in a blob."""
     before = artefact.sections(compiled)
     rewrite(compiled, lambda name, data: data + bytes(1000) if name.endswith(".so") else data)
     root = names(compiled)[0].partition("/")[0]
@@ -265,11 +265,11 @@ def test_no_compiled_model(call: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["slim", "sections"])
 def test_damaged_file(call: str, compiled: Path) -> None:
-    whole = compiled.read_bytes()
-    size = len(whole)
-    library = whole.index(b"\x7fELF")
-    damaged = [whole[:length] for length in (5, 100, size // 10, size // 2, size - 100, size - 10, size - 1)]
-    damaged.append(whole[:library] + bytes(64) + whole[library + 64 :])
+    complete = compiled.read_bytes()
+    size = len(complete)
+    library = complete.index(b"\x7fELF")
+    damaged = [complete[:length] for length in (5, 100, size // 10, size // 2, size - 100, size - 10, size - 1)]
+    damaged.append(complete[:library] + bytes(64) + complete[library + 64 :])
     for data in damaged:
         compiled.write_bytes(data)
         with pytest.raises(ArtefactError, match=r"small.nequip.pt2: truncated or damaged .*; copy or compile it again"):
@@ -278,7 +278,7 @@ def test_damaged_file(call: str, compiled: Path) -> None:
         assert list(compiled.parent.iterdir()) == [compiled]
 
 
-def test_cut_library_in_a_whole_archive(compiled: Path) -> None:
+def test_cut_library_in_a_complete_archive(compiled: Path) -> None:
     rewrite(compiled, lambda name, data: data[: len(data) // 2] if name.endswith(".so") else data)
     for call in ("slim", "sections"):
         with pytest.raises(ArtefactError, match="truncated or damaged"):
@@ -305,7 +305,7 @@ def test_no_folder_for_the_target(compiled: Path) -> None:
 
 
 def test_reading_needs_no_nequip(compiled: Path) -> None:
-    """The command that prints what a file says of itself should not take seconds."""
+    """The command that prints the metadata of a file should not take seconds."""
     code = (
         "import sys, types; package = types.ModuleType('gaq_nequip'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['gaq_nequip'] = package\n"
@@ -346,12 +346,12 @@ def test_compiled_nequip_model(
         calculator = NequIPCalculator.from_compiled_model(
             str(file), device="cpu", chemical_species_to_atom_type_map=True
         )
-        found = []
+        values = []
         for atoms in structures:
             copy = atoms.copy()
             copy.calc = calculator
-            found += [copy.get_potential_energy(), copy.get_forces()]
-        return found
+            values += [copy.get_potential_energy(), copy.get_forces()]
+        return values
 
     expected, got = results(path), results(slim)
     assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))

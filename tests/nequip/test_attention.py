@@ -107,7 +107,7 @@ def test_second_derivatives() -> None:
 def test_the_model_seed_decides_on_the_added_weights() -> None:
     weights = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(weights))  # of no account
+        torch.manual_seed(len(weights))  # must not matter
         built = build_model("plain", "float32", seed=seed)
         state = torch.get_rng_state()
         model = gaq.prepare(built, MESSAGES)
@@ -143,9 +143,9 @@ def test_the_key_bounds_and_rounds_gates(evaluate: Callable[..., Any], variant: 
     for bits in (16, 8):
         spec = with_attention("w8", bits=bits)
         model = gaq.calibrate(gaq.prepare(copy.deepcopy(exact_model), spec), molecules(), progress=False)
-        found = {n: type(q) for n, q in feature_quantizers(model).items()}
-        assert found
-        assert {n.rsplit(".", 1)[-1]: kind for n, kind in found.items()} == SITES[variant]
+        kinds = {n: type(q) for n, q in feature_quantizers(model).items()}
+        assert kinds
+        assert {n.rsplit(".", 1)[-1]: kind for n, kind in kinds.items()} == SITES[variant]
         with unquantized(model):
             np.testing.assert_allclose(evaluate(model, molecules())[1], exact[1], atol=1e-10)
         rounded = evaluate(model, molecules())
@@ -158,17 +158,17 @@ def test_the_key_bounds_and_rounds_gates(evaluate: Callable[..., Any], variant: 
 
 @pytest.mark.parametrize("variant", SITES)
 def test_with_rounding_off_the_key_is_an_exact_no_op(evaluate: Callable[..., Any], variant: str) -> None:
-    """Weights only: the same numbers, bit for bit, with the key and without it, also on structures it never saw."""
-    found = []
+    """Weights only: the same numbers, bit for bit, with the key and without it, also on new structures."""
+    results = []
     nearest = {"weights": {"rounding": "nearest"}}
     for spec in (without_distillation("w8", **nearest), with_attention("w8")):
         model = gaq.prepare(build_model(variant), spec)
         model = gaq.convert(gaq.calibrate(model, molecules(), progress=False))
-        found.append((evaluate(model, molecules()), evaluate(model, molecules(seed=9, amplitude=0.05))))
+        results.append((evaluate(model, molecules()), evaluate(model, molecules(seed=9, amplitude=0.05))))
         gates = [m for m in model.modules() if isinstance(m, BoundedGate)]
         assert bool(gates) == ("attention" in spec)
         assert all(g.calibrated and not g.round_scalars for g in gates)
-    for plain, keyed in zip(found[0], found[1], strict=True):
+    for plain, keyed in zip(results[0], results[1], strict=True):
         assert np.array_equal(plain[0], keyed[0])
         assert np.array_equal(plain[1], keyed[1])
 
@@ -198,9 +198,9 @@ def test_frozen_models_are_the_converted_ones(evaluate: Callable[..., Any]) -> N
 
     model = gaq.calibrate(made(dtype="float32", spec=with_attention("w8", messages=True)), molecules(), progress=False)
     converted = gaq.convert(model)
-    wanted = evaluate(converted, molecules())
+    expected = evaluate(converted, molecules())
     frozen = evaluate(freeze(copy.deepcopy(converted)), molecules())
-    np.testing.assert_allclose(frozen[1], wanted[1], atol=2e-4)
+    np.testing.assert_allclose(frozen[1], expected[1], atol=2e-4)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -237,18 +237,18 @@ def test_training_restart_package(
     start = RobustAttention(4).theta.detach()
     assert all(bool((b.attention.theta.detach() != start).any()) for b in blocks)
     frames: Any = read(tmp_path / "test.xyz", ":")
-    wanted = evaluate(model, frames)
+    expected = evaluate(model, frames)
     second = train(
         tmp_path, spec, "trainer.max_epochs=2", "run=[train]", f"++ckpt_path={run.last}", "hydra.run.dir=again"
     )
     assert second.code == 0, second.text
     moved = gaq.load(tmp_path / "again" / "last.ckpt")
-    assert np.abs(evaluate(moved, frames)[1] - wanted[1]).max() > 0
+    assert np.abs(evaluate(moved, frames)[1] - expected[1]).max() > 0
     package = tmp_path / "attention.nequip.zip"
     gaq.save(gaq.convert(model), package)
     packed = evaluate(gaq.load(package), frames)
     # Rounded features on the edge of two steps may fall on the other side.
-    np.testing.assert_allclose(packed[1], wanted[1], atol=2e-3 * np.abs(wanted[1]).max())
+    np.testing.assert_allclose(packed[1], expected[1], atol=2e-3 * np.abs(expected[1]).max())
 
 
 def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     spec = with_attention("w8", messages=True, bits=16)
     sizes = {"num_features": 4, "radial_mlp_width": 8}
-    found = []
+    results = []
     for mode in ("eager", "compile"):
         model = gaq.prepare(build_model("plain", "float64", compile_mode=mode, **sizes), spec)
         (batch,) = make_batches(model, molecules(), 4)
@@ -267,13 +267,13 @@ def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         forces = model.train()(dict(batch))["forces"]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad((forces**2).sum(), [p for _, p in named], allow_unused=True)
-        found.append((forces.detach(), {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}))
+        results.append((forces.detach(), {n: g for (n, _), g in zip(named, gradients, strict=True) if g is not None}))
     assert len(model.gaq_graphs) == 1
-    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-12, rtol=0)
-    assert found[0][1].keys() == found[1][1].keys()
-    assert sum("attention.theta" in name for name in found[0][1]) == 2
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-11, rtol=0)
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-12, rtol=0)
+    assert results[0][1].keys() == results[1][1].keys()
+    assert sum("attention.theta" in name for name in results[0][1]) == 2
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-11, rtol=0)
         assert bool(gradient.any()), name
 
 

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
-from gaq.reporting.gates import verdict
 
 import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
 from gaq.model.state import state_of
+from gaq.reporting.gates import verdict
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import check as deploy_check
 from gaq_nequip.deploy import compile as deploy_compile
@@ -124,7 +124,7 @@ def test_compiled(
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
     assert stock.stat().st_size / path.stat().st_size >= 4
-    # A compiled file is mostly code: its size is compared with that of its like, and of nothing else.
+    # A compiled file is mostly code: its size is only compared with that of another compiled file.
     for reference, word, value in (
         (trained_float.best, "not comparable", None),
         (stock, "pass", stock.stat().st_size / path.stat().st_size),
@@ -157,7 +157,7 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
 
 @pytest.mark.slow
 def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: Path) -> None:
-    """What benchmarks compare quantized files with: the kernels and the float weights, in float32 the same function."""
+    """The kernels with float weights, which benchmarks compare quantized files with: in float32 the same function."""
     from ase.io import read
     from test_files import by_calculator
 
@@ -174,8 +174,8 @@ def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: P
         assert b"torch.ops.gaq.edge_convolution" in archive.read(library)
     structures = list(read(trained_float.folder / "test.xyz", ":"))
     expected = by_calculator(adapter_for_file(trained_float.best).calculator(trained_float.best), structures)
-    found = by_calculator(files.CompiledModel(path, "cpu").calculator(), structures)
-    assert np.allclose(found, expected, atol=5e-5)
+    fused = by_calculator(files.CompiledModel(path, "cpu").calculator(), structures)
+    assert np.allclose(fused, expected, atol=5e-5)
 
 
 @pytest.mark.slow
@@ -227,11 +227,11 @@ def test_the_model_is_loaded_once_and_frozen_once(
     import nequip.scripts.compile as nequip_compile
     import nequip.utils.aot as aot
 
-    from gaq_nequip import freeze
+    from gaq_nequip import root
 
     loaded: list[str] = []
     frozen: list[Any] = []
-    load, freeze_weights = load_utils.load_saved_model, freeze.freeze
+    load, freeze = load_utils.load_saved_model, root.freeze
 
     def counted_load(path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded.append(str(path))
@@ -240,14 +240,14 @@ def test_the_model_is_loaded_once_and_frozen_once(
     def counted_freeze(model: Any, *args: Any, **kwargs: Any) -> Any:
         if state_of(model).status != "frozen":
             frozen.append(model)
-        return freeze_weights(model, *args, **kwargs)
+        return freeze(model, *args, **kwargs)
 
     def stop(**keywords: Any) -> None:
         raise RuntimeError("nothing is compiled here")
 
     monkeypatch.setattr(load_utils, "load_saved_model", counted_load)
     monkeypatch.setattr(nequip_compile, "load_saved_model", counted_load)
-    monkeypatch.setattr(freeze, "freeze", counted_freeze)
+    monkeypatch.setattr(root, "freeze", counted_freeze)
     monkeypatch.setattr(aot, "aot_export_model", stop)
     arguments = ["build", str(trained.best), str(tmp_path / f"out{suffix}")]
     if suffix == ".nequip.pt2":

@@ -30,10 +30,10 @@ WITHOUT_PLUGIN = """
 import importlib.metadata as metadata, sys
 real = metadata.entry_points
 def entry_points(**keys):
-    found = real(**keys)
+    entries = real(**keys)
     if keys.get("group") == "nequip.extension":
-        found = metadata.EntryPoints(e for e in found if not e.value.startswith("gaq"))
-    return found
+        entries = metadata.EntryPoints(e for e in entries if not e.value.startswith("gaq"))
+    return entries
 metadata.entry_points = entry_points
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -76,12 +76,13 @@ def run_without_plugin(path: Path, structures: Path) -> np.ndarray:
 
 
 def by_calculator(calculator: Any, structures: list[Any]) -> np.ndarray:
-    found = []
+    """Energy and forces of each structure, flat."""
+    values = []
     for atoms in structures:
-        one = atoms.copy()
-        one.calc = calculator
-        found += [one.get_potential_energy(), *one.get_forces().ravel()]
-    return np.array(found)
+        copied = atoms.copy()
+        copied.calc = calculator
+        values += [copied.get_potential_energy(), *copied.get_forces().ravel()]
+    return np.array(values)
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +123,7 @@ def test_stock_package_of_a_trained_checkpoint(
     expected = by_calculator(adapter_for_file(trained.best).calculator(trained.best), frames)
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=2e-5)
     names = zipfile.ZipFile(path).namelist()
-    assert any(name.endswith("gaq_nequip/modules.py") for name in names)
+    assert any(name.endswith("gaq_nequip/layers.py") for name in names)
     assert not any("yaml" in name and name.endswith(".py") for name in names)
     info = command("nequip-package", "info", path, "--get-modifiers")
     assert "enable_GAQInt8" in info.stdout
@@ -131,8 +132,8 @@ def test_stock_package_of_a_trained_checkpoint(
     frozen = tmp_path / "frozen.nequip.zip"
     gaq.save(model, frozen)
     assert frozen.stat().st_size < path.stat().st_size / 3
-    found = run_without_plugin(frozen, trained.folder / "test.xyz")
-    assert np.allclose(found, expected, atol=5e-3)
+    without_plugin = run_without_plugin(frozen, trained.folder / "test.xyz")
+    assert np.allclose(without_plugin, expected, atol=5e-3)
     assert state_of(gaq.load(frozen)).status == "frozen"
     assert "folded by type" in gaq.summary(gaq.load(frozen))
 
@@ -162,12 +163,12 @@ def test_quantize_command(
     assert state.notes["gates"]["lee_against_naive"]["passed"]
     calculator = adapter_for_file(path).calculator(path)
     floats = adapter_for_file(trained_float.best).calculator(trained_float.best)
-    found, exact = by_calculator(calculator, frames), by_calculator(floats, frames)
-    assert 0 < np.abs(found - exact).max() < 0.1
+    rounded, exact = by_calculator(calculator, frames), by_calculator(floats, frames)
+    assert 0 < np.abs(rounded - exact).max() < 0.1
     # In a package the self-connection, whose codes have 4 bits, is folded.
     assert {q.bits for q in quantized_weights(model).values()} == ({4, 10, 16} if suffix == ".ckpt" else {10, 16})
     if suffix == ".nequip.zip":
-        assert np.allclose(run_without_plugin(path, trained_float.folder / "test.xyz"), found, atol=2e-5)
+        assert np.allclose(run_without_plugin(path, trained_float.folder / "test.xyz"), rounded, atol=2e-5)
         assert path.stat().st_size < 400_000
     else:
         stored = torch.load(path, map_location="cpu", weights_only=False)
@@ -321,7 +322,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("change", ["renamed", "missing", "extra", "reshaped"])
 def test_checkpoints_of_another_nequip(trained: Any, tmp_path: Path, change: str) -> None:
-    """A tensor that the model has not, or the file has not, is named, with the versions that wrote the file."""
+    """A tensor that the model or the file lacks is named, with the versions that wrote the file."""
     from importlib.metadata import version
 
     path = tmp_path / "other.ckpt"

@@ -1,4 +1,4 @@
-"""NequIP through the fused convolution: the same function, and what compiled files need of it."""
+"""NequIP with the fused convolution: the same function, and the parts that compiled files need."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def test_fused_is_the_same_function(
     preset: str,
     dtype: str,
 ) -> None:
-    every = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
-    expected = evaluate(quantized(preset, variant, dtype, "frozen"), every)
+    all_structures = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
+    expected = evaluate(quantized(preset, variant, dtype, "frozen"), all_structures)
     model = quantized(preset, variant, dtype, "frozen")
     assert fuse(model) == {}
-    found = evaluate(model, every)
+    fused = evaluate(model, all_structures)
     assert len(blocks(model)) == (3 if variant == "parity" else 2)
     # The interpolation's error (3e-7 of the radial weights), and 16-bit codes that fall to the other side.
     tolerance = 2e-5 if preset == "gaq" or dtype == "float32" else 3e-6
     scale = float(np.abs(expected[1]).max())
-    np.testing.assert_allclose(found[0], expected[0], atol=tolerance * scale * 10)
-    np.testing.assert_allclose(found[1], expected[1], atol=tolerance * scale * 10)
+    np.testing.assert_allclose(fused[0], expected[0], atol=tolerance * scale * 10)
+    np.testing.assert_allclose(fused[1], expected[1], atol=tolerance * scale * 10)
 
 
 def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callable[..., Any]) -> None:
@@ -108,17 +108,17 @@ def test_fused_product_is_the_same_function(
     preset: str,
     dtype: str,
 ) -> None:
-    every = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
-    expected = evaluate(quantized(preset, variant, dtype, "frozen"), every)
+    all_structures = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
+    expected = evaluate(quantized(preset, variant, dtype, "frozen"), all_structures)
     model = quantized(preset, variant, dtype, "frozen")
     assert fuse(model) == {}
     assert len([m for m in model.modules() if isinstance(m, FusedProduct)]) == (2 if variant == "allegro" else 3)
-    found = evaluate(model, every)
+    fused = evaluate(model, all_structures)
     # No table here: only the order of summation differs, and 16-bit codes that fall to the other side.
     tolerance = 2e-4 if preset == "gaq" or dtype == "float32" else 1e-10
     scale = float(np.abs(expected[1]).max())
-    np.testing.assert_allclose(found[0], expected[0], atol=tolerance * scale)
-    np.testing.assert_allclose(found[1], expected[1], atol=tolerance * scale)
+    np.testing.assert_allclose(fused[0], expected[0], atol=tolerance * scale)
+    np.testing.assert_allclose(fused[1], expected[1], atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("coupled", [True, False])
@@ -128,12 +128,14 @@ def test_fused_product_is_that_of_allegro(irreps: tuple[str, str, str], coupled:
     """With and without weights for each channel, several paths and one, diagonal coefficients and full ones."""
     contract = pytest.importorskip("allegro.nn._strided._contract", reason="needs Allegro: pip install '.[allegro]'")
     torch.manual_seed(0)
-    own = contract.Contracter(*(o3.Irreps(text) for text in irreps), mul=5, path_channel_coupling=coupled).double()
-    x1 = torch.randn(11, 5, own.base_dim1, dtype=torch.float64)
-    x2 = torch.randn(3, 5, own.base_dim2, dtype=torch.float64)
+    contracter = contract.Contracter(
+        *(o3.Irreps(text) for text in irreps), mul=5, path_channel_coupling=coupled
+    ).double()
+    x1 = torch.randn(11, 5, contracter.base_dim1, dtype=torch.float64)
+    x2 = torch.randn(3, 5, contracter.base_dim2, dtype=torch.float64)
     centre = torch.randint(0, 3, (11,))
-    expected = own(x1, x2, centre).detach()
-    model = torch.nn.Sequential(own).requires_grad_(False)
+    expected = contracter(x1, x2, centre).detach()
+    model = torch.nn.Sequential(contracter).requires_grad_(False)
     fuse(model)
     torch.testing.assert_close(model[0](x1, x2, centre), expected, rtol=1e-12, atol=1e-12)
 
@@ -146,7 +148,9 @@ def test_shims_are_those_of_the_library(dtype: torch.dtype) -> None:
 
     archive = native.static_library(dtype) / f"lib{native.STATIC_NAME}.a"
     symbols = subprocess.run(["nm", str(archive)], capture_output=True, text=True, check=True).stdout
-    assert {f"torch.{found}" for found in re.findall(r" T gaq_\w+_(float\d+)$", symbols, re.M)} == {str(dtype)}
+    assert {f"torch.{dtype_name}" for dtype_name in re.findall(r" T gaq_\w+_(float\d+)$", symbols, re.M)} == {
+        str(dtype)
+    }
     declarations = shims.c_shims()
     assert {str(operation) for operation in declarations} == {f"gaq.{name}.default" for name in signatures.OPERATIONS}
     for (declaration,) in declarations.values():

@@ -1,4 +1,4 @@
-"""Quantized NequIP and Allegro models in memory: what is rounded, and that it is what it says."""
+"""Quantized NequIP and Allegro models in memory: what is rounded, and that the codes are exact."""
 
 from __future__ import annotations
 
@@ -90,8 +90,14 @@ def test_presets(
     model = quantized(preset, variant)
     weights = quantized_weights(model)
     config = state_of(model).config
-    own = config.weights
-    groups = {own.bits, own.sensitive_bits, own.first_bits, own.mixing_bits, own.species_bits}
+    weight_config = config.weights
+    groups = {
+        weight_config.bits,
+        weight_config.sensitive_bits,
+        weight_config.first_bits,
+        weight_config.mixing_bits,
+        weight_config.species_bits,
+    }
     assert {q.bits for q in weights.values()} <= groups
     rounds = bool(feature_quantizers(model))
     assert rounds == config.rounds_activations
@@ -106,19 +112,19 @@ def test_presets(
 
 
 def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], float_model: Callable[..., Any]) -> None:
-    """Few bits only where there are many weights; a self-connection that meets few types needs the fewest."""
+    """Few bits only where there are many weights; a self-connection with few types needs the fewest."""
     model = quantized("w4", "wide", status="training")
-    own = state_of(model).config.weights
-    assert own.compression is None
+    weight_config = state_of(model).config.weights
+    assert weight_config.compression is None
     expected = {
-        "sensitive": own.sensitive_bits,
-        "first": own.first_bits,
-        "mixing": own.mixing_bits,
-        "rest": own.bits,
+        "sensitive": weight_config.sensitive_bits,
+        "first": weight_config.first_bits,
+        "mixing": weight_config.mixing_bits,
+        "rest": weight_config.bits,
         "species": 3,
     }
     assert expected["sensitive"] >= expected["first"] >= expected["mixing"] >= expected["rest"] >= 4
-    seen = set()
+    groups_met = set()
     for site in find_sites(model):
         for quantizer in site_quantizers(site).values():
             group = "rest"
@@ -130,10 +136,10 @@ def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], flo
                 group = "first"
             elif "linear_" in site.name:
                 group = "mixing"
-            assert quantizer.bits == expected[group], site.name  # type: ignore[union-attr]
+            assert quantizer.bits == expected[group], site.name  # type: ignore[union-attr]  # of torch's Module
             assert (type(quantizer).__name__ == "SpeciesWeightQuantizer") == (group == "species")
-            seen.add(group)
-    assert seen == set(expected)
+            groups_met.add(group)
+    assert groups_met == set(expected)
     alike = gaq.prepare(float_model("wide"), {"preset": "w8", "weights": {"species_bits": None}})
     assert {type(q).__name__ for site in find_sites(alike) for q in site_quantizers(site).values()} == {
         "WeightQuantizer"
@@ -143,9 +149,9 @@ def test_bits_follow_from_what_passes_through(quantized: Callable[..., Any], flo
 def test_room_goes_to_the_other_weights(float_model: Callable[..., Any]) -> None:
     """The self-connection needs few bits, so that with 8 bits named the rest can have more within a fifth of FP32."""
     model = gaq.prepare(float_model("wide"), "gaq")
-    own = state_of(model).config.weights
-    assert (own.species_bits, own.sensitive_bits, own.first_bits) == (4, 16, 16)
-    assert 8 < own.bits <= own.mixing_bits < 16
+    weight_config = state_of(model).config.weights
+    assert (weight_config.species_bits, weight_config.sensitive_bits, weight_config.first_bits) == (4, 16, 16)
+    assert 8 < weight_config.bits <= weight_config.mixing_bits < 16
     tensors = quantized_weights(model).values()
     stored = sum(t.bits * t.codes.numel() / 8 + 2 * t.scale.numel() for t in tensors)
     assert 4 * sum(p.numel() for p in model.parameters()) >= 5 * stored
@@ -156,7 +162,7 @@ def test_room_goes_to_the_other_weights(float_model: Callable[..., Any]) -> None
 def test_held_codes_are_those_of_the_weights(
     quantized: Callable[..., Any], evaluate: Callable[..., Any], structures: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an epoch of training and in validation codes of the self-connection are chosen once."""
+    """In an epoch of training and in validation, the codes of the self-connection are chosen once."""
     model = quantized("gaq", "wide", "float64", status="training")
     energies, forces = evaluate(model, structures)
     before = hold_codes(model)
@@ -184,13 +190,13 @@ def test_rotation_error_is_rounding(quantized: Callable[..., Any], structures: l
     from gaq.checks.lee import local_equivariance_error
     from gaq_nequip.evaluate import NequIPPotential
 
-    found = {}
+    errors = {}
     for preset in ("gaq", "w8a8", "naive_w8a8"):
         model = quantized(preset, "parity", "float64")
-        found[preset] = local_equivariance_error(NequIPPotential(model), structures, rotations=2).mean_mev_per_angstrom
-    assert found["gaq"] < 1e-6
-    assert found["w8a8"] < 1e-6
-    assert found["naive_w8a8"] > 1e-2
+        errors[preset] = local_equivariance_error(NequIPPotential(model), structures, rotations=2).mean_mev_per_angstrom
+    assert errors["gaq"] < 1e-6
+    assert errors["w8a8"] < 1e-6
+    assert errors["naive_w8a8"] > 1e-2
 
 
 @pytest.mark.parametrize("variant", ["plain", "allegro"])
@@ -314,7 +320,7 @@ def test_packed_weights_are_exact(bits: int) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_packed_weights_are_exact_in_compiled_files(tmp_path: Path) -> None:
-    """What compiles ahead of time takes other paths than eager code, so that unpacking has to be run there as well."""
+    """Code compiled ahead of time takes other paths than eager code, so unpacking has to be run there as well."""
     from gaq.quantizers.weights import WeightLayout, WeightQuantizer
 
     layout = WeightLayout.single((11, 5), 0)

@@ -1,4 +1,7 @@
-"""No call leaves process-wide state changed, whether it returns or raises. In a fresh process: NequIP sets up once."""
+"""No call leaves process-wide state changed, whether it returns or raises.
+
+Tested in a fresh process, because NequIP sets itself up once per process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from gaq import cli
 from gaq.adapter import adapter_for_file, adapters
 from process_state import differing, state
 
-adapters()  # what frameworks change as they are imported is theirs
+adapters()  # changes that frameworks make when they are imported do not count
 import nequip.scripts.compile, nequip.model, nequip.train, nequip.integrations.ase
 import gaq_nequip.deploy.cli as deploy, gaq_nequip.deploy.compile
 from ase.io import read
@@ -61,8 +64,8 @@ energy = unchanged("energy", atoms.get_potential_energy)
 unchanged("a second step", lambda: (atoms.rattle(0.01, seed=1), atoms.get_forces()))
 batches = unchanged("batches", lambda: adapter_for_file(checkpoint).batches(model, frames, 2))
 assert batches[0]["pos"].dtype == torch.float64
-found = unchanged("potential", lambda: adapter_for_file(checkpoint).potential(model)([frames[0]]))
-assert abs(found[0][0] - energy) < 1e-4, (found, energy)
+energies_and_forces = unchanged("potential", lambda: adapter_for_file(checkpoint).potential(model)([frames[0]]))
+assert abs(energies_and_forces[0][0] - energy) < 1e-4, (energies_and_forces, energy)
 unchanged("convert", lambda: gaq.convert(model))
 unchanged("summary", lambda: gaq.summary(model))
 unchanged("save", lambda: gaq.save(model, folder / "saved.nequip.zip"))

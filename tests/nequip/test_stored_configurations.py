@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions: keys that are gone are dropped where they do nothing, and named where they act."""
+"""Checkpoints of earlier versions: removed keys without effect are dropped, and those with an effect are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDLE = {
 
 
 def of_before(source: Path, target: Path, keys: dict[str, dict[str, Any]]) -> None:
-    """Write a checkpoint as an earlier version did, with more keys in its configuration and in its state."""
+    """Write a checkpoint like an earlier version: with further keys in its configuration and in its state."""
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     model = checkpoint["hyper_parameters"]["model"]
     model["quantization"] = {"preset": model["quantization"], **keys}
@@ -65,7 +65,7 @@ def test_checkpoints_whose_keys_act(trained: Any, tmp_path: Path, keys: dict[str
 
 
 def test_a_restart_goes_on_from_a_checkpoint_of_before(trained: Any, train: Callable[..., Any], tmp_path: Path) -> None:
-    """With a key that does nothing it goes on; with one that acts, or one that the user still writes, it says so."""
+    """A removed key without effect does not stop it; one with an effect, or one in the user's file, does."""
     path = tmp_path / "before.ckpt"
     of_before(trained.last, path, IDLE)
     run = train(tmp_path / "float", None, "trainer.max_epochs=3", f"++ckpt_path={path}")

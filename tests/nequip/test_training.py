@@ -1,4 +1,4 @@
-"""The stock `nequip-train` with the key ``quantization``: where it may stand, what it does, and what it refuses."""
+"""The stock `nequip-train` with the key ``quantization``: where the key may stand, what it does, what is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
 from gaq_nequip.weights import weight_quantizers
 
-# Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
+# Self-distillation at the end of a run costs more than all its epochs: just enough steps to show that it runs.
 BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}
 
 
@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
     "both": (with_both_keys, ("Give it once.",)),
 }
 
-# The command again and again in one process: importing NequIP takes longer than to refuse a key.
+# Runs the command several times in one process: importing NequIP takes longer than refusing a key.
 SEVERAL = """
 import sys, traceback
 from hydra.core.global_hydra import GlobalHydra
@@ -125,11 +125,11 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     script = [sys.executable, "-c", SEVERAL, *map(str, folders.values())]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = {}
+    outcomes = {}
     parts = [re.split(r"END (\S+)\n", stream) for stream in (done.stdout, done.stderr)]
     for i, (name, folder) in enumerate(folders.items()):
-        found[name] = (int(parts[1][2 * i + 1]), parts[0][2 * i] + parts[1][2 * i], folder)
-    return found
+        outcomes[name] = (int(parts[1][2 * i + 1]), parts[0][2 * i] + parts[1][2 * i], folder)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -159,14 +159,14 @@ def test_builder_and_modifier(train: Callable[..., Any], trained: Any, tmp_path:
     for name, edit in (("builder", builder), ("modifier", modifier)):
         run = train(tmp_path / name, edit)
         assert run.code == 0, run.text
-        found = torch.load(run.best, map_location="cpu", weights_only=False)["state_dict"]
+        state = torch.load(run.best, map_location="cpu", weights_only=False)["state_dict"]
         same = [k for k in expected if isinstance(expected[k], torch.Tensor) and "extra" not in k]
-        assert all(torch.equal(found[k], expected[k]) for k in same)
+        assert all(torch.equal(state[k], expected[k]) for k in same)
         assert state_of(gaq.load(run.best)) is not None
 
 
 def test_restart(train: Callable[..., Any], tmp_path: Path) -> None:
-    """Two epochs, then two more from the checkpoint: the schedule goes on where it was.
+    """Two epochs, then two more from the checkpoint: the schedule continues where it was.
 
     NequIP itself does not repeat the order of its structures on a restart, so weights are not compared.
     """
@@ -207,11 +207,11 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
     run = train(tmp_path, changes)
     assert run.code == 0, run.text
     model = gaq.load(run.best)
-    own = state_of(model).config.weights
-    bits = {own.bits, own.mixing_bits, own.first_bits, own.sensitive_bits}
+    weights = state_of(model).config.weights
+    bits = {weights.bits, weights.mixing_bits, weights.first_bits, weights.sensitive_bits}
     assert bits <= {q.bits for q in weight_quantizers(model).values()} <= bits | {3}
     scales = {name: q.fixed_step for name, q in weight_quantizers(model).items()}
-    # A restart takes the scales where they were.
+    # A restart continues from the stored scales.
     again = train(tmp_path, changes, "trainer.max_epochs=3", f"++ckpt_path={run.last}", "hydra.run.dir=again")
     assert again.code == 0, again.text
     later = {name: q.fixed_step for name, q in weight_quantizers(gaq.load(again.last)).items()}
@@ -223,7 +223,7 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
 def test_weights_are_rounded_when_training_is_over(
     train: Callable[..., Any], structures: list[Any], tmp_path: Path, module: str
 ) -> None:
-    """Validation is that of FP32; what the run has kept is rounded by calibration, and can be gone on from."""
+    """Validation is that of FP32; kept checkpoints are rounded by calibration, and training can continue from them."""
 
     def plain(config: Any) -> None:
         config["training_module"]["_target_"] = f"nequip.train.{module}"
@@ -237,20 +237,20 @@ def test_weights_are_rounded_when_training_is_over(
     run = train(tmp_path, changes)
     assert (exact.code, run.code) == (0, 0), run.text
     assert validation_errors(run) == validation_errors(exact)
-    found = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text)
-    assert found
-    assert all(float(after) <= float(before) for before, after in found)
+    errors = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.text)
+    assert errors
+    assert all(float(after) <= float(before) for before, after in errors)
     assert re.search(r"The weights in .*last\.ckpt are rounded", run.text)
     rounded, unrounded = gaq.load(run.last), gaq.load(exact.last)
     potential = adapter_for(unrounded).potential
     ours, theirs = (np.concatenate(potential(m, 8)(structures)[1]) for m in (rounded, unrounded))
-    assert 0 < 1e3 * np.sqrt(np.mean((ours - theirs) ** 2)) < 3 * max(float(after) for _, after in found) + 1
+    assert 0 < 1e3 * np.sqrt(np.mean((ours - theirs) ** 2)) < 3 * max(float(after) for _, after in errors) + 1
     stored = [torch.load(r.last, map_location="cpu", weights_only=False)["state_dict"] for r in (run, exact)]
     if module.startswith("EMA"):
-        # Training goes on from what it would have gone on from.
+        # The weights that training continues from are those of the float run.
         for key in ("layer0_convnet.conv.linear_2.weight", "type_embed.embed_module.weight"):
-            one, other = (next(v for k, v in state.items() if k.endswith(key)) for state in stored)
-            assert torch.equal(one, other)
+            rounded_run, float_run = (next(v for k, v in state.items() if k.endswith(key)) for state in stored)
+            assert torch.equal(rounded_run, float_run)
     again = train(tmp_path, changes, "trainer.max_epochs=3", f"++ckpt_path={run.last}", "hydra.run.dir=again")
     assert again.code == 0, again.text
     assert "Weights rounded" in (tmp_path / "again" / "train.log").read_text()
@@ -272,7 +272,7 @@ def test_a_run_that_was_cut_off_is_named(float_model: Callable[..., Any], caplog
 
 @pytest.mark.parametrize("rounded", [True, False])
 def test_averages_are_of_rounded_weights(train: Callable[..., Any], tmp_path: Path, rounded: bool) -> None:
-    """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
+    """An average with decay 0 equals the last deployed weights, on the grid of the scales in the checkpoint."""
 
     def changes(config: Any) -> None:
         training = {"round_weights": "throughout", "average_rounded": rounded}
@@ -325,7 +325,7 @@ def test_static_ranges_and_equivariance_loss(train: Callable[..., Any], tmp_path
 
 @pytest.mark.slow
 def test_two_processes(train: Callable[..., Any], tmp_path: Path) -> None:
-    """Lightning's distributed training on CPU: both processes round alike, and the file is one of both."""
+    """Lightning's distributed training on CPU: both processes round alike and write one file."""
 
     def changes(config: Any) -> None:
         config["quantization"] = {"preset": "gaq", "scalars": {"granularity": "per_channel"}}

@@ -14,7 +14,7 @@ else:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):  # type: ignore[no-untyped-def]
+def pytest_collection_modifyitems(items):  # type: ignore[no-untyped-def]  # as pytest calls it
     """Compilation takes minutes a model."""
     for item in items:
         if "test_ase_compile" in item.name:

@@ -1,8 +1,8 @@
 """NequIP's `BaseEnergyModelTests` on quantized NequIP and Allegro models, tolerances as shipped.
 
-Each model is built by the stock builder, quantized, and calibrated on a few molecules, as `gaq.calibrate` does it. With
-8-bit activations the energy is a staircase, whose finite differences are not its forces: those tests are expected to
-fail there, and nothing else.
+Each model is built by the stock builder, quantized, and calibrated on a few molecules by `gaq.calibrate`. With 8-bit
+activations the energy is a staircase, whose finite differences are not its forces: only those tests are expected to
+fail there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ needs_allegro = pytest.mark.skipif(find_spec("allegro") is None, reason="needs A
 
 
 def calibration_structures() -> list[Any]:
-    """What the tests run on, more or less: their molecule, others of the same types, and a crystal."""
+    """Structures like those of the tests: their molecule, others of the same types, and a crystal."""
     structures = [molecule(name) for name in ("CH3CHO", "H2", "CO2", "CH3CH2OH", "C6H6")]
     structures += [bulk("C", "diamond", a=3.57) * (2, 1, 1)]
     for i, atoms in enumerate(structures):
@@ -82,7 +82,7 @@ class QuantizedModelTests(BaseEnergyModelTests):
     @pytest.fixture(scope="session", params=["minimal_toy_emt.yaml"])
     @classmethod
     def conffile(cls, request: Any) -> str:
-        return request.param  # the other one downloads its data
+        return request.param  # the other file of the suite downloads its data
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -103,7 +103,7 @@ class QuantizedModelTests(BaseEnergyModelTests):
 
     @classmethod
     def quantized(cls, model: dict[str, Any]) -> dict[str, Any]:
-        """The configuration of the product's own builder."""
+        """The configuration for `gaq_nequip.quantized`."""
         spec = {"preset": cls.preset, "distillation": {"steps": 0}}
         return {"_target_": "gaq_nequip.quantized", **COMMON, "quantization": spec, "model": model}
 
@@ -158,11 +158,11 @@ class Staircase:
 
     @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient(self, model: Any, atomic_batch: Any, device: str) -> None:
-        super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]
+        super().test_numeric_gradient(model, atomic_batch, device)  # type: ignore[misc]  # of the suite
 
     @pytest.mark.xfail(reason="finite differences of an energy rounded to 8 bits", strict=True)
     def test_numeric_gradient_partial(self, partial_model: Any, atomic_batch: Any, device: str) -> None:
-        super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]
+        super().test_numeric_gradient_partial(partial_model, atomic_batch, device)  # type: ignore[misc]  # of the suite
 
 
 class TestNequIPW8A8(Staircase, NequIPTests):

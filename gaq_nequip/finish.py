@@ -1,0 +1,116 @@
+"""Rounding when training is over: weights that were trained in float, in every checkpoint that the run has kept.
+
+Lightning's trainer and NequIP's training module are `Any` here: what is read from them (``datamodule``, ``ema``) is not
+in the types that Lightning declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nequip.data import AtomicDataDict
+from nequip.utils import RankedLogger
+from torch import Tensor
+
+from gaq.model.state import UNFINISHED, require_state
+from gaq.training.ptq import round_at_end
+from gaq_nequip.adapter import NequIPAdapter
+from gaq_nequip.model import quantized_models, search_ranges
+from gaq_nequip.root import eager
+
+__all__ = ["finish", "finish_checkpoints"]
+
+logger = RankedLogger(__name__, rank_zero_only=True)
+
+
+class _TrainingData(NequIPAdapter):
+    """The adapter on structures that are NequIP's own graphs.
+
+    Args:
+        collate: makes a batch from a list of graphs.
+        device: device of the batches.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], device: torch.device) -> None:
+        self.collate = collate
+        self.device = device
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
+        spans = range(0, len(structures), batch_size)
+        batches = [self.collate([dict(graph) for graph in structures[i : i + batch_size]]) for i in spans]
+        return [AtomicDataDict.to_(batch, self.device) for batch in batches]
+
+
+def finish(trainer: Any, module: Any) -> None:
+    """Round the weights of a training module, by calibration on the training structures.
+
+    Where NequIP averages weights, the averaged ones are rounded.
+    """
+    average = getattr(module, "ema", None)
+    if average is not None:
+        average.swap_parameters(module.model)
+    loader = trainer.datamodule.train_dataloader()
+    data = _TrainingData(loader.collate_fn, module.device)
+    for model in quantized_models(module.model):
+        state = require_state(model)
+        search_ranges(model)
+        model.train()
+        with eager(model), torch.enable_grad():
+            for line in round_at_end(data, model, loader.dataset, state.config):
+                logger.info(line)
+        state.notes.pop(UNFINISHED, None)
+    if average is not None:
+        average.swap_parameters(module.model)
+
+
+def finish_checkpoints(trainer: Any, module: Any) -> None:
+    """Round the weights in every checkpoint that a run has kept, and those of the training module itself.
+
+    The weights that training would continue from stay in the checkpoints: where NequIP averages, only the averaged
+    weights are rounded.
+    """
+    # The last and the best checkpoint are often equal, and equal to what is in memory: each state is rounded once.
+    done: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def finished(state: dict[str, Any]) -> dict[str, Any]:
+        for before, after in done:
+            if before.keys() == state.keys() and all(_same(before[key], state[key]) for key in before):
+                return after
+        module.load_state_dict(state)
+        finish(trainer, module)
+        done.append((state, _copy(module.state_dict())))
+        return done[-1][1]
+
+    in_memory = _copy(module.state_dict())
+    for path in _kept_checkpoints(trainer):
+        checkpoint = torch.load(path, map_location=module.device, weights_only=False)
+        checkpoint["state_dict"] = finished(_copy(checkpoint["state_dict"]))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            part = path.with_name(path.name + ".part")
+            torch.save(checkpoint, part)
+            part.replace(path)
+        trainer.strategy.barrier()
+        logger.info(f"The weights in {path} are rounded")
+    module.load_state_dict(finished(in_memory))
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two entries of a state dict are equal; the extra states of some modules are not tensors."""
+    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def _kept_checkpoints(trainer: Any) -> list[Path]:
+    """The checkpoint files that the callbacks of a run have kept."""
+    names: dict[str, None] = {}
+    for callback in trainer.checkpoint_callbacks:
+        for name in (callback.best_model_path, callback.last_model_path, *callback.best_k_models):
+            names.setdefault(str(name))
+    return [Path(name) for name in names if name and Path(name).is_file()]
