@@ -127,7 +127,7 @@ class _Pairs:
         self._base: Integers = np.empty(0, dtype=np.int64)
         self._counts: tuple[int, ...] = ()
         self._spans: list[int] = []
-        # MACE's order in the next steps will be nearly that of now, and a list that is nearly in order sorts fast.
+        # MACE's order changes little in the next steps, and a list that is nearly in order sorts fast.
         keys = self._keys(positions, _full_cell(positions, cell, pbc, cutoff), slice(None))
         if keys is not None:
             order = np.argsort(keys, kind="stable")
@@ -293,7 +293,9 @@ class Neighbours:
             self._template = None
         elif not _same_batch(batch, stock_batch):
             self._refused, self._template, self._pairs = True, None, None
-            logging.warning("gaq: neighbour lists are made anew in every step: this MACE makes other ones.")
+            logging.warning(
+                "gaq: neighbour lists are made anew in every step: MACE's batch differs from that of a kept list."
+            )
         return stock_batch
 
     def _assembled(self, calculator: Any, config: Any) -> Any:

@@ -93,7 +93,7 @@ class Plan:
 
     @functools.cached_property
     def summary(self) -> tuple[int, bool, int]:
-        """What the GPU kernel is compiled for.
+        """Constants for which the GPU kernel is compiled.
 
         Returns:
             Integer whose bit d tells whether irreps of d components are rounded; whether directions are coded in the

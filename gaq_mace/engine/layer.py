@@ -184,7 +184,7 @@ class Layer(torch.nn.Module):
     # -- evaluation --
 
     def _product(self, rows: Tensor, name: str, species: int | None = None) -> Tensor:
-        """Multiply rows (n, in) by a matrix of the layer: that of a species where the layer has one for each."""
+        """Multiply rows (n, in) by a matrix of the layer, or by the matrix of a species."""
         integers = self.by_integers.get(name if species is None else f"{name}.{species}")
         if integers is not None:
             return integers(rows)

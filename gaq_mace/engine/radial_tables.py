@@ -28,7 +28,7 @@ JOINED = 8
 """Sets of pairs whose tables are kept end to end, as the kernels read them."""
 
 Pair = tuple[radial.RadialTable, "radial.RadialTable | None"]
-"""Table of the weights, and that of the density where there is one."""
+"""Table of the weights, and table of the density where the layer has one."""
 Knots = tuple[Tensor, "Tensor | None"]
 """Knots of a layer's radial tables, and of its density tables where it has a density."""
 
@@ -90,15 +90,16 @@ class RadialTables:
         attrs = lengths.new_zeros(2, self.elements)
         attrs[0, first] = attrs[1, second] = 1.0
         edges = torch.tensor([[0], [1]]).expand(2, lengths.shape[0])
-        return self.embedding(lengths[:, None], attrs, edges, self.numbers)  # type: ignore[no-any-return]
+        features: tuple[Tensor, Tensor | None] = self.embedding(lengths[:, None], attrs, edges, self.numbers)
+        return features
 
     def _weights(self, lengths: Tensor, first: int, second: int) -> Tensor:
         """Radial weights of a pair of species, (edges, paths, channels)."""
         features, cutoff = self._features(lengths, first, second)
-        weights = self.network(features)
+        weights: Tensor = self.network(features)
         if cutoff is not None:
             weights = weights * cutoff
-        return weights.view(lengths.shape[0], *self.shape)  # type: ignore[no-any-return]
+        return weights.view(lengths.shape[0], *self.shape)
 
     def _densities(self, lengths: Tensor, first: int, second: int) -> Tensor:
         """Edge densities of a pair of species, (edges, 1, 1)."""

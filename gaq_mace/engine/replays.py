@@ -60,18 +60,18 @@ def replayed(
     """
     atoms, edges = data["positions"].shape[0], data["edge_index"].shape[1]
     device = data["positions"].device
-    given: dict[str, Tensor] = {name: data[name] for name in INPUTS if data.get(name) is not None}
+    inputs: dict[str, Tensor] = {name: data[name] for name in INPUTS if data.get(name) is not None}
     if composition.knots is None or not atoms or not graphs.serves(device, edges):
         return None
     # A caller who differentiates by anything but the positions, or further, needs an autograd graph.
-    inner = data.get("displacement") is not None or any(t.grad_fn is not None for t in given.values())
-    asked = any(t.requires_grad for name, t in given.items() if name != "positions")
-    if inner or asked or not options.get("compute_force", True) or not torch.is_grad_enabled():
+    inputs_have_graph = data.get("displacement") is not None or any(t.grad_fn is not None for t in inputs.values())
+    other_gradients = any(t.requires_grad for name, t in inputs.items() if name != "positions")
+    if inputs_have_graph or other_gradients or not options.get("compute_force", True) or not torch.is_grad_enabled():
         return None
     size = bucket(edges)
     shapes = tuple(
         (name, t.dtype, t.device, size if name in ("edge_index", "shifts", "unit_shifts") else t.shape)
-        for name, t in given.items()
+        for name, t in inputs.items()
     )
     chosen = tuple(sorted(name for name, on in options.items() if on))
     # The stress is computed from the virial afterwards: the determinant of the cell may not be recordable.
@@ -83,12 +83,12 @@ def replayed(
     }
 
     def prepare() -> tuple[Any, dict[str, Tensor]]:
-        return (lambda held: step({k: v.detach() for k, v in held.items()}, composition, inside)), padded(given, size)
+        return (lambda held: step({k: v.detach() for k, v in held.items()}, composition, inside)), padded(inputs, size)
 
     # A graph reads these tensors where they lay when it was recorded.
     places = tuple(t.data_ptr() for held, name in rest if (t := held[name]) is not None)
     key = (composition.key, chosen, shapes, places)
-    outputs = graphs(key, {**given, "edges": edges}, prepare, device)
+    outputs = graphs(key, {**inputs, "edges": edges}, prepare, device)
     if outputs is not None and stress:
         outputs["stress"] = stress_of(outputs["virials"], data["cell"])
     return outputs

@@ -353,9 +353,11 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
         sh = _fit_harmonics(edge.harmonics)
     except ValueError as error:
         return {**kept, **{name: str(error) for name, _ in blocks}}
+    dtype = model.model_dtype
+    assert isinstance(dtype, torch.dtype)
     for name, block in blocks:
         try:
-            _fuse_convolution(block, edge, sh, torch.device(device), model.model_dtype)
+            _fuse_convolution(block, edge, sh, torch.device(device), dtype)
         except ValueError as error:
             kept[name] = str(error)
     return kept

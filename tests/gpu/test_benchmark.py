@@ -1,4 +1,4 @@
-"""The benchmark script for cards from end to end, without one."""
+"""The GPU benchmark script from end to end, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def printed(*arguments: str) -> str:
 
 
 def table_of(text: str) -> dict[str, list[str]]:
-    """The cells of the rows of what the script printed, by the first of each."""
+    """Cells of each row of the printed table, by the first cell."""
     table = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     return {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in table}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mace") is None, reason="MACE is not installed")
-def test_the_script_runs_without_a_card() -> None:
+def test_the_script_runs_without_a_gpu() -> None:
     cells = table_of(printed("--sizes", "3", "--without", "w8", "stock compiled"))
     for kind in ("stock eager", "engine fp32", "gaq"):
         assert float(cells[kind][1]) > 0.0
@@ -49,5 +49,5 @@ def test_the_row_of_nequips_compiled_file_is_not_the_eager_model() -> None:
     compiled = [row for row in rows if row["kind"] == "stock compiled"]
     assert [row["atoms"] for row in compiled] == [3, 6]
     differences = [row["largest_force_difference_to_stock_ev_per_angstrom"] for row in compiled]
-    # Sums in another order, which the same code would not have.
+    # Not zero: the compiled file sums in another order, the same code would not.
     assert 0.0 < max(differences) < 1e-3

@@ -33,7 +33,7 @@ def _generated(key: str) -> Any:  # a module
     path = _folder() / f"{key}.py"
     spec = importlib.util.spec_from_file_location(f"gaq.kernels.gpu.{key}", path)
     if spec is None or spec.loader is None or not path.exists():
-        raise RuntimeError(f"{path}: the generated kernels are gone; make the model anew")
+        raise RuntimeError(f"{path}: the file of generated kernels is gone; load the model again")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -31,10 +31,10 @@ def _weights(w_ptr, k, n, w_k, w_n, mask, PACKED: tl.constexpr):  # type: ignore
     at = k[:, None] * w_k + n[None, :] * w_n
     if PACKED:
         byte = tl.load(w_ptr + (at >> 1), mask=mask, other=0).to(tl.int32)
-        found = ((((byte >> ((at & 1) * 4)) & 15) ^ 8) - 8).to(tl.int8)
+        weights = ((((byte >> ((at & 1) * 4)) & 15) ^ 8) - 8).to(tl.int8)
     else:
-        found = tl.load(w_ptr + at, mask=mask, other=0)
-    return found
+        weights = tl.load(w_ptr + at, mask=mask, other=0)
+    return weights
 
 
 @triton.jit

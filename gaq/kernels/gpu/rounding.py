@@ -26,10 +26,10 @@ WORDS = 8
 def _nearest(v):  # type: ignore[no-untyped-def]
     """Round to the nearest integer, halves to even, for numbers far below 2^22 (float64: 2^51)."""
     if v.dtype == tl.float32:
-        found = (v + 12582912.0) - 12582912.0
+        nearest = (v + 12582912.0) - 12582912.0
     else:
-        found = (v + 6755399441055744.0) - 6755399441055744.0
-    return found
+        nearest = (v + 6755399441055744.0) - 6755399441055744.0
+    return nearest
 
 
 @triton.jit
@@ -37,19 +37,19 @@ def _divide(a, b):  # type: ignore[no-untyped-def]
     """Divide as IEEE 754 demands; on a GPU the plain float32 quotient is an approximation."""
     wide = b + tl.zeros_like(a)
     if a.dtype == tl.float32:
-        found = tl.math.div_rn(a, wide)
+        quotient = tl.math.div_rn(a, wide)
     else:
-        found = a / wide
-    return found
+        quotient = a / wide
+    return quotient
 
 
 @triton.jit
 def _root(v):  # type: ignore[no-untyped-def]
     if v.dtype == tl.float32:
-        found = tl.sqrt_rn(v)
+        root = tl.sqrt_rn(v)
     else:
-        found = tl.sqrt(v)
-    return found
+        root = tl.sqrt(v)
+    return root
 
 
 @triton.jit
