@@ -1,9 +1,9 @@
 """Neighbour lists that are kept over the steps of a simulation, for MACE's own calculator.
 
-MACE makes the graph of a structure anew in every step. While atoms only move, and none far, the pairs within the
-cutoff are among those that were within the cutoff and a skin some steps ago, and all else in a batch is as it was.
-What is handed out here is what MACE's calculator would have made: the same edges in the same order, the same numbers in
-every field. Where that is not certain the step is MACE's own, and the first list for a structure is held against it.
+MACE rebuilds the graph of a structure in every step. While atoms only move, and not far, all pairs within the cutoff
+were within the cutoff plus a skin some steps ago, and nothing else in a batch changes. The batches made here are those
+that MACE's calculator would make: the same edges in the same order, the same numbers in every field. Where that is not
+certain, the step uses MACE's own batch. The first list of a structure is compared with MACE's batch.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from gaq import settings
 from gaq.caches import WeakKeyCache
 from gaq_mace import engine
 
+# MACE types neither its calculators nor its batches and configurations: they are Any here.
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _SLACK = 1e-6
-"""Å that are not used of a skin, so that rounding cannot lose a pair."""
+"""Part of the skin that is not used, in Å, so that rounding cannot lose a pair."""
 
 _EDGES = ("edge_index", "shifts", "unit_shifts")
 _MOVING = (*_EDGES, "positions")
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two values of a configuration are equal for certain."""
+    """Whether two values of a configuration are certainly equal."""
     if type(first) is not type(second):
         return False
     if isinstance(first, np.ndarray):
@@ -56,13 +58,13 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _same_batch(first: Any, second: Any) -> bool:
-    """Whether two batches are the same in all they hold."""
-    own, other = first.__dict__, second.__dict__
-    return own.keys() == other.keys() and all(_same(value, other[name]) for name, value in own.items())
+    """Whether two batches are equal in all fields."""
+    fields, others = first.__dict__, second.__dict__
+    return fields.keys() == others.keys() and all(_same(value, others[name]) for name, value in fields.items())
 
 
 def _copied(value: Any) -> Any:
-    """A copy of what a batch holds: whoever gets one may change it in place."""
+    """Copy a field of a batch, because whoever receives a batch may change it in place."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -71,13 +73,13 @@ def _copied(value: Any) -> Any:
 
 
 def _farthest(positions: Floats, reference: Floats) -> float:
-    """The largest distance between two positions of an atom, in Å; not a number if one of them is not."""
+    """Largest distance of an atom from its reference position, in Å; NaN if a position is NaN."""
     moved = positions - reference
     return math.sqrt(np.einsum("ij,ij->i", moved, moved).max())
 
 
 def _full_cell(positions: Floats, cell: Floats, pbc: NDArray[np.bool_], cutoff: float) -> Floats:
-    """The cell as `get_neighborhood` extends it where it is not periodic, in the order of its operations."""
+    """Extend the cell where it is not periodic, by the operations of `get_neighborhood` in their order."""
     full = cell.copy() if cell.any() else np.identity(3)
     longest = np.max(np.absolute(positions)) + 1
     for axis in np.flatnonzero(~pbc):
@@ -86,9 +88,9 @@ def _full_cell(positions: Floats, cell: Floats, pbc: NDArray[np.bool_], cutoff: 
 
 
 def _grid(cell: Floats, cutoff: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The number of matscipy's bins along each axis, and the distance of the faces of the cell, in Å.
+    """Number of matscipy's bins along each axis, and distances between opposite faces of the cell, in Å.
 
-    All is done in the order in which matscipy does it: a cell may be a whole multiple of the cutoff.
+    The order of operations is matscipy's, because rounding decides where the cell is an exact multiple of the cutoff.
     """
 
     def cross(a: list[float], b: list[float]) -> list[float]:
@@ -105,13 +107,14 @@ def _grid(cell: Floats, cutoff: float) -> tuple[tuple[int, ...], tuple[float, ..
 
 
 class _Pairs:
-    """The pairs of atoms nearer to one another than cutoff and skin, at the positions the list was made for.
+    """Pairs of atoms within the cutoff plus the skin, at the positions for which the list was made.
 
     Attributes:
-        reference: positions (atoms, 3) in Å.
-        edges: sender and receiver (2, pairs).
+        reference: those positions, (atoms, 3) in Å.
+        edges: sender and receiver, (2, pairs).
         unit_shifts: (pairs, 3), in cell vectors.
         shifts: (pairs, 3) in Å.
+        sound: whether matscipy found no shifts along open axes; otherwise the list cannot be used.
     """
 
     def __init__(self, positions: Floats, cell: Floats, pbc: NDArray[np.bool_], cutoff: float, width: float) -> None:
@@ -119,12 +122,12 @@ class _Pairs:
         periodic = tuple(pbc.tolist())
         edges, self.shifts, self.unit_shifts, _ = get_neighborhood(positions, cutoff + width, periodic, cell.copy())
         self.edges: Integers = edges.astype(np.int64)
-        # In a cell so skewed that atoms lie outside their bins, matscipy counts shifts where nothing is periodic.
+        # In a very skewed cell, where atoms lie outside their bins, matscipy gives shifts along open axes.
         self.sound = not self.unit_shifts[:, ~pbc].any()
         self._base: Integers = np.empty(0, dtype=np.int64)
         self._counts: tuple[int, ...] = ()
         self._spans: list[int] = []
-        # MACE's order of now will be nearly that of the next steps, and what is nearly in order is sorted fast.
+        # MACE's order changes little in the next steps, and a list that is nearly in order sorts fast.
         keys = self._keys(positions, _full_cell(positions, cell, pbc, cutoff), slice(None))
         if keys is not None:
             order = np.argsort(keys, kind="stable")
@@ -136,14 +139,20 @@ class _Pairs:
         return self.sound and _farthest(positions, self.reference) <= 0.5 * self.width - _SLACK
 
     def _keys(self, positions: Floats, cell: Floats, chosen: Any) -> Integers | None:
-        """Numbers that sort the chosen pairs as matscipy does; None where it would count shifts that are none.
+        """Numbers by which the chosen pairs sort into matscipy's order; None where its shifts could not be used.
 
-        For each sender it goes through the bins around, in the order z, y, x, and through the atoms of a bin by number.
+        For each sender, matscipy goes through the surrounding bins in the order z, y, x, and through the atoms of a bin
+        by number.
+
+        Args:
+            positions: of all atoms, in Å.
+            cell: as `_full_cell` makes it.
+            chosen: index into the pairs.
         """
         counts, heights = _grid(cell, self.cutoff)
         size = np.array(counts)
         inverse = np.linalg.inv(cell.T)
-        # Term by term, as in C: whether an atom is on this or that side of a border must not depend on rounding.
+        # Term by term as in matscipy's C code, so that rounding puts an atom at a border into the same bin.
         places = positions[:, :1] * inverse[:, 0] + positions[:, 1:2] * inverse[:, 1] + positions[:, 2:] * inverse[:, 2]
         bins = np.floor(places * size).astype(np.int64)
         if not self.pbc.all():
@@ -152,7 +161,7 @@ class _Pairs:
                 return None
             bins[:, ~self.pbc] = np.clip(open_bins, 0, open_size - 1)
         atoms = len(positions)
-        # How many bins two atoms of a pair may be apart, at any time until the list is made anew.
+        # Bins by which two atoms of a pair can be apart until the list is remade.
         reach = self.cutoff + 2 * self.width
         spans = [2 * (math.ceil(reach * n / height) + 1) + 1 for n, height in zip(counts, heights, strict=True)]
         weights = np.array([1, spans[0], spans[0] * spans[1]])
@@ -160,12 +169,12 @@ class _Pairs:
             across = self.unit_shifts @ (size * weights)
             self._base = (self.edges[0] * math.prod(spans) + across) * atoms + self.edges[1]
             self._counts, self._spans = counts, spans
-        own = (bins @ weights) * atoms
+        bin_keys = (bins @ weights) * atoms
         senders, receivers = self.edges[:, chosen]
-        return self._base[chosen] + own[receivers] - own[senders]
+        return self._base[chosen] + bin_keys[receivers] - bin_keys[senders]
 
     def within(self, positions: Floats, cell: Floats) -> tuple[Integers, NDArray[Any]] | None:
-        """Edges (2, edges) and unit shifts (edges, 3) within the cutoff, in MACE's order; None where that is uncertain.
+        """Edges (2, edges) and unit shifts (edges, 3) within the cutoff, in MACE's order; None if uncertain.
 
         Args:
             positions: of all atoms, in Å.
@@ -176,7 +185,7 @@ class _Pairs:
         vectors += self.shifts
         squares = np.einsum("ij,ij->i", vectors, vectors)
         limit = self.cutoff * self.cutoff
-        # matscipy computes distances in another way, and may find what lies on the sphere itself within or without it.
+        # matscipy computes distances in another way, and may decide otherwise on a pair right at the cutoff.
         scale = self.cutoff + float(np.abs(positions).max()) + float(np.abs(cell).sum())
         error = 1e-13 * self.cutoff * scale
         chosen = np.flatnonzero(squares < limit + error)
@@ -191,10 +200,10 @@ class _Pairs:
 
 
 class Neighbours:
-    """What is kept of the structure a calculator has seen last.
+    """Neighbour list and batch template of the structure that a calculator computed last.
 
     Attributes:
-        made: how many lists were made.
+        made: number of lists made so far.
     """
 
     def __init__(self) -> None:
@@ -212,11 +221,11 @@ class Neighbours:
         self._refused = False
 
     def batch(self, calculator: Any, atoms: Any, stock: Callable[[], Any], width: float) -> Any:
-        """The batch of some atoms.
+        """Make the batch of a structure.
 
         Args:
             calculator: a `mace.calculators.MACECalculator`.
-            atoms: of ASE.
+            atoms: an `ase.Atoms`.
             stock: makes the batch by MACE's own means.
             width: of the skin, in Å.
         """
@@ -237,7 +246,7 @@ class Neighbours:
         if settings != self._settings or not self._knows(config):
             self._forget()
             self._settings = settings
-            # Arrays and what else is changed in place belong to the atoms.
+            # Copies, because the caller may change arrays of the atoms in place.
             self._config = dataclasses.replace(
                 config,
                 positions=None,
@@ -249,8 +258,8 @@ class Neighbours:
             return stock()
         if self._pairs is None or not self._pairs.serves(positions):
             self._pairs = None
-            # A longer list takes longer to make: it is worth it if it will serve some steps, and not for structures
-            # that do not follow one another.
+            # A list with a skin takes longer to make. It pays off if it serves several steps, but not for structures
+            # that are unrelated.
             if not _farthest(positions, last) <= 0.25 * width:
                 return stock()
             self._pairs = _Pairs(positions, config.cell, np.array(config.pbc), calculator.r_max, width)
@@ -259,95 +268,102 @@ class Neighbours:
                 return stock()
         if self._template is None:
             return self._checked(calculator, config, stock())
-        own = self._assembled(calculator, config)
-        return stock() if own is None else own
+        batch = self._assembled(calculator, config)
+        return stock() if batch is None else batch
 
     def _knows(self, config: Any) -> bool:
-        """Whether nothing but positions differs from the structure that was seen last."""
+        """Whether a configuration differs from the last one in its positions only."""
         if self._config is None:
             return False
         names = (field.name for field in dataclasses.fields(config) if field.name != "positions")
         return all(_same(getattr(config, name), getattr(self._config, name)) for name in names)
 
-    def _checked(self, calculator: Any, config: Any, given: Any) -> Any:
-        """MACE's own batch, which the next ones are made from if that gives this one."""
-        template = copy.copy(given)
-        for name, value in given.__dict__.items():
+    def _checked(self, calculator: Any, config: Any, stock_batch: Any) -> Any:
+        """Keep MACE's own batch as the template of later ones, if it can be reproduced from the list, and return it."""
+        template = copy.copy(stock_batch)
+        for name, value in stock_batch.__dict__.items():
             if name in _MOVING:
-                # Neither their values nor their memory are needed again.
+                # Later batches need neither the values nor their memory.
                 template.__dict__[name] = None
             else:
                 template.__dict__[name] = _copied(value)
         self._template = template
-        own = self._assembled(calculator, config)
-        if own is None:
+        batch = self._assembled(calculator, config)
+        if batch is None:
             self._template = None
-        elif not _same_batch(own, given):
+        elif not _same_batch(batch, stock_batch):
             self._refused, self._template, self._pairs = True, None, None
-            logging.warning("gaq: neighbour lists are made anew in every step: this MACE makes other ones.")
-        return given
+            logging.warning(
+                "gaq: neighbour lists are made anew in every step: MACE's batch differs from that of a kept list."
+            )
+        return stock_batch
 
     def _assembled(self, calculator: Any, config: Any) -> Any:
-        """The batch, from the pairs that are kept; None where MACE's would perhaps be another one."""
+        """Make a batch from the template and the list; None where MACE's batch might be another one."""
         assert self._pairs is not None
         positions, pbc = config.positions, self._pairs.pbc
         cell = _full_cell(positions, config.cell, pbc, calculator.r_max)
-        found = self._pairs.within(positions, cell)
-        if found is None:
+        edges_within = self._pairs.within(positions, cell)
+        if edges_within is None:
             return None
-        edges, unit_shifts = found
+        edges, unit_shifts = edges_within
         dtype = {"float64": torch.float64, "float32": torch.float32}[calculator.default_dtype]
         made = {
             "edge_index": torch.from_numpy(edges),
-            # Not rows of the products that are kept: those of a longer matrix may be rounded otherwise.
+            # Not taken from the shifts of the list: the product of a longer matrix may be rounded differently.
             "shifts": torch.from_numpy(np.dot(unit_shifts, cell)).to(dtype),
             "unit_shifts": torch.from_numpy(unit_shifts).to(dtype),
             "positions": torch.tensor(positions, dtype=dtype),
         }
         if not pbc.all():
-            # It grows with the structure.
+            # Along open axes MACE's cell depends on the positions.
             made["cell"] = torch.tensor(cell, dtype=dtype)
             volume = torch.linalg.det(made["cell"])
             reciprocal = 2 * torch.pi * torch.linalg.inv(made["cell"].mT) if volume.abs() > 0 else torch.zeros(3, 3)
             made["rcell"] = reciprocal.to(dtype).contiguous()
             made["volume"] = volume[None]
         batch = copy.copy(self._template)
-        own = batch.__dict__
+        fields = batch.__dict__
         for name, value in self._template.__dict__.items():
             if name in made:
-                own[name] = made[name].to(calculator.device)
+                fields[name] = made[name].to(calculator.device)
             else:
-                own[name] = _copied(value)
-        # Where the graphs of a batch begin; nothing but the number of edges differs.
-        own["__slices__"].update({name: [0, edges.shape[1]] for name in _EDGES})
+                fields[name] = _copied(value)
+        # Bounds of the graphs in each field: only the number of edges differs.
+        fields["__slices__"].update({name: [0, edges.shape[1]] for name in _EDGES})
         return batch
 
 
 def _configuration(calculator: Any, atoms: Any) -> Any:
-    """What `MACECalculator` takes from some atoms before it makes a graph of them."""
+    """Configuration that `MACECalculator` takes from a structure before it makes a graph."""
     calculator.arrays_keys.update({calculator.charges_key: "charges"})
     keys = mace_data.KeySpecification(info_keys=calculator.info_keys, arrays_keys=calculator.arrays_keys)
     return mace_data.config_from_atoms(atoms, key_specification=keys, head_name=calculator.head)
 
 
-# Not an attribute of the calculator, whose copies and pickles are MACE's business.
+# Not an attribute of the calculator, which would get into its copies and pickles.
 _kept: WeakKeyCache[Any, Neighbours] = WeakKeyCache()
 
 
 def kept_by(calculator: Any) -> Neighbours | None:
-    """What is kept for a calculator, if anything."""
+    """Neighbour list of a calculator; None where it has none."""
     return _kept.peek(calculator)
 
 
 def _suits(calculator: Any) -> bool:
-    """Whether a calculator's models are ours to speed up, and its batches those of one structure and nothing else."""
+    """Whether all models of a calculator are accelerated, and its batches hold one structure without padding."""
     if calculator.use_compile or any(getattr(calculator, f"pad_num_{name}", 0) for name in ("atoms", "edges")):
         return False
     return all(engine.is_accelerated(model) for model in calculator.models)
 
 
 def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]) -> Any:
-    """What `MACECalculator._atoms_to_batch`, given as `stock`, makes of some atoms.
+    """Make the batch of a structure, with a neighbour list that is kept where the calculator allows it.
+
+    Args:
+        calculator: a `mace.calculators.MACECalculator`.
+        atoms: an `ase.Atoms`.
+        stock: the calculator's own ``_atoms_to_batch``.
 
     Raises:
         ValueError: for a value of ``GAQ_SKIN`` that is not a length.
@@ -356,5 +372,5 @@ def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]
     if width <= 2 * _SLACK:
         _kept.drop(calculator)
         return stock(calculator, atoms)
-    own = _kept.get(calculator, Neighbours)
-    return own.batch(calculator, atoms, lambda: stock(calculator, atoms), width)
+    neighbours = _kept.get(calculator, Neighbours)
+    return neighbours.batch(calculator, atoms, lambda: stock(calculator, atoms), width)

@@ -1,1 +1,1 @@
-"""Fused operations of the inference engine: each with one reference in plain torch and a CPU twin in C++."""
+"""Fused operations for inference, each with a reference in plain torch and forms in C++ and Triton."""

@@ -5,11 +5,11 @@ The symmetric contraction of MACE is
 .. math:: A_i^{o c} = \sum_\nu \sum_k w^{(\nu)}_{z_i k c} \sum_{m_1 \dots m_\nu} U^{(\nu)}_{o\, m_1 \dots m_\nu\, k}
     x_i^{m_1 c} \cdots x_i^{m_\nu c}
 
-U is symmetric in its m and nearly empty (99.6 % zeros for l = 3, correlation 3). Folding the weights into it and adding
-up equal monomials leaves one coefficient for each species, channel, output and monomial that occurs. The monomials form
-a tree in which each is its parent times one more feature; the derivative walks it backwards.
+U is symmetric in its m and nearly empty (99.6 % zeros for l = 3, correlation 3). Folding the weights into U and summing
+equal monomials leaves one coefficient for each species, channel, output and monomial that occurs. The monomials form a
+tree, in which each is its parent times one more feature; the derivative walks the tree backwards.
 
-`reference` is the same in plain torch, what the tests trust, in float64.
+`reference` is the same in plain torch; the tests compare with it in float64.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Polynomial", "contraction", "fold", "reference"]
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Which monomials occur in which output.
+    """Monomials that occur in the outputs.
 
     Attributes:
-        rows_in: features.
-        rows_out: outputs.
+        rows_in: number of features.
+        rows_out: number of outputs.
         monomials: sorted tuples of feature numbers, parents before children.
         terms: (number of the monomial, output), ordered by monomial.
-        plan: the tree as the C++ code reads it, without the channels in its first place.
+        plan: the tree as the C++ code reads it, without its first word, the number of channels.
     """
 
     rows_in: int
@@ -44,37 +44,37 @@ class Polynomial:
     terms: tuple[tuple[int, int], ...]
     plan: Tensor
     # Plain dictionaries, because compilers trace through them: one entry for each device and number of channels in use.
-    # Threads that meet there write the same value.
+    # Threads that write at the same time write the same value.
     _tables: dict[torch.device, tuple[Tensor, Tensor, list[int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _plans: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def plan_of(self, channels: int) -> Tensor:
-        """`plan` with the channels in its first place, put together once."""
+        """The plan for a number of channels, which it begins with; made once."""
         if channels not in self._plans:
             self._plans[channels] = torch.cat([torch.tensor([channels]), self.plan])
         return self._plans[channels]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
-        """What the GPU kernel reads, copied to a device once."""
+        """Tables that the GPU kernel reads, copied to a device once."""
         if device not in self._tables:
-            from gaq.kernels.gpu import contraction as triton_twin
+            from gaq.kernels.gpu import contraction as gpu_contraction
 
-            value = triton_twin.value_table(self.rows_out, self.monomials, self.terms)
-            derivative = triton_twin.derivative_table(self.rows_in, self.monomials, self.terms)
-            heads = triton_twin.heads_of(value, derivative)
+            value = gpu_contraction.value_table(self.rows_out, self.monomials, self.terms)
+            derivative = gpu_contraction.derivative_table(self.rows_in, self.monomials, self.terms)
+            heads = gpu_contraction.heads_of(value, derivative)
             self._tables[device] = (value.to(device), derivative.to(device), heads)
         return self._tables[device]
 
     @classmethod
     def make(cls, rows_in: int, rows_out: int, occurring: list[tuple[tuple[int, ...], int]]) -> Polynomial:
-        """From the monomials and outputs that occur, in any order."""
-        wanted = {monomial for monomial, _ in occurring}
-        for monomial in list(wanted):
-            wanted.update(monomial[:k] for k in range(1, len(monomial)))
-        # Sorted, a tuple follows its own beginnings at once: the walk is depth first.
-        monomials = tuple(sorted(wanted))
+        """Make a polynomial from the (monomial, output) pairs that occur, in any order."""
+        with_parents = {monomial for monomial, _ in occurring}
+        for monomial in list(with_parents):
+            with_parents.update(monomial[:k] for k in range(1, len(monomial)))
+        # In sorted order a tuple comes right after its own beginnings, so the walk is depth first.
+        monomials = tuple(sorted(with_parents))
         number = {monomial: i for i, monomial in enumerate(monomials)}
         terms = tuple(sorted({(number[monomial], output) for monomial, output in occurring}))
         parents = {monomial[:-1] for monomial in monomials if len(monomial) > 1}
@@ -96,10 +96,10 @@ def fold(tensors: list[tuple[Tensor, Tensor, int]], rows_in: int, rows_out: int)
     """Fold weights into coupling tensors.
 
     Args:
-        tensors: for each output block and degree the tensor (components, rows_in, ..., rows_in, paths), the weights
-            (species, paths, channels), and the number of the block's first output.
-        rows_in: features.
-        rows_out: outputs.
+        tensors: for each output block and degree the coupling tensor (components, rows_in, ..., rows_in, paths), the
+            weights (species, paths, channels), and the number of the block's first output.
+        rows_in: number of features.
+        rows_out: number of outputs.
 
     Returns:
         The polynomial and its coefficients, shape (species, terms, channels), float64.
@@ -117,7 +117,7 @@ def fold(tensors: list[tuple[Tensor, Tensor, int]], rows_in: int, rows_out: int)
         folded = torch.einsum("tk,zkc->tzc", torch.stack(list(entries.values())), weights)
         for key, value in zip(entries, folded, strict=True):
             gathered[key] = gathered[key] + value if key in gathered else value
-    # Couplings cancel in the sum over equal monomials, but for rounding.
+    # In the sum over equal monomials some couplings cancel, up to rounding.
     largest = max((float(v.abs().max()) for v in gathered.values()), default=0.0)
     gathered = {key: value for key, value in gathered.items() if float(value.abs().max()) > 1e-14 * largest}
     polynomial = Polynomial.make(rows_in, rows_out, list(gathered))
@@ -127,7 +127,7 @@ def fold(tensors: list[tuple[Tensor, Tensor, int]], rows_in: int, rows_out: int)
 
 class _Contraction(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch declares *args
         ctx: torch.autograd.function.FunctionCtx, features: Tensor, species: Tensor, coefficients: Tensor, plan: Tensor
     ) -> Tensor:
         features = features.contiguous()
@@ -145,9 +145,11 @@ class _Contraction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]  # torch declares *args
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        features, species, coefficients, plan = ctx.saved_tensors  # type: ignore[attr-defined]
+        features, species, coefficients, plan = ctx.saved_tensors  # type: ignore[attr-defined]  # not in torch's stub
         grad = grad.contiguous()
         grad_features = torch.empty_like(features)
         kernel("contraction_backward", features.dtype)(
@@ -173,17 +175,17 @@ def _check(polynomial: Polynomial, features: Tensor, species: Tensor, coefficien
         )
     if features.dtype != coefficients.dtype or species.dtype != torch.int64:
         raise TypeError(f"dtypes do not fit: {features.dtype}, {coefficients.dtype}, {species.dtype}")
-    # Looking at them would make a card wait; its kernel gives NaN for a species it does not know.
-    looked_at = species.device.type == "cpu" and has_data(species) and species.numel() > 0
-    if looked_at and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
+    # On a GPU the host would have to wait for the values; the kernel there gives NaN for an unknown species.
+    readable = species.device.type == "cpu" and has_data(species) and species.numel() > 0
+    if readable and not 0 <= int(species.min()) <= int(species.max()) < coefficients.shape[0]:
         raise ValueError(f"species outside 0 to {coefficients.shape[0] - 1}")
 
 
 def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> Tensor:
-    """The polynomials of all atoms, by the C++ or Triton kernel; differentiable once, by the features.
+    """Compute the polynomials of all atoms by the C++ or Triton kernel; differentiable once, by the features.
 
     Args:
-        polynomial: which monomials.
+        polynomial: the monomials.
         features: (atoms, rows_in, channels).
         species: (atoms,), int64.
         coefficients: (species, terms, channels), contiguous, in the dtype of the features.
@@ -193,27 +195,28 @@ def contraction(polynomial: Polynomial, features: Tensor, species: Tensor, coeff
 
     Raises:
         ValueError, TypeError: for shapes, species and dtypes that do not fit.
-        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: if the kernels cannot be built.
     """
     _check(polynomial, features, species, coefficients)
     if gpu.chosen(features.device):
-        from gaq.kernels.gpu import contraction as triton_twin
+        from gaq.kernels.gpu import contraction as gpu_contraction
 
         tables = polynomial.tables(features.device)
-        return triton_twin.contraction(features, species, coefficients, tables, polynomial.rows_out)
+        return gpu_contraction.contraction(features, species, coefficients, tables, polynomial.rows_out)
     plan = polynomial.plan_of(features.shape[2])
-    return _Contraction.apply(features, species.contiguous(), coefficients.contiguous(), plan)  # type: ignore[no-any-return]
+    species, coefficients = species.contiguous(), coefficients.contiguous()
+    return _Contraction.apply(features, species, coefficients, plan)  # type: ignore[no-any-return]  # untyped in torch
 
 
 def reference(polynomial: Polynomial, features: Tensor, species: Tensor, coefficients: Tensor) -> Tensor:
-    """The same in plain torch, differentiable any number of times."""
+    """Compute `contraction` in plain torch, differentiable any number of times."""
     _check(polynomial, features, species, coefficients)
     values: dict[tuple[int, ...], Tensor] = {}
     for monomial in polynomial.monomials:
         feature = features[:, monomial[-1]]
         values[monomial] = values[monomial[:-1]] * feature if len(monomial) > 1 else feature
     output = [features.new_zeros(features.shape[0], features.shape[2]) for _ in range(polynomial.rows_out)]
-    own = coefficients[species]
+    of_atoms = coefficients[species]
     for t, (monomial_number, row) in enumerate(polynomial.terms):
-        output[row] = output[row] + own[:, t] * values[polynomial.monomials[monomial_number]]
+        output[row] = output[row] + of_atoms[:, t] * values[polynomial.monomials[monomial_number]]
     return torch.stack(output, dim=1)

@@ -6,19 +6,19 @@ For atoms i with neighbours j, features h, edge vectors r and paths p = (l1, l2,
     h_j^{m_1 c}
 
 The matrix :math:`B^p_{m_3 m_1} = \sum_{m_2} C Y` of an edge does not depend on the channel c, so the loop over channels
-is a run of fused multiply-adds (our derivation; cuEquivariance and OpenEquivariance fuse the same sums). The derivative
-with respect to h and r needs, for each edge, the dot products over channels of the incoming gradient with R h: nothing
-with one row an edge and channel is ever stored, and no two threads write to the same place.
+is a series of fused multiply-adds (our derivation; cuEquivariance and OpenEquivariance fuse the same sums). The
+derivative by h and r needs, for each edge, the dot products over channels of the incoming gradient with R h. Nothing
+with a row for each edge and channel is stored, and no two threads write to the same place.
 
 Layouts, channels always last:
 
-- node features: (atoms, rows, channels), the components of all input blocks one below the other;
-- messages: one matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to
-  end in one tensor: ready for the linear layer that mixes the paths of a group;
-- radial weights: `RadialTable.knots`, those of several tables one after the other, or one row an edge
-  (edges, paths, channels), cutoff included.
+- node features: (atoms, rows, channels), where the rows are the components of all input blocks, block after block;
+- messages: a matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to
+  end in one tensor, ready for the linear layer that mixes the paths of a group;
+- radial weights: `RadialTable.knots`, of several tables end to end, or a row for each edge, (edges, paths, channels),
+  cutoff included.
 
-`reference` is the same in plain torch, what the tests trust, in float64.
+`reference` is the same in plain torch; the tests compare with it in float64.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _convolution(
 ) -> Tensor:
     atoms, channels = features.shape[0], features.shape[2]
     message = features.new_empty(rows_out * atoms, channels)
-    # Copies of what is not contiguous have to live until the call is done.
-    held = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights)]
-    ints, reals, sender, receiver, tables, vectors, features, weights = held
+    # Bound to names, because copies of non-contiguous tensors have to live until the call returns.
+    contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights)]
+    ints, reals, sender, receiver, tables, vectors, features, weights = contiguous
     kernel("convolution", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
@@ -102,8 +102,8 @@ def _convolution_backward(
     of_features: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    held = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, grad)]
-    ints, reals, sender, receiver, tables, vectors, features, weights, grad = held
+    contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, grad)]
+    ints, reals, sender, receiver, tables, vectors, features, weights, grad = contiguous
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
     grad_vectors = torch.zeros_like(vectors)
     grad_weights = torch.zeros_like(weights) if of_weights else weights.new_empty(0)
@@ -192,33 +192,33 @@ def convolution(
     weights: Tensor,
     tabulated: bool = True,
 ) -> Tensor:
-    """The messages of all atoms, by the fused kernel; differentiable once.
+    """Compute the messages of all atoms by the fused kernel; differentiable once.
 
     Args:
-        problem: what is convolved.
-        graph: the edges.
-        features: (atoms, rows, channels).
-        vectors: (edges, 3) from sender to receiver or back, as the harmonics want them, in Å. Edges of length
-            zero, or of `r_max` and more, contribute nothing.
-        weights: knots of a `RadialTable` (or of several, `Graph.tables` says whose), or (edges, paths, channels);
-            contiguous in the dtype of the features.
-        tabulated: which of the two.
+        problem: the tensor product.
+        graph: senders and receivers of the edges.
+        features: of nodes, (atoms, rows, channels).
+        vectors: of edges, (edges, 3) in Å, from sender to receiver or back, in the direction that the harmonics expect.
+            Edges of length zero, and of `r_max` or more, contribute nothing.
+        weights: knots of a `RadialTable`, or of several (`Graph.tables` numbers them), or weights of each edge,
+            (edges, paths, channels); in the dtype of the features.
+        tabulated: whether the weights are knots.
 
     Returns:
         (rows_out * atoms, channels), see `ConvolutionProblem.split`.
 
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
-        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
-        RuntimeError: on a card without Triton.
+        gaq.kernels.cpu.native.CompilerError: if the kernels cannot be built.
+        RuntimeError: on a GPU without Triton.
     """
     _check(problem, features, vectors, weights, tabulated)
     if gpu.chosen(features.device):
-        from gaq.kernels.gpu import convolution as device
+        from gaq.kernels.gpu import convolution as gpu_convolution
 
-        return device.convolution(problem, graph, features, vectors, weights, tabulated)
+        return gpu_convolution.convolution(problem, graph, features, vectors, weights, tabulated)
     ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
-    return _convolution(  # type: ignore[no-any-return]
+    return _convolution(  # type: ignore[no-any-return]  # a registered operation is untyped
         features.contiguous(),
         vectors.contiguous(),
         weights.contiguous(),
@@ -239,7 +239,7 @@ def reference(
     weights: Tensor,
     tabulated: bool = True,
 ) -> Tensor:
-    """The same in plain torch, differentiable any number of times."""
+    """Compute `convolution` in plain torch, differentiable any number of times."""
     _check(problem, features, vectors, weights, tabulated)
     lengths = vectors.norm(dim=-1)
     inside = (lengths > 0) & (lengths < problem.r_max)
@@ -263,5 +263,5 @@ def reference(
         summed = edge.new_zeros(features.shape[0], *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
         parts[path.group].append(summed)
     # (atoms, components, paths, channels) of each group, flattened.
-    groups = [torch.stack(own, dim=2).reshape(-1, problem.channels) for own in parts if own]
+    groups = [torch.stack(messages, dim=2).reshape(-1, problem.channels) for messages in parts if messages]
     return torch.cat(groups) if groups else features.new_zeros(0, problem.channels)

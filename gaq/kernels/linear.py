@@ -1,18 +1,20 @@
 """Linear layers with integer weights for GPUs, on features rounded to 16 bits or left in float.
 
 **Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
-`gaq.quantizers.features.FeatureQuantizer` with ranges of the atom's own. A code of 16 bits is ``256 hi + lo`` with both
-planes signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest that allows it), so the layer is two products
-of int8 matrices with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for up to
-`MAX_INPUTS` inputs; the two are combined in 64 bits, because ``256 (hi W)`` leaves 32 bits from 512 inputs on.
+`gaq.quantizers.features.FeatureQuantizer` with per-atom ranges. A 16-bit code is ``256 hi + lo`` with both planes
+signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest code for which that holds). The layer is then two
+int8 matrix products with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for
+up to `MAX_INPUTS` inputs. The two planes are combined in 64 bits, because from 512 inputs on ``256 (hi W)`` needs more
+than 32.
 
 **Not rounded.** The features are float, and only the weights are integers (presets ``w8`` and ``w4``).
 
-The gradient by the features is that of the layer without rounding of features (straight-through): float by integer
-weights, in the precision of the features. Weights and scales have none.
+The gradient by the features is that of the layer without rounding (straight-through estimator): float times integer
+weights, in the precision of the features. Weights and scales have no gradient.
 
-`reference` is the same in plain torch with one product of floats, differentiable any number of times. It serves what
-the Triton kernel does not, and CPUs, where two planes take longer than the float product (`benchmarks/int8_linear.py`).
+`reference` is the same in plain torch with one float product, differentiable any number of times. It is the path for
+layers that the Triton kernel does not serve, and on CPUs, where two planes take longer than the float product
+(`benchmarks/int8_linear.py`).
 """
 
 from __future__ import annotations
@@ -26,24 +28,24 @@ from gaq.kernels import gpu
 __all__ = ["MAX_INPUTS", "linear", "reference", "round_rows", "unpacked"]
 
 MAX_INPUTS = (1 << 31) // (128 * 128) - 1
-"""More could overflow the int32 sums of a plane: each product is at most 128 x 128."""
+"""Largest number of inputs for which the int32 sums of a plane cannot overflow: a product is at most 128 x 128."""
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of 16 bits with a step for each row.
+    """Round features to 16-bit codes with a step for each row.
 
     Args:
         x: (rows, inputs).
 
     Returns:
-        Codes in the dtype of `x`, of sizes up to 32639, and steps (rows, 1); the rounded features are their product.
+        Codes from -32639 to 32639 in the dtype of `x`, and steps (rows, 1). The rounded features are their product.
     """
     step = x.abs().amax(1, keepdim=True).clamp_min(1e-30) * 1.000001 / PLANES_MAX
     return torch.round(x / step), step
 
 
 def unpacked(codes: Tensor, inputs: int, outputs: int) -> Tensor:
-    """Integer weights (inputs, outputs), int8, from those or from what `gaq.files.packing.pack_int4` made of them."""
+    """Integer weights (inputs, outputs), int8, from such weights or from the bytes of `gaq.files.packing.pack_int4`."""
     if codes.dtype == torch.uint8:
         return unpack_int4(codes, inputs * outputs).view(inputs, outputs)
     return codes
@@ -85,15 +87,15 @@ def linear(
     rounded: bool = True,
     group_size: int = 0,
 ) -> Tensor:
-    """A linear layer by the Triton kernel where it serves it, else by `reference`; differentiable once.
+    """Compute a linear layer by the Triton kernel where that serves it, else by `reference`; differentiable once.
 
     Args:
         x: features (rows, inputs), float32 or float64.
-        codes: weights (inputs, outputs), int8; or the same in four bits, from `gaq.files.packing.pack_int4`, uint8.
-        scale: of the weights, (groups, outputs), one row of them unless there is a group size.
+        codes: weights (inputs, outputs), int8; or 4-bit weights packed by `gaq.files.packing.pack_int4`, uint8.
+        scale: of the weights, (groups, outputs); one row where there is no group size.
         residual: (rows, outputs), added to the result.
         rounded: whether the features are rounded to 16 bits.
-        group_size: inputs that share a row of scales, the last group may be smaller; 0: all of them.
+        group_size: inputs that share a row of scales; the last group may be smaller. 0 means all inputs.
 
     Returns:
         (rows, outputs), in the dtype of the features.
@@ -103,10 +105,10 @@ def linear(
     """
     _check(x, codes, scale, residual, rounded, group_size)
     if gpu.chosen(x.device):
-        from gaq.kernels.gpu import linear as triton_twin
+        from gaq.kernels.gpu import linear as gpu_linear
 
-        if triton_twin.serves(x, codes, group_size):
-            return triton_twin.linear(x, codes, scale, residual, rounded, group_size)
+        if gpu_linear.serves(x, codes, group_size):
+            return gpu_linear.linear(x, codes, scale, residual, rounded, group_size)
     return reference(x, codes, scale, residual, rounded, group_size)
 
 
@@ -118,7 +120,7 @@ def reference(
     rounded: bool = True,
     group_size: int = 0,
 ) -> Tensor:
-    """The same in plain torch, with one product of floats."""
+    """Compute `linear` in plain torch with one float product, differentiable any number of times."""
     _check(x, codes, scale, residual, rounded, group_size)
     weights = unpacked(codes, x.shape[1], scale.shape[1]).to(x.dtype)
     weights = weights * _scales(scale, x.shape[1], group_size, x.dtype)

@@ -1,6 +1,6 @@
-"""What `gaq.kernels.convolution` convolves with what: the tensor product and the edges, for kernels of every device.
+"""Description of a convolution for the kernels of every device: the tensor product and the edges.
 
-The names are those of `gaq.kernels.convolution`, where the layouts are explained.
+`gaq.kernels.convolution` explains the symbols and the layouts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ COMPONENTS = (1, 3, 5, 7, 9)
 
 @dataclass(frozen=True)
 class Path:
-    """One path of the tensor product.
+    """A path of the tensor product.
 
     Attributes:
         block: number of the input block.
         edge_degree: l of the spherical harmonic.
         group: number of the output group.
-        coefficients: (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), float64, normalisation of the path included.
+        coefficients: (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), float64, with the normalisation of the path.
     """
 
     block: int
@@ -35,14 +35,14 @@ class Path:
 
 @dataclass(frozen=True)
 class ConvolutionProblem:
-    """What is convolved with what, apart from how.
+    """Tensor product, harmonics and cutoff of a convolution.
 
     Attributes:
         channels: multiplicity of every block.
         blocks: l of each input block.
         groups: l of each output group.
-        paths: in the order of the radial weights.
-        harmonics: coefficients of the spherical harmonics, as `gaq.kernels.harmonics.fit` gives them.
+        paths: of the tensor product, in the order of the radial weights.
+        harmonics: coefficients of the spherical harmonics, from `gaq.kernels.harmonics.fit`.
         r_max: cutoff in Å.
     """
 
@@ -52,8 +52,8 @@ class ConvolutionProblem:
     paths: tuple[Path, ...]
     harmonics: tuple[Tensor, ...]
     r_max: float
-    # Plain dictionaries, because compilers trace through them: one plan for each number of knots a table may have (8)
-    # and one source for each kind of weights (2). Threads that meet there write the same value.
+    # Plain dictionaries, because compilers trace through them: a plan for each possible number of knots (8), and the
+    # name of the generated kernels for each kind of weights (2). Threads that write at the same time write the same.
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     sources: dict[bool, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -73,34 +73,34 @@ class ConvolutionProblem:
 
     @property
     def rows_in(self) -> int:
-        """Components of all input blocks."""
+        """Number of components of all input blocks."""
         return sum(2 * l + 1 for l in self.blocks)  # noqa: E741
 
     def group_paths(self, group: int) -> list[int]:
-        """Numbers of the paths that end in a group."""
+        """Numbers of the paths whose output is a group."""
         return [i for i, path in enumerate(self.paths) if path.group == group]
 
     def group_rows(self) -> list[int]:
-        """Rows of `channels` numbers that each group has for one atom."""
+        """Number of rows (of `channels` numbers) of each group in an atom's message."""
         return [len(self.group_paths(g)) * (2 * l + 1) for g, l in enumerate(self.groups)]  # noqa: E741
 
     @property
     def rows_out(self) -> int:
-        """Rows of `channels` numbers that an atom's message has."""
+        """Number of rows (of `channels` numbers) in an atom's message."""
         return sum(self.group_rows())
 
     def split(self, message: Tensor, atoms: int) -> list[Tensor]:
-        """The matrices of the groups, (atoms * (2l+1), paths * channels), views of a message."""
-        found, offset = [], 0
+        """Views of a message as the matrices of its groups, (atoms * (2l+1), paths * channels)."""
+        matrices, offset = [], 0
         for group, rows in enumerate(self.group_rows()):
             paths = len(self.group_paths(group))
             part = message[offset * atoms : (offset + rows) * atoms]
-            found.append(part.reshape(-1, paths * self.channels))
+            matrices.append(part.reshape(-1, paths * self.channels))
             offset += rows
-        return found
+        return matrices
 
     def plan(self, knots: int) -> tuple[Tensor, Tensor]:
-        """The problem as the C++ code reads it; `knots` is 0 for weights given an edge at a time."""
+        """The problem as the C++ code reads it, integers and reals; `knots` is 0 for weights of each edge."""
         if knots not in self.plans:
             starts = [sum(2 * l + 1 for l in self.blocks[:i]) for i in range(len(self.blocks))]  # noqa: E741
             rows = self.group_rows()
@@ -113,9 +113,9 @@ class ConvolutionProblem:
                 for m1, m2, m3 in path.coefficients.nonzero().tolist():
                     indices += [m1, m2, m3]
                     values.append(float(path.coefficients[m1, m2, m3]))
-                own = self.group_paths(path.group)
+                group_paths = self.group_paths(path.group)
                 ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
-                ints += [offsets[path.group], rows[path.group], own.index(number), len(own)]
+                ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
                 ints += [2 * self.groups[path.group] + 1, begin, len(values)]
             head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, knots, int(knots > 0)]
             reals = torch.cat(
@@ -130,13 +130,14 @@ class ConvolutionProblem:
 
 @dataclass(frozen=True)
 class Graph:
-    """Who sends to whom.
+    """Senders and receivers of the edges.
 
     Attributes:
-        sender: (edges,), int64, in the order of the edge vectors.
-        receiver: the same.
-        tables: number of the radial table of each edge, where there are several (they depend on the species of both
-            atoms); None where there is one.
+        sender: of each edge, (edges,), int64, in the order of the edge vectors.
+        receiver: of each edge, (edges,), int64.
+        tables: number of each edge's radial table, where tables depend on the species of both atoms; None where there
+            is only one table.
+        lists: edges by receiver and by sender, made when first needed.
     """
 
     sender: Tensor
@@ -145,32 +146,32 @@ class Graph:
     lists: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def by_receiver(self, atoms: int) -> tuple[Tensor, Tensor]:
-        """`neighbours` of the receivers, made once."""
+        """Edges by receiver, made once; see `neighbours`."""
         return self._list("receiver", self.receiver, self.sender, atoms)
 
     def by_sender(self, atoms: int) -> tuple[Tensor, Tensor]:
-        """The same of the senders."""
+        """Edges by sender, made once; see `neighbours`."""
         return self._list("sender", self.sender, self.receiver, atoms)
 
-    def _list(self, name: str, own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
-        # Not by a key of both: where graphs are traced the number of atoms is a symbol, which has no hash.
+    def _list(self, name: str, atom: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
+        # The number of atoms is not part of the key: in a traced graph it is a symbol, which has no hash.
         if name not in self.lists or self.lists[name][0].shape[0] != atoms + 1:
-            self.lists[name] = neighbours(own, other, atoms)
+            self.lists[name] = neighbours(atom, other, atoms)
         return self.lists[name]
 
 
-def neighbours(own: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
-    """Edges by the atom they belong to, as the kernels on a card read them.
+def neighbours(atom: Tensor, other: Tensor, atoms: int) -> tuple[Tensor, Tensor]:
+    """Sort edges by atom, in the form that the GPU kernels read.
 
     Args:
-        own: atom of each edge, (edges,).
-        other: atom at its other end.
+        atom: atom of each edge by which to sort, (edges,).
+        other: atom at the other end of each edge, (edges,).
         atoms: number of atoms.
 
     Returns:
         Where each atom's edges begin, (atoms + 1,), and the numbers of the edges with their other ends, (2, edges),
-        both int32. The order is stable, and nothing waits for the device.
+        both int32. The order is stable, and the host does not wait for the device.
     """
-    ordered, order = torch.sort(own, stable=True)
-    first = torch.searchsorted(ordered, torch.arange(atoms + 1, device=own.device, dtype=own.dtype))
+    ordered, order = torch.sort(atom, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(atoms + 1, device=atom.device, dtype=atom.dtype))
     return first.to(torch.int32), torch.stack([order, other[order]]).to(torch.int32)

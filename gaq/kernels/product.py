@@ -1,16 +1,16 @@
-r"""Fused product of each edge's features with those of its centre atom: Allegro's tensor product.
+r"""Fused product of each edge's features with the features of its centre atom: Allegro's tensor product.
 
 For edges e with centre a(e), features x of edges and y of atoms, path weights w and channels u,
 
 .. math:: z_{e u k} = \sum_{i j} x_{e u i}\, y_{a(e) u j} \sum_p w_{u p}\, C^p_{i j k}
     = \sum_i x_{e u i} M_{a(e) u i k}
 
-The matrix :math:`M_{a u i k} = \sum_{p j} w_{u p} C^p_{i j k} y_{a u j}` belongs to the atom and serves all its edges:
-it is made from the non-zero coefficients once an atom, and what is left an edge is one small matrix product (our
-derivation; plain code sums over i and j for every edge, 9 times as much at l <= 2). The derivative gathers
-:math:`\sum_e x_{e u i} g_{e u k}` of an atom's edges in cache before it goes through the coefficients.
+The matrix :math:`M_{a u i k} = \sum_{p j} w_{u p} C^p_{i j k} y_{a u j}` belongs to the atom and serves all its edges.
+It is made once for each atom, from the non-zero coefficients. An edge then costs one small matrix product (our
+derivation; plain code sums over i and j for every edge, 9 times as much at l <= 2). The derivative sums
+:math:`\sum_e x_{e u i} g_{e u k}` over an atom's edges in cache, before it multiplies by the coefficients.
 
-`reference` is the same in plain torch, what the tests trust, in float64.
+`reference` is the same in plain torch; the tests compare with it in float64.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["ProductProblem", "product", "reference"]
 
 @dataclass(frozen=True)
 class ProductProblem:
-    """What is multiplied with what.
+    """Coefficients of a product.
 
     Attributes:
-        channels: of edges and atoms.
+        channels: number of channels, of edges and atoms.
         coefficients: (paths, components of edges, components of atoms, components out), float64.
         plan: the coefficients as the C++ code reads them, integers and reals.
     """
@@ -43,7 +43,7 @@ class ProductProblem:
 
     @classmethod
     def make(cls, channels: int, coefficients: Tensor) -> ProductProblem:
-        """From the coefficients, (paths, components of edges, components of atoms, components out).
+        """Make a problem from coefficients, (paths, components of edges, components of atoms, components out).
 
         Raises:
             ValueError: for coefficients of another shape.
@@ -52,7 +52,7 @@ class ProductProblem:
             raise ValueError(f"coefficients of shape (paths, i, j, k), not {tuple(coefficients.shape)}")
         coefficients = coefficients.double().cpu()
         entries = coefficients.nonzero().tolist()
-        # By output component, so that its sum stays where it is.
+        # In the order of output components, so that the sum of a component stays in its register.
         pairs = sorted({(k, i) for _, i, _, k in entries})
         number = {pair: n for n, pair in enumerate(pairs)}
         paths, d1, d2, d3 = coefficients.shape
@@ -67,7 +67,7 @@ class ProductProblem:
 
     @property
     def rows_out(self) -> int:
-        """Components of the result."""
+        """Number of components of the result."""
         return int(self.coefficients.shape[3])
 
 
@@ -79,9 +79,9 @@ def _product(
     x: Tensor, y: Tensor, weights: Tensor, ints: Tensor, reals: Tensor, centre: Tensor, rows_out: int
 ) -> Tensor:
     out = x.new_empty(x.shape[0], x.shape[1], rows_out)
-    # Copies of what is not contiguous have to live until the call is done.
-    held = [t.contiguous() for t in (ints, reals, centre, x, y, weights)]
-    ints, reals, centre, x, y, weights = held
+    # Bound to names, because copies of non-contiguous tensors have to live until the call returns.
+    contiguous = [t.contiguous() for t in (ints, reals, centre, x, y, weights)]
+    ints, reals, centre, x, y, weights = contiguous
     kernel("product", x.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
@@ -108,8 +108,8 @@ def _product_fake(
 def _product_backward(
     grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, ints: Tensor, reals: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
-    held = [t.contiguous() for t in (ints, reals, centre, x, y, weights, grad)]
-    ints, reals, centre, x, y, weights, grad = held
+    contiguous = [t.contiguous() for t in (ints, reals, centre, x, y, weights, grad)]
+    ints, reals, centre, x, y, weights, grad = contiguous
     grad_x, grad_y = torch.empty_like(x), torch.empty_like(y)
     kernel("product_backward", x.dtype)(
         ints.data_ptr(),
@@ -152,12 +152,12 @@ _product.register_autograd(_differentiate, setup_context=_setup)
 
 def _check(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, centre: Tensor) -> None:
     paths, d1, d2, _ = problem.coefficients.shape
-    wanted = {
+    expected = {
         "edge features": (x, (centre.numel(), problem.channels, d1)),
         "atom features": (y, (y.shape[0], problem.channels, d2)),
         "path weights": (weights, (problem.channels, paths)),
     }
-    for name, (tensor, shape) in wanted.items():
+    for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} of shape {shape}, not {tuple(tensor.shape)}")
     if not x.dtype == y.dtype == weights.dtype:
@@ -165,13 +165,13 @@ def _check(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, centr
 
 
 def product(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, centre: Tensor) -> Tensor:
-    """The products of all edges, by the fused kernel; differentiable once, with respect to the features.
+    """Compute the products of all edges by the fused kernel; differentiable once, by the features.
 
     Args:
-        problem: what is multiplied.
-        x: of edges, (edges, channels, components).
-        y: of atoms, (atoms, channels, components).
-        weights: (channels, paths).
+        problem: the coefficients.
+        x: features of edges, (edges, channels, components).
+        y: features of atoms, (atoms, channels, components).
+        weights: of the paths, (channels, paths).
         centre: atom of each edge, (edges,), int64, in any order.
 
     Returns:
@@ -179,13 +179,15 @@ def product(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, cent
 
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
-        gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
+        gaq.kernels.cpu.native.CompilerError: if the kernels cannot be built.
     """
     _check(problem, x, y, weights, centre)
-    return _product(x, y, weights, *problem.plan, centre, problem.rows_out)  # type: ignore[no-any-return]
+    return _product(  # type: ignore[no-any-return]  # a registered operation is untyped
+        x, y, weights, *problem.plan, centre, problem.rows_out
+    )
 
 
 def reference(problem: ProductProblem, x: Tensor, y: Tensor, weights: Tensor, centre: Tensor) -> Tensor:
-    """The same in plain torch, differentiable any number of times."""
+    """Compute `product` in plain torch, differentiable any number of times."""
     _check(problem, x, y, weights, centre)
     return torch.einsum("pijk,up,eui,euj->euk", problem.coefficients.to(x), weights, x, y[centre])

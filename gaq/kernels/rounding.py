@@ -1,12 +1,12 @@
-"""Rounding of features of nodes or edges where they lie, in the layout of the kernels or of their host.
+"""Rounding of node or edge features where they lie, in the layout of the kernels or of the framework.
 
-The values are those of `gaq.quantizers.features.FeatureQuantizer` with ranges of each atom's own; the gradient passes
-unchanged, as it does there from 14 bits on. What has coarser steps, static ranges or a tabulated codebook is not
-served: `plan` returns None and the quantizer itself has to be called.
+The values are those of `gaq.quantizers.features.FeatureQuantizer` with per-atom ranges. The gradient passes unchanged,
+as it does there from 14 bits on. Coarser steps, static ranges and tabulated codebooks are not served: `plan` returns
+None, and the caller has to use the quantizer itself.
 
-`reference` is that call, with the features brought into the quantizer's layout and back. `rounded` is an operation of
-torch for the host's own layout, which a compiled file carries as a static library (`shims.cpp`): what a compiler makes
-of the quantizer's plain operations takes several passes over memory.
+`reference` calls the quantizer on features that are brought into its layout and back. `rounded` is a torch operation in
+the framework's layout, which a compiled file carries as a static library (`shims.cpp`): a compiler would turn the
+quantizer's plain operations into several passes over memory.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ COMPONENTS = (1, 3, 5, 7, 9)
 WORDS = 9
 """Integers of a piece in a plan."""
 SERIAL = 1 << 15
-"""Features that one thread rounds in some ten microseconds."""
+"""Number of features that one thread rounds in some ten microseconds."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where the features of one irrep lie in a tensor, in elements.
+    """Place of one irrep's features in a tensor. Offsets and strides are in elements.
 
     Attributes:
         dimension: 2l + 1.
         channels: multiplicity.
-        offset: of the first element, beyond ``scaled_offset`` times the number of atoms.
-        scaled_offset: see there.
-        atom_stride: from an atom to the next.
-        row_stride: from a component to the next.
+        offset: constant part of the first element's offset.
+        atom_stride: from one atom to the next.
+        row_stride: from one component to the next.
+        scaled_offset: part of the first element's offset that is multiplied by the number of atoms.
+        channel_stride: from one channel to the next.
     """
 
     dimension: int
@@ -57,12 +58,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pieces as the C++ code reads them.
+    """Pieces to round, as the C++ code reads them.
 
     Attributes:
-        ints: number of pieces, row length of the mixtures, and `WORDS` integers a piece.
+        ints: number of pieces, row length of the mixtures, and `WORDS` integers for each piece.
         reals: largest codes of the pieces, and the mixtures.
-        copied: pieces that are left as they are.
+        copied: pieces that are copied without rounding.
     """
 
     ints: Tensor
@@ -74,25 +75,30 @@ class Plan:
     )
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """What the GPU kernel reads, copied to a device once: integers, largest codes, mixtures."""
+        """Tables that the GPU kernel reads, copied to a device once: integers, largest codes, mixtures."""
         if device not in self._tables:
             count, stride = (int(n) for n in self.ints[:2])
             rows = self.ints[2:].view(count, WORDS)
             if any(p.channel_stride != 1 for p in self.copied) or bool((rows[:, -1] != 1).any()):
                 raise ValueError("the GPU kernel rounds features whose channels lie side by side")
-            others = [
+            copied = [
                 [p.scaled_offset, p.offset, p.dimension, p.channels, p.atom_stride, p.row_stride, 0, 0]
                 for p in self.copied
             ]
-            tops = torch.cat([self.reals[:count], torch.zeros(len(others), dtype=torch.float64)])
-            every = torch.cat([rows[:, :-1], torch.tensor(others, dtype=torch.int64).view(-1, 8)])
+            tops = torch.cat([self.reals[:count], torch.zeros(len(copied), dtype=torch.float64)])
+            words = torch.cat([rows[:, :-1], torch.tensor(copied, dtype=torch.int64).view(-1, 8)])
             mixing = self.reals[count:].view(-1, stride) if stride else torch.zeros(1, 1, dtype=torch.float64)
-            self._tables[device] = (every.to(device), tops.to(device), mixing.to(device))
+            self._tables[device] = (words.to(device), tops.to(device), mixing.to(device))
         return self._tables[device]
 
     @functools.cached_property
     def summary(self) -> tuple[int, bool, int]:
-        """Bit d: whether irreps of d components are rounded; whether in the local frame; elements an atom."""
+        """Constants for which the GPU kernel is compiled.
+
+        Returns:
+            Integer whose bit d tells whether irreps of d components are rounded; whether directions are coded in the
+            local frame; number of an atom's elements in all pieces.
+        """
         rows = self.ints[2:].view(-1, WORDS).tolist()
         dimensions = 0
         for row in rows:
@@ -102,7 +108,7 @@ class Plan:
 
 
 def merge_scalars(pieces: Sequence[Piece]) -> list[Piece] | None:
-    """Adjacent scalars as one piece, as the quantizer has them; None where they do not lie side by side."""
+    """Merge consecutive scalar pieces, as the quantizer does; None where they do not lie side by side."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
@@ -119,11 +125,11 @@ def merge_scalars(pieces: Sequence[Piece]) -> list[Piece] | None:
 
 
 def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
-    """What the kernel has to do for a quantizer; None where it cannot.
+    """Plan the rounding of a quantizer by the kernel; None where the kernel cannot do it.
 
     Args:
-        quantizer: of a deployed model.
-        pieces: where each irrep of its layout lies, in its order.
+        quantizer: of a converted model.
+        pieces: place of each irrep of the quantizer's layout, in its order.
     """
     merged = merge_scalars(pieces)
     served = quantizer.passes_through and not quantizer.differentiable_twice
@@ -156,7 +162,7 @@ def plan(quantizer: FeatureQuantizer, pieces: Sequence[Piece]) -> Plan | None:
 
 
 def own_layout(quantizer: FeatureQuantizer) -> list[Piece]:
-    """Where the irreps lie in the layout the quantizer is called with."""
+    """Pieces of the layout in which the quantizer itself is called."""
     total = sum(
         d if quantizer.channels_first else abs(m) * d
         for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True)
@@ -181,7 +187,7 @@ def _call(features: Tensor, ints: Tensor, reals: Tensor, atoms: int) -> Tensor:
         atoms,
         features.data_ptr(),
         result.data_ptr(),
-        # Threads cost more than they bring where there is little to round.
+        # With few features, threads cost more time than they save.
         min(torch.get_num_threads(), 1 + features.numel() // SERIAL),
     )
     return result
@@ -189,27 +195,32 @@ def _call(features: Tensor, ints: Tensor, reals: Tensor, atoms: int) -> Tensor:
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor, own: Plan, atoms: int) -> Tensor:  # type: ignore[override]
-        return _call(features.contiguous(), own.ints, own.reals, atoms)
+    def forward(  # type: ignore[override]  # torch declares *args
+        ctx: torch.autograd.function.FunctionCtx, features: Tensor, rounding_plan: Plan, atoms: int
+    ) -> Tensor:
+        return _call(features.contiguous(), rounding_plan.ints, rounding_plan.reals, atoms)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]  # torch declares *args
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
-def round_features(features: Tensor, own: Plan, atoms: int) -> Tensor:
-    """Rounded features, shape and dtype (float32 or float64) of the argument.
+def round_features(features: Tensor, rounding_plan: Plan, atoms: int) -> Tensor:
+    """Round features; shape and dtype (float32 or float64) stay. The gradient passes unchanged.
 
     Args:
-        features: any shape; the plan says where what lies.
-        own: from `plan`.
+        features: of any shape; the plan has the places of the irreps.
+        rounding_plan: from `plan`.
         atoms: number of atoms.
     """
     if gpu.chosen(features.device):
-        from gaq.kernels.gpu import rounding as triton_twin
+        from gaq.kernels.gpu import rounding as gpu_rounding
 
-        return triton_twin.round_features(features, own.tables(features.device), atoms, *own.summary)
-    return _Round.apply(features, own, atoms)  # type: ignore[no-any-return]
+        tables = rounding_plan.tables(features.device)
+        return gpu_rounding.round_features(features, tables, atoms, *rounding_plan.summary)
+    return _Round.apply(features, rounding_plan, atoms)  # type: ignore[no-any-return]  # untyped in torch
 
 
 @native.operation("rounded")
@@ -230,17 +241,17 @@ _rounded.register_autograd(_pass)
 
 
 def rounded(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
-    """Rounded features, on the CPU, as an operation that can be traced and compiled; the gradient passes unchanged.
+    """Round features on the CPU by an operation that can be traced and compiled; the gradient passes unchanged.
 
     Args:
-        features: (atoms or edges, ...), float32 or float64, in the layout `own_layout` tells.
-        ints, reals: of the `plan` made from it.
+        features: (atoms or edges, ...), float32 or float64, in the layout of `own_layout`.
+        ints, reals: of a `Plan` for that layout.
     """
-    return torch.ops.gaq.rounded(features, ints, reals)  # type: ignore[no-any-return]
+    return torch.ops.gaq.rounded(features, ints, reals)  # type: ignore[no-any-return]  # untyped in torch
 
 
 def reference(features: Tensor, quantizer: FeatureQuantizer, pieces: Sequence[Piece], atoms: int) -> Tensor:
-    """The same through the quantizer itself."""
+    """Round features through the quantizer itself."""
     flat = features.reshape(-1)
     places = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""What `shims.cpp` defines, as Inductor has to be told: the C functions by which compiled files call the operations."""
+"""Declarations of the C functions in `shims.cpp`, by which compiled files call the operations, for Inductor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from gaq.kernels import convolution, product, rounding, signatures  # noqa: F401
 __all__ = ["c_shims"]
 
 
-def c_shims() -> dict[Any, list[str]]:
+def c_shims() -> dict[Any, list[str]]:  # keys are `OpOverload`s, whose attribute access torch does not type
     """Declarations by operation, for Inductor's option ``aot_inductor.custom_ops_to_c_shims``."""
     return {getattr(torch.ops.gaq, name).default: [signatures.c_shim(name)] for name in signatures.OPERATIONS}

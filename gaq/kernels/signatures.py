@@ -1,9 +1,9 @@
-"""The signatures of the C++ kernels, and of the operations of torch that compiled files call, each in this one place.
+"""Signatures of the C++ kernels, and of the torch operations that compiled files call. Each stands only here.
 
-From `KERNELS` follow the argument types by which Python calls a kernel (`argument_types`) and the prototype that its
-C++ source defines; from `OPERATIONS` the registration of an operation with torch, the declaration that Inductor is
-given of its C function (`c_shim`), and the prototype that `shims.cpp` defines. The prototypes are macros of a header
-that is written when the kernels are compiled (`header`): ``GAQ_KERNEL(product, float32, float) { ... }`` and
+`KERNELS` gives the argument types by which Python calls a kernel (`argument_types`), and the prototype that the C++
+source defines. `OPERATIONS` gives the registration of an operation with torch, the declaration of its C function for
+Inductor (`c_shim`), and the prototype that `shims.cpp` defines. The prototypes are macros in a header that is written
+when the kernels are compiled (`header`): ``GAQ_KERNEL(product, float32, float) { ... }`` and
 ``GAQ_SHIM(edge_product) { ... }``.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["DTYPES", "KERNELS", "OPERATIONS", "argument_types", "c_name", "c_shim", "header"]
 
 DTYPES = {"float32": "float", "float64": "double"}
-"""What kernels compute in: the name in torch and that in C++, which is T below."""
+"""Dtypes of the kernels: their names in torch and in C++. T below stands for the name in C++."""
 
 KERNELS = {
     "convolution": (
@@ -49,7 +49,7 @@ KERNELS = {
         "const int64_t* ints, const double* reals, int64_t atoms, const T* features, T* rounded, int64_t threads"
     ),
 }
-"""Arguments of each kernel, as in C++. Pointers may be null where the kernel's source says so."""
+"""Arguments of each kernel, as in C++. The kernel's source says which pointers may be null."""
 
 _EDGES = "Tensor features, Tensor vectors, Tensor weights, Tensor ints, Tensor reals, Tensor sender, Tensor receiver"
 
@@ -67,13 +67,13 @@ OPERATIONS = {
     ),
     "rounded": "(Tensor features, Tensor ints, Tensor reals) -> Tensor",
 }
-"""Schemas of the operations ``gaq::NAME``, as torch writes them."""
+"""Schemas of the operations ``gaq::NAME``, in torch's notation."""
 
 _C_TYPES = {"Tensor": "AtenTensorHandle", "SymInt": "int64_t", "bool": "int32_t"}
 
 
-def argument_types(kernel: str) -> list[Any]:
-    """Types of the arguments of a kernel, for `ctypes`."""
+def argument_types(kernel: str) -> list[Any]:  # of ctypes classes, whose base is private
+    """Types of a kernel's arguments, for `ctypes`."""
     types = [argument.rsplit(" ", 1)[0] for argument in KERNELS[kernel].split(", ")]
     return [ctypes.c_void_p if type.endswith("*") else {"int64_t": ctypes.c_int64}[type] for type in types]
 
@@ -84,17 +84,17 @@ def c_name(kernel: str, dtype: str) -> str:
 
 
 def c_shim(operation: str) -> str:
-    """Declaration of the C function of an operation, as AOTInductor calls it."""
+    """Declaration of an operation's C function, which AOTInductor calls."""
     matched = re.fullmatch(r"\((.*)\) -> (.*)", OPERATIONS[operation])
     assert matched is not None, operation
-    given = [argument.split(" ") for argument in matched[1].split(", ")]
-    arguments = [f"{_C_TYPES[type]} {name}" for type, name in given]
+    declared = [argument.split(" ") for argument in matched[1].split(", ")]
+    arguments = [f"{_C_TYPES[type]} {name}" for type, name in declared]
     results = [f"AtenTensorHandle* ret{i}" for i in range(matched[2].count("Tensor"))]
     return f"AOTITorchError aoti_torch_cpu_{operation}({', '.join(arguments + results)})"
 
 
 def header() -> str:
-    """The text of ``signatures.h``, which all C++ sources include."""
+    """Text of ``signatures.h``, which all C++ sources include."""
     lines = [
         "// Written by gaq/kernels/signatures.py.",
         "#pragma once",
@@ -104,7 +104,7 @@ def header() -> str:
     ]
     for kernel, arguments in KERNELS.items():
         lines.append(f"#define GAQ_KERNEL_{kernel}(NAME, T) void {c_name(kernel, '##NAME')}({arguments})")
-    every = " ".join(f"GAQ_KERNEL_{kernel}(NAME, T);" for kernel in KERNELS)
-    lines.append(f"#define GAQ_DECLARE_KERNELS(NAME, T) {every}")
+    prototypes = " ".join(f"GAQ_KERNEL_{kernel}(NAME, T);" for kernel in KERNELS)
+    lines.append(f"#define GAQ_DECLARE_KERNELS(NAME, T) {prototypes}")
     lines += [f"#define GAQ_SHIM_{operation} {c_shim(operation)}" for operation in OPERATIONS]
     return "\n".join(lines) + "\n"

@@ -1,17 +1,16 @@
-"""MACE through the fused kernels: what a converted model runs by default at inference, on the CPU and on NVIDIA GPUs.
+"""MACE through the fused kernels: the default path of a converted model at inference, on the CPU and on NVIDIA GPUs.
 
 `accelerate` gives float models the same kernels, and `decelerate` takes them away from any model.
 
-An `Engine` is built from a model (quantized and converted, or float) and computes the same function: the same weights,
-the same rounding of features, float32 or float64 arithmetic as the model has it. Per-edge features are never written
-to memory (`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and
-the radial network is a table (`gaq_mace.engine.radial_tables`). What surrounds the interactions is MACE's own code.
+An `Engine` is built from a model (converted or float) and computes the same function: with the same weights, the same
+rounding of features, and the model's float32 or float64 arithmetic. Features of edges are never written to memory
+(`gaq.kernels.convolution`), the symmetric contraction is a folded polynomial (`gaq.kernels.contraction`), and the
+radial network is a table (`gaq_mace.engine.radial_tables`). All else in a step is MACE's own code.
 
-Atoms are sorted by species within a call, so that weights of a species act on a slice.
+Atoms are sorted by species within a call, so that the weights of a species act on a slice.
 
-On a card nothing in a step waits for it but the look at the species, and that only where they are not given in the same
-tensor as before. Small steps are replayed as CUDA graphs (`gaq.kernels.gpu.graphs`), with the edges padded by some
-that lie beyond the cutoff.
+On a GPU the host waits once a step, to read the species, and not at all if they come in the same tensor as in the step
+before. Small steps are replayed as CUDA graphs (`gaq.kernels.gpu.graphs`), padded with edges beyond the cutoff.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused kernels for float models, and how they are switched off for a model."""
+"""Switching the fused kernels on for float models, and off for any model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["accelerate", "decelerate"]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-# Of the name of MACE's own class: MACE asks for it where it rebuilds a model.
+# It has the name of MACE's own class, because MACE compares names where it rebuilds a model.
 @compile_mode("script")
 class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     """A `mace.modules.ScaleShiftMACE` whose inference goes through the fused kernels.
@@ -29,25 +29,28 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        own = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
-        return reduce_stock(mace_models.ScaleShiftMACE, own)
+        return reduce_stock(mace_models.ScaleShiftMACE, _without_engine(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
-        # Through pickling a copy would lose its speed; the engine belongs to the weights of the original.
+        # Pickling would give a copy of MACE's own class. The engine is not copied: it serves the original's weights.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        own = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
-        torch.nn.Module.__setstate__(new, copy.deepcopy(own, memo))
+        torch.nn.Module.__setstate__(new, copy.deepcopy(_without_engine(self), memo))
         new.__dict__[CHOICE] = self.__dict__[CHOICE]
         return new
+
+
+def _without_engine(model: torch.nn.Module) -> dict[str, Any]:
+    """State of a model without the entries that the engine adds."""
+    return {key: value for key, value in model.__dict__.items() if key not in OWN_ENTRIES}
 
 
 def accelerate(model: Model) -> Model:
     """Let a MACE model compute energies, forces, virials and stresses through the fused kernels, in place.
 
-    Converted models do so without being asked. A float model computes what it did, to the rounding of its dtype.
-    What needs more than first derivatives (training, Hessians) or derivatives by the weights stays MACE's own, call by
-    call. Files, pickles and state dicts of an accelerated float model are those of MACE's own class.
+    Converted models do so by default. A float model gives the same results as before, to the rounding of its dtype.
+    Calls that need more than first derivatives (training, Hessians), or derivatives by the weights, still run MACE's
+    own code. Files, pickles and state dicts of an accelerated float model are those of MACE's own class.
 
     Args:
         model: a `ScaleShiftMACE`, float or converted, such as ``calculator.models[0]`` of a `MACECalculator`.
@@ -56,7 +59,7 @@ def accelerate(model: Model) -> Model:
         The same model.
 
     Raises:
-        Unsupported: a `ValueError` that names the part of the model the kernels do not serve.
+        Unsupported: a `ValueError` that names the part of the model that the kernels do not serve.
         gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built; the message says what helps.
     """
     state = state_of(model)
@@ -86,19 +89,19 @@ def accelerate(model: Model) -> Model:
         raise Unsupported(f"this model cannot be accelerated: {reason}")
     model.__dict__[CHOICE] = True
     if type(model) is mace_models.ScaleShiftMACE:
-        model.__class__ = ScaleShiftMACE  # type: ignore[assignment]
+        model.__class__ = ScaleShiftMACE  # type: ignore[assignment]  # changed in place
     return model
 
 
 def decelerate(model: Model) -> Model:
-    """Let a model run through the reference path, in place: MACE's own code, and of quantized models ours.
+    """Let a model run through the reference path, in place: MACE's code, with our quantizers in a quantized model.
 
-    A float model is of MACE's own class again. `accelerate` takes it back.
+    A float model has MACE's own class again. `accelerate` undoes this.
     """
     for name in OWN_ENTRIES:
         model.__dict__.pop(name, None)
     if type(model) is ScaleShiftMACE:
-        model.__class__ = mace_models.ScaleShiftMACE  # type: ignore[assignment]
+        model.__class__ = mace_models.ScaleShiftMACE  # type: ignore[assignment]  # changed in place
     elif isinstance(model, Served):
         model.__dict__[CHOICE] = False
     return model

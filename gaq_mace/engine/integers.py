@@ -1,4 +1,4 @@
-"""Linear layers on the integer codes of their weights (``GAQ_LINEAR=int8``): which are taken so, and how."""
+"""Linear layers computed from the integer codes of their weights (``GAQ_LINEAR=int8``): which layers, and how."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from gaq.files.packing import PLANES_MAX
 from gaq.kernels import linear
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
-from gaq_mace.engine.reading import identity_or, matrices_of, species_matrices_of
+from gaq_mace.engine.reading import input_quantizer_of, matrices_of, species_matrices_of
 
 __all__ = ["Integers", "integer_linears", "through_integers"]
 
 
 def integer_linears() -> bool:
-    """Whether ``GAQ_LINEAR=int8`` asks for integer products of a model's linear layers on a GPU."""
+    """Whether ``GAQ_LINEAR=int8`` asks for integer products in linear layers on a GPU."""
     return settings.current().linear == "int8"
 
 
 @dataclass(frozen=True)
 class Integers:
-    """A matrix as `gaq.kernels.linear.linear` takes it: codes (in, out), int8, and scales (groups, out)."""
+    """A matrix as `gaq.kernels.linear.linear` takes it.
+
+    Attributes:
+        codes: (in, out), int8.
+        scale: (groups, out), float32.
+        group_size: inputs that share a row of scales; 0 for all of them.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -33,7 +39,7 @@ class Integers:
 
     @classmethod
     def of(cls, codes: Tensor, scales: Tensor, device: torch.device) -> Integers | None:
-        """From codes and the scale of each of them, (in, out); None where the operation cannot take them."""
+        """Make one from codes and the scale of each code, both (in, out); None where the operation cannot take them."""
         if float(codes.abs().max()) > 127:
             return None
         for size in (0, 128, 64, 32):
@@ -48,20 +54,20 @@ class Integers:
 
 
 def rounds_all(quantizer: FeatureQuantizer | None) -> bool:
-    """Whether all that enters a layer is rounded to 16 bits, so that doing so again changes little."""
+    """Whether all inputs of a layer are rounded to 16 bits, so that rounding them again changes little."""
     if quantizer is None or quantizer.scalar_top < PLANES_MAX or not quantizer.passes_through:
         return False
     return quantizer.round_scalars and (quantizer.round_vectors or all(d == 1 for d in quantizer.dimensions))
 
 
 def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
-    """Take the products of the engine's layers through integers where codes and roundings of the model allow it."""
+    """Let the engine's layers compute from integer codes where the model's codes and rounding allow it, in place."""
     from gaq_mace.weights import quantized_weights
 
     codes = quantized_weights(model)
     before: FeatureQuantizer | None = None
-    for number, own in enumerate(layers):
-        layer: Any = own
+    layer: Any  # a `Layer`; a ModuleList knows modules only
+    for number, layer in enumerate(layers):
         block, product = model.interactions[number], model.products[number]
         parts = (
             ("linear", f"interactions.{number}.linear", block.linear),
@@ -70,36 +76,36 @@ def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
             ("final", f"products.{number}.linear", product.linear),
         )
         for name, path, module in parts:
-            reads = identity_or(module)
-            if reads is None and (name == "up" or (name == "skip" and layer.residual)):
-                # Node features are rounded once, where the layer before gives them out.
-                reads = before
+            quantizer = input_quantizer_of(module)
+            if quantizer is None and (name == "up" or (name == "skip" and layer.residual)):
+                # Node features are rounded once, at the output of the previous layer.
+                quantizer = before
             weight = codes.get(f"{path}.weight")
-            if weight is not None and rounds_all(reads):
+            if weight is not None and rounds_all(quantizer):
                 mean = name == "linear" and not hasattr(block, "density_fn")
-                _give(layer, name, module, weight, float(block.avg_num_neighbors) if mean else 1.0)
-        before = identity_or(product)
+                _take_codes(layer, name, module, weight, float(block.avg_num_neighbors) if mean else 1.0)
+        before = input_quantizer_of(product)
 
 
-def _give(layer: Any, name: str, own: Any, found: QuantizedTensor, divisor: float) -> None:
-    """Take the products of one of a layer's modules through integers where its codes allow it.
+def _take_codes(layer: Any, name: str, module: Any, weight: QuantizedTensor, divisor: float) -> None:
+    """Let a layer compute the products of one module from integer codes, where the codes allow it.
 
     Args:
         layer: of the engine.
-        name: of its matrices here: ``linear``, ``up``, ``skip`` or ``final``.
-        own: the module of the model.
-        found: its codes.
-        divisor: what the matrices are divided by.
+        name: of the module's matrices in the layer: ``linear``, ``up``, ``skip`` or ``final``.
+        module: of the model.
+        weight: codes and scales of the module's weight.
+        divisor: number by which the layer divides the matrices.
     """
-    index = found.layout.scale_index(found.granularity, found.group_size)
-    scales = found.scale.double().cpu()[index] / divisor
+    index = weight.layout.scale_index(weight.granularity, weight.group_size)
+    scales = weight.scale.double().cpu()[index] / divisor
     device = layer.contraction_coefficients.device
     if name == "skip":
-        sizes = species_matrices_of(own, scales)
-        for out, (_, every) in species_matrices_of(own, found.codes, scaled=False).items():
-            for z, (matrix, size) in enumerate(zip(every, sizes[out][1], strict=True)):
-                layer.take(f"skip_{out}.{z}", Integers.of(matrix, size, device))
+        species_steps = species_matrices_of(module, scales)
+        for out, (_, matrices) in species_matrices_of(module, weight.codes, scaled=False).items():
+            for z, (matrix, step) in enumerate(zip(matrices, species_steps[out][1], strict=True)):
+                layer.take(f"skip_{out}.{z}", Integers.of(matrix, step, device))
         return
-    steps = matrices_of(own, scales)
-    for out, matrix in matrices_of(own, found.codes, scaled=False).items():
+    steps = matrices_of(module, scales)
+    for out, matrix in matrices_of(module, weight.codes, scaled=False).items():
         layer.take(f"{name}_{out}", Integers.of(matrix, steps[out], device))

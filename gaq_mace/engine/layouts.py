@@ -1,4 +1,4 @@
-"""Layouts of features, the (atoms, rows, channels) of the kernels and that of e3nn, and quantizers in either."""
+"""Feature layouts of the kernels, (atoms, rows, channels), and of e3nn, and quantizers in either layout."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ __all__ = ["Rounder", "from_mul_ir", "rows_of", "to_mul_ir"]
 
 
 def rows_of(irreps: o3.Irreps) -> list[slice]:
-    """Where the components of each block lie in the layout (atoms, rows, channels)."""
-    found, start = [], 0
+    """Rows of each block's components in the layout (atoms, rows, channels)."""
+    rows, start = [], 0
     for _, ir in irreps:
-        found.append(slice(start, start + ir.dim))
+        rows.append(slice(start, start + ir.dim))
         start += ir.dim
-    return found
+    return rows
 
 
 def to_mul_ir(x: Tensor, rows: list[slice]) -> Tensor:
-    """(atoms, rows, channels) to e3nn's layout (atoms, irreps.dim)."""
+    """Bring features (atoms, rows, channels) into e3nn's layout, (atoms, irreps.dim)."""
     return torch.cat([x[:, r].transpose(1, 2).reshape(x.shape[0], -1) for r in rows], dim=1)
 
 
 def from_mul_ir(x: Tensor, rows: list[slice], channels: int) -> Tensor:
+    """Bring features (atoms, irreps.dim) from e3nn's layout into (atoms, rows, channels)."""
     parts, start = [], 0
     for r in rows:
         size = (r.stop - r.start) * channels
@@ -37,11 +38,11 @@ def from_mul_ir(x: Tensor, rows: list[slice], channels: int) -> Tensor:
 
 
 class Rounder:
-    """A quantizer of features in e3nn's layout, applied to those of the kernels.
+    """A quantizer for e3nn's layout, applied to features in the layout of the kernels.
 
     Args:
-        quantizer: as the model has it, or None.
-        irreps: of its layout.
+        quantizer: of the model; None leaves features as they are.
+        irreps: of the quantizer's layout.
         channels: of every block.
     """
 
@@ -56,7 +57,7 @@ class Rounder:
         self.plan = None if quantizer is None else rounding.plan(quantizer, pieces)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(atoms, rows, channels), rounded."""
+        """Round features (atoms, rows, channels)."""
         if self.quantizer is None:
             return x
         if self.plan is not None:

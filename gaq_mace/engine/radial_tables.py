@@ -1,8 +1,8 @@
-"""The radial functions of a MACE layer as tables, one for each pair of species where they see these.
+"""Radial functions of a MACE layer as tables: one table, or one for each pair of species where they depend on these.
 
 With ``distance_transform`` (Agnesi, Soft) the radial network reads a distance that is scaled by the covalent radii of
-both atoms. A table is made for each pair of species when it is first met, so that a model of 89 elements has as many as
-its structures need.
+both atoms. The table of a pair of species is made when the pair first occurs, so that a model of 89 elements has only
+the tables that its structures need.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.layers import original_class
 
-__all__ = ["JOINED", "PAIRS", "RadialTables"]
+__all__ = ["JOINED", "PAIRS", "Knots", "RadialTables"]
 
 PAIRS = 512
-"""Pairs of species whose tables are kept, a few megabytes each: those of 31 species together."""
+"""Pairs of species whose tables are kept, a few megabytes each. 31 species have 496 pairs."""
 JOINED = 8
-"""Groups of pairs whose tables are kept end to end, as the kernels read them."""
+"""Sets of pairs whose tables are kept end to end, as the kernels read them."""
 
 Pair = tuple[radial.RadialTable, "radial.RadialTable | None"]
+"""Table of the weights, and table of the density where the layer has one."""
+Knots = tuple[Tensor, "Tensor | None"]
+"""Knots of a layer's radial tables, and of its density tables where it has a density."""
 
 
 class RadialTables:
-    """Radial weights of one layer, and its edge density where it has one.
+    """Tables of one layer's radial weights, and of its edge density where it has one.
 
     Args:
         model: MACE model.
@@ -41,11 +44,11 @@ class RadialTables:
         tolerance: see `gaq.kernels.radial.tabulate`.
 
     Raises:
-        ValueError: if they cannot be tabulated.
+        ValueError: if the radial functions cannot be tabulated.
     """
 
     def __init__(self, model: Any, block: Any, paths: int, channels: int, tolerance: float) -> None:
-        # Tables are made on the CPU, wherever the model lies: its network in float64, a few times in all.
+        # Tables are made on the CPU for any device: that takes a few evaluations of the network in float64.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
         self.network = self._network(block.conv_tp_weights)
         density = getattr(block, "density_fn", None)
@@ -57,11 +60,12 @@ class RadialTables:
         self.elements = len(self.numbers)
         self.by_species = hasattr(model.radial_embedding, "distance_transform")
         self.made: Cache[int, Pair] = Cache(PAIRS)
-        self.joined: Cache[Any, tuple[Tensor, Tensor | None]] = Cache(JOINED)
+        self.joined: Cache[tuple[tuple[int, ...], torch.dtype, torch.device], Knots] = Cache(JOINED)
         self._probe()
 
     @staticmethod
     def _network(network: Any) -> Any:
+        """Copy a radial network in float64 to the CPU."""
         if original_class(network).__name__ != "FullyConnectedNet":
             raise ValueError(f"the radial network is a {original_class(network).__name__}")
         if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
@@ -69,7 +73,7 @@ class RadialTables:
         return copy.deepcopy(network).cpu().double()
 
     def _probe(self) -> None:
-        """Make one table now, where a model that cannot be served is told apart; both orders of a pair are the same."""
+        """Make one table now, so that a model that cannot be served is refused when the engine is made."""
         first, last = 0, self.elements - 1
         if self.by_species:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
@@ -78,23 +82,27 @@ class RadialTables:
         self._pair(self.code(first, last))
 
     def code(self, first: int, second: int) -> int:
-        """Number of a pair of species, whatever its order; 0 if species do not matter."""
+        """Number of a pair of species, in either order; 0 if the functions do not depend on species."""
         return min(first, second) * self.elements + max(first, second) if self.by_species else 0
 
     def _features(self, lengths: Tensor, first: int, second: int) -> tuple[Tensor, Tensor | None]:
+        """Inputs of the radial network, (edges, basis), and the cutoff where MACE applies it after the network."""
         attrs = lengths.new_zeros(2, self.elements)
         attrs[0, first] = attrs[1, second] = 1.0
         edges = torch.tensor([[0], [1]]).expand(2, lengths.shape[0])
-        return self.embedding(lengths[:, None], attrs, edges, self.numbers)  # type: ignore[no-any-return]
+        features: tuple[Tensor, Tensor | None] = self.embedding(lengths[:, None], attrs, edges, self.numbers)
+        return features
 
     def _weights(self, lengths: Tensor, first: int, second: int) -> Tensor:
+        """Radial weights of a pair of species, (edges, paths, channels)."""
         features, cutoff = self._features(lengths, first, second)
-        weights = self.network(features)
+        weights: Tensor = self.network(features)
         if cutoff is not None:
             weights = weights * cutoff
-        return weights.view(lengths.shape[0], *self.shape)  # type: ignore[no-any-return]
+        return weights.view(lengths.shape[0], *self.shape)
 
     def _densities(self, lengths: Tensor, first: int, second: int) -> Tensor:
+        """Edge densities of a pair of species, (edges, 1, 1)."""
         assert self.density is not None
         features, cutoff = self._features(lengths, first, second)
         density = torch.tanh(self.density(features) ** 2)
@@ -115,8 +123,8 @@ class RadialTables:
             )
         return weights, density
 
-    def tables(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The knots of some pairs, one after the other: of the weights, and of the density where there is one.
+    def tables(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Knots:
+        """Knots of the given pairs, end to end: of the weights, and of the density where there is one.
 
         Returns:
             (pairs * paths, knots, 3, channels) and (pairs, knots, 3, 1).
@@ -124,13 +132,13 @@ class RadialTables:
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
-        # They serve later calls in other modes too.
+        # Tensors made in inference mode could not be used by later calls outside of it.
         with torch.inference_mode(False):
             return self.joined.get((codes, dtype, device), functools.partial(self._join, codes, dtype, device))
 
-    def _join(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def _join(self, codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Knots:
         pairs = {code: self._pair(code) for code in codes}
-        # All with the steps of the finest.
+        # Tables that are joined have equal steps: those of the finest.
         finest = [max((t.knots.shape[1] for pair in pairs.values() if (t := pair[part])), default=0) for part in (0, 1)]
         for code, pair in pairs.items():
             finer = self._refined(code, pair, finest)
@@ -142,7 +150,7 @@ class RadialTables:
         return weights, torch.cat(densities).to(device, dtype) if densities else None
 
     def _refined(self, code: int, pair: Pair, knots: list[int]) -> Pair:
-        """A pair of tables with at least so many knots in that of the weights, and in that of the density."""
+        """The tables of a pair, remade where they have fewer than the given knots (of the weights, of the density)."""
         first, second = divmod(code, self.elements)
         weights, density = pair
         if weights.knots.shape[1] < knots[0]:

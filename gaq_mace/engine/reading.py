@@ -1,4 +1,4 @@
-"""What the engine reads from the modules of a MACE model: their matrices, and which parts it refuses."""
+"""Matrices and quantizers of a MACE model's modules, as the engine reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gaq_mace.layers import original_class
 __all__ = [
     "Unsupported",
     "class_name",
-    "identity_or",
+    "input_quantizer_of",
     "inputs_of",
     "matrices_of",
     "multiplicity",
@@ -23,58 +23,80 @@ __all__ = [
 
 
 class Unsupported(ValueError):
-    """The engine cannot compute this model; the message says which part. The reference path can."""
+    """The engine cannot compute this model; the message names the part. The reference path can."""
 
 
 def class_name(module: torch.nn.Module) -> str:
+    """Name of the framework's class of a module, quantized or not."""
     return original_class(module).__name__
 
 
 def multiplicity(irreps: o3.Irreps, what: str) -> int:
+    """The one multiplicity of all irreps.
+
+    Args:
+        irreps: of a tensor.
+        what: the tensor is, in the plural, for the error.
+
+    Raises:
+        Unsupported: if multiplicities differ.
+    """
     counts = {mul for mul, _ in irreps}
     if len(counts) != 1:
         raise Unsupported(f"{what} have different multiplicities: {irreps}")
     return counts.pop()
 
 
-def identity_or(module: torch.nn.Module) -> FeatureQuantizer | None:
+def input_quantizer_of(module: torch.nn.Module) -> FeatureQuantizer | None:
+    """Quantizer of a module's inputs; None where they are not rounded."""
     quantizer = getattr(module, "input_quantizer", None)
     return quantizer if isinstance(quantizer, FeatureQuantizer) else None
 
 
 def matrices_of(linear: o3.Linear, weight: Tensor | None = None, scaled: bool = True) -> dict[int, Tensor]:
-    """For each output block the matrix (sum of input multiplicities, output multiplicity) and, in order, its inputs.
+    """Matrix of each output block of a linear layer, (sum of input multiplicities, output multiplicity), float64.
 
     Args:
-        linear: whose.
-        weight: something else of the layout of its weight.
+        linear: the layer.
+        weight: a tensor in the layout of the layer's weight, to read in its place.
         scaled: whether the normalisation of paths is multiplied in.
+
+    Raises:
+        Unsupported: if the layer has a bias.
     """
     if linear.bias.numel():
         raise Unsupported("a linear layer has a bias")
-    found: dict[int, list[Tensor]] = {}
+    blocks_of: dict[int, list[Tensor]] = {}
     offset = 0
     weight = (linear.weight if weight is None else weight).detach().double().flatten()
     for ins in linear.instructions:
         rows, columns = ins.path_shape
         block = weight[offset : offset + rows * columns].view(rows, columns)
         offset += rows * columns
-        found.setdefault(ins.i_out, []).append(block * ins.path_weight if scaled else block)
-    return {out: torch.cat(blocks) for out, blocks in found.items()}
+        blocks_of.setdefault(ins.i_out, []).append(block * ins.path_weight if scaled else block)
+    return {out: torch.cat(blocks) for out, blocks in blocks_of.items()}
 
 
 def inputs_of(linear: o3.Linear) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    """Input blocks of each output block of a linear layer, in the order of `matrices_of`."""
+    inputs: dict[int, list[int]] = {}
     for ins in linear.instructions:
-        found.setdefault(ins.i_out, []).append(ins.i_in)
-    return found
+        inputs.setdefault(ins.i_out, []).append(ins.i_in)
+    return inputs
 
 
 def species_matrices_of(
     product: o3.FullyConnectedTensorProduct, weight: Tensor | None = None, scaled: bool = True
 ) -> dict[int, tuple[int, Tensor]]:
-    """For each output block its input block and the matrices (species, in, out) of a product with one-hot species."""
-    found: dict[int, tuple[int, Tensor]] = {}
+    """Matrices of a product with one-hot species, by output block.
+
+    Returns:
+        For each output block its input block, and the matrices (species, in, out), float64.
+
+    Raises:
+        Unsupported: if an output block has several input blocks.
+    """
+    matrices: dict[int, tuple[int, Tensor]] = {}
     offset = 0
     weight = (product.weight if weight is None else weight).detach().double().flatten()
     for ins in product.instructions:
@@ -84,12 +106,12 @@ def species_matrices_of(
         factor = ins.path_weight / (2 * l + 1) ** 0.5 if scaled else 1.0
         block = weight[offset : offset + size].view(shape) * factor
         offset += size
-        if ins.i_out in found:
+        if ins.i_out in matrices:
             raise Unsupported("several input blocks of a species product share an output block")
-        found[ins.i_out] = (ins.i_in1, block.permute(1, 0, 2).contiguous())
-    return found
+        matrices[ins.i_out] = (ins.i_in1, block.permute(1, 0, 2).contiguous())
+    return matrices
 
 
 def python_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """A module and those within, but the scripted ones: these are e3nn's code, and replaced as a whole if at all."""
+    """A module and its submodules, except scripted ones: those are e3nn's own, and nobody replaces parts of them."""
     return [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]

@@ -1,7 +1,7 @@
-"""Which calls of a model go through the fused kernels: decided here, once a call, and nowhere else.
+"""The decision which calls of a model go through the fused kernels, made here and nowhere else.
 
-A model whose class is a `Served` asks `engine_for` at the beginning of each call. The engine is made at the first call
-that it serves, for the weights the model has then, and kept with the model.
+A model whose class is a `Served` asks `engine_for` at the beginning of each call. Its engine is made at the first call
+that the engine serves, for the weights that the model has then, and is kept with the model.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = [
 
 CHOICE, RECORD = "gaq_kernels", "gaq_engine"
 OWN_ENTRIES = (CHOICE, RECORD)
-"""What is kept in the ``__dict__`` of a model: True or False where `accelerate` or `decelerate` was called, and the
-engine in use."""
+"""Entries in the ``__dict__`` of a model: True or False where `accelerate` or `decelerate` was called, and the `Record`
+of its engine."""
 
 _disabled: ContextVar[bool] = ContextVar("gaq_mace.engine.disabled", default=False)
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Within this context models run through the reference path, in this thread."""
+    """Context in which models run through the reference path, in the current thread."""
     token = _disabled.set(True)
     try:
         yield
@@ -58,29 +58,30 @@ def switched_off() -> bool:
 
 
 class Served:
-    """What the classes of served models do when they are called. Stands before MACE's own class among the bases."""
+    """Base of the classes of served models: sends each call to the engine or to MACE. Comes before MACE's own class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not in forward, which is TorchScript: a scripted, traced or compiled model holds the reference path.
-        own = engine_for(self, kwargs) if len(args) == 1 else None
-        if own is not None:
+        engine = engine_for(self, kwargs) if len(args) == 1 else None
+        if engine is not None:
             try:
-                return own(*args, **{k: v for k, v in kwargs.items() if k != "training"})
+                return engine(*args, **{k: v for k, v in kwargs.items() if k != "training"})
             except Unsupported as error:
                 give_up(self, error)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the next base, MACE's class
 
 
-# MACE asks for a differentiable backward pass in all of these.
+# In each of these MACE needs a differentiable backward pass.
 _NOT_SERVED = ("training", "compute_hessian", "compute_edge_forces", "compute_atomic_stresses", "lammps_mliap")
 _DERIVATIVES = ("compute_virials", "compute_stress")
 
 
 def is_accelerated(model: Any) -> bool:
-    """Whether the calls of a model that ask for energies and forces go through the fused kernels.
+    """Whether calls of a model for energies and forces go through the fused kernels.
 
-    True of converted models, and of float models after `gaq_mace.engine.accelerate`, unless the kernels are switched
-    off (`gaq_mace.engine.decelerate`, `gaq_mace.engine.disabled`, ``GAQ_ENGINE=0``) or were found not to serve it.
+    True for converted models, and for float models after `gaq_mace.engine.accelerate`, unless the kernels are switched
+    off (`gaq_mace.engine.decelerate`, `gaq_mace.engine.disabled`, ``GAQ_ENGINE=0``) or turned out not to serve the
+    model.
     """
     choice = model.__dict__.get(CHOICE)
     if choice is False or switched_off():
@@ -93,14 +94,14 @@ def is_accelerated(model: Any) -> bool:
 
 
 def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
-    """The engine a call of a model goes through, or None for the reference path.
+    """Engine for a call of a model; None for the reference path.
 
-    Only at inference, on the CPU or an NVIDIA GPU: training needs second derivatives or those by the weights, as do
-    Hessians, and a graph that is traced for something else has to consist of operations that are known there. Why a
-    model is not served at all is said once, in a warning.
+    The engine serves inference on the CPU or an NVIDIA GPU. Training and Hessians need second derivatives or
+    derivatives by the weights, and a traced graph must consist of operations that its runtime knows. Where a model is
+    not served at all, one warning says why.
 
     Args:
-        model: whose class is a `Served`.
+        model: of a class derived from `Served`.
         options: of the call, by the names that MACE gives them.
     """
     if not is_accelerated(model) or any(options.get(name, False) for name in _NOT_SERVED):
@@ -110,12 +111,12 @@ def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
     weight = next(model.parameters())
     if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
         return None
-    # Taking the forces frees the graph; where none are taken, the caller may differentiate by the weights.
+    # Computing forces frees the autograd graph. Without forces the caller may differentiate by the weights.
     freed = options.get("compute_force", True) or any(options.get(name, False) for name in _DERIVATIVES)
     if not freed and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         return None
-    own = engine_of(model)
-    return own if own is not None and own.rounds_as_deployed() else None
+    engine = engine_of(model)
+    return engine if engine is not None and engine.rounds_as_deployed() else None
 
 
 def serves(model: Any, options: dict[str, Any]) -> bool:
@@ -124,37 +125,37 @@ def serves(model: Any, options: dict[str, Any]) -> bool:
 
 
 class _Parts:
-    """The modules and parameters of a model, to see in a moment whether one of them has been replaced or changed.
+    """Modules and parameters of a model, listed to check quickly whether one has been replaced or changed.
 
-    A walk through all modules in every step would be most of what a replayed step leaves to the host.
+    In a replayed step, a walk through all modules would take most of the host's time.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         modules = python_modules(model)
-        self.lengths = [(own, len(own)) for m in modules for own in (m._modules, m._parameters)]
+        self.lengths = [(members, len(members)) for m in modules for members in (m._modules, m._parameters)]
         self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self.parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         self.weights = list(model.parameters())
 
     def complete(self) -> bool:
-        """Whether the model consists of what it did."""
-        same = all(own.get(name) is child for own, name, child in self.children)
-        same = same and all(own.get(name) is p for own, name, p in self.parameters)
-        return same and all(len(own) == length for own, length in self.lengths)
+        """Whether the model still has the same modules and parameters."""
+        same = all(members.get(name) is child for members, name, child in self.children)
+        same = same and all(members.get(name) is p for members, name, p in self.parameters)
+        return same and all(len(members) == length for members, length in self.lengths)
 
     def state(self) -> tuple[Any, ...]:
-        """Where the weights lie, and what tells one state of them from another."""
+        """Device, address, version and dtype of each weight: it changes when a weight does."""
         return tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in self.weights)
 
 
 class Record(NamedTuple):
-    """The engine of a model, and what it was made from.
+    """Engine of a model, with what it was made from.
 
     Attributes:
-        key: state of the weights, and the settings that an engine depends on.
+        key: settings that an engine depends on, and state of the weights.
         engine: None where the kernels do not serve the model.
-        parts: of the model.
-        reason: why there is no engine.
+        parts: modules and parameters of the model.
+        reason: why there is no engine; None where there is one.
     """
 
     key: tuple[Any, ...]
@@ -163,12 +164,17 @@ class Record(NamedTuple):
     reason: str | None = None
 
 
-# One for all models: making an engine takes turns in any case, at forward differentiation.
+# One lock for all models: forward differentiation lets only one engine be made at a time anyway.
 _making = threading.RLock()
 
 
 def record_of(model: Any, warn: bool = True) -> Record:
-    """The record of a model, made anew when its weights or parts have changed; why there is no engine is said once."""
+    """Record of a model, remade when its weights or parts have changed.
+
+    Args:
+        model: of a class derived from `Served`.
+        warn: whether a warning says why a new record has no engine.
+    """
     kept: Record | None = model.__dict__.get(RECORD)
     parts = kept.parts if kept is not None and kept.parts.complete() else _Parts(model)
     key = (integer_linears(), *parts.state())
@@ -180,7 +186,7 @@ def record_of(model: Any, warn: bool = True) -> Record:
         made: Record | None = model.__dict__.get(RECORD)
         if made is None or made.key != key:
             try:
-                # Whoever asks first, in inference mode too: the engine serves all later calls.
+                # The first call may run in inference mode; the engine serves later calls outside of it too.
                 with torch.inference_mode(False):
                     made = Record(key, Engine(model), parts)
             except (Unsupported, native.CompilerError) as error:
@@ -192,12 +198,12 @@ def record_of(model: Any, warn: bool = True) -> Record:
 
 
 def engine_of(model: Any) -> Engine | None:
-    """The engine of a model, made anew when its weights have changed; None where the kernels do not serve it."""
+    """Engine of a model, remade when its weights have changed; None where the kernels do not serve the model."""
     return record_of(model).engine
 
 
 def give_up(model: Any, error: Unsupported) -> None:
-    """A structure has shown what the engine cannot compute: say so, and keep to the reference path."""
+    """Send all later calls of a model to the reference path, with a warning: the engine cannot compute a structure."""
     record: Record = model.__dict__[RECORD]
     model.__dict__[RECORD] = record._replace(engine=None, reason=str(error))
     _warn(str(error), stacklevel=4)

@@ -1,4 +1,4 @@
-"""The engine of a model: its layers in a row, and around them MACE's own code."""
+"""The engine of a model: its layers one after the other, and MACE's own code around them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["Engine"]
 
 
 class Engine(torch.nn.Module):
-    """A MACE model as a run of fused kernels.
+    """A MACE model as a sequence of fused kernels.
 
     Args:
-        model: a float or converted `ScaleShiftMACE` on the CPU or a card, in float32 or float64. An engine serves it
-            where it lies now.
+        model: a float or converted `ScaleShiftMACE` on the CPU or a GPU, in float32 or float64. The engine serves it
+            on the device on which it lies now.
 
     Raises:
-        Unsupported: for parts the kernels do not serve, and on a card without Triton.
+        Unsupported: for parts that the kernels do not serve, and on a GPU without Triton.
         gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
 
@@ -67,7 +67,7 @@ class Engine(torch.nn.Module):
         embedding = matrices_of(model.node_embedding.linear)[0]
         self.register_buffer("embedding", embedding.to(dtype))
         self.r_max = float(model.r_max)
-        # MACE's own modules, not registered here: they belong to the model.
+        # Not registered as submodules: they belong to the model.
         self.__dict__["model"] = model
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
         self.rest = held_by(model)
@@ -75,24 +75,23 @@ class Engine(torch.nn.Module):
         self.compositions = Compositions(self.layers)
 
     def rounds_as_deployed(self) -> bool:
-        """Whether the model's quantizers are all switched on, as they were when the engine was made."""
+        """Whether all quantizers of the model are switched on, as they were when the engine was made."""
         return all(
             q.scalars_enabled and q.vectors_enabled and q.vector_range_factor == 1.0 and not q.observing
             for q in self.__dict__["quantizers"]
         )
 
     def forward(self, data: dict[str, Tensor], **options: bool) -> dict[str, Tensor | None]:
-        """What `ScaleShiftMACE.forward` returns, for the same arguments.
+        """Compute what `ScaleShiftMACE.forward` returns for the same arguments.
 
-        Where the step was replayed as a CUDA graph, the results are without a graph of autograd: the forces have been
-        taken.
+        The results of a step that was replayed as a CUDA graph have no autograd graph: their forces are already taken.
         """
-        own = self.compositions(data["node_attrs"])
-        found = replayed(self.graphs, self._step, self.rest, data, own, options)
-        return self._step(data, own, options) if found is None else found
+        composition = self.compositions(data["node_attrs"])
+        outputs = replayed(self.graphs, self._step, self.rest, data, composition, options)
+        return self._step(data, composition, options) if outputs is None else outputs
 
-    def _step(self, data: dict[str, Tensor], own: Composition, options: dict[str, bool]) -> Outputs:
-        """A step; where the data have a number of `edges`, those beyond it contribute nothing."""
+    def _step(self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]) -> Outputs:
+        """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing."""
         model: Any = self.__dict__["model"]
         stress = options.get("compute_stress", False)
         virials = options.get("compute_virials", False)
@@ -112,22 +111,14 @@ class Engine(torch.nn.Module):
         node_e0 = model.atomic_energies_fn(data["node_attrs"])[atoms, heads]
         e0 = scatter_sum(src=node_e0, index=batch, dim=0, dim_size=graphs).to(vectors.dtype)
 
-        edges = own.place[data["edge_index"]]
-        knots, tables = self.compositions.tables(own, data["edge_index"], vectors)
-        graph = convolution.Graph(edges[0], edges[1], tables)
-
-        features = self.embedding[own.ordered][:, None]
-        energies, kept = [torch.zeros_like(node_e0)], []
+        energies = [torch.zeros_like(node_e0)]
         if hasattr(model, "pair_repulsion"):
             numbers = model.atomic_numbers
             energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
-        layer: Any
-        for layer, own_tables in zip(self.layers, knots, strict=True):
-            features = layer(features, graph, vectors, own, own_tables)
-            kept.append(to_mul_ir(features, layer.out_rows)[own.place])
+        node_feats = self._node_feats(data["edge_index"], vectors, composition)
         for i, readout in enumerate(model.readouts):
-            read = kept[-1 if len(model.readouts) == 1 else i]
-            energies.append(readout(read, heads)[atoms, heads])
+            layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
+            energies.append(readout(layer_feats, heads)[atoms, heads])
         interaction = model.scale_shift(torch.stack(energies, dim=0).sum(dim=0), heads)
         interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
         total = e0 + interaction_energy
@@ -157,5 +148,22 @@ class Engine(torch.nn.Module):
             "atomic_stresses": None,
             "hessian": hessian,
             "displacement": context.displacement,
-            "node_feats": torch.cat(kept, dim=-1),
+            "node_feats": torch.cat(node_feats, dim=-1),
         }
+
+    def _node_feats(self, edge_index: Tensor, vectors: Tensor, composition: Composition) -> list[Tensor]:
+        """Run the layers.
+
+        Returns:
+            Node features after each layer, (atoms, irreps.dim) in e3nn's layout and the order of the data.
+        """
+        edges = composition.place[edge_index]
+        knots, tables = self.compositions.tables(composition, edge_index, vectors)
+        graph = convolution.Graph(edges[0], edges[1], tables)
+        features = self.embedding[composition.ordered][:, None]
+        node_feats = []
+        layer: Any  # a `Layer`; a ModuleList knows modules only
+        for layer, layer_knots in zip(self.layers, knots, strict=True):
+            features = layer(features, graph, vectors, composition, layer_knots)
+            node_feats.append(to_mul_ir(features, layer.out_rows)[composition.place])
+        return node_feats

@@ -1,1 +1,1 @@
-"""NequIP's layers through the fused kernels."""
+"""NequIP's and Allegro's layers through the fused kernels."""

@@ -1,14 +1,13 @@
 """NequIP's convolution and Allegro's tensor product through the fused kernels, for compiled files.
 
-`fuse` changes the class of every interaction block it can serve: the tensor product, its radial weights, the spherical
-harmonics and the sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file carries as
-a static library or, for a card, as what Triton makes of it. The radial network of each block is evaluated at a few
+`fuse` changes the class of every interaction block that the kernels serve. Its tensor product, radial weights,
+spherical harmonics and sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file
+carries as a static library or, for a GPU, as compiled Triton. The radial network of a block is evaluated at a few
 hundred lengths instead of at every edge, with first and second derivatives, and interpolated: the file keeps the
-network's integer codes and no table. On the CPU Allegro's tensor product becomes one operation too
-(`gaq.kernels.product`), and so does the rounding of vectors (`gaq.kernels.rounding`); scalar networks and the rounding
-of scalars stay what they are.
+network's integer codes and no table. On the CPU, Allegro's tensor product (`gaq.kernels.product`) and the rounding of
+vectors (`gaq.kernels.rounding`) become one operation each. Scalar networks and the rounding of scalars do not change.
 
-Only for `nequip-deploy`: a package has to run where this package is not installed.
+Only for `nequip-deploy`: a NequIP package has to run where GAQ is not installed.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
 
-# NequIP compares compiled float32 models with plain ones at 5e-5.
 TABLE_TOLERANCE = 3e-7
+"""Error of a radial table, relative to the largest weight. NequIP accepts 5e-5 between compiled and plain float32."""
 
 
 class Unsupported(ValueError):
-    """The kernel cannot compute this block; the message says why. NequIP's own operations can."""
+    """The kernels cannot compute this block; the message says why. NequIP's own operations can."""
 
 
 class FusedInteractionBlock(InteractionBlock):
@@ -50,14 +49,14 @@ class FusedInteractionBlock(InteractionBlock):
     table_error: float
 
     def table(self) -> Tensor:
-        """Values, slopes and curvatures of the radial weights, (paths, knots, 3, channels)."""
+        """Evaluate values, slopes and curvatures of the radial weights, (paths, knots, 3, channels)."""
         value, slope, curvature = jet(self.edge_mlp.mlp, *self.knots.unbind(0))
         stacked = torch.stack([value, slope, curvature], dim=1)
         stacked = stacked.view(*stacked.shape[:2], len(self.problem.paths), self.problem.channels)
         return stacked[:, :, self.order].permute(2, 0, 1, 3).contiguous()
 
     def _rows(self, x: Tensor) -> Tensor:
-        """(atoms, irreps.dim) to (atoms, components of all blocks, channels)."""
+        """Bring features (atoms, irreps.dim) into the layout (atoms, components of all blocks, channels)."""
         parts, start = [], 0
         for l in self.problem.blocks:  # noqa: E741
             size = self.problem.channels * (2 * l + 1)
@@ -66,7 +65,7 @@ class FusedInteractionBlock(InteractionBlock):
         return torch.cat(parts, dim=1)
 
     def _mul_ir(self, message: Tensor, atoms: int) -> Tensor:
-        """The message in e3nn's layout, (atoms, irreps.dim)."""
+        """Bring a message into e3nn's layout, (atoms, irreps.dim)."""
         parts = []
         for group, l in zip(self.problem.split(message, atoms), self.problem.groups, strict=True):  # noqa: E741
             parts.append(group.view(atoms, 2 * l + 1, -1).transpose(1, 2).reshape(atoms, -1))
@@ -87,7 +86,7 @@ class FusedInteractionBlock(InteractionBlock):
             graph = convolution.Graph(edges[1], edges[0])
             message = convolution.convolution(self.problem, graph, features, vectors, self.table())
         else:
-            # With the plan as buffers, which a compiled file keeps.
+            # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
@@ -105,7 +104,11 @@ class FusedInteractionBlock(InteractionBlock):
 
 
 def jet(network: torch.nn.Module, value: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A network's outputs and their first and second derivatives, from those of its inputs, each (n, features)."""
+    """Propagate values, slopes and curvatures through a radial network, each (n, features).
+
+    Raises:
+        Unsupported: for layers other than SiLU and unbiased linear ones, and where hidden layers are rounded.
+    """
     rows = value.shape[0]
     for layer in network.children():
         if class_name(layer) == "SiLU":
@@ -123,7 +126,7 @@ def jet(network: torch.nn.Module, value: Tensor, slope: Tensor, curvature: Tenso
 
 
 def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
-    """Edges of given vectors between two atoms."""
+    """Data of two atoms, joined by edges with the given vectors."""
     edges = vectors.shape[0]
     return {
         AtomicDataDict.POSITIONS_KEY: vectors.new_zeros(2, 3),
@@ -136,11 +139,11 @@ def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
 
 @dataclass(frozen=True)
 class _EdgePart:
-    """What a model does with edges before the first convolution, in float64.
+    """Modules of a model that run on edges before the first convolution, in float64.
 
     Attributes:
-        modules: in the order they run.
-        harmonics: the one that makes the spherical harmonics.
+        modules: in the order in which they run.
+        harmonics: the module that makes the spherical harmonics.
         r_max: cutoff in Å.
     """
 
@@ -149,6 +152,7 @@ class _EdgePart:
     r_max: float
 
     def run(self, vectors: Tensor, lengths: Tensor) -> AtomicDataDict.Type:
+        """Run the modules on edges with the given vectors and lengths."""
         data = _synthetic(vectors)
         data[AtomicDataDict.EDGE_LENGTH_KEY] = lengths
         for module in self.modules:
@@ -157,6 +161,11 @@ class _EdgePart:
 
 
 def _edge_part(model: torch.nn.Module) -> _EdgePart:
+    """Copy the modules that run on edges.
+
+    Raises:
+        Unsupported: for modules that are not known, and cutoffs by pair of types.
+    """
     sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
     if len(sequences) != 1:
         raise Unsupported("there is not one sequence of convolution layers")
@@ -167,67 +176,73 @@ def _edge_part(model: torch.nn.Module) -> _EdgePart:
         if class_name(child) != "NodeTypeEmbed":
             modules.append(copy.deepcopy(child).double())
     known = ("SphericalHarmonicEdgeAttrs", "EdgeLengthNormalizer", "BesselEdgeLengthEncoding", "ApplyFactor")
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for module in modules:
         name = class_name(module)
-        if name not in known or name in found:
+        if name not in known or name in by_name:
             raise Unsupported(f"edges go through a {name}")
-        found[name] = module
+        by_name[name] = module
         if hasattr(module, "_output_dtype"):
             module._output_dtype = torch.float64
-    missing = [name for name in known[:3] if name not in found]
+    missing = [name for name in known[:3] if name not in by_name]
     if missing:
         raise Unsupported(f"the model has no {missing[0]}")
-    if found["EdgeLengthNormalizer"]._per_edge_type:
+    if by_name["EdgeLengthNormalizer"]._per_edge_type:
         raise Unsupported("cutoffs differ by the types of both atoms (per_edge_type_cutoff)")
-    return _EdgePart(tuple(modules), found["SphericalHarmonicEdgeAttrs"], float(found["EdgeLengthNormalizer"].r_max))
+    r_max = float(by_name["EdgeLengthNormalizer"].r_max)
+    return _EdgePart(tuple(modules), by_name["SphericalHarmonicEdgeAttrs"], r_max)
 
 
 def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
-    """What the radial network reads, (edges, basis)."""
+    """Inputs of the radial network at the given lengths, (edges, basis)."""
     vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
     return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
 
 
 def _weights(network: Any, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor) -> Tensor:
-    """The radial weights of edges of given lengths, (edges, paths, channels), in the order of the paths."""
-    return network(_embedding(edge, lengths)).view(-1, *shape)[:, order]  # type: ignore[no-any-return]
+    """Radial weights at the given lengths, (edges, paths, channels), in the order of the paths."""
+    weights: Tensor = network(_embedding(edge, lengths)).view(-1, *shape)[:, order]
+    return weights
 
 
 def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.ConvolutionProblem, list[int]]:
-    """The convolution of a block, and the order of its paths among the radial weights."""
+    """Convolution of a block, and for each of its paths the number of that path in the block's radial weights.
+
+    Raises:
+        Unsupported: for a block that the kernels do not serve.
+    """
     from e3nn import o3
 
-    product = block.tp_scatter.tp
-    counts = {mul for mul, _ in product.irreps_in1}
+    tp = block.tp_scatter.tp
+    counts = {mul for mul, _ in tp.irreps_in1}
     if len(counts) != 1:
-        raise Unsupported(f"input features of different multiplicities: {product.irreps_in1}")
-    if [ir.l for _, ir in product.irreps_in2] != list(range(len(sh))):
-        raise Unsupported(f"edge attributes {product.irreps_in2} that are not one harmonic of each degree")
+        raise Unsupported(f"input features of different multiplicities: {tp.irreps_in1}")
+    if [ir.l for _, ir in tp.irreps_in2] != list(range(len(sh))):
+        raise Unsupported(f"edge attributes {tp.irreps_in2} that are not one harmonic of each degree")
     groups: list[Any] = []
     group_of: list[int] = []
-    for _, ir in product.irreps_out:
+    for _, ir in tp.irreps_out:
         if not groups or groups[-1] != ir:
             groups.append(ir)
         group_of.append(len(groups) - 1)
     if [ir for _, ir in block.linear_2.irreps_in] != groups:
         raise Unsupported("the second linear layer reads its inputs in an order of its own")
-    order = sorted(range(len(product.instructions)), key=lambda i: product.instructions[i].i_out)
+    order = sorted(range(len(tp.instructions)), key=lambda i: tp.instructions[i].i_out)
     paths = []
     for number in order:
-        ins = product.instructions[number]
+        ins = tp.instructions[number]
         if ins.connection_mode != "uvu" or not ins.has_weight:
             raise Unsupported("the tensor product is not channel-wise")
         degrees = [
-            product.irreps_in1[ins.i_in1].ir.l,
-            product.irreps_in2[ins.i_in2].ir.l,
-            product.irreps_out[ins.i_out].ir.l,
+            tp.irreps_in1[ins.i_in1].ir.l,
+            tp.irreps_in2[ins.i_in2].ir.l,
+            tp.irreps_out[ins.i_out].ir.l,
         ]
         coefficients = o3.wigner_3j(*degrees, dtype=torch.float64) * ins.path_weight
         paths.append(convolution.Path(ins.i_in1, degrees[1], group_of[ins.i_out], coefficients))
     problem = convolution.ConvolutionProblem(
         counts.pop(),
-        tuple(ir.l for _, ir in product.irreps_in1),
+        tuple(ir.l for _, ir in tp.irreps_in1),
         tuple(ir.l for ir in groups),
         tuple(paths),
         tuple(sh),
@@ -237,7 +252,7 @@ def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.Co
 
 
 class FusedProduct:
-    """What Allegro's `Contracter` does differently when its product is one operation; see `_fuse_products`."""
+    """Base that makes the product of Allegro's `Contracter` one operation; see `_fuse_products`."""
 
     mul: int
     num_paths: int
@@ -249,7 +264,7 @@ class FusedProduct:
 
     def _contract_conv(self, x1: Tensor, x2: Tensor, idxs: Tensor) -> Tensor:
         weights = self.weights.reshape(self.mul if self.path_channel_coupling else 1, self.num_paths)
-        return torch.ops.gaq.edge_product(  # type: ignore[no-any-return]
+        return torch.ops.gaq.edge_product(  # type: ignore[no-any-return]  # untyped in torch
             x1.contiguous(),
             x2.contiguous(),
             weights.expand(self.mul, -1).contiguous(),
@@ -261,7 +276,7 @@ class FusedProduct:
 
 
 class FusedRounding:
-    """What a `FeatureQuantizer` does differently when it is one operation; see `_fuse_rounding`."""
+    """Base that makes a `FeatureQuantizer` one operation; see `_fuse_rounding`."""
 
     plan_ints: Tensor
     plan_reals: Tensor
@@ -273,39 +288,40 @@ class FusedRounding:
 _FUSED: Cache[type, type] = Cache(most=32)
 
 
-def _fused_class(own: type, kind: type) -> type:
-    return _FUSED.get(kind, lambda: type(f"Fused{kind.__name__}", (own, kind), {}))
+def _fused_class(base: type, kind: type) -> type:
+    """Class of a fused module: `base` before the class that the module has."""
+    return _FUSED.get(kind, lambda: type(f"Fused{kind.__name__}", (base, kind), {}))
 
 
 def _coefficients(contracter: Any) -> Tensor:
-    """The coefficients of a contracter, (paths, i, j, k), float64."""
-    w3j = contracter.w3j.double().cpu()
+    """Coefficients of a contracter, (paths, i, j, k), float64."""
+    w3j: Tensor = contracter.w3j.double().cpu()
     if contracter.num_paths == 1:
         w3j = w3j.unsqueeze(0)
     if not contracter.w3j_is_ij_diagonal:
-        return w3j  # type: ignore[no-any-return]
-    # Only i = j is kept of it, and j is left out.
+        return w3j
+    # Allegro stores the diagonal i = j only, without the axis j.
     return torch.diag_embed(w3j.transpose(1, 2)).permute(0, 2, 3, 1)
 
 
 def _fuse_products(model: torch.nn.Module) -> None:
     """Give Allegro's tensor products the fused operation, in place."""
-    for contracter in [m for m in model.modules() if class_name(m) == "Contracter"]:
-        own: Any = contracter
-        problem = product.ProductProblem.make(own.mul, _coefficients(own))
-        own.rows_out = problem.rows_out
+    contracters: list[Any] = [m for m in model.modules() if class_name(m) == "Contracter"]
+    for contracter in contracters:
+        problem = product.ProductProblem.make(contracter.mul, _coefficients(contracter))
+        contracter.rows_out = problem.rows_out
         for name, tensor in zip(("plan_ints", "plan_reals"), problem.plan, strict=True):
-            own.register_buffer(name, tensor, persistent=False)
-        own.__class__ = _fused_class(FusedProduct, type(own))
+            contracter.register_buffer(name, tensor, persistent=False)
+        contracter.__class__ = _fused_class(FusedProduct, type(contracter))
 
 
 def _fuse_rounding(model: torch.nn.Module) -> None:
-    """Make the rounding of vectors one operation, in place, where the kernel can do it."""
+    """Make the rounding of vectors one operation where the kernel serves it, in place."""
     for module in [m for m in model.modules() if is_kind(m, FeatureQuantizer)]:
         quantizer: Any = module
         vectors = any(m > 0 and d > 1 for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True))
         if not (vectors and quantizer.round_vectors and quantizer.vectors_enabled):
-            continue  # a compiler joins the rounding of scalars with what stands around it
+            continue  # a compiler fuses the rounding of scalars with the operations around it
         plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
         if plan is None:
             continue
@@ -315,14 +331,14 @@ def _fuse_rounding(model: torch.nn.Module) -> None:
 
 
 def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
-    """Give every interaction block the fused convolution, contracters and roundings theirs, in place.
+    """Give interaction blocks, contracters and the rounding of vectors their fused operations, in place.
 
     Args:
         model: frozen, on the CPU.
-        device: where it will run; the product and the rounding are for the CPU only.
+        device: on which the compiled file will run. Product and rounding are fused for the CPU only.
 
     Returns:
-        For each block that keeps NequIP's own operations the reason.
+        The reason for each block that keeps NequIP's own operations, by the block's name.
     """
     if torch.device(device).type == "cpu":
         _fuse_products(model)
@@ -334,45 +350,63 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
         return kept
     try:
         edge = _edge_part(model)
-        attributes = edge.harmonics
-
-        def function(directions: Tensor) -> Tensor:
-            return attributes(_synthetic(directions))[attributes.out_field]  # type: ignore[no-any-return]
-
-        degrees = [ir.l for _, ir in attributes.irreps_edge_sh]
-        if degrees != list(range(len(degrees))):
-            raise Unsupported(f"edge attributes {attributes.irreps_edge_sh}")
-        sh = harmonics.fit(function, degrees[-1])
+        sh = _fit_harmonics(edge.harmonics)
     except ValueError as error:
         return {**kept, **{name: str(error) for name, _ in blocks}}
-    for name, found in blocks:
-        block: Any = found
+    dtype = model.model_dtype
+    assert isinstance(dtype, torch.dtype)
+    for name, block in blocks:
         try:
-            problem, order = _problem(block, sh, edge.r_max)
-            network = copy.deepcopy(block.edge_mlp).double()
-            shape = (len(problem.paths), problem.channels)
-            table = radial.tabulate(
-                functools.partial(_weights, network, edge, order, shape), problem.r_max, tolerance=TABLE_TOLERANCE
-            )
-            lengths = radial.knot_lengths(problem.r_max, table.knots.shape[1])
-            knots = torch.stack(radial.derivatives(functools.partial(_embedding, edge), lengths))
-            found_jet = torch.stack(jet(network.mlp, *knots.unbind(0)), dim=1)
-            found_jet = found_jet.view(-1, 3, *shape)[:, :, order].permute(2, 0, 1, 3)
-            if not torch.allclose(found_jet, table.knots, rtol=1e-9, atol=1e-9 * float(table.knots.abs().max())):
-                raise Unsupported("the derivatives of the radial network are not what they should be")
+            _fuse_convolution(block, edge, sh, torch.device(device), dtype)
         except ValueError as error:
             kept[name] = str(error)
-            continue
-        block.problem, block.order, block.table_error = problem, order, table.error
-        if torch.device(device).type == "cuda":
-            # Now, because coefficients cannot be read while a graph is traced.
-            from gaq.kernels.gpu.convolution import register
-
-            register(problem, True)
-        ints, reals = problem.plan(table.knots.shape[1])
-        block.register_buffer("knots", knots.to(model.model_dtype).contiguous(), persistent=False)  # type: ignore[arg-type]
-        block.register_buffer("plan_ints", ints, persistent=False)
-        block.register_buffer("plan_reals", reals, persistent=False)
-        del block.tp_scatter
-        block.__class__ = FusedInteractionBlock
     return kept
+
+
+def _fit_harmonics(attributes: Any) -> list[Tensor]:
+    """Coefficients of the spherical harmonics of a `SphericalHarmonicEdgeAttrs`.
+
+    Raises:
+        ValueError: if there is not one harmonic of each degree.
+    """
+
+    def function(directions: Tensor) -> Tensor:
+        values: Tensor = attributes(_synthetic(directions))[attributes.out_field]
+        return values
+
+    degrees = [ir.l for _, ir in attributes.irreps_edge_sh]
+    if degrees != list(range(len(degrees))):
+        raise Unsupported(f"edge attributes {attributes.irreps_edge_sh}")
+    return harmonics.fit(function, degrees[-1])
+
+
+def _fuse_convolution(block: Any, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
+
+    Raises:
+        ValueError: for a block that the kernels do not serve; the message says why.
+    """
+    problem, order = _problem(block, sh, edge.r_max)
+    network = copy.deepcopy(block.edge_mlp).double()
+    shape = (len(problem.paths), problem.channels)
+    table = radial.tabulate(
+        functools.partial(_weights, network, edge, order, shape), problem.r_max, tolerance=TABLE_TOLERANCE
+    )
+    lengths = radial.knot_lengths(problem.r_max, table.knots.shape[1])
+    knots = torch.stack(radial.derivatives(functools.partial(_embedding, edge), lengths))
+    propagated = torch.stack(jet(network.mlp, *knots.unbind(0)), dim=1)
+    propagated = propagated.view(-1, 3, *shape)[:, :, order].permute(2, 0, 1, 3)
+    if not torch.allclose(propagated, table.knots, rtol=1e-9, atol=1e-9 * float(table.knots.abs().max())):
+        raise Unsupported("the derivatives of the radial network are not what they should be")
+    block.problem, block.order, block.table_error = problem, order, table.error
+    if device.type == "cuda":
+        # Now, because coefficients cannot be read while a graph is traced.
+        from gaq.kernels.gpu.convolution import register
+
+        register(problem, True)
+    ints, reals = problem.plan(table.knots.shape[1])
+    block.register_buffer("knots", knots.to(dtype).contiguous(), persistent=False)
+    block.register_buffer("plan_ints", ints, persistent=False)
+    block.register_buffer("plan_reals", reals, persistent=False)
+    del block.tp_scatter
+    block.__class__ = FusedInteractionBlock

@@ -135,7 +135,9 @@ def message(spec: Any) -> str:
     return str(error.value)
 
 
-SECTIONS = {f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("version", "preset", "overrides")}
+SECTIONS = {
+    f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("version", "preset", "overrides")
+}
 
 
 def defaults(section: str) -> Any:

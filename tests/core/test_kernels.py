@@ -29,7 +29,7 @@ R_MAX = 4.0
 def cartesian_harmonics(directions: Tensor) -> Tensor:
     """l = 0 to 2 with component normalisation, in the order x, y, z."""
     x, y, z = directions.unbind(-1)
-    constant = torch.ones_like(x)
+    one = torch.ones_like(x)
     second = [
         math.sqrt(15) * x * z,
         math.sqrt(15) * x * y,
@@ -37,7 +37,7 @@ def cartesian_harmonics(directions: Tensor) -> Tensor:
         math.sqrt(15) * y * z,
         0.5 * math.sqrt(15) * (z * z - x * x),
     ]
-    return torch.stack([constant, *(math.sqrt(3) * c for c in (x, y, z)), *second], dim=-1)
+    return torch.stack([one, *(math.sqrt(3) * c for c in (x, y, z)), *second], dim=-1)
 
 
 SH = tuple(harmonics.fit(cartesian_harmonics, 2))
@@ -63,7 +63,7 @@ def problems(draw: Any) -> tuple[convolution.ConvolutionProblem, torch.Generator
 
 
 def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges with up to `degree` neighbours an atom, some atoms without any, some edges beyond the cutoff."""
+    """Edges with up to `degree` neighbours of an atom; some atoms have none, some edges lie beyond the cutoff."""
     degrees = torch.randint(0, degree + 1, (atoms,), generator=generator)
     degrees[0] = degree
     degrees[-1] = 0
@@ -80,14 +80,14 @@ def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[T
 @given(problems(), st.integers(2, 9), st.sampled_from([0, 1, 5, 30, 200]), st.booleans())
 @pytest.mark.smoke
 def test_convolution_is_the_reference(
-    made: tuple[convolution.ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool
+    drawn: tuple[convolution.ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool
 ) -> None:
-    problem, generator = made
+    problem, generator = drawn
     sender, receiver, vectors = random_graph(atoms, degree, generator)
     graph = convolution.Graph(sender, receiver)
     shape = (len(problem.paths), 17, 3) if tabulated else (vectors.shape[0], len(problem.paths))
     weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
-    # Every other row of something larger: not contiguous.
+    # Every other row of a larger tensor: not contiguous.
     features = torch.randn(2 * atoms, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)[::2]
     results = []
     for function in (convolution.convolution, convolution.reference):
@@ -99,9 +99,9 @@ def test_convolution_is_the_reference(
         results.append(
             [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True))]
         )
-    for actual, expected in zip(*results, strict=True):
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,7 +123,7 @@ def test_product_is_the_reference(
     # In no order, with atoms that have no edges.
     _, centre, _ = random_graph(atoms, degree, generator)
     edges = centre.numel()
-    # Every other row of something larger: not contiguous.
+    # Every other row of a larger tensor: not contiguous.
     wide = torch.randn(2 * edges, channels, shape[1], generator=generator, dtype=torch.float64)[::2]
     weights = torch.randn(channels, shape[0], generator=generator, dtype=torch.float64)
     features = torch.randn(atoms, channels, shape[2], generator=generator, dtype=torch.float64)
@@ -133,9 +133,9 @@ def test_product_is_the_reference(
         out = function(problem, x, y, weights, centre)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x, y])])
-    for actual, expected in zip(*results, strict=True):
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 def test_product_threads_and_float32() -> None:
@@ -157,8 +157,8 @@ def test_product_threads_and_float32() -> None:
         torch.set_num_threads(before)
     for dtype in (torch.float32, torch.float64):
         assert all(torch.equal(a, b) for a, b in zip(results[1, dtype], results[3, dtype], strict=True))
-    for actual, expected in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()))
+    for ours, theirs in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()))
 
 
 def test_product_refuses_what_does_not_fit() -> None:
@@ -181,9 +181,9 @@ def test_product_refuses_what_does_not_fit() -> None:
 @settings(max_examples=15, deadline=None)
 @given(problems(), st.integers(1, 4), st.sampled_from([0, 1, 30]))
 def test_convolution_with_several_tables_is_the_reference(
-    made: tuple[convolution.ConvolutionProblem, torch.Generator], tables: int, degree: int
+    drawn: tuple[convolution.ConvolutionProblem, torch.Generator], tables: int, degree: int
 ) -> None:
-    problem, generator = made
+    problem, generator = drawn
     sender, receiver, vectors = random_graph(6, degree, generator)
     graph = convolution.Graph(sender, receiver, torch.randint(0, tables, sender.shape, generator=generator))
     rows = tables * len(problem.paths)
@@ -198,9 +198,9 @@ def test_convolution_with_several_tables_is_the_reference(
         results.append(
             [out.detach(), *(torch.zeros_like(i) if g is None else g for g, i in zip(grads, [x, r], strict=True))]
         )
-    for actual, expected in zip(*results, strict=True):
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+    for ours, theirs in zip(*results, strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
 def test_convolution_threads_and_float32() -> None:
@@ -222,10 +222,10 @@ def test_convolution_threads_and_float32() -> None:
                 results[threads, dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
     finally:
         torch.set_num_threads(before)
-    for actual, expected in zip(results[1, torch.float64], results[3, torch.float64], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    for actual, expected in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+    for ours, theirs in zip(results[1, torch.float64], results[3, torch.float64], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(results[1, torch.float32], results[1, torch.float64], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
 
 
 def test_convolution_is_differentiable_once_only() -> None:
@@ -273,9 +273,9 @@ def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
 @given(polynomials(), st.integers(0, 7), st.sampled_from([1, 7, 8, 20]), st.integers(1, 4))
 @pytest.mark.smoke
 def test_contraction_is_the_reference(
-    made: tuple[contraction.Polynomial, int], atoms: int, channels: int, species: int
+    drawn: tuple[contraction.Polynomial, int], atoms: int, channels: int, species: int
 ) -> None:
-    polynomial, seed = made
+    polynomial, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(atoms, channels, polynomial.rows_in, generator=generator, dtype=torch.float64).transpose(
         1, 2
@@ -288,8 +288,8 @@ def test_contraction_is_the_reference(
         out = function(polynomial, x, kinds, coefficients)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         results.append([out.detach(), *torch.autograd.grad((out * probe).sum(), [x])])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
 def test_fold_adds_up_equal_monomials() -> None:
@@ -324,9 +324,9 @@ def test_radial_table_states_its_error() -> None:
     assert table.slope_error <= radial.SLOPE_TOLERANCE
     lengths = torch.linspace(0.35, R_MAX - 1e-6, 4001, dtype=torch.float64)
     exact = smooth(lengths)
-    actual = radial.evaluate(table.knots, lengths, R_MAX)
+    interpolated = radial.evaluate(table.knots, lengths, R_MAX)
     # The stated error is taken half-way between knots, where it is largest.
-    assert float((actual - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
+    assert float((interpolated - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
     assert (
         float(radial.evaluate(table.knots, torch.tensor([R_MAX, 7.0], dtype=torch.float64), R_MAX).abs().max()) == 0.0
     )
@@ -384,24 +384,24 @@ def test_rounding_is_the_quantizer(frame: str, channels: int, threads: int) -> N
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = rounding.round_features(x, plan, 30)
+        rounded = rounding.round_features(x, plan, 30)
     finally:
         torch.set_num_threads(before)
     expected = rounding.reference(x, quantizer, pieces, 30)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    assert not torch.equal(actual, x)
-    torch.testing.assert_close(actual[:, 5:8], x[:, 5:8], rtol=0, atol=0)
-    (grad,) = torch.autograd.grad((actual * expected.detach()).sum(), x)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(rounded, x)
+    torch.testing.assert_close(rounded[:, 5:8], x[:, 5:8], rtol=0, atol=0)
+    (grad,) = torch.autograd.grad((rounded * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
 
 
 @pytest.mark.parametrize(
     ("layout", "frame"),
     [
-        # NequIP's: the components of a channel side by side, scalars of two pieces merged, one piece nobody reads.
+        # NequIP's: components of a channel side by side, two scalar pieces to merge, one piece that is not read.
         (FeatureLayout(((4, 1), (3, 1), (20, 3), (-5, 3), (20, 5), (6, 7))), "local"),
         (FeatureLayout(((4, 1), (20, 3), (17, 9))), "fixed"),
-        # Allegro's: all components of a channel side by side, scalars of both parities apart.
+        # Allegro's: all components of a channel side by side, scalars of both parities separate.
         (FeatureLayout(((20, 1), (20, 1), (20, 3), (20, 3), (20, 5)), channels_first=True), "local"),
     ],
 )
@@ -422,13 +422,13 @@ def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, t
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = rounding.rounded(x, plan.ints, plan.reals)
+        rounded = rounding.rounded(x, plan.ints, plan.reals)
     finally:
         torch.set_num_threads(before)
     expected = quantizer(x)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    assert not torch.equal(actual, x)
-    (grad,) = torch.autograd.grad((actual * expected.detach()).sum(), x)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(rounded, x)
+    (grad,) = torch.autograd.grad((rounded * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
     # Nothing to round.
     assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
@@ -441,7 +441,7 @@ def test_rounding_can_be_traced() -> None:
     plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
     assert plan is not None
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
-    # Not of the gradient: that of the step function is zero or infinite, ours is one.
+    # The gradient is not checked: that of the step function is zero or infinite, the straight-through one is one.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.gaq.rounded.default, (x, plan.ints, plan.reals), test_utils=checks)
 
@@ -464,8 +464,8 @@ def test_rounding_loses_no_component_where_mixtures_are_dependent(d: int, dtype:
     plan = rounding.plan(quantizer, [rounding.Piece(d, 16, 0, 16 * d, 16)])
     assert plan is not None
     x = nearly_dependent(d, 16, 1, left).transpose(1, 2).contiguous()
-    actual = rounding.round_features(x.to(dtype), plan, len(x))
-    assert (actual - x).abs().max() < 1e-3 * float(x.abs().max())
+    rounded = rounding.round_features(x.to(dtype), plan, len(x))
+    assert (rounded - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
 def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:

@@ -1,4 +1,4 @@
-"""The kernels for GPUs: on one where there is one, else through Triton's interpreter on the CPU."""
+"""The GPU kernels: tested on a GPU if there is one, otherwise through Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from gaq import settings
 
-# Their frameworks are not installed together; the line at the end of a run says which one is not.
+# The frameworks are not installed together; a line at the end of a run says which one is missing.
 collect_ignore = [
     name
     for name, framework in (("test_mace_engine.py", "mace"), ("test_nequip_fused.py", "nequip"))
@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels_for_cards() -> Iterator[None]:
+def _gpu_kernels() -> Iterator[None]:
     if REASON is not None:
         pytest.skip(REASON)
     with settings.override(kernels="triton"):

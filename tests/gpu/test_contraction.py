@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gaq.kernels import contraction
 
-triton_twin = pytest.importorskip(
+gpu_contraction = pytest.importorskip(
     "gaq.kernels.gpu.contraction", reason="needs Triton: pip install '.[gpu]'", exc_type=ImportError
 )
 
@@ -26,7 +26,7 @@ def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    made=polynomials(),
+    drawn=polynomials(),
     atoms=st.integers(0, 7),
     channels=st.sampled_from([1, 7, 8, 20]),
     species=st.integers(1, 4),
@@ -34,13 +34,13 @@ def polynomials(draw: Any) -> tuple[contraction.Polynomial, int]:
 )
 def test_contraction_is_the_reference(
     device: torch.device,
-    made: tuple[contraction.Polynomial, int],
+    drawn: tuple[contraction.Polynomial, int],
     atoms: int,
     channels: int,
     species: int,
     dtype: torch.dtype,
 ) -> None:
-    polynomial, seed = made
+    polynomial, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     # Channels before rows in memory: not contiguous.
     wide = torch.randn(atoms, channels, polynomial.rows_in, generator=generator, dtype=torch.float64)
@@ -83,12 +83,12 @@ def test_every_element_is_written(device: torch.device, monkeypatch: pytest.Monk
     usual = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
-        made = usual(self, *shape, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = usual(self, *shape, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    # A tile of two atoms and four channels, so that there are tails in both directions.
-    monkeypatch.setattr(triton_twin, "blocks", lambda atoms, channels: (2, 4))
+    # A tile of two atoms and four channels, so that the last tile is not full in either direction.
+    monkeypatch.setattr(gpu_contraction, "blocks", lambda atoms, channels: (2, 4))
     # The last output and the last feature occur in no term.
     polynomial = contraction.Polynomial.make(3, 3, [((0, 1), 0), ((0,), 1)])
     x = torch.randn(5, 3, 7, dtype=torch.float64, device=device, requires_grad=True)
@@ -103,7 +103,7 @@ def test_every_element_is_written(device: torch.device, monkeypatch: pytest.Monk
 
 
 def test_the_gradient_is_that_of_an_energy(device: torch.device) -> None:
-    """The derivative of the gradient, by central differences of the kernel's own, is symmetric."""
+    """The derivative of the gradient, by central differences of the kernel's gradient, is symmetric."""
     polynomial, coefficients = cubic(2, device)
     generator = torch.Generator().manual_seed(1)
     centre = torch.randn(3, 2, generator=generator, dtype=torch.float64).to(device)
@@ -124,9 +124,9 @@ def test_species_that_do_not_exist(device: torch.device) -> None:
     x = torch.ones(3, 3, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="species outside 0 to 1"):
         contraction.contraction(polynomial, x, torch.tensor([0, 2, 1]), coefficients)
-    # On a card nobody looks at them beforehand.
+    # On a GPU nothing checks them beforehand.
     x, coefficients, species = x.to(device), coefficients.to(device), torch.tensor([0, 2, -1], device=device)
-    out = triton_twin.contraction(x, species, coefficients, polynomial.tables(x.device), 2)
+    out = gpu_contraction.contraction(x, species, coefficients, polynomial.tables(x.device), 2)
     assert bool(out[0].isfinite().all())
     assert bool(out[1:].isnan().all())
 
@@ -147,6 +147,6 @@ def test_tables_are_made_once_and_gradients_once_only(device: torch.device) -> N
 
 def test_polynomials_too_large_for_the_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="degree 4"):
-        triton_twin.value_table(1, ((0, 0, 0, 0, 0),), ((0, 0),))
+        gpu_contraction.value_table(1, ((0, 0, 0, 0, 0),), ((0, 0),))
     with pytest.raises(ValueError, match="128 rows"):
-        triton_twin.value_table(1, ((200,),), ((0, 0),))
+        gpu_contraction.value_table(1, ((200,),), ((0, 0),))

@@ -1,4 +1,4 @@
-"""The convolution for cards against the float64 reference, through Triton's interpreter where there is no card."""
+"""The GPU convolution against the float64 reference, through Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make(
     generator: torch.Generator,
     zeros: float = 0.4,
 ) -> ConvolutionProblem:
-    """With random coefficients; links are (block, edge degree, group)."""
+    """Problem with random coefficients; links are (block, edge degree, group)."""
     paths = []
     for block, l2, group in links:
         shape = (2 * blocks[block] + 1, 2 * l2 + 1, 2 * groups[group] + 1)
@@ -77,7 +77,7 @@ def problems(draw: Any) -> tuple[ConvolutionProblem, torch.Generator]:
 
 
 def random_edges(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `degree` neighbours an atom, an atom without any, lengths of zero, of the cutoff and beyond."""
+    """Edges: up to `degree` for an atom, none for one atom, with lengths of zero, of the cutoff and beyond."""
     degrees = torch.randint(0, degree + 1, (atoms,), generator=generator)
     degrees[0] = degree
     degrees[-1] = 0
@@ -108,12 +108,12 @@ def compare(
         r, w = vectors.detach().to(device).requires_grad_(), weights.detach().to(device)
         inputs = [r] + ([x] if of_features else []) + ([] if tabulated else [w.requires_grad_()])
         tables = None if graph.tables is None else graph.tables.to(device)
-        own = Graph(graph.sender.to(device), graph.receiver.to(device), tables)
-        out = function(problem, own, x, r, w, tabulated)
+        device_graph = Graph(graph.sender.to(device), graph.receiver.to(device), tables)
+        out = function(problem, device_graph, x, r, w, tabulated)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out).to(device)
         grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
-        found = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
-        results.append([t.detach().cpu() for t in (out, *found)])
+        derivatives = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+        results.append([t.detach().cpu() for t in (out, *derivatives)])
     for ours, theirs in zip(*results, strict=True):
         scale = float(theirs.abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
@@ -121,22 +121,22 @@ def compare(
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels have to write is no number before."""
-    from gaq.kernels.gpu import convolution as device
+    """Fill outputs with NaN before the kernels write to them."""
+    from gaq.kernels.gpu import convolution as gpu_convolution
 
-    monkeypatch.setattr(device, "_empty", lambda like, *shape: like.new_full(shape, math.nan))
+    monkeypatch.setattr(gpu_convolution, "_empty", lambda like, *shape: like.new_full(shape, math.nan))
 
 
 @settings(max_examples=12, deadline=None)
 @given(problems(), st.integers(2, 5), st.sampled_from([0, 1, 4]), st.booleans(), st.booleans())
 def test_the_reference_over_random_problems(
-    made: tuple[ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool, of_features: bool
+    drawn: tuple[ConvolutionProblem, torch.Generator], atoms: int, degree: int, tabulated: bool, of_features: bool
 ) -> None:
-    problem, generator = made
+    problem, generator = drawn
     sender, receiver, vectors = random_edges(atoms, degree, generator)
     shape = (len(problem.paths), 9, 3) if tabulated else (vectors.shape[0], len(problem.paths))
     weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
-    # Every other row of something larger: not contiguous.
+    # Every other row of a larger tensor: not contiguous.
     features = torch.randn(2 * atoms, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)[::2]
     compare(problem, Graph(sender, receiver), features, vectors, weights, tabulated, of_features)
 
@@ -144,7 +144,7 @@ def test_the_reference_over_random_problems(
 @pytest.mark.parametrize("channels", [130, 128])
 @pytest.mark.parametrize("tabulated", [True, False])
 def test_blocks_of_channels_and_several_programs_of_paths(channels: int, tabulated: bool) -> None:
-    """More channels than one program has, more paths than one program sums."""
+    """More channels and more paths than one program serves."""
     generator = torch.Generator().manual_seed(2)
     links = [(0, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 2, 1), (0, 2, 2), (1, 1, 2), (1, 3, 2), (0, 3, 3)]
     links += [(1, 2, 3), (1, 3, 3), (1, 3, 3)]
@@ -162,8 +162,8 @@ def test_blocks_of_channels_and_several_programs_of_paths(channels: int, tabulat
 
 @settings(max_examples=5, deadline=None)
 @given(problems(), st.integers(1, 4), st.sampled_from([0, 1, 5]))
-def test_several_tables(made: tuple[ConvolutionProblem, torch.Generator], tables: int, degree: int) -> None:
-    problem, generator = made
+def test_several_tables(drawn: tuple[ConvolutionProblem, torch.Generator], tables: int, degree: int) -> None:
+    problem, generator = drawn
     sender, receiver, vectors = random_edges(4, degree, generator)
     graph = Graph(sender, receiver, torch.randint(0, tables, sender.shape, generator=generator))
     knots = torch.randn(tables * len(problem.paths), 5, 3, problem.channels, generator=generator, dtype=torch.float64)
@@ -215,13 +215,13 @@ def test_float32() -> None:
     graph = Graph(sender.to(DEVICE), receiver.to(DEVICE))
     features = torch.randn(5, 4, 24, generator=generator, dtype=torch.float64)
     knots = torch.randn(4, 17, 3, 24, generator=generator, dtype=torch.float64)
-    found = {}
+    results = {}
     for dtype in (torch.float32, torch.float64):
         x, r = (t.to(DEVICE, dtype).requires_grad_() for t in (features, vectors))
         out = convolution.convolution(problem, graph, x, r, knots.to(DEVICE, dtype))
         assert out.dtype == dtype
-        found[dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
-    for ours, theirs in zip(found[torch.float32], found[torch.float64], strict=True):
+        results[dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
+    for ours, theirs in zip(results[torch.float32], results[torch.float64], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
 
 
@@ -275,11 +275,11 @@ def test_once_differentiable_and_no_gradient_of_knots() -> None:
 
 
 def test_lists_of_edges() -> None:
-    own, other = torch.tensor([2, 0, 2, 4, 0]), torch.tensor([1, 1, 3, 0, 2])
-    first, edges = neighbours(own, other, 6)
+    atom, other = torch.tensor([2, 0, 2, 4, 0]), torch.tensor([1, 1, 3, 0, 2])
+    first, edges = neighbours(atom, other, 6)
     assert first.tolist() == [0, 2, 2, 4, 4, 5, 5]
     assert edges.tolist() == [[1, 4, 0, 2, 3], [1, 2, 1, 3, 0]]
-    graph = Graph(other, own)
+    graph = Graph(other, atom)
     assert graph.by_receiver(6)[1] is graph.by_receiver(6)[1]
     assert graph.by_sender(6)[0].tolist() == [0, 1, 3, 4, 5, 5, 5]
 
@@ -297,22 +297,22 @@ def test_the_source_is_that_of_the_problem() -> None:
 TRACED = """
 import torch
 from gaq.kernels import convolution
-from gaq.kernels.gpu import convolution as device
+from gaq.kernels.gpu import convolution as gpu_convolution
 from gaq.kernels.harmonics import fit
 import gaq.kernels.gpu as gpu
 
-device.why_not = lambda: None  # nothing is launched here
+gpu_convolution.why_not = lambda: None  # nothing is launched here
 c = torch.ones(1, 1, 1, dtype=torch.float64)
 problem = convolution.ConvolutionProblem(
     4, (0,), (0,), (convolution.Path(0, 0, 0, c),), tuple(fit(lambda d: torch.ones_like(d[:, :1]), 0)), 4.0
 )
-key = device.register(problem, True)
+key = gpu_convolution.register(problem, True)
 
 
 def step(features, vectors, knots, sender, receiver):
     received = convolution.neighbours(receiver, sender, features.shape[0])
     sent = convolution.neighbours(sender, receiver, features.shape[0])
-    out = device.operation(features * 2, vectors, knots, None, *received, *sent, key)
+    out = gpu_convolution.operation(features * 2, vectors, knots, None, *received, *sent, key)
     return torch.autograd.grad(out.square().sum(), [features, vectors])
 
 
@@ -332,7 +332,7 @@ from torch._functorch.aot_autograd import aot_export_module
 class Module(torch.nn.Module):
     def forward(self, features, vectors, knots, sender, receiver):
         received = convolution.neighbours(receiver, sender, features.shape[0])
-        return (device.operation(features, vectors, knots, None, *received, None, None, key),)
+        return (gpu_convolution.operation(features, vectors, knots, None, *received, None, None, key),)
 
 
 exported, _ = aot_export_module(Module(), [t.detach() for t in inputs], trace_joint=False)

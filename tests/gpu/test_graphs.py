@@ -1,4 +1,4 @@
-"""Recorded steps: their keys, buffers and copies with a stand-in for the card, and on the card where there is one."""
+"""Recorded steps: their keys, buffers and copies, with a stand-in for the GPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Sums:
-    """A step of lists: the sum of the first `count` entries, and a scaled copy of something of fixed length."""
+    """A step on lists: the sum of the first `count` entries, and a scaled copy of a tensor of fixed length."""
 
     def __init__(self, scale: float) -> None:
         self.scale, self.calls = scale, 0
@@ -47,44 +47,44 @@ def inputs(count: int, value: float, device: torch.device = CPU) -> dict[str, An
     return {"values": values, "fixed": torch.full((3,), value, device=device), "count": count}
 
 
-def run(own: graphs.Graphs, step: Sums, given: dict[str, Any]) -> graphs.Outputs | None:
+def run(recorded: graphs.Graphs, step: Sums, given: dict[str, Any]) -> graphs.Outputs | None:
     size = graphs.bucket(given["count"])
-    return own((size, step.scale), given, step.prepare(given, size), given["values"].device)
+    return recorded((size, step.scale), given, step.prepare(given, size), given["values"].device)
 
 
-def agrees(found: graphs.Outputs | None, given: dict[str, Any], scale: float) -> None:
-    assert found is not None
-    assert found["none"] is None
-    assert torch.equal(found["sum"], given["values"].sum(1))
-    assert torch.equal(found["copy"], given["fixed"] * scale)
+def agrees(outputs: graphs.Outputs | None, given: dict[str, Any], scale: float) -> None:
+    assert outputs is not None
+    assert outputs["none"] is None
+    assert torch.equal(outputs["sum"], given["values"].sum(1))
+    assert torch.equal(outputs["copy"], given["fixed"] * scale)
 
 
-def repeats(own: graphs.Graphs, device: torch.device) -> None:
-    """What both recorders have to do."""
+def repeats(recorded: graphs.Graphs, device: torch.device) -> None:
+    """Check what both recorders have to do."""
     step = Sums(2.0)
-    assert run(own, step, inputs(5, 1.0, device)) is None
+    assert run(recorded, step, inputs(5, 1.0, device)) is None
     assert step.calls == 0
     first = inputs(5, 1.0, device)
-    found = run(own, step, first)
-    agrees(found, first, 2.0)
-    recorded = step.calls
-    # More entries and fewer, other values; the step itself is not called again on a card.
-    later = [(given, run(own, step, given)) for given in (inputs(64, 7.0, device), inputs(3, -2.0, device))]
-    agrees(found, first, 2.0)
+    outputs = run(recorded, step, first)
+    agrees(outputs, first, 2.0)
+    calls = step.calls
+    # More entries and fewer, with other values. On a GPU the step itself is not called again.
+    later = [(given, run(recorded, step, given)) for given in (inputs(64, 7.0, device), inputs(3, -2.0, device))]
+    agrees(outputs, first, 2.0)
     for given, result in later:
         agrees(result, given, 2.0)
-    assert len(own.kept) == 1
+    assert len(recorded.kept) == 1
     if device.type == "cuda":
-        assert step.calls == recorded
+        assert step.calls == calls
     # Results belong to the caller.
-    found["copy"].fill_(9.0)
-    agrees(run(own, step, first), first, 2.0)
+    outputs["copy"].fill_(9.0)
+    agrees(run(recorded, step, first), first, 2.0)
     # Beyond the bucket is another graph.
     larger = inputs(65, 3.0, device)
-    assert run(own, step, larger) is None
-    agrees(run(own, step, larger), larger, 2.0)
-    assert len(own.kept) == 2
-    agrees(run(own, step, first), first, 2.0)
+    assert run(recorded, step, larger) is None
+    agrees(run(recorded, step, larger), larger, 2.0)
+    assert len(recorded.kept) == 2
+    agrees(run(recorded, step, first), first, 2.0)
 
 
 def test_buckets_are_a_geometric_series() -> None:
@@ -101,38 +101,38 @@ def test_a_step_is_recorded_when_it_repeats() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_step_is_recorded_on_a_card() -> None:
-    own = graphs.Graphs()
-    repeats(own, torch.device("cuda"))
-    assert own.failed is None
+def test_a_step_is_recorded_on_a_gpu() -> None:
+    recorded = graphs.Graphs()
+    repeats(recorded, torch.device("cuda"))
+    assert recorded.failed is None
 
 
 def test_inputs_stay_the_callers() -> None:
-    own, step = graphs.Graphs(Playback()), Sums(1.0)
+    recorded, step = graphs.Graphs(Playback()), Sums(1.0)
     given = inputs(5, 1.0)
     for tensor in (given["values"], given["fixed"]):
         tensor.requires_grad_()
     kept = {name: value.detach().clone() for name, value in given.items() if torch.is_tensor(value)}
     for _ in range(3):
-        found = run(own, step, given)
+        outputs = run(recorded, step, given)
     other = inputs(7, 2.0)
-    run(own, step, other)
+    run(recorded, step, other)
     for name, value in kept.items():
         assert torch.equal(given[name], value)
-    # Nothing of the callers' graphs of autograd is held or given back.
-    assert not found["sum"].requires_grad
-    (recorded,) = own.kept.values()
-    assert not any(buffer.requires_grad for buffer in recorded.buffers.values())
+    # Nothing of the callers' autograd graphs is kept or returned.
+    assert not outputs["sum"].requires_grad
+    (entry,) = recorded.kept.values()
+    assert not any(buffer.requires_grad for buffer in entry.buffers.values())
 
 
 def test_the_least_recently_used_goes_first() -> None:
     playback = Playback()
-    own = graphs.Graphs(playback, keep=2)
+    recorded = graphs.Graphs(playback, keep=2)
     given = inputs(4, 1.0)
     steps = {scale: Sums(scale) for scale in (1.0, 2.0, 3.0)}
 
     def meet(scale: float) -> graphs.Outputs | None:
-        return run(own, steps[scale], given)
+        return run(recorded, steps[scale], given)
 
     for scale in (1.0, 2.0):
         meet(scale)
@@ -140,22 +140,22 @@ def test_the_least_recently_used_goes_first() -> None:
     agrees(meet(1.0), given, 1.0)
     meet(3.0)
     agrees(meet(3.0), given, 3.0)
-    assert [scale for _, scale in own.kept] == [1.0, 3.0]
-    # What had to go is not recorded again at once, lest graphs chase each other.
+    assert [scale for _, scale in recorded.kept] == [1.0, 3.0]
+    # A dropped graph is not recorded again at once, so that graphs do not keep displacing each other.
     assert meet(2.0) is None
     assert meet(2.0) is None
     for _ in range(graphs.MEETINGS_AGAIN):
-        found = meet(2.0)
-    agrees(found, given, 2.0)
-    assert [scale for _, scale in own.kept] == [3.0, 2.0]
+        outputs = meet(2.0)
+    agrees(outputs, given, 2.0)
+    assert [scale for _, scale in recorded.kept] == [3.0, 2.0]
     assert playback.recorded == 4
 
 
 def test_keys_met_once_are_forgotten_in_time() -> None:
-    own, given = graphs.Graphs(Playback()), inputs(4, 1.0)
+    recorded, given = graphs.Graphs(Playback()), inputs(4, 1.0)
     for scale in range(2 * graphs.REMEMBERED):
-        assert run(own, Sums(float(scale)), given) is None
-    assert len(own.left) == graphs.REMEMBERED
+        assert run(recorded, Sums(float(scale)), given) is None
+    assert len(recorded.left) == graphs.REMEMBERED
 
 
 def test_what_cannot_be_recorded_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,14 +163,14 @@ def test_what_cannot_be_recorded_is_said_once(caplog: pytest.LogCaptureFixture) 
         def record(self, run: Callable[[], graphs.Outputs]) -> tuple[Callable[[], None], graphs.Outputs]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    own, given = graphs.Graphs(Refusing()), inputs(4, 1.0)
+    recorded, given = graphs.Graphs(Refusing()), inputs(4, 1.0)
     with caplog.at_level(logging.WARNING):
         for scale in (1.0, 1.0, 2.0, 2.0):
-            if own.serves(CPU, 4):
-                assert run(own, Sums(scale), given) is None
+            if recorded.serves(CPU, 4):
+                assert run(recorded, Sums(scale), given) is None
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
     assert "not permitted when stream is capturing" in caplog.text
-    assert not own.serves(CPU, 4)
+    assert not recorded.serves(CPU, 4)
 
 
 def test_a_graph_that_gives_something_else_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -179,36 +179,36 @@ def test_a_graph_that_gives_something_else_is_not_used(caplog: pytest.LogCapture
             _, outputs = super().record(run)
             return (lambda: outputs["sum"].zero_()), outputs
 
-    own, given, step = graphs.Graphs(Forgetful()), inputs(4, 1.0), Sums(1.0)
-    assert run(own, step, given) is None
-    assert run(own, step, given) is None
+    recorded, given, step = graphs.Graphs(Forgetful()), inputs(4, 1.0), Sums(1.0)
+    assert run(recorded, step, given) is None
+    assert run(recorded, step, given) is None
     assert "other values of sum" in caplog.text
-    assert not own.serves(CPU, 4)
+    assert not recorded.serves(CPU, 4)
 
 
 def test_results_that_are_no_numbers_are_recorded() -> None:
-    own, given, step = graphs.Graphs(Playback()), inputs(4, 1.0), Sums(1.0)
+    recorded, given, step = graphs.Graphs(Playback()), inputs(4, 1.0), Sums(1.0)
     given["fixed"][0] = torch.nan
-    run(own, step, given)
-    found = run(own, step, given)
-    assert bool(found["copy"][0].isnan())
-    assert own.failed is None
+    run(recorded, step, given)
+    outputs = run(recorded, step, given)
+    assert bool(outputs["copy"][0].isnan())
+    assert recorded.failed is None
 
 
 def test_the_largest_step_is_set_by_the_environment() -> None:
-    own = graphs.Graphs(Playback())
+    recorded = graphs.Graphs(Playback())
     most = settings.Settings().cuda_graphs
     with settings.override(cuda_graphs=most):
-        assert own.serves(CPU, most)
-        assert not own.serves(CPU, most + 1)
+        assert recorded.serves(CPU, most)
+        assert not recorded.serves(CPU, most + 1)
     with settings.override(cuda_graphs=10):
-        assert own.serves(CPU, 10)
-        assert not own.serves(CPU, 11)
+        assert recorded.serves(CPU, 10)
+        assert not recorded.serves(CPU, 11)
     with settings.override(cuda_graphs=0):
-        assert not own.serves(CPU, 0)
+        assert not recorded.serves(CPU, 0)
 
 
-def test_the_card_records_on_a_card_only() -> None:
+def test_steps_are_recorded_on_a_gpu_only() -> None:
     assert not graphs.Graphs().serves(CPU, 1)
 
 
@@ -216,9 +216,9 @@ def test_errors_of_the_step_itself_are_raised() -> None:
     def broken(buffers: dict[str, Tensor]) -> graphs.Outputs:
         raise ValueError("no table for this pair")
 
-    own, given = graphs.Graphs(Playback()), {"fixed": torch.ones(1)}
-    assert own("key", given, lambda: (broken, given), CPU) is None
+    recorded, given = graphs.Graphs(Playback()), {"fixed": torch.ones(1)}
+    assert recorded("key", given, lambda: (broken, given), CPU) is None
     with pytest.raises(ValueError, match="no table"):
-        own("key", given, lambda: (broken, given), CPU)
-    assert own.failed is None
-    assert not own.kept
+        recorded("key", given, lambda: (broken, given), CPU)
+    assert recorded.failed is None
+    assert not recorded.kept

@@ -13,7 +13,7 @@ from gaq.files.packing import pack_int4
 from gaq.kernels import linear
 from gaq.settings import override
 
-triton_twin = pytest.importorskip(
+gpu_linear = pytest.importorskip(
     "gaq.kernels.gpu.linear", reason="needs Triton: pip install '.[gpu]'", exc_type=ImportError
 )
 
@@ -36,7 +36,7 @@ def layer(
 def exact(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, rounded: bool, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64, on codes made in float32; and the weights."""
+    """Result in float64, from codes made in float32, and the weights."""
     weights = codes.double() * linear._scales(scale, codes.shape[0], group_size, torch.float64)
     if rounded:
         rows, step = linear.round_rows(x)
@@ -80,7 +80,7 @@ def test_linear_is_exact(
     grads = [grad.cpu() for grad in torch.autograd.grad((out * probe.to(place)).sum(), inputs)]
     assert out.dtype == torch.float32
     out = out.detach().cpu()
-    # Errors against the sum of the sizes of what is added up.
+    # Errors relative to the sum of the terms' absolute values.
     size = x.detach().abs().double() @ weights.abs() + residual.detach().abs().double() + 1e-30
     offset = residual.detach().double() if added else 0.0
     assert bool(((out.double() - expected - offset).abs() < 4e-7 * size).all())
@@ -92,7 +92,7 @@ def test_linear_is_exact(
 
 
 def test_large_sums_are_exact(device: torch.device) -> None:
-    """256 (hi W) leaves 32 bits here; every code and weight is the largest there is."""
+    """Here 256 (hi W) does not fit into 32 bits: every code and weight has the largest size."""
     inputs = 1100
     x = torch.ones(2, inputs)
     x[1] = -1.0
@@ -110,8 +110,8 @@ def test_every_element_is_written_and_nan_stays(device: torch.device, monkeypatc
     usual = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
-        made = usual(self, *shape, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = usual(self, *shape, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     x, codes, scale, residual = (t.to(device) for t in layer(0, 20, 33, 70, 8, 0))
@@ -130,9 +130,9 @@ def test_every_element_is_written_and_nan_stays(device: torch.device, monkeypatc
 
 def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
     x, codes, scale, _ = (t.to(device) for t in layer(0, 4, 12, 5, 8, 0))
-    assert triton_twin.serves(x, codes, 0)
-    assert not triton_twin.serves(x.double(), codes, 0)
-    assert not triton_twin.serves(x, codes, 8)
+    assert gpu_linear.serves(x, codes, 0)
+    assert not gpu_linear.serves(x.double(), codes, 0)
+    assert not gpu_linear.serves(x, codes, 8)
     out = linear.linear(x.double(), codes, scale)
     torch.testing.assert_close(out, linear.reference(x.double(), codes, scale), rtol=1e-6, atol=1e-9)
     for rounded in (True, False):
@@ -154,8 +154,8 @@ def test_on_a_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAQ_KERNELS", "")
     x, codes, scale, residual = layer(0, 6, 12, 5, 8, 0)
     for rounded in (True, False):
-        found = linear.linear(x, codes, scale, residual, rounded)
-        assert torch.equal(found, linear.reference(x, codes, scale, residual, rounded))
+        out = linear.linear(x, codes, scale, residual, rounded)
+        assert torch.equal(out, linear.reference(x, codes, scale, residual, rounded))
 
 
 def test_reference_is_straight_through() -> None:

@@ -1,4 +1,4 @@
-"""MACE's engine through the kernels for cards: the reference path's energies, forces and stresses."""
+"""MACE's engine through the GPU kernels: the reference path's energies, forces and stresses."""
 
 from __future__ import annotations
 
@@ -155,29 +155,31 @@ def test_edges_of_the_padding_contribute_nothing(
     small: torch.nn.Module, kernels: str, batches: tuple[list[Atoms], ...], setting: Callable[..., Any]
 ) -> None:
     setting(kernels=kernels or "auto")
-    own: Any = engine.Engine(small)
+    small_engine: Any = engine.Engine(small)
     for structures in batches:
         data = batch_of(small, structures)
         given = {name: data[name] for name in replays.INPUTS}
         edges = given["edge_index"].shape[1]
-        atoms = own.compositions(given["node_attrs"])
-        theirs = own._step({name: t.clone() for name, t in given.items()}, atoms, OPTIONS)
+        atoms = small_engine.compositions(given["node_attrs"])
+        theirs = small_engine._step({name: t.clone() for name, t in given.items()}, atoms, OPTIONS)
         assert edges == 0 or float(theirs["forces"].abs().max()) > 1e-4
         for size in (graphs.bucket(edges + 40),) if kernels else (edges + 1, graphs.bucket(edges + 40)):
-            ours = own._step(replays.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS)
+            ours = small_engine._step(
+                replays.padded({name: t.clone() for name, t in given.items()}, size), atoms, OPTIONS
+            )
             agree(ours, theirs, 1e-13)
 
 
 CRYSTALS = [[strained(scale, seed)] for seed, scale in enumerate((1.0, 0.99, 1.03, 0.8, 0.79))]
 FRAMES = [CRYSTALS[0], moved(0), CRYSTALS[1], CRYSTALS[2], moved(1), CRYSTALS[3], CRYSTALS[4]]
-"""A crystal and a batch of molecules by turns."""
+"""A crystal and a batch of molecules, in turns."""
 
 
 RECORDED = settings.Settings().cuda_graphs
 
 
 def follow(model: torch.nn.Module, frames: list[list[Atoms]], tolerance: float) -> list[int]:
-    """Steps of a trajectory, each replayed where it is recorded, and by itself; the numbers of their edges."""
+    """Compare the steps of a trajectory with and without graphs, and return their numbers of edges."""
     sizes, kept = [], []
     for structures in frames:
         data = batch_of(model, structures, next(model.parameters()).dtype)
@@ -186,7 +188,7 @@ def follow(model: torch.nn.Module, frames: list[list[Atoms]], tolerance: float) 
         with settings.override(cuda_graphs=0):
             theirs = model(data, **OPTIONS)
         kept.append((ours, theirs))
-    # After all of them, so that what a later step overwrites is seen.
+    # After all steps, so that a result that a later step overwrites is noticed.
     for ours, theirs in kept:
         agree(ours, theirs, tolerance)
         assert float(theirs["forces"].detach().abs().max()) > 1e-4
@@ -194,7 +196,7 @@ def follow(model: torch.nn.Module, frames: list[list[Atoms]], tolerance: float) 
 
 
 def changes(sizes: list[int]) -> None:
-    """See that the number of edges changes within a bucket, and to another one."""
+    """Check that the number of edges changes within a bucket, and to another bucket."""
     loose, tight = (
         [graphs.bucket(size) for size, frame in zip(sizes, FRAMES, strict=True) if frame in part]
         for part in (CRYSTALS[:3], CRYSTALS[3:])
@@ -208,7 +210,7 @@ def changes(sizes: list[int]) -> None:
 def test_a_trajectory_of_replayed_steps(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, setting: Callable[..., Any]
 ) -> None:
-    """Through the CPU's kernels, where there is no card: what is tested is the padding and the buffers."""
+    """Through the CPU's kernels, where there is no GPU: this tests the padding and the buffers."""
     setting(kernels="auto", cuda_graphs=RECORDED)
     playback = Playback()
     monkeypatch.setattr(engine.engine_of(small), "graphs", graphs.Graphs(playback))
@@ -232,15 +234,15 @@ def test_replayed_steps_of_radial_functions_of_the_species(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, setting: Callable[..., Any]) -> None:
+def test_a_trajectory_on_a_gpu(small: torch.nn.Module, dtype: torch.dtype, setting: Callable[..., Any]) -> None:
     setting(cuda_graphs=RECORDED)
     model = copy.deepcopy(small).to(dtype)
     # Sums by atomics are not the same from run to run, and a code of 16 bits may fall to the other side.
     changes(follow(model, FRAMES, 1e-10 if dtype == torch.float64 else 1e-3))
-    own: Any = engine.engine_of(model)
-    assert own.graphs.failed is None
-    assert len(own.graphs.kept) == 3
-    # Nothing in a replayed step waits for the card once the atoms are known.
+    small_engine: Any = engine.engine_of(model)
+    assert small_engine.graphs.failed is None
+    assert len(small_engine.graphs.kept) == 3
+    # Nothing in a replayed step waits for the GPU once the atoms are known.
     data = batch_of(model, [strained(1.0, 0)], dtype)
     model(dict(data), **OPTIONS)
     torch.cuda.set_sync_debug_mode("error")
@@ -252,14 +254,14 @@ def test_a_trajectory_on_a_card(small: torch.nn.Module, dtype: torch.dtype, sett
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Asked(TorchDispatchMode):
-    """Counts operations by which the host would wait for a card, or give it something it has to wait for."""
+class WaitingOperations(TorchDispatchMode):
+    """Counts operations for which the host would wait for a GPU, or the GPU for the host."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal", "linalg_lu", "_det")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
         self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -267,23 +269,23 @@ class Asked(TorchDispatchMode):
         name = str(func)
         to_host = name.startswith("aten._to_copy") and (kwargs or {}).get("device") not in (None, args[0].device)
         if to_host or any(part in name for part in self.WAITING):
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is looked at on the CPU only.
+    # A check whose values are read on the CPU only.
     monkeypatch.setattr(contraction, "has_data", lambda tensor: False)
-    own: Any = engine.Engine(small)
+    small_engine: Any = engine.Engine(small)
     data = batch_of(small, [WATER])
     given = replays.padded({name: data[name] for name in replays.INPUTS}, 64)
-    atoms = own.compositions(given["node_attrs"])
-    own._step({name: t.clone() for name, t in given.items()}, atoms, {"compute_virials": True})
-    with Asked() as asked:
-        found = own._step(given, atoms, {"compute_virials": True})
+    atoms = small_engine.compositions(given["node_attrs"])
+    small_engine._step({name: t.clone() for name, t in given.items()}, atoms, {"compute_virials": True})
+    with WaitingOperations() as waiting:
+        found = small_engine._step(given, atoms, {"compute_virials": True})
     assert found["forces"].isfinite().all()
-    assert asked.operations > 100
-    assert not asked.found
+    assert waiting.operations > 100
+    assert not waiting.names
 
 
 @pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
@@ -292,8 +294,8 @@ def test_what_is_not_replayed(
 ) -> None:
     setting(kernels="auto", cuda_graphs=RECORDED)
     playback = Playback()
-    own: Any = engine.engine_of(small)
-    monkeypatch.setattr(own, "graphs", graphs.Graphs(playback))
+    small_engine: Any = engine.engine_of(small)
+    monkeypatch.setattr(small_engine, "graphs", graphs.Graphs(playback))
     # Energies alone keep their graph of autograd, as do positions that depend on something else.
     for _ in range(2):
         energy = small(batch_of(small, [WATER]), compute_force=False)["energy"]
@@ -315,31 +317,31 @@ def test_what_is_not_replayed(
 
 @pytest.mark.parametrize("small", KINDS[:1], ids=["plain"], indirect=True)
 def test_the_composition_is_looked_at_once(small: torch.nn.Module) -> None:
-    own: Any = engine.engine_of(small)
+    small_engine: Any = engine.engine_of(small)
     data = batch_of(small, [WATER, strained(1.0, 0)])
-    first = own.compositions(data["node_attrs"])
-    assert own.compositions(data["node_attrs"]) is first
-    assert own.compositions(data["node_attrs"].clone()) is first
-    # Changed in place it is another one, as it is in another order.
+    first = small_engine.compositions(data["node_attrs"])
+    assert small_engine.compositions(data["node_attrs"]) is first
+    assert small_engine.compositions(data["node_attrs"].clone()) is first
+    # Changed in place it has another order of atoms, which is another composition.
     data["node_attrs"][[0, 1]] = data["node_attrs"][[1, 0]]
-    other = own.compositions(data["node_attrs"])
+    other = small_engine.compositions(data["node_attrs"])
     assert other.key != first.key
     assert other.bounds == first.bounds
     for i in range(2 * compositions.COMPOSITIONS):
-        own.compositions(torch.eye(3, dtype=torch.float64, device=DEVICE)[[0] * (i + 1)])
-    assert len(own.compositions.kept) == compositions.COMPOSITIONS
+        small_engine.compositions(torch.eye(3, dtype=torch.float64, device=DEVICE)[[0] * (i + 1)])
+    assert len(small_engine.compositions.kept) == compositions.COMPOSITIONS
 
 
 def test_structures_of_many_species_look_at_their_edges(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compositions, "MOST_SPECIES", 1)
-    own: Any = engine.Engine(small)
+    small_engine: Any = engine.Engine(small)
     data = batch_of(small, [WATER, LONELY])
-    found = own(dict(data), **OPTIONS)
+    found = small_engine(dict(data), **OPTIONS)
     agree(found, engine.engine_of(small)(dict(data), **OPTIONS), 1e-13)
-    by_species = own.layers[0].radial.by_species
-    assert (own.compositions(data["node_attrs"]).knots is None) == by_species
+    by_species = small_engine.layers[0].radial.by_species
+    assert (small_engine.compositions(data["node_attrs"]).knots is None) == by_species
 
 
 def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
@@ -356,8 +358,8 @@ def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
         served = {"linear", "skip", "final", "up"} if number else set()
         assert {name.split("_")[0] for name in layer.by_integers} == served
         for name, integers in layer.by_integers.items():
-            whole, _, species = name.partition(".")
-            matrix = getattr(plain, whole)
+            matrix_name, _, species = name.partition(".")
+            matrix = getattr(plain, matrix_name)
             matrix = matrix[int(species)] if species else matrix
             scale = integers.scale
             if integers.group_size:
@@ -377,7 +379,7 @@ def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
         # Steps of 1/32639 of the largest feature, in a few layers one after the other.
         torch.testing.assert_close(ours[key].detach(), theirs[key].detach(), rtol=0, atol=3e-4 * scale)
     assert not torch.equal(ours["node_feats"], theirs["node_feats"])
-    # What is in float64, or not rounded to 16 bits, stays with floats.
+    # Layers in float64, or whose features are not rounded to 16 bits, stay with floats.
     for other in (
         converted(make("", "4x0e", 1, 2), "gaq", [WATER]),
         converted(make("", "4x0e", 1, 2), "w8", [WATER]).float(),

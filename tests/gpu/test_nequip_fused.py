@@ -1,4 +1,4 @@
-"""NequIP's fused convolution through the kernels for cards: NequIP's own energies and forces."""
+"""NequIP's fused convolution through the GPU kernels: NequIP's own energies and forces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STRUCTURES = [molecule("H2O"), molecule("CH4"), Atoms("CH", positions=[[0, 0, 0]
 
 @pytest.fixture(autouse=True)
 def default_dtype() -> Iterator[None]:
-    """NequIP makes float64 torch's default."""
+    """Restore torch's default dtype, which NequIP sets to float64."""
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
@@ -59,31 +59,31 @@ def make(parity: bool, lmax: int) -> Any:
 
 @pytest.mark.parametrize(("parity", "lmax"), [(False, 1), (True, 1), (False, 2)])
 def test_fused_is_the_same_function(parity: bool, lmax: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gaq.kernels.gpu import convolution as device
+    from gaq.kernels.gpu import convolution as gpu_convolution
 
     model = make(parity, lmax)
     expected = NequIPPotential(copy.deepcopy(model))(STRUCTURES)
     assert fuse(model, "cuda") == {}
     assert sum(isinstance(m, FusedInteractionBlock) for m in model.modules()) == 2
     calls = []
-    own = device.convolution
-    monkeypatch.setattr(device, "convolution", lambda *args: calls.append(1) or own(*args))
-    found = NequIPPotential(model)(STRUCTURES)
+    fused = gpu_convolution.convolution
+    monkeypatch.setattr(gpu_convolution, "convolution", lambda *args: calls.append(1) or fused(*args))
+    results = NequIPPotential(model)(STRUCTURES)
     assert calls
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(results[0], expected[0], atol=1e-5)
     scale = float(np.abs(np.concatenate(expected[1])).max())
-    np.testing.assert_allclose(np.concatenate(found[1]), np.concatenate(expected[1]), atol=3e-6 * scale)
+    np.testing.assert_allclose(np.concatenate(results[1]), np.concatenate(expected[1]), atol=3e-6 * scale)
 
 
 TRACED = """
 import torch
 from test_nequip_fused import STRUCTURES, fuse, make
 from gaq.kernels import gpu
-from gaq.kernels.gpu import convolution as device
+from gaq.kernels.gpu import convolution as gpu_convolution
 
-# As on a card; nothing is launched here, because tensors have no data.
+# As on a GPU. Nothing is launched, because tensors have no data.
 gpu.chosen = lambda device: True
-device.why_not = lambda: None
+gpu_convolution.why_not = lambda: None
 from nequip.data import AtomicDataDict, from_ase
 from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
 from nequip.utils.aot import ListInputOutputWrapper, get_dynamic_shapes, prepare_model_for_compile
@@ -110,7 +110,7 @@ exported = torch.export.export(
 names = [str(node.target) for node in exported.graph.nodes]
 print(sum("edge_convolution_triton.default" in n for n in names), end=" ")
 print(sum("edge_convolution_triton_backward.default" in n for n in names), end=" ")
-# As Inductor does first of all.
+# The first step of Inductor.
 from torch._functorch.aot_autograd import aot_export_module
 
 arguments = [data[k] for k in fields]

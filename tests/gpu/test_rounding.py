@@ -17,7 +17,7 @@ from gaq.settings import override
 def problem(
     channels: int, layout: tuple[tuple[int, int], ...], frame: str = "local"
 ) -> tuple[FeatureQuantizer, list[rounding.Piece], int]:
-    """A quantizer, where its pieces lie in (atoms, rows, channels), and the rows; a negative one is not rounded."""
+    """A quantizer, its pieces in (atoms, rows, channels), and the number of rows; negative pieces are copied."""
     quantizer = FeatureQuantizer(
         FeatureLayout(tuple((sign * channels, d) for sign, d in layout)), ScalarConfig(), VectorConfig(frame=frame), 1.0
     )
@@ -48,13 +48,13 @@ def test_rounding_is_the_quantizer(
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
     generator = torch.Generator().manual_seed(seed)
-    # Every other row of something larger: not contiguous.
+    # Every other row of a larger tensor: not contiguous.
     x = torch.randn(2 * atoms, total, channels, generator=generator, dtype=torch.float64)[::2]
     expected = (rounding.reference(x, quantizer, pieces, atoms) if atoms else x).to(device)
     x = x.detach().to(device).requires_grad_()
-    found = rounding.round_features(x, plan, atoms)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    (grad,) = torch.autograd.grad((found * expected.detach()).sum(), x)
+    rounded = rounding.round_features(x, plan, atoms)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad((rounded * expected.detach()).sum(), x)
     torch.testing.assert_close(grad, expected.detach())
 
 
@@ -70,12 +70,12 @@ def test_rounding_of_degenerate_atoms(device: torch.device, frame: str) -> None:
     x[3, 2:5, 1:] = 0.0  # one direction only: two axes are not spanned
     x[4, 2:5, 2:] = 0.0  # a plane
     x[5, 3:5] = 0.0  # along an axis of the laboratory: ties
-    found = rounding.round_features(x.to(device), plan, 6).cpu()
+    rounded = rounding.round_features(x.to(device), plan, 6).cpu()
     expected = rounding.reference(x, quantizer, pieces, 6)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert not torch.equal(found, x)
-    assert torch.equal(found[:, 5:8], x[:, 5:8])
-    assert bool((found[1] == 0).all())
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(rounded, x)
+    assert torch.equal(rounded[:, 5:8], x[:, 5:8])
+    assert bool((rounded[1] == 0).all())
 
 
 @pytest.mark.parametrize("d", [3, 5])
@@ -85,8 +85,8 @@ def test_no_component_is_lost_where_mixtures_are_dependent(device: torch.device,
     assert plan is not None
     for left in (0.0, 1e-7, 1e-5):
         x = nearly_dependent(d, 8, 1, left)[:6].transpose(1, 2).float().contiguous().to(device)
-        found = rounding.round_features(x, plan, 6)
-        assert (found - x).abs().max() < 1e-3 * float(x.abs().max())
+        rounded = rounding.round_features(x, plan, 6)
+        assert (rounded - x).abs().max() < 1e-3 * float(x.abs().max())
 
 
 @pytest.mark.smoke
@@ -99,13 +99,13 @@ def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.Mon
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None
     x = torch.randn(4, total, 32, generator=torch.Generator().manual_seed(0))
-    found = rounding.round_features(x.to(device), plan, 4).cpu()
+    rounded = rounding.round_features(x.to(device), plan, 4).cpu()
     with override(kernels="auto"):
         expected = rounding.round_features(x, plan, 4)
-    # The same codes, but for a few whose tie the arithmetic decides; none further than a step away.
-    near = torch.isclose(found, expected, rtol=0, atol=2e-6)
+    # The same codes, except for a few ties that rounding of the arithmetic decides; none is more than a step off.
+    near = torch.isclose(rounded, expected, rtol=0, atol=2e-6)
     assert float(near.double().mean()) > 0.98
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=3e-4)
 
 
 def test_every_element_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +119,8 @@ def test_every_element_is_written(device: torch.device, monkeypatch: pytest.Monk
     assert bool(rounding.round_features(x, plan, 3).isfinite().all())
     # Features that lie beyond the pieces are copied.
     wide = torch.cat([x.flatten(), torch.arange(7.0, dtype=torch.float64, device=device)])
-    found = rounding.round_features(wide, plan, 3)
-    assert torch.equal(found[-7:], wide[-7:])
+    rounded = rounding.round_features(wide, plan, 3)
+    assert torch.equal(rounded[-7:], wide[-7:])
     x[1, 0, 2] = float("nan")
     assert bool(rounding.round_features(x, plan, 3)[1].isnan().any())
 
@@ -133,5 +133,5 @@ def test_the_local_frame_turns_with_the_features(device: torch.device) -> None:
     x = torch.randn(4, total, 8, generator=generator, dtype=torch.float64).to(device)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0].to(device)
     turned = torch.einsum("ij,ajc->aic", turn, x)
-    found = torch.einsum("ij,ajc->aic", turn, rounding.round_features(x, plan, 4))
-    torch.testing.assert_close(rounding.round_features(turned.contiguous(), plan, 4), found, rtol=0, atol=1e-12)
+    rounded = torch.einsum("ij,ajc->aic", turn, rounding.round_features(x, plan, 4))
+    torch.testing.assert_close(rounding.round_features(turned.contiguous(), plan, 4), rounded, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Traces through the contraction, rounding and linear layers for cards: the same values and gradients, for any size.
+"""Traces through the GPU kernels of contraction, rounding and linear layers: same values and gradients, for any size.
 
 Convolutions are traced in `test_convolution`.
 """
@@ -26,7 +26,7 @@ for module in MODULES:
 
 Operation = Callable[..., Tensor]
 Made = tuple[Operation, Callable[[int], list[Tensor]]]
-"""A function of tensors, of which the first has a gradient, and these for a number of atoms."""
+"""A function of tensors, the first of which has a gradient, and a function that makes them for a number of atoms."""
 
 
 def contracted(device: torch.device) -> Made:
@@ -102,11 +102,11 @@ def test_a_graph_serves_any_number_of_atoms(kind: str, device: torch.device) -> 
         (grad,) = torch.autograd.grad(out.square().sum(), x)
         return out.detach(), grad
 
-    # Tables that the operation knows by itself are constants of the graph.
+    # Tables that the operation holds itself are constants of the graph.
     graph = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs(5))
     names = [str(node.target) for node in graph.graph.nodes]
     for name in (forward, backward):
-        assert name is None or sum(f"gaq.{name}." in found for found in names) == 1, names
+        assert name is None or sum(f"gaq.{name}." in target for target in names) == 1, names
     for atoms in (5, 3, 17):
         given = inputs(atoms)
         for ours, theirs in zip(graph(*given), step(*given), strict=True):
@@ -132,7 +132,7 @@ def test_compiled_without_a_break(kind: str, dynamic: bool, device: torch.device
     torch.compiler.reset()
 
 
-SEEN = """
+EXPORTED = """
 import torch
 from torch._functorch.aot_autograd import aot_export_module
 from gaq.kernels import contraction
@@ -158,4 +158,4 @@ print(sum("triton_kernel_wrapper" in str(node.target) for node in exported.graph
 
 
 def test_compilers_see_the_kernels(tmp_path: Path) -> None:
-    assert printed(SEEN, tmp_path) == ["3"]
+    assert printed(EXPORTED, tmp_path) == ["3"]

@@ -106,7 +106,7 @@ def test_wigner_coefficients_exist() -> None:
 @pytest.fixture(params=list(MODELS))
 def plain(request: pytest.FixtureRequest) -> Callable[[], torch.nn.Module]:
     if request.param == "heads":
-        # One energy an element and head.
+        # An energy for each element and head.
         def build() -> torch.nn.Module:
             model = MODELS["heads"]()
             energies = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]], dtype=torch.float64)
@@ -129,16 +129,16 @@ def batch_of(model: torch.nn.Module, structures: list[Atoms]) -> dict[str, torch
 
 def both(model: torch.nn.Module, structures: list[Atoms], **options: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     batch = batch_of(model, structures)
-    found = []
+    outputs = []
     assert engine.serves(model, {})
     for off in (False, True):
-        own = {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
+        data = {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
         if off:
             with engine.disabled():
-                found.append(model(own, training=False, **options))
+                outputs.append(model(data, training=False, **options))
         else:
-            found.append(model(own, training=False, **options))
-    return found[0], found[1]
+            outputs.append(model(data, training=False, **options))
+    return outputs[0], outputs[1]
 
 
 @pytest.mark.parametrize("preset", ["w8", "gaq", "w4a8"])
@@ -146,7 +146,7 @@ def both(model: torch.nn.Module, structures: list[Atoms], **options: bool) -> tu
 def test_the_engine_is_the_reference(plain: Callable[[], torch.nn.Module], preset: str) -> None:
     model = converted(plain(), preset, STRUCTURES[:3])
     ours, theirs = both(model, STRUCTURES, compute_stress=True)
-    # The radial tables' own error; an 8-bit code may fall to the other side of a threshold.
+    # The error of the radial tables; an 8-bit code may also fall to the other side of a threshold.
     agree(ours, theirs, 2e-6 if preset != "w4a8" else 1e-2)
     assert float(theirs["forces"].abs().max()) > 1e-3
 
@@ -212,7 +212,7 @@ def test_forces_are_the_gradient_of_the_energy() -> None:
             moved = atoms.copy()
             moved.positions[index, axis] += sign * h
             energies.append(float(model(batch_of(model, [moved]))["energy"].detach()))
-        # No table enters: the spline is differentiated itself.
+        # The error of the tables does not matter: forces differentiate the spline itself.
         assert -(energies[0] - energies[1]) / (2 * h) == pytest.approx(float(forces[index, axis]), abs=2e-7)
 
 
@@ -286,7 +286,7 @@ def test_replaced_parts_make_a_new_engine() -> None:
     ours, theirs = both(model, STRUCTURES[:1])
     agree(ours, theirs, 1e-6)
     assert engine.engine_of(model) is third
-    # What is added makes none.
+    # A part that is added makes none.
     model.add_module("note", torch.nn.Identity())
     assert engine.engine_of(model) is third
 
@@ -306,13 +306,13 @@ def test_what_is_not_served_says_so_and_runs() -> None:
 
 def test_tables_are_made_for_the_pairs_that_are_met() -> None:
     model = converted(MODELS["agnesi"](), "w8", STRUCTURES[:3])
-    made = engine.engine_of(model).layers[0].radial.made
-    assert len(made) == 1
+    tables = engine.engine_of(model).layers[0].radial.made
+    assert len(tables) == 1
     model(batch_of(model, [molecule("H2O")]))
     # H-H and O-H by structure; H-O was the first of all.
-    assert set(made.keys()) == {0, 2}
+    assert set(tables.keys()) == {0, 2}
     model(batch_of(model, [molecule("CH3OH")]))
-    assert set(made.keys()) == {0, 1, 2, 5}
+    assert set(tables.keys()) == {0, 1, 2, 5}
     assert engine.engine_of(model).layers[0].radial.error <= 1e-11
     alone = Atoms("O", positions=[[0, 0, 0]])
     ours, theirs = both(model, [alone])
@@ -330,8 +330,8 @@ def test_a_pair_without_a_table_ends_in_the_reference_path(monkeypatch: pytest.M
 
     monkeypatch.setattr(tables, "_make", refuse)
     with pytest.warns(UserWarning, match="reference path: the radial function cannot be tabulated"):
-        found = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
-    assert torch.equal(found, expected)
+        energy = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
+    assert torch.equal(energy, expected)
     assert not engine.serves(model, {})
 
 

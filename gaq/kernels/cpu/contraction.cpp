@@ -1,8 +1,8 @@
-// Polynomials of node features with coefficients that depend on species and channel, and their derivative, on CPU.
-// See contraction.py for the mathematics and the layouts.
+// Polynomials of node features with coefficients for each species and channel, and their derivative, on the CPU.
+// contraction.py has the mathematics and the layouts.
 //
-// The monomials form a tree: each is its parent times one more feature. Those with children are kept for a block of
-// channels; the derivative walks the tree backwards.
+// The monomials form a tree: each is its parent times one more feature. The values of monomials with children are kept
+// for a block of channels; the derivative walks the tree backwards.
 
 #include <algorithm>
 #include <cstdint>
@@ -14,16 +14,16 @@
 namespace {
 
 struct Node {
-  int64_t parent;      // slot of the parent's value; -1: none, the monomial is the feature itself
-  int64_t factor;      // row of the feature it is multiplied by
-  int64_t slot;        // where its value is kept; -1: it has no children
-  int64_t begin, end;  // its terms
+  int64_t parent;      // slot of the parent's value; -1: no parent, the monomial is a feature
+  int64_t factor;      // row of the feature by which the parent is multiplied
+  int64_t slot;        // slot of the monomial's value; -1: not kept, it has no children
+  int64_t begin, end;  // range of the monomial's terms
 };
 
 struct Plan {
   int64_t channels, rows_in, rows_out, nodes, terms, slots;
   const Node* node;
-  const int64_t* output;  // of each term
+  const int64_t* output;  // row of the output of each term
 
   explicit Plan(const int64_t* ints) {
     channels = ints[0], rows_in = ints[1], rows_out = ints[2], nodes = ints[3], terms = ints[4], slots = ints[5];

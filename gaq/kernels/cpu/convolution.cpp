@@ -1,7 +1,7 @@
-// Fused equivariant convolution on CPU: gather, tensor product with radial weights, sum over neighbours, and the
-// derivative with respect to edge vectors and node features. See convolution.py for the mathematics and the layouts.
+// Fused equivariant convolution on the CPU: gather, tensor product with radial weights, sum over neighbours, and the
+// derivative by edge vectors and node features. convolution.py has the mathematics and the layouts.
 //
-// Nothing that has one row per edge and channel is written to memory. Channels are the fast axis everywhere.
+// Nothing with a row for each edge and channel is written to memory. Channels are the fast axis everywhere.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,7 @@ constexpr int MAX_SH = (MAX_L + 1) * (MAX_L + 1);
 struct Path {
   int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, b_offset;
 
-  // Row of the output where an atom's first component of this path goes; the others follow every `stride` rows.
+  // Output row of the path's first component for an atom; the other components follow every `stride` rows.
   int64_t row_out(int64_t atoms, int64_t atom) const { return group_offset * atoms + atom * group_rows + index; }
 };
 
@@ -34,7 +34,7 @@ struct Plan {
   const double* harmonics;  // for each l: (2l+1) x monomials of degree l
   int64_t b_size;
 
-  // Row of the radial tables, of `channels` numbers each, with the value at a knot; slope and curvature follow.
+  // Row (of `channels` numbers) of the radial tables with the value at a knot; slope and curvature follow.
   int64_t table_row(int64_t table, int64_t p, int64_t knot) const { return ((table * paths + p) * knots + knot) * 3; }
 
   Plan(const int64_t* ints, const double* reals) {
@@ -95,7 +95,7 @@ template <typename T> struct Harmonics {
   }
 };
 
-// What the channel loops need of an edge.
+// Data of an edge that the loops over channels read.
 template <typename T> struct Edge {
   int64_t number, sender, knot;
   int64_t table;  // number of the table its weights come from
@@ -104,10 +104,11 @@ template <typename T> struct Edge {
   T d[6];  // their derivatives with respect to the length
 };
 
+// Length, direction and Hermite weights of an edge vector; false if the edge contributes nothing.
 template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e) {
   const T x = vector[0], y = vector[1], z = vector[2];
   e.length = std::sqrt(x * x + y * y + z * z);
-  // Beyond the cutoff (a neighbour list may have a skin) the weights are zero; so is an edge without direction.
+  // Beyond the cutoff (a neighbour list may have a skin) the weights are zero. An edge of length 0 has no direction.
   if (!(e.length > 0) || !(e.length < T(plan.r_max))) return false;
   const T inverse = 1 / e.length;
   e.direction[0] = x * inverse, e.direction[1] = y * inverse, e.direction[2] = z * inverse;
@@ -128,18 +129,20 @@ template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e)
   return true;
 }
 
+// Matrices B of all paths, from the spherical harmonics of an edge.
 template <typename T> void coefficients(const Plan& plan, const T* sh, T* b) {
   for (const Path& p : plan.path) {
-    T* own = b + p.b_offset;
-    std::fill(own, own + p.d1 * p.d3, T(0));
+    T* matrix = b + p.b_offset;
+    std::fill(matrix, matrix + p.d1 * p.d3, T(0));
     const T* y = sh + p.l2 * p.l2;
     for (int64_t i = p.cg_begin; i < p.cg_end; ++i) {
       const int64_t* m = plan.cg_index + 3 * i;
-      own[m[2] * p.d1 + m[0]] += T(plan.cg_value[i]) * y[m[1]];
+      matrix[m[2] * p.d1 + m[0]] += T(plan.cg_value[i]) * y[m[1]];
     }
   }
 }
 
+// Radial weights of path p for an edge, from channel c on.
 template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, const Edge<T>& e, int64_t p, int64_t c) {
   const int64_t left = plan.channels - c;
   if (!plan.tabulated) return load(values + (e.number * plan.paths + p) * plan.channels + c, left);
@@ -151,6 +154,7 @@ template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, co
 
 // ---- forward ----
 
+// Message of one atom along one path, from the atom's `count` edges.
 template <typename T, int D1, int D3>
 void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
                 const T* h, const T* table, T* out) {
@@ -160,13 +164,13 @@ void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* ed
     Vec<T> sums[D3] = {};
     for (int64_t i = 0; i < count; ++i) {
       const Edge<T>& e = edges[i];
-      const T* own = b + i * plan.b_size + path.b_offset;
+      const T* matrix = b + i * plan.b_size + path.b_offset;
       const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
       const Vec<T> w = weight(plan, table, e, p, c);
       Vec<T> x[D1];
       for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left) * w;
       for (int n = 0; n < D3; ++n)
-        for (int m = 0; m < D1; ++m) sums[n] += x[m] * own[n * D1 + m];
+        for (int m = 0; m < D1; ++m) sums[n] += x[m] * matrix[n * D1 + m];
     }
     for (int n = 0; n < D3; ++n) store(out + n * path.stride * C + c, sums[n], left);
   }
@@ -174,13 +178,15 @@ void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* ed
 
 // ---- backward ----
 
+// Gradients of the edges of one atom along one path: by B, by the length, by node features (null: not asked for), and
+// by the radial weights where these are given for each edge.
 template <typename T, int D1, int D3>
 void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
                    const T* h, const T* table, const T* grad_out, T* grad_b, T* grad_length, T* grad_h, T* grad_table) {
   const int64_t C = plan.channels;
   for (int64_t i = 0; i < count; ++i) {
     const Edge<T>& e = edges[i];
-    const T* own = b + i * plan.b_size + path.b_offset;
+    const T* matrix = b + i * plan.b_size + path.b_offset;
     Vec<T> dots[D3][D1] = {};
     Vec<T> along = {};
     for (int64_t c = 0; c < C; c += Lanes<T>::width) {
@@ -204,8 +210,8 @@ void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>*
         for (int m = 0; m < D1; ++m) dots[n][m] += g[n] * wx[m];
       Vec<T> into_weight = {};
       for (int m = 0; m < D1; ++m) {
-        Vec<T> q = g[0] * own[m];
-        for (int n = 1; n < D3; ++n) q += g[n] * own[n * D1 + m];
+        Vec<T> q = g[0] * matrix[m];
+        for (int n = 1; n < D3; ++n) q += g[n] * matrix[n * D1 + m];
         into_weight += q * x[m];
         if (grad_h) {
           T* target = grad_h + (e.sender * plan.rows_in + path.row_in + m) * C + c;
@@ -241,15 +247,17 @@ void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>*
     GAQ_ROW(FUNCTION, 9, __VA_ARGS__)     \
   }
 
-// Atoms whose edges are treated together: enough to keep a slice of the table in cache, few enough for their edges to.
+// Most edges of a tile of atoms: enough to reuse a slice of the table in cache, few enough to stay in cache themselves.
 constexpr int64_t EDGES_AT_ONCE = 512;
 
+// Edges of some consecutive atoms, with their matrices B.
 template <typename T> struct Tile {
   std::vector<Edge<T>> edges;
   std::vector<T> b;
   std::vector<Harmonics<T>> harmonics;
-  std::vector<int64_t> begin;  // of each atom's edges within the tile
+  std::vector<int64_t> begin;  // first edge of each atom within the tile
 
+  // Fills the tile from `atom` on, and returns the first atom that is not in it.
   int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* sender, const int64_t* tables, const T* vectors,
                int64_t atom, int64_t last, bool keep_harmonics) {
     const std::vector<int64_t>&first = sorted.first, &order = sorted.order;
@@ -296,10 +304,10 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
         const Path& path = plan.path[p];
         for (int64_t a = atom; a < next; ++a) {
           const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
-          const Edge<T>* own = tile.edges.data() + begin;
+          const Edge<T>* of_atom = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           T* row = out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, own, count, b, h, table, row)
+          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, of_atom, count, b, h, table, row)
         }
       }
       atom = next;
@@ -313,13 +321,13 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
               T* grad_h, T* grad_table, int64_t threads) {
   const Plan plan(ints, reals);
   const int64_t size = atoms * plan.rows_in * plan.channels;
-  // Each part adds into node features of its own; they are summed at the end, in a fixed order.
+  // Each part adds into its own copy of the node features' gradient; the copies are summed in a fixed order.
   std::vector<T> extra(grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
     Tile<T> tile;
     std::vector<T> grad_b, grad_length;
-    T* own_h = grad_h ? (part == 0 ? grad_h : extra.data() + (part - 1) * size) : nullptr;
+    T* part_h = grad_h ? (part == 0 ? grad_h : extra.data() + (part - 1) * size) : nullptr;
     const Share share(edges.first, part, threads);
     int64_t atom = share.begin;
     const int64_t last = share.end;
@@ -332,11 +340,11 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
         const Path& path = plan.path[p];
         for (int64_t a = atom; a < next; ++a) {
           const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
-          const Edge<T>* own = tile.edges.data() + begin;
+          const Edge<T>* of_atom = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, own, count, b, h, table, grad,
-                       grad_b.data() + begin * plan.b_size, grad_length.data() + begin, own_h, grad_table)
+          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, of_atom, count, b, h, table, grad,
+                       grad_b.data() + begin * plan.b_size, grad_length.data() + begin, part_h, grad_table)
         }
       }
       for (int64_t i = 0; i < edge_count; ++i) {

@@ -1,4 +1,4 @@
-// Edges by the atom they belong to, and their distribution over threads.
+// Edges sorted by atom, and their distribution over threads.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Stable counting sort of edges by atom: those of atom a are order[first[a]] to order[first[a + 1] - 1].
+// Stable counting sort of edges by atom: atom a has the edges order[first[a]] to order[first[a + 1] - 1].
 struct Sorted {
   std::vector<int64_t> first, order;
   Sorted(int64_t edges, int64_t atoms, const int64_t* atom) : first(atoms + 1, 0), order(edges) {
@@ -19,7 +19,7 @@ struct Sorted {
   }
 };
 
-// The atoms of one of `parts` parts that have about equal numbers of edges.
+// Atoms begin to end - 1, which are number `part` of `parts` shares with about equal numbers of edges.
 struct Share {
   int64_t begin, end;
   Share(const std::vector<int64_t>& first, int64_t part, int64_t parts) {

@@ -1,4 +1,4 @@
-// One SIMD register, with loads and stores of tails.
+// SIMD registers, with loads and stores that may be shorter at the end of a row.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Of 64 bytes, which a compiler takes apart where registers are shorter: sums of products are the faster for it.
+// 64 bytes. Where registers are shorter, a compiler splits them, and sums of products are faster for it.
 #ifndef GAQ_BYTES
 #define GAQ_BYTES 64
 #endif
@@ -32,7 +32,7 @@ template <typename T> inline void store(T* p, Vec<T> v, int64_t left) {
   else
     std::memcpy(p, &v, left * sizeof(T));
 }
-// By halves: a compiler keeps the order of a loop's additions.
+// Sum of N lanes by halves, because a compiler may not reorder the additions of a loop.
 template <typename T, int N> inline T halved(const T* v) {
   if constexpr (N == 1) {
     return v[0];

@@ -1,8 +1,8 @@
-"""The C++ sources of the kernels, compiled for this machine on first use.
+"""Compilation of the C++ kernels for this machine, on first use.
 
-They use neither torch's headers nor its ABI (tensors are passed as pointers), so compiling takes seconds and the
-result serves any version of torch. Built libraries are kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
-folder), under a name made of everything they depend on.
+The sources use neither torch's headers nor its ABI (tensors are passed as pointers), so compiling takes seconds and the
+library works with any version of torch. Libraries are kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
+folder), under a name that is a hash of all they depend on.
 """
 
 from __future__ import annotations
@@ -47,10 +47,15 @@ FLAGS = (
 
 
 class CompilerError(RuntimeError):
-    """The kernels could not be built here; the message says why and what helps."""
+    """The kernels cannot be built here; the message says why and what helps."""
 
 
 def _compiler() -> str:
+    """Command of the C++ compiler.
+
+    Raises:
+        CompilerError: if there is none.
+    """
     chosen = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
     if chosen is None or shutil.which(chosen.split()[0]) is None:
         raise CompilerError(
@@ -62,7 +67,7 @@ def _compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """Folder in which compiled kernels are kept."""
     chosen = settings.current().cache
     if chosen is not None:
         return chosen
@@ -70,7 +75,7 @@ def cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache on a shared disk serves more than one kind of machine."""
+    """Features of the processor, on which ``-march=native`` depends: different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -79,14 +84,14 @@ def _processor() -> str:
 
 
 def _openmp() -> list[str]:
-    """torch's own OpenMP library where there is one: two in one process would fight over the cores."""
+    """Linker options for torch's own OpenMP library, if it has one: two in one process would compete for the cores."""
     folder = Path(torch.__file__).parent
-    found = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
-    return [str(found[0]), f"-Wl,-rpath,{found[0].parent}"] if found else []
+    libraries = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
+    return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else []
 
 
 def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
-    """The compiler, and where what it makes of the sources is kept."""
+    """Command of the compiler, and the path for what it builds from the sources, without a suffix."""
     folder = Path(__file__).parent
     compiler = _compiler()
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout
@@ -107,10 +112,10 @@ def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
 
 @cached(most=1)
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Load the compiled kernels, building them first where they are not in the cache.
 
     Raises:
-        CompilerError: if there is no compiler, or it fails.
+        CompilerError: if there is no compiler, or if it fails.
     """
     linked = _openmp()
     compiler, place = _place("kernels", SOURCES, *linked)
@@ -119,9 +124,9 @@ def library() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             objects = _objects(compiler, SOURCES, Path(folder), [])
             built = Path(folder) / "kernels.so"
-            # With torch's library named, the compiler's own must not be linked beside it.
+            # If torch's OpenMP library is linked, the compiler's own must not be.
             _run([*compiler.split(), "-shared", *objects, *(linked or ["-fopenmp"]), "-o", str(built)])
-            # Under a name of its own first: processes that start together must not load half a file.
+            # Under a temporary name first: processes that start together must not load half a file.
             os.replace(built, target)
     loaded = ctypes.CDLL(str(target))
     _declare(loaded)
@@ -133,14 +138,14 @@ STATIC_NAME = "gaqkernels"
 
 @cached(most=2)
 def static_library(dtype: torch.dtype) -> Path:
-    """Folder of a static library (``-lgaqkernels``) with the operations as AOTInductor calls them.
+    """Build a static library (``-lgaqkernels``) of the operations that AOTInductor calls, and return its folder.
 
     Args:
-        dtype: that of the model. What a file carries of the kernels is most of its bytes, so it is those of one dtype.
+        dtype: of the model. The kernels are most of a compiled file, so they are built for one dtype only.
 
     Raises:
         TypeError: for dtypes other than float32 and float64.
-        CompilerError: if there is no compiler, or it fails.
+        CompilerError: if there is no compiler, or if it fails.
     """
     options = [f"-I{Path(torch.__file__).parent / 'include'}", f"-DGAQ_ONLY_{_name(dtype).upper()}"]
     compiler, place = _place("static", SHIM_SOURCES, torch.__version__, options[1])
@@ -157,6 +162,7 @@ def static_library(dtype: torch.dtype) -> Path:
 
 
 def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[str]) -> list[str]:
+    """Compile sources at the same time, and return the paths of the object files."""
     (folder / "signatures.h").write_text(signatures.header())
     options = [*options, f"-I{folder}"]
     running = []
@@ -184,6 +190,7 @@ def _run(command: list[str]) -> None:
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
+    """Give every kernel of a library its argument types."""
     for name in signatures.KERNELS:
         for dtype in signatures.DTYPES:
             function = getattr(loaded, signatures.c_name(name, dtype))
@@ -192,7 +199,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 @cached(most=1)
 def why_not() -> str | None:
-    """None where the kernels can run, else the reason (`gaq doctor` prints it)."""
+    """Reason why the kernels cannot run here; None where they can. `gaq doctor` prints it."""
     try:
         library()
     except CompilerError as error:
@@ -207,19 +214,20 @@ def available() -> bool:
 
 @cached(most=32)
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The compiled function of a kernel for a dtype.
+    """Compiled function of a kernel for a dtype.
 
     Raises:
         TypeError: for dtypes other than float32 and float64.
-        CompilerError: where the kernels cannot be built.
+        CompilerError: if the kernels cannot be built.
     """
-    return getattr(library(), signatures.c_name(name, _name(dtype)))  # type: ignore[no-any-return]
+    function: Callable[..., None] = getattr(library(), signatures.c_name(name, _name(dtype)))
+    return function
 
 
-def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that registers a function as the operation ``gaq::NAME`` of torch on the CPU.
+def operation(name: str) -> Callable[[Callable[..., Any]], Any]:  # a `CustomOpDef`, which torch leaves untyped
+    """Make a decorator that registers a function as the operation ``gaq::NAME`` of torch on the CPU.
 
-    Graphs can be traced through it, and compiled files can hold it: `shims.cpp` defines its C function.
+    Graphs can be traced through the operation, and compiled files can hold it: `shims.cpp` defines its C function.
 
     Args:
         name: a key of `gaq.kernels.signatures.OPERATIONS`.
@@ -229,16 +237,17 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Key of a dtype in `gaq.kernels.signatures.DTYPES`."""
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"the CPU kernels compute in float32 or float64, not {dtype}")
     return str(dtype).removeprefix("torch.")
 
 
 def refuse_second_derivative() -> None:
-    """For the backward pass of a kernel: its result has no derivative, and must not be taken for a constant.
+    """Refuse to differentiate a kernel's backward pass, whose result would otherwise count as a constant.
 
     Raises:
-        RuntimeError: if a graph of the backward pass is being made.
+        RuntimeError: if autograd records the backward pass.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(

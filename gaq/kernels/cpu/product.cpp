@@ -1,7 +1,8 @@
-// Product of each edge's features with those of its centre atom on CPU, and its derivative. See product.py for the
+// Product of each edge's features with those of its centre atom, and its derivative, on the CPU. product.py has the
 // mathematics and the layouts.
 //
-// The coefficients, path weights and features of a centre make one small matrix a channel, which serves all its edges.
+// Coefficients, path weights and the features of a centre make one small matrix for each channel, which serves all
+// edges of the centre.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,12 +14,13 @@
 
 namespace {
 
+// One coefficient that is not zero.
 struct Entry {
   int64_t path, j, pair;
   double value;
 };
 
-// One element (i, k) of the matrix of a centre.
+// One element (i, k) of a centre's matrix.
 struct Pair {
   int64_t i, k;
 };
@@ -37,7 +39,7 @@ struct Plan {
   }
 };
 
-// Between (channel, component) in memory and one register of channels for each component.
+// From (channel, component) in memory to a register of channels for each component, and back.
 template <typename T> void transpose_in(const T* source, int64_t left, int64_t d, Vec<T>* target) {
   constexpr int W = Lanes<T>::width;
   T* flat = reinterpret_cast<T*>(target);
@@ -54,7 +56,7 @@ template <typename T> void transpose_out(const Vec<T>* source, int64_t left, int
     for (int64_t i = 0; i < d; ++i) target[lane * d + i] = flat[i * W + lane];
 }
 
-// What a thread works with: registers of one slice of channels.
+// Working memory of a thread, for one slice of channels.
 template <typename T> struct Scratch {
   std::vector<Vec<T>> x, y, out, grad, matrix, grad_matrix, weights;
 

@@ -1,5 +1,5 @@
-// Rounding of features of nodes or edges, scalars by ruler and vectors by magnitude and direction code, on CPU. See
-// rounding.py.
+// Rounding of node or edge features on the CPU: scalars to equal steps, vectors to codes of magnitude and direction.
+// See rounding.py.
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-// What is longer than a register is compared element by element, and there is much to compare here.
+// Vectors longer than a register would be compared element by element, and this file compares a lot.
 #ifdef __AVX512F__
 #define GAQ_BYTES 64
 #elif defined(__AVX__)
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int MAX_D = 9;
 
-// To the nearest integer, halves to even, for values far below 2^22 (2^51).
+// Rounds to the nearest integer, halves to even, for values far below 2^22 (double: 2^51).
 template <typename T> inline Vec<T> nearest(Vec<T> v) {
   constexpr T magic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);
   return (v + magic) - magic;
@@ -46,9 +46,10 @@ struct Piece {
   int64_t framed, levels, channel_stride;
 };
 
+// Largest size, enlarged a little so that no code exceeds the largest one, and never zero.
 template <typename T> T limit(T size) { return std::max(size, T(1e-30)) * T(1.000001); }
 
-// Zero axes become directions orthogonal to the others, that no component of the features is lost.
+// Replaces zero axes by directions orthogonal to the others, so that no component of the features is lost.
 inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
   for (int k = 0; k < axes; ++k) {
     double size = 0;
@@ -70,7 +71,7 @@ inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
   }
 }
 
-// Sums of the components of x over channels with fixed factors, one for each axis: v[k][m].
+// Sums of each component of x over channels, with fixed factors for each axis: v[k][m].
 template <typename T>
 void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, int count,
               double v[MAX_D][MAX_D]) {
@@ -93,7 +94,7 @@ void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_s
   }
 }
 
-// Orthonormal axes that turn with the features: Gram and Schmidt on fixed mixtures of the channels.
+// Orthonormal axes that rotate with the features: Gram-Schmidt on fixed mixtures of the channels.
 template <typename T>
 void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T axes[MAX_D][MAX_D]) {
   const int d = int(p.dimension), count = d == 3 ? 3 : d;
@@ -124,7 +125,7 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
       const double least = pass == 0 ? floor : 0.5;
       const double factor = length > least ? 1 / std::max(length, 1e-30) : 0.0;
       for (int m = 0; m < d; ++m) axis[m] *= factor;
-      // What is left of a mixture is orthogonal to the digits it has; where little is left these are few.
+      // The rest of a mixture is orthogonal to within its digits. Where little is left these are few, so repeat.
       if (length * length > 0.01 * before) break;
     }
     std::copy(axis, axis + d, a[k]);
@@ -133,7 +134,7 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
   if (d == 3) {
     const double c[3] = {a[0][1] * a[1][2] - a[0][2] * a[1][1], a[0][2] * a[1][0] - a[0][0] * a[1][2],
                          a[0][0] * a[1][1] - a[0][1] * a[1][0]};
-    // A cross product does not change sign under inversion as the others do, unless a third mixture tells it to.
+    // Under inversion the other axes change sign, a cross product does not: the third mixture gives it its sign.
     const double side = v[2][0] * c[0] + v[2][1] * c[1] + v[2][2] * c[2];
     for (int m = 0; m < 3; ++m) a[2][m] = side < 0 ? -c[m] : c[m];
   }
@@ -141,6 +142,7 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
     for (int m = 0; m < d; ++m) axes[k][m] = T(a[k][m]);
 }
 
+// Rounds the vectors of one atom's piece.
 template <typename T, int D>
 void vectors(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
   constexpr int W = Lanes<T>::width;
@@ -204,6 +206,7 @@ void vectors(const Piece& p, const T* x, const double* mixing, int64_t mixing_st
   }
 }
 
+// Rounds the scalars of one atom's piece.
 template <typename T>
 void scalars(const Piece& p, const T* x, T top, T* out) {
   constexpr int W = Lanes<T>::width;
@@ -215,7 +218,7 @@ void scalars(const Piece& p, const T* x, T top, T* out) {
 }
 
 template <typename T>
-void one(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
+void round_piece(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
   switch (p.dimension) {
     case 1: scalars(p, x, top, out); break;
     case 3: vectors<T, 3>(p, x, mixing, mixing_stride, top, out); break;
@@ -236,8 +239,8 @@ void round(const int64_t* ints, const double* reals, int64_t atoms, const T* x, 
     if (piece[i].channel_stride != 1) scattered = std::max(scattered, piece[i].dimension * piece[i].channels);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    // Channels side by side, for pieces that have them elsewhere.
-    std::vector<T> gathered(scattered), done(scattered);
+    // Copies with channels side by side, of pieces whose channels are apart.
+    std::vector<T> gathered(scattered), rounded(scattered);
 #pragma omp for schedule(static)
     for (int64_t a = 0; a < atoms; ++a)
       for (int64_t i = 0; i < pieces; ++i) {
@@ -245,18 +248,18 @@ void round(const int64_t* ints, const double* reals, int64_t atoms, const T* x, 
         const int64_t at = p.scaled_offset * atoms + p.offset + a * p.atom_stride;
         const T top = T(tops[i]);
         if (p.channel_stride == 1) {
-          one(p, x + at, mixing, mixing_stride, top, out + at);
+          round_piece(p, x + at, mixing, mixing_stride, top, out + at);
           continue;
         }
-        Piece own = p;
-        own.row_stride = p.channels;
+        Piece side_by_side = p;
+        side_by_side.row_stride = p.channels;
         for (int64_t c = 0; c < p.channels; ++c)
           for (int64_t m = 0; m < p.dimension; ++m)
             gathered[m * p.channels + c] = x[at + c * p.channel_stride + m * p.row_stride];
-        one(own, gathered.data(), mixing, mixing_stride, top, done.data());
+        round_piece(side_by_side, gathered.data(), mixing, mixing_stride, top, rounded.data());
         for (int64_t c = 0; c < p.channels; ++c)
           for (int64_t m = 0; m < p.dimension; ++m)
-            out[at + c * p.channel_stride + m * p.row_stride] = done[m * p.channels + c];
+            out[at + c * p.channel_stride + m * p.row_stride] = rounded[m * p.channels + c];
       }
   }
 }

@@ -1,6 +1,6 @@
-// The operations on edges and features as the C functions that a compiled file of AOTInductor calls: linked into it as
-// a static library, so that it runs where this package is not installed, in C++ hosts too. See convolution.py,
-// product.py and rounding.py.
+// C functions of the operations, which files compiled by AOTInductor call. They are linked into the file as a static
+// library, so that it runs where GAQ is not installed, also in C++ hosts. See convolution.py, product.py and
+// rounding.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -16,7 +16,7 @@ GAQ_DECLARE_KERNELS(float32, float)
 GAQ_DECLARE_KERNELS(float64, double)
 }
 
-// A model computes in one dtype: its file carries the kernels of that, and fails with tensors of another.
+// A model computes in one dtype: its file carries the kernels of that dtype, and refuses tensors of another.
 #if defined(GAQ_ONLY_FLOAT32)
 #define GAQ_CALL_OF(DTYPE)                                            \
   if (DTYPE != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE; \
@@ -34,7 +34,7 @@ namespace {
 #define GAQ_CHECK(CALL) \
   if ((CALL) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
 
-// A tensor's data; fails where it is not contiguous, which the graph sees to.
+// Data of a tensor. Reading fails for a tensor that is not contiguous; the graph makes all of them contiguous.
 struct View {
   void* data = nullptr;
   int64_t* sizes = nullptr;
@@ -55,7 +55,7 @@ struct View {
     }
     return AOTI_TORCH_SUCCESS;
   }
-  // Of an empty tensor: nothing there.
+  // Integers of the tensor; null if it is empty.
   const int64_t* numbers() const { return sizes[0] == 0 ? nullptr : (const int64_t*)data; }
   int64_t bytes() const {
     int64_t count = dtype == aoti_torch_dtype_float64() ? 8 : 4;
@@ -64,6 +64,7 @@ struct View {
   }
 };
 
+// Allocates a contiguous tensor of up to 4 dimensions.
 AOTITorchError make(int64_t dimensions, const int64_t* sizes, int32_t dtype, AtenTensorHandle* tensor, View* view) {
   int64_t strides[4] = {1, 1, 1, 1};
   for (int64_t i = dimensions - 2; i >= 0; --i) strides[i] = strides[i + 1] * sizes[i + 1];
@@ -169,7 +170,7 @@ GAQ_SHIM(rounded) {
   GAQ_CHECK(d.read(reals));
   GAQ_CHECK(make(x.dimensions, x.sizes, x.dtype, ret0, &out));
   std::memcpy(out.data, x.data, x.bytes());
-  // Threads cost more than they bring where there is little to round.
+  // With few features, threads cost more time than they save.
   const int64_t element = x.dtype == aoti_torch_dtype_float64() ? 8 : 4;
   const int64_t threads = std::min<int64_t>(omp_get_max_threads(), 1 + x.bytes() / element / (1 << 15));
 #define GAQ_CALL(NAME, T) \

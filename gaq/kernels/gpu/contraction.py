@@ -5,14 +5,14 @@ One kernel serves the values and the derivative. It computes
 .. math:: out_{a r c} = \sum_{g \in G_r} \Big( \prod_{m \in g} x_{a m c} \Big)
     \sum_{t \in g} p_t w_{z_a k_t c} y_{a l_t c}
 
-over groups g of terms that share all factors but the last. For the values, y is x, l the last factor of a monomial,
-and p is 1. The derivative by the feature m of a monomial M that holds it p times is p M / x_m: a polynomial again,
-whose groups are the distinct M / x_m and whose last factors are the gradients of the outputs the monomial occurs in,
-so y is the gradient. Both gather: a program owns a row of the result for a tile of atoms and channels, nothing is added
-up across programs, and repeated runs give the same bits.
+over groups g of terms that share all factors but the last. For the values, y is x, l is the last factor of a monomial,
+and p is 1. The derivative of a monomial M by a feature m that it holds p times is p M / x_m. That is a polynomial
+again: its groups are the distinct M / x_m, and its last factors are the gradients of the outputs in which M occurs, so
+y is the gradient. A program computes a row of the result for a tile of atoms and channels. Nothing is summed across
+programs, so repeated runs give the same bits.
 
-Terms are read from tables (some thousand terms of a foundation model would take minutes to compile as straight code);
-a term costs one word of the table, a coefficient and a feature, which come from the caches of the card.
+Terms are read from tables: written out as code, the thousands of terms of a foundation model would take minutes to
+compile. A term costs one word of the table, a coefficient and a feature, which come from the GPU's caches.
 """
 
 import math
@@ -29,13 +29,13 @@ from gaq.kernels.gpu.tracing import operation, wrapped
 __all__ = ["contraction", "derivative_table", "value_table"]
 
 FACTORS = 3
-"""Factors a group can have: monomials of degree 4 at most."""
+"""Largest number of factors of a group: monomials have a degree of at most 4."""
 ROW_BITS, POWER_BITS = 7, 3
 
 
 @triton.jit
 def _factor(x_ptr, at, row, channels, mask):  # type: ignore[no-untyped-def]
-    """A row of the features; 1 where a group has no such factor (row -1)."""
+    """Load a row of the features; 1 where a group has no such factor (row -1)."""
     return tl.where(row >= 0, tl.load(x_ptr + at + tl.maximum(row, 0) * channels, mask=mask, other=0.0), 1.0)
 
 
@@ -67,7 +67,7 @@ def polynomial_kernel(  # type: ignore[no-untyped-def]
     inside = a < atoms
     mask = inside[:, None] & (c < channels)[None, :]
     kind = tl.load(species_ptr + a, mask=inside, other=0)
-    # A species that does not exist must not read what lies beyond the table; its atoms become NaN below.
+    # An unknown species must not read beyond the table; its atoms become NaN below.
     known = (kind >= 0) & (kind < kinds)
     kind = tl.where(known, kind, 0)
     wide = a.to(tl.int64)
@@ -96,14 +96,15 @@ def polynomial_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + out_at, total, mask=mask)
 
 
-Entry = tuple[int, tuple[int, ...], int, int, int]  # row, other factors, coefficient, power, last factor
+Entry = tuple[int, tuple[int, ...], int, int, int]
+"""Row, other factors, number of the coefficient, power and last factor of a term."""
 
 
 def _table(rows: int, entries: list[Entry]) -> Tensor:
-    """The three tables of the kernel end to end, int32, after their lengths.
+    """Write the three tables of the kernel end to end, int32, after the lengths of the first two.
 
     Raises:
-        ValueError: for more rows, terms or factors than the words of the table hold.
+        ValueError: for more rows, terms or factors than the words of the table can hold.
     """
     entries = sorted(entries)
     ends = [0] * (rows + 1)
@@ -125,7 +126,7 @@ def _table(rows: int, entries: list[Entry]) -> Tensor:
 
 
 def value_table(rows_out: int, monomials: tuple[tuple[int, ...], ...], terms: tuple[tuple[int, int], ...]) -> Tensor:
-    """What the kernel reads to compute the outputs.
+    """Table from which the kernel computes the outputs.
 
     Args:
         rows_out: outputs.
@@ -137,7 +138,7 @@ def value_table(rows_out: int, monomials: tuple[tuple[int, ...], ...], terms: tu
 def derivative_table(
     rows_in: int, monomials: tuple[tuple[int, ...], ...], terms: tuple[tuple[int, int], ...]
 ) -> Tensor:
-    """What the kernel reads to compute the gradient by the features."""
+    """Table from which the kernel computes the gradient by the features."""
     entries = []
     for t, (number, output) in enumerate(terms):
         monomial = monomials[number]
@@ -148,7 +149,7 @@ def derivative_table(
 
 
 def blocks(atoms: int, channels: int) -> tuple[int, int]:
-    """Atoms and channels of a tile; the same for any number of atoms where it is a symbol of a trace."""
+    """Atoms and channels of a tile. In a trace the number of atoms is a symbol, and the tile does not depend on it."""
     if interpreted() and not isinstance(atoms, torch.SymInt):
         return triton.next_power_of_2(max(atoms, 1)), triton.next_power_of_2(channels)
     block_c = min(128, triton.next_power_of_2(channels))
@@ -198,7 +199,7 @@ def contraction_op(
     heads: list[int],
     rows_out: int,
 ) -> Tensor:
-    """The outputs; `heads` are the lengths of both tables' first two parts, `derivative` is for the gradient."""
+    """Compute the outputs; `heads` holds the lengths of the tables' parts, `derivative` is for the gradient."""
     return _launch(features, features, species, coefficients, values, heads[:2], rows_out)
 
 
@@ -206,7 +207,7 @@ def contraction_op(
 def contraction_backward_op(
     features: Tensor, grad: Tensor, species: Tensor, coefficients: Tensor, derivative: Tensor, heads: list[int]
 ) -> Tensor:
-    """The gradient by the features."""
+    """Compute the gradient by the features."""
     return _launch(features, grad, species, coefficients, derivative, heads, features.shape[1])
 
 
@@ -229,14 +230,14 @@ contraction_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 def heads_of(*tables: Tensor) -> list[int]:
-    """Lengths of the first two parts of tables on the CPU."""
+    """Read the lengths of the first two parts of tables, which must lie on the CPU."""
     return [int(n) for table in tables for n in table[:2]]
 
 
 def contraction(
     features: Tensor, species: Tensor, coefficients: Tensor, tables: tuple[Tensor, Tensor, list[int]], rows_out: int
 ) -> Tensor:
-    """`gaq.kernels.contraction.contraction`; atoms of a species that the coefficients lack become NaN.
+    """Compute `gaq.kernels.contraction.contraction` on a GPU. Atoms of a species without coefficients become NaN.
 
     Args:
         features: (atoms, rows_in, channels), float32 or float64.
@@ -246,11 +247,11 @@ def contraction(
         rows_out: outputs.
 
     Raises:
-        ValueError: for tensors of more elements than 32-bit indices within an atom reach.
+        ValueError: if one atom or species has more elements than a 32-bit index can reach.
     """
     if max(features.shape[1], rows_out) * features.shape[2] >= 1 << 31 or math.prod(coefficients.shape[1:]) >= 1 << 31:
         raise ValueError("too many rows and channels for the GPU kernel")
     values, derivative, heads = tables
-    return contraction_op(  # type: ignore[no-any-return]
+    return contraction_op(  # type: ignore[no-any-return]  # a registered operation is untyped
         features.contiguous(), species.contiguous(), coefficients.contiguous(), values, derivative, heads, rows_out
     )

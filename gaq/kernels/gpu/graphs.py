@@ -1,14 +1,13 @@
-"""Steps of equal shapes as CUDA graphs: recorded once, replayed with other numbers.
+"""Steps of equal shapes as CUDA graphs: recorded once, replayed with other values.
 
-A step of a small system is some hundred kernels that each take less time than the host needs to launch one. A graph
-launches them all at once. It reads its inputs where they lay when it was recorded, so these are copied into buffers of
-its own before, and what it writes is overwritten by the next replay, so results are copied out after.
+A step of a small system launches some hundred kernels, and each takes less time than the host needs to launch it. A
+graph launches them all at once. It reads its inputs where they lay when it was recorded, so the inputs are first
+copied into the graph's own buffers. The next replay overwrites its results, so these are copied out.
 
-Lists that change their length from step to step (the edges) get buffers of the next size of a geometric series
-(`bucket`); the step is told how many of the entries count. Whatever else a step depends on, and is not an input, has to
-be part of the key.
+A list whose length changes from step to step (the edges) gets a buffer of the next size of a geometric series
+(`bucket`), and the step is told how many entries count. All else that a step depends on must be part of the key.
 
-Nothing here knows what a step computes. `Recorder` is what touches the card, and is replaced in tests.
+Nothing here knows what a step computes. Only a `Recorder` touches the GPU, and tests replace it.
 """
 
 from __future__ import annotations
@@ -28,15 +27,16 @@ from gaq import settings
 __all__ = ["CudaRecorder", "Graphs", "Inputs", "Outputs", "Recorder", "bucket", "most_edges"]
 
 KEPT = 8
-"""Graphs that are kept, the least recently used go first."""
+"""Graphs that are kept; the least recently used go first."""
 REMEMBERED = 64
-"""Keys without a graph whose meetings are counted."""
+"""Keys without a graph whose calls are counted."""
 MEETINGS, MEETINGS_AGAIN = 2, 32
-"""How often a key is met until it is recorded; and one whose graph had to go, lest graphs chase each other."""
+"""Calls of a key until it is recorded: of a new key, and of one whose graph was dropped. The second is larger, so that
+graphs do not keep displacing each other."""
 WARM_UPS = 3
-"""Steps before a recording: what is compiled, planned or allocated at first use must not be recorded."""
+"""Steps before a recording: what is compiled, planned or allocated on first use must not be recorded."""
 TOLERANCE = 1e-3
-"""Largest difference of a first replay to the step itself, relative to the largest value or 1."""
+"""Largest difference between the first replay and the step, relative to the largest value or 1."""
 SMALLEST, RATIO, MULTIPLE = 64, 1.25, 8
 
 Inputs = Mapping[str, "Tensor | int"]
@@ -45,7 +45,7 @@ Step = Callable[[dict[str, Tensor]], Outputs]
 
 
 def bucket(count: int) -> int:
-    """The size of the buffer for a list of `count` entries: a fourth longer than the next smaller one, rounded up."""
+    """Size of the buffer for a list of `count` entries. Each size is the previous one times 1.25, rounded up to 8."""
     size = SMALLEST
     while size < count:
         size = -(-int(size * RATIO) // MULTIPLE) * MULTIPLE
@@ -53,35 +53,38 @@ def bucket(count: int) -> int:
 
 
 def most_edges() -> int:
-    """The largest number of edges of a step that is recorded.
+    """Largest number of edges for which a step is recorded.
 
-    ``GAQ_CUDA_GRAPHS`` sets it; 0 records nothing (see `gaq.settings.Settings`).
+    ``GAQ_CUDA_GRAPHS`` sets it; 0 turns recording off (see `gaq.settings.Settings`).
     """
     return settings.current().cuda_graphs
 
 
 class Recorder(Protocol):
-    """What records steps and replays them."""
+    """Interface that records and replays steps."""
 
     def serves(self, device: torch.device) -> bool:
         """Whether steps on a device can be recorded now."""
 
     def exclusive(self, device: torch.device) -> AbstractContextManager[None]:
-        """Within it buffers are written and graphs replayed, after all that was asked for before has been done."""
+        """Context in which buffers are written and graphs replayed, after all earlier work on the device."""
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """What replays a function, and where the results then lie.
+        """Record a function.
+
+        Returns:
+            A function that replays it, and the tensors that a replay writes its results to.
 
         Raises:
-            RuntimeError: where the function cannot be recorded.
+            RuntimeError: if the function cannot be recorded.
         """
 
 
 class CudaRecorder:
-    """`Recorder` of the card."""
+    """`Recorder` on a GPU."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pool: Any = None  # handle of CUDA, which torch does not type
         self.done: torch.cuda.Event | None = None
 
     def serves(self, device: torch.device) -> bool:
@@ -90,7 +93,7 @@ class CudaRecorder:
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
         with torch.cuda.device(device):
-            # Buffers and memory are shared by all replays, and the host may have moved to another stream.
+            # All replays share buffers and memory, and the caller may have changed the stream.
             if self.done is None:
                 self.done = torch.cuda.Event()
             else:
@@ -109,35 +112,35 @@ class CudaRecorder:
                 run()
         current.wait_stream(side)
         if self.pool is None:
-            # One for all graphs: none is replayed before the results of the one before have been copied.
+            # One pool for all graphs: results are copied out before the next replay.
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the host may do with the card what they like.
+        # Other threads may go on using the GPU while this one records.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run()
         return graph.replay, outputs
 
 
-def _close(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether results are the same but for the order of sums, and a feature here and there rounded the other way."""
-    if found is None or expected is None:
-        return found is expected
+def _close(result: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether results agree up to the order of sums, and a few features rounded to the neighbouring code."""
+    if result is None or expected is None:
+        return result is expected
     expected = expected.detach()
     finite = expected[expected.isfinite()] if expected.is_floating_point() else expected.double()
     size = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    return torch.allclose(found.to(expected), expected, rtol=0.0, atol=TOLERANCE * size, equal_nan=True)
+    return torch.allclose(result.to(expected), expected, rtol=0.0, atol=TOLERANCE * size, equal_nan=True)
 
 
 class _Recorded:
-    """One graph with its buffers.
+    """A graph with its buffers.
 
     Raises:
-        RuntimeError: where the step cannot be recorded, or a replay does not give what the step does.
+        RuntimeError: if the step cannot be recorded, or a replay gives other values than the step.
     """
 
     def __init__(self, recorder: Recorder, step: Step, buffers: dict[str, Tensor]) -> None:
         self.buffers = buffers
-        # The step is kept: the graph reads tensors that may be known to nobody else.
+        # The step is kept alive: the graph reads tensors that nothing else may refer to.
         self.step = step
         expected = step(dict(buffers))
         self.replay, self.outputs = recorder.record(lambda: step(dict(buffers)))
@@ -162,12 +165,12 @@ class _Recorded:
 class Graphs:
     """Recorded steps by key.
 
-    A step is recorded when its key is met the second time, so that structures met once cost nothing. The first replay
-    is held against the step itself. Where recording fails the reason is logged, and none is tried again.
+    A step is recorded at the second call with its key, so that structures computed once cost nothing. The first replay
+    is compared with the step itself. If a recording fails, the reason is logged, and no further one is tried.
 
     Args:
-        recorder: what records; the card by default.
-        keep: graphs that are kept at most.
+        recorder: records and replays; a `CudaRecorder` by default.
+        keep: largest number of graphs that are kept.
     """
 
     def __init__(self, recorder: Recorder | None = None, keep: int = KEPT) -> None:
@@ -179,7 +182,7 @@ class Graphs:
         self.lock = threading.Lock()
 
     def serves(self, device: torch.device, edges: int) -> bool:
-        """Whether a step is to be recorded: small enough, and on a card where recording has not failed."""
+        """Whether a step may be recorded: it is small enough, and recording has not failed on its GPU."""
         most = most_edges()
         return self.failed is None and 0 < most >= edges and self.recorder.serves(device)
 
@@ -190,15 +193,18 @@ class Graphs:
         prepare: Callable[[], tuple[Step, Mapping[str, Tensor]]],
         device: torch.device,
     ) -> Outputs | None:
-        """Results of a step, copies that belong to the caller; None where it has to be computed the ordinary way.
+        """Replay a step, recording it first where that is due.
 
         Args:
-            key: of all that the step depends on but the values of the inputs.
-            inputs: by name. Tensors may be smaller than the buffers and fill their beginning; what lies beyond is
-                left as it was. Numbers are for buffers of one element.
-            prepare: gives the step, a function of the buffers, and what the buffers hold at first. The step must not
-                change them, and must not wait for the card.
-            device: where all of this lies.
+            key: of all that the step depends on, except the values of the inputs.
+            inputs: by name. A tensor may be smaller than its buffer and fills the beginning; the rest of the buffer
+                stays as it was. A number fills a buffer of one element.
+            prepare: returns the step, a function of the buffers, and the first contents of the buffers. The step must
+                not change the buffers, and must not wait for the GPU.
+            device: of the buffers.
+
+        Returns:
+            Copies of the results, which belong to the caller; None where the step has to be computed as usual.
         """
         with self.lock:
             recorded = self.kept.get(key)
@@ -213,6 +219,7 @@ class Graphs:
                 return recorded(inputs)
 
     def _due(self, key: Hashable) -> bool:
+        """Count a call of a key that has no graph, and say whether it is time to record one."""
         left = self.left.pop(key, MEETINGS) - 1
         if left > 0:
             self._wait_for(key, left)
@@ -225,7 +232,7 @@ class Graphs:
 
     def _record(self, key: Hashable, prepare: Callable[[], tuple[Step, Mapping[str, Tensor]]]) -> _Recorded | None:
         step, first = prepare()
-        # Copies, whatever the caller has given: nobody else may write to them.
+        # Copies, because nobody else may write to the buffers.
         buffers = {name: value.detach().clone() for name, value in first.items()}
         try:
             self.kept[key] = _Recorded(self.recorder, step, buffers)
@@ -236,7 +243,7 @@ class Graphs:
                 "gaq: steps are launched kernel by kernel, because they cannot be recorded as CUDA graphs: %s", error
             )
             return None
-        # After the recording, which has waited for the card: what goes now is no longer in use there.
+        # The recording has waited for the GPU, so the graphs dropped here are no longer in use.
         while len(self.kept) > self.keep:
             self._wait_for(self.kept.popitem(last=False)[0], MEETINGS_AGAIN)
         return self.kept[key]

@@ -1,17 +1,16 @@
-"""`gaq.kernels.linear` in Triton, on the matrix units of the card, in float32.
+"""`gaq.kernels.linear` in Triton, on the GPU's matrix units, in float32.
 
-One kernel, three products:
+One kernel computes three products:
 
-- *rounded*: codes of 16 bits are made of the features in registers and split into two signed int8 planes; two
-  products int8 x int8 with int32 sums, combined in 64 bits and rounded to float32 once.
-- *not rounded*, and the *gradient*: float32 by int8. A float32 is the sum of three bfloat16, exactly (3 x 8 bits of
-  significand), an int8 is a bfloat16, and their products have 16 bits, so three products bfloat16 x bfloat16 with
-  float32 sums lose nothing but what adding up in float32 loses. ``input_precision="ieee"`` would give the same without
-  the matrix units. (Features below 2^-110 lose their lowest plane to underflow.)
+- *rounded*: features are rounded to 16-bit codes in registers, and the codes split into two signed int8 planes. Two
+  int8 x int8 products with int32 sums are combined in 64 bits and rounded to float32 once.
+- *not rounded*, and the *gradient*: float32 by int8. A float32 is exactly the sum of three bfloat16 (3 x 8 bits of
+  significand), an int8 is a bfloat16, and their products have 16 bits. So three bfloat16 x bfloat16 products with
+  float32 sums are as exact as the sums. ``input_precision="ieee"`` would give the same without the matrix units.
+  Features below 2^-110 lose their lowest plane to underflow.
 
-Scales of the weights are applied to the sums, not to the weights; in the gradient to the incoming gradient, since the
-sum runs over the outputs there. Weights of four bits are unpacked in registers. Rows that hold a NaN or an infinity
-come out as NaN.
+Scales are applied to the sums, not to the weights; in the gradient, whose sum runs over the outputs, to the incoming
+gradient. Weights of four bits are unpacked in registers. A row that holds a NaN or an infinity becomes NaN.
 """
 
 import torch
@@ -28,18 +27,19 @@ __all__ = ["linear", "serves"]
 
 @triton.jit
 def _weights(w_ptr, k, n, w_k, w_n, mask, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a tile of int8 weights, unpacked where they have four bits."""
     at = k[:, None] * w_k + n[None, :] * w_n
     if PACKED:
         byte = tl.load(w_ptr + (at >> 1), mask=mask, other=0).to(tl.int32)
-        found = ((((byte >> ((at & 1) * 4)) & 15) ^ 8) - 8).to(tl.int8)
+        weights = ((((byte >> ((at & 1) * 4)) & 15) ^ 8) - 8).to(tl.int8)
     else:
-        found = tl.load(w_ptr + at, mask=mask, other=0)
-    return found
+        weights = tl.load(w_ptr + at, mask=mask, other=0)
+    return weights
 
 
 @triton.jit
 def _add_float_product(a, w, total, EMULATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add float32 by int8, exact but for the sums."""
+    """Add the product of float32 and int8, exact up to the rounding of the sums."""
     high = a.to(tl.bfloat16)
     rest = a - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -156,15 +156,15 @@ def serves(x: Tensor, codes: Tensor, group_size: int) -> bool:
 
 
 def blocks(rows: int, rounded: bool) -> dict[str, int]:
-    """Sizes of the tiles; small ones where there are few rows, so that more of the card has work.
+    """Sizes of the tiles: small where there are few rows, so that more of the GPU has work.
 
-    In a trace the rows are a symbol, and a decision on them would hold for these rows only.
+    In a trace the number of rows is a symbol, on which no size may depend.
     """
     symbol = isinstance(rows, torch.SymInt)
     if interpreted() and not symbol:
         block_m = min(128, max(16, triton.next_power_of_2(max(rows, 1))))
         return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4}
-    # As large as the registers allow: see benchmarks/gpu_resources.py.
+    # As large as the registers allow (benchmarks/gpu_resources.py).
     if symbol or rows <= 2048:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8 if rounded else 4}
@@ -222,13 +222,13 @@ def _launch(
 def linear_op(
     x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int
 ) -> Tensor:
-    """See `gaq.kernels.linear.linear`."""
+    """Compute a layer; see `gaq.kernels.linear.linear`."""
     return _launch(x, codes, scale, residual, scale.shape[1], rounded, group_size, False)
 
 
 @operation("gaq::linear_backward_gpu", mutates_args=())
 def linear_backward_op(grad: Tensor, codes: Tensor, scale: Tensor, inputs: int, group_size: int) -> Tensor:
-    """The gradient by the features, (rows, inputs)."""
+    """Compute the gradient by the features, (rows, inputs)."""
     return _launch(grad, codes, scale, None, inputs, False, group_size, True)
 
 
@@ -251,5 +251,6 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 def linear(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int) -> Tensor:
-    """`gaq.kernels.linear.linear` of what `serves` accepts."""
-    return linear_op(x, codes, scale.float().contiguous(), residual, rounded, group_size)  # type: ignore[no-any-return]
+    """Compute `gaq.kernels.linear.linear` on a GPU, for layers that `serves` accepts."""
+    scale = scale.float().contiguous()
+    return linear_op(x, codes, scale, residual, rounded, group_size)  # type: ignore[no-any-return]  # untyped

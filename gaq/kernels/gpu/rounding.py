@@ -1,8 +1,8 @@
 """`gaq.kernels.rounding` in Triton: magnitude and direction are encoded and decoded in registers.
 
-A program rounds the features of one irrep of one atom: one warp, which holds all components of a few channels, so that
-sums over components stay within a thread. The local frame is computed in float64 by the same warp, as on the CPU: it
-decides which of two neighbouring codes a direction falls on, and is a few numbers an atom.
+A program is one warp and rounds the features of one irrep of one atom. It holds all components of a few channels, so
+that sums over components stay within a thread. The same warp computes the local frame in float64, as on the CPU,
+because the frame decides which of two neighbouring codes a direction gets; it is only a few numbers for each atom.
 
 The codes are those of the CPU kernel, except where rounding noise of the arithmetic decides a tie.
 """
@@ -19,37 +19,37 @@ from gaq.kernels.gpu.tracing import operation, wrapped
 __all__ = ["round_features"]
 
 WORDS = 8
-"""Integers a piece: as `gaq.kernels.rounding.Plan` has them."""
+"""Integers of a piece, in the order of `gaq.kernels.rounding.Plan`."""
 
 
 @triton.jit
 def _nearest(v):  # type: ignore[no-untyped-def]
-    """To the nearest integer, halves to even, for numbers far below 2^22 (2^51)."""
+    """Round to the nearest integer, halves to even, for numbers far below 2^22 (float64: 2^51)."""
     if v.dtype == tl.float32:
-        found = (v + 12582912.0) - 12582912.0
+        nearest = (v + 12582912.0) - 12582912.0
     else:
-        found = (v + 6755399441055744.0) - 6755399441055744.0
-    return found
+        nearest = (v + 6755399441055744.0) - 6755399441055744.0
+    return nearest
 
 
 @triton.jit
 def _divide(a, b):  # type: ignore[no-untyped-def]
-    """a / b as IEEE has it; the plain quotient of float32 is an approximation on a card."""
+    """Divide as IEEE 754 demands; on a GPU the plain float32 quotient is an approximation."""
     wide = b + tl.zeros_like(a)
     if a.dtype == tl.float32:
-        found = tl.math.div_rn(a, wide)
+        quotient = tl.math.div_rn(a, wide)
     else:
-        found = a / wide
-    return found
+        quotient = a / wide
+    return quotient
 
 
 @triton.jit
 def _root(v):  # type: ignore[no-untyped-def]
     if v.dtype == tl.float32:
-        found = tl.sqrt_rn(v)
+        root = tl.sqrt_rn(v)
     else:
-        found = tl.sqrt(v)
-    return found
+        root = tl.sqrt(v)
+    return root
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _entry(matrix, k, j, P: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Orthonormal axes as rows, (P, P) in float64, of the references in the rows: Gram and Schmidt, twice."""
+    """Orthonormal axes as rows, (P, P) in float64, from reference vectors in the rows: Gram-Schmidt, done twice."""
     i = tl.arange(0, P)
     SPANNING: tl.constexpr = 2 if D == 3 else D
     squares = tl.sum(references * references, axis=1)
@@ -82,10 +82,10 @@ def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # 
                 least = floor * 0.0 + 0.5
             axis = tl.where(length > least, axis / tl.maximum(length, 1e-30), 0.0)
         axes += tl.where(i[:, None] == k, axis[None, :], 0.0)
-    # Axes that are zero become directions orthogonal to the others, that no component is lost.
+    # Zero axes become directions orthogonal to the others, so that no component is lost.
     for k in range(SPANNING):
-        own = tl.sum(tl.where(i[:, None] == k, axes, 0.0), axis=0)
-        size = tl.sum(own * own, axis=0)
+        axis = tl.sum(tl.where(i[:, None] == k, axes, 0.0), axis=0)
+        size = tl.sum(axis * axis, axis=0)
         left = tl.where(i < D, 1.0 - tl.sum(axes * axes, axis=0), 0.0)
         most = tl.max(left, axis=0)
         best = tl.min(tl.where(left == most, i, P), axis=0)
@@ -98,7 +98,7 @@ def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # 
         ax, ay, az = _entry(axes, 0, 0, P), _entry(axes, 0, 1, P), _entry(axes, 0, 2, P)
         bx, by, bz = _entry(axes, 1, 0, P), _entry(axes, 1, 1, P), _entry(axes, 1, 2, P)
         cx, cy, cz = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-        # A cross product does not change sign under inversion as the others do, unless a third mixture tells it to.
+        # Under inversion the other axes change sign, a cross product does not: the third mixture gives it its sign.
         side = _entry(references, 2, 0, P) * cx + _entry(references, 2, 1, P) * cy + _entry(references, 2, 2, P) * cz
         third = tl.where(i == 0, cx, tl.where(i == 1, cy, tl.where(i == 2, cz, 0.0)))
         axes += tl.where(i[:, None] == 2, tl.where(side < 0, -third, third)[None, :], 0.0)
@@ -122,6 +122,7 @@ def _vectors(  # type: ignore[no-untyped-def]
     P: tl.constexpr,
     C: tl.constexpr,
 ):
+    """Round the vectors of D components of one atom, of which P >= D are held, C channels at a time."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     i = tl.arange(0, P)
     most = tl.zeros([C], dtype=dtype)
@@ -162,7 +163,7 @@ def _vectors(  # type: ignore[no-untyped-def]
             code = _nearest(scaled)
             moved = tl.abs(scaled - code)
             missing = n - tl.sum(code, axis=0)
-            # The component that moved most makes up for what is missing, the first of equals.
+            # The component that rounding moved most takes the missing levels; of equal ones, the first.
             repaired = tl.min(tl.where(moved == tl.max(moved, axis=0)[None, :], i[:, None], P), axis=0)
             code += tl.where(i[:, None] == repaired[None, :], missing[None, :], 0.0)
             point = tl.where(along < 0, -code, code)
@@ -209,12 +210,12 @@ def rounding_kernel(  # type: ignore[no-untyped-def]
 ):
     atom = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    own = int_ptr + 8 * piece
-    dimension = tl.load(own + 2)
-    channels = tl.load(own + 3).to(tl.int32)
-    row_stride = tl.load(own + 5)
-    levels = tl.load(own + 7)
-    at = tl.load(own) * atoms + tl.load(own + 1) + atom * tl.load(own + 4)
+    words = int_ptr + 8 * piece
+    dimension = tl.load(words + 2)
+    channels = tl.load(words + 3).to(tl.int32)
+    row_stride = tl.load(words + 5)
+    levels = tl.load(words + 7)
+    at = tl.load(words) * atoms + tl.load(words + 1) + atom * tl.load(words + 4)
     exact = tl.load(top_ptr + piece)
     top = exact.to(x_ptr.dtype.element_ty)
     if exact == 0.0:
@@ -259,7 +260,7 @@ def round_op(
     framed: bool,
     covered: int,
 ) -> Tensor:
-    """Rounded features; what the pieces do not cover is copied. `covered`: elements an atom that they do."""
+    """Round features; elements that no piece covers are copied. `covered` counts the elements of an atom in pieces."""
     everything = covered * atoms == features.numel()
     rounded = torch.empty_like(features) if everything else features.clone()
     if atoms == 0 or tops.numel() == 0:
@@ -282,7 +283,7 @@ def round_op(
 
 
 def block(dimensions: int) -> int:
-    """Channels of a tile: what one warp can hold of the widest irrep."""
+    """Channels of a tile: as many as one warp can hold of the widest irrep."""
     return 32 if dimensions & 512 else 64
 
 
@@ -291,7 +292,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
-    # Straight through: this is its own derivative, at any order, but the kernels around it have one only.
+    # Straight-through: differentiable to any order in itself, but the kernels around it are differentiable only once.
     refuse_second_derivative()
     return grad, None, None, None, None, None, None, None
 
@@ -307,15 +308,16 @@ def round_features(
     framed: bool,
     covered: int,
 ) -> Tensor:
-    """`gaq.kernels.rounding.round_features`.
+    """Compute `gaq.kernels.rounding.round_features` on a GPU.
 
     Args:
         features: any shape.
-        tables: (pieces, `WORDS`) int64, their tops and the mixing of the channels (references, channels), float64.
+        tables: integers of the pieces (pieces, `WORDS`), int64; their largest codes (pieces,), float64; mixing of the
+            channels (references, channels), float64.
         atoms: number of atoms.
         dimensions: bit d is set where pieces of dimension d occur.
         framed: whether directions are coded in the local frame.
-        covered: elements an atom in all pieces.
+        covered: elements of an atom in all pieces together.
     """
-    # A gradient must not be an alias of the one that came in, and an output none of its input.
-    return round_op(features.contiguous(), *tables, atoms, dimensions, framed, covered)  # type: ignore[no-any-return]
+    features = features.contiguous()
+    return round_op(features, *tables, atoms, dimensions, framed, covered)  # type: ignore[no-any-return]  # untyped

@@ -1,8 +1,8 @@
-"""Registration of operations made of Triton kernels, over the versions of torch.
+"""Registration of operations made of Triton kernels, compiled or interpreted.
 
-Where kernels are compiled a trace sees through the operations (`torch.library.triton_op`): compilers find the kernels
-in it. What Triton's interpreter runs is no kernel to them, and torch 2.5 knows opaque operations only; there a trace
-holds the operation itself, whose results it knows by the shapes that are allocated, without anything being launched.
+Where kernels are compiled, a trace sees through the operations (`torch.library.triton_op`), and compilers find the
+kernels in it. A kernel of Triton's interpreter cannot be traced. There a trace holds the operation itself, and infers
+result shapes from the allocated outputs; nothing is launched.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ __all__ = ["has_data", "operation", "wrapped"]
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether a tensor can be looked at: while a graph is traced it stands for any of its shape."""
+    """Whether the values of a tensor can be read: while a graph is traced, it stands for any tensor of its shape."""
     return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that makes a function an operation of torch.
+    """Make a decorator that registers a function as an operation of torch.
 
     Args:
         name: with its namespace.
         mutates_args: names of the arguments that the function writes to.
     """
-    transparent = getattr(torch.library, "triton_op", None)
-    if transparent is not None and not interpreted():
-        return transparent(name, mutates_args=mutates_args)  # type: ignore[no-any-return]
+    if not interpreted():
+        return torch.library.triton_op(name, mutates_args=mutates_args)
 
-    def register(function: Callable[..., Any]) -> Any:
-        made: Any = torch.library.custom_op(name, function, mutates_args=mutates_args)
-        made.register_fake(function)
-        return made
+    def register(function: Callable[..., Any]) -> Any:  # a `CustomOpDef`, which torch leaves untyped
+        registered: Any = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        registered.register_fake(function)
+        return registered
 
     return register
 
 
 class _Direct:
-    """A kernel that is called as it is, and not at all where its arguments have no data."""
+    """An interpreted kernel: launched as it is, or not at all where its arguments have no data."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -58,6 +57,6 @@ class _Direct:
 
 
 def wrapped(kernel: Any) -> Any:
-    """A kernel as an operation has to call it."""
-    wrap = getattr(torch.library, "wrap_triton", None)
-    return wrap(kernel) if wrap is not None and hasattr(kernel, "cache_key") else _Direct(kernel)
+    """Wrap a kernel in the form in which an operation must call it."""
+    compiled = hasattr(kernel, "cache_key")
+    return torch.library.wrap_triton(kernel) if compiled else _Direct(kernel)
