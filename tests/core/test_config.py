@@ -136,6 +136,10 @@ def message(spec: Any) -> str:
 
 
 SECTIONS = {
+    field.name: field
+    for field in dataclasses.fields(QuantizationConfig)
+    if field.name not in ("version", "preset", "overrides")
+}
     f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("version", "preset", "overrides")
 }
 
