@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from mace.tools import scripts_utils
 from torch import Tensor
 
 import gaq
+from gaq.caches import cached
 from gaq.model.state import FORMAT, ModelFileError, feature_quantizers, require_state
 from gaq.process import default_dtype
 from gaq.quantizers.weights import QuantizedTensor
@@ -128,7 +128,7 @@ class Constructed:
     buffers: dict[str, str]
 
 
-@functools.lru_cache(maxsize=8)
+@cached(most=8)
 def constructed(key: bytes) -> Constructed:
     """Build a plain model and describe it. It is slow, so it is done once for each configuration.
 

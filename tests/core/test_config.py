@@ -140,8 +140,6 @@ SECTIONS = {
     for field in dataclasses.fields(QuantizationConfig)
     if field.name not in ("version", "preset", "overrides")
 }
-    f.name: f for f in dataclasses.fields(QuantizationConfig) if f.name not in ("version", "preset", "overrides")
-}
 
 
 def defaults(section: str) -> Any:
