@@ -1,4 +1,4 @@
-"""A stand-in for what records steps on a card: it plays the function again, and writes where the first results lay."""
+"""A stand-in for what records steps on a GPU: it plays the function again, and writes where the first results lay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gaq.kernels.gpu.graphs import Outputs
 
 
 class Playback:
-    """`gaq.kernels.gpu.graphs.Recorder` without a card; counts what it does."""
+    """`gaq.kernels.gpu.graphs.Recorder` without a GPU; counts what it does."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -27,7 +27,7 @@ class Playback:
         outputs = {name: None if value is None else value.detach() for name, value in run().items()}
         for value in outputs.values():
             if value is not None and value.is_floating_point():
-                # As on a card: recording computes nothing.
+                # As on a GPU: recording computes nothing.
                 value.fill_(torch.nan)
 
         def replay() -> None:
