@@ -121,10 +121,12 @@ class Constructed:
 
     Attributes:
         parameters: names and shapes, as `described` gives them.
+        tensors: the same of parameters and buffers.
         buffers: checksums by name.
     """
 
     parameters: frozenset[str]
+    tensors: frozenset[str]
     buffers: dict[str, str]
 
 
@@ -140,7 +142,7 @@ def constructed(key: bytes) -> Constructed:
     parameters = dict(model.named_parameters())
     state = model.state_dict()
     buffers = {name: _checksum(tensor) for name, tensor in state.items() if name not in parameters}
-    return Constructed(frozenset(described(parameters)), buffers)
+    return Constructed(frozenset(described(parameters)), frozenset(described(state)), buffers)
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -171,7 +173,8 @@ def take_apart(model: torch.nn.Module) -> Packed:
     quantized = quantized_weights(model)
     parameters = dict(model.named_parameters())
     made = constructed(pickle.dumps((config, dtype)))
-    if differing := made.parameters ^ described(parameters):
+    # Fine-tuning of a foundation model makes parameters of some buffers (the radial basis), under the same names.
+    if differing := (made.parameters - described(parameters)) | (described(parameters) - made.tensors):
         raise ModelFileError(
             f"{', '.join(sorted(differing))}: not what MACE builds of this model's configuration, so a packed file of "
             "it could not be loaded again. Save a model whose modules are MACE's own."
@@ -190,6 +193,8 @@ def take_apart(model: torch.nn.Module) -> Packed:
     stored = {**weights, **{k: v for k, v in plain.items() if k in parameters}}
     meta["digest"] = digest(stored)
     meta["checked"] = sorted(stored)
+    if trained_buffers := [n for n, p in parameters.items() if not described({n: p}) <= made.parameters]:
+        meta["trained_buffers"] = sorted(trained_buffers)
     ranges = {name: q.ranges() for name, q in feature_quantizers(model).items()}
     ratios = {name: q.range_ratio.detach().cpu() for name, q in weight_quantizers(model).items()}
     return Packed(meta, config, dtype, quantized, plain, ranges, ratios)
@@ -235,9 +240,10 @@ def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
         ModelFileError: if they differ: another MACE built the model, or the file was altered or damaged.
     """
     state = model.state_dict()
-    names, checked = {name for name, _ in model.named_parameters()}, set(meta["checked"])
-    if names != checked:
-        raise ModelFileError(other_mace(meta).format(sorted(checked - names), sorted(names - checked)))
+    checked = set(meta["checked"])
+    unknown, missing = checked - set(state), {name for name, _ in model.named_parameters()} - checked
+    if unknown or missing:
+        raise ModelFileError(other_mace(meta).format(sorted(unknown), sorted(missing)))
     if digest({name: state[name] for name in checked}) != meta["digest"]:
         raise ModelFileError(
             "the weights in this file do not match the checksum stored with them: it was altered or damaged. "

@@ -117,7 +117,7 @@ def load_safetensors(path: Path) -> torch.nn.Module:
     check_parameters(model, {**state, **shapes}, header["meta"])
     layout_of = layouts(model)
     parameters = {name for name, _ in model.named_parameters()}
-    header["meta"]["checked"] = sorted(parameters)
+    header["meta"]["checked"] = sorted({*parameters, *header["meta"].get("trained_buffers", ())})
     weights = {}
     first_byte = first_scale = 0
     for name, (bits, granularity, group_size, shape) in header["weights"].items():

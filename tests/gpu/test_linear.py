@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -150,8 +151,8 @@ def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
     assert linear.MAX_INPUTS * 128 * 128 < 2**31
 
 
-def test_on_a_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GAQ_KERNELS", "")
+def test_on_a_cpu_it_is_the_reference(setting: Callable[..., Any]) -> None:
+    setting(kernels="auto")
     x, codes, scale, residual = layer(0, 6, 12, 5, 8, 0)
     for rounded in (True, False):
         out = linear.linear(x, codes, scale, residual, rounded)

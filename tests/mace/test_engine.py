@@ -22,8 +22,8 @@ from mace_models import agree
 
 import gaq
 from gaq.kernels.cpu import native
+from gaq.model.state import unquantized
 from gaq_mace import engine
-from gaq_mace import model as gaq_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -254,7 +254,7 @@ def test_training_goes_through_the_reference_path() -> None:
 def test_unquantized_activations_take_the_reference_path() -> None:
     model = converted(MODELS["agnostic"](), "gaq", STRUCTURES[:3])
     rounded = model(batch_of(model, STRUCTURES[:1]))["forces"]
-    with gaq_model.unquantized(model):
+    with unquantized(model):
         assert not engine.serves(model, {})
         smooth = model(batch_of(model, STRUCTURES[:1]))["forces"]
     assert engine.serves(model, {})

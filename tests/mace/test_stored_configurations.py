@@ -13,7 +13,7 @@ pytest.importorskip("mace", reason="needs MACE: pip install '.[mace]'")
 
 import gaq
 from gaq.model.state import state_of
-from gaq_mace import model as mace_model
+from gaq_mace import packed
 from gaq_mace.files import ModelFileError
 
 # As the earlier version stored its presets of 4 bits, which round weights at the end.
@@ -26,7 +26,7 @@ IDLE = {
 
 def of_before(monkeypatch: pytest.MonkeyPatch, keys: dict[str, dict[str, Any]]) -> None:
     """Store configurations with more keys, as an earlier version did."""
-    meta_of = mace_model.meta_of
+    meta_of = packed.meta_of
 
     def with_keys(model: torch.nn.Module) -> dict[str, Any]:
         meta = meta_of(model)
@@ -34,8 +34,7 @@ def of_before(monkeypatch: pytest.MonkeyPatch, keys: dict[str, dict[str, Any]]) 
             meta["config"][section] |= more
         return meta
 
-    for module in ("gaq_mace.model", "gaq_mace.files"):
-        monkeypatch.setattr(f"{module}.meta_of", with_keys)
+    monkeypatch.setattr(packed, "meta_of", with_keys)
 
 
 @pytest.mark.parametrize("suffix", [".model", ".safetensors"])
