@@ -197,7 +197,7 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
         if command in block.text:
             missing = [text for text in texts if text not in done.output]
             assert not missing, f"{block}: `{command}` did not print {missing}:\n{done.output[-6000:]}"
-    if "-o " in block.text or "build " in block.text or "save(" in block.text:
+    if "-o " in block.text or " build " in block.text or "save(" in block.text:
         assert done.made, f"{block} wrote none of the files that it names"
     for name in done.made:
         check_file(workspace, forces, name)
