@@ -22,7 +22,7 @@ class PackedWeight(torch.nn.Module):
     give the weights that were trained. `widen` trades bytes for time.
 
     Attributes:
-        whole: whether each code has an element of `codes` of its own.
+        whole: whether `codes` holds one code per element, and not a packed stream.
 
     Args:
         tensor: codes and scales.

@@ -1,4 +1,4 @@
-"""What is quantized in a NequIP model, module by module, and why the rest is not."""
+"""Rows of the summary of a NequIP model, a row per module; modules left in float give the reason."""
 
 from __future__ import annotations
 

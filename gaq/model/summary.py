@@ -1,4 +1,4 @@
-"""What is quantized in each module of a model, and why the rest is not."""
+"""Rows of the summary: bits, scales and bytes of each module, and the reason where it stays in float."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def problems_in(module: ModuleType) -> list[str]:
 
     A patched module has no problems: replacements keep the signature of the original.
     """
-    found = [target.problem_in(module) for target in TARGETS if target.module == module.__name__]
-    return [problem for problem in found if problem is not None]
+    problems = [target.problem_in(module) for target in TARGETS if target.module == module.__name__]
+    return [problem for problem in problems if problem is not None]
 
 
 def problems(only_training: bool = False) -> list[str]:

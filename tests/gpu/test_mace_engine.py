@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 if find_spec("mace") is None:
-    pytest.skip("MACE is not installed", allow_module_level=True)
+    pytest.skip("needs MACE: pip install '.[mace]'", allow_module_level=True)
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np

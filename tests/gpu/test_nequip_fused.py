@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 if find_spec("nequip") is None:
-    pytest.skip("NequIP is not installed", allow_module_level=True)
+    pytest.skip("needs NequIP: pip install '.[nequip]'", allow_module_level=True)
 
 import numpy as np
 import torch

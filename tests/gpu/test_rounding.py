@@ -94,7 +94,7 @@ def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.Mon
     from gaq.kernels.cpu import native
 
     if not native.available():
-        pytest.skip("no C++ compiler here")
+        pytest.skip("needs a C++ compiler; `gaq doctor` says what is missing")
     quantizer, pieces, total = problem(32, ((1, 1), (1, 3), (1, 5), (1, 7)))
     plan = rounding.plan(quantizer, pieces)
     assert plan is not None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,10 @@ from mace_models import agree
 import gaq
 from gaq.kernels.cpu import native
 from gaq.model.state import unquantized
+from gaq.process import default_dtype
 from gaq_mace import engine
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make(

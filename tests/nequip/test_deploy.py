@@ -165,7 +165,7 @@ def test_a_float_model_through_the_fused_kernels(trained_float: Any, tmp_path: P
     from gaq_nequip import files
 
     if not native.available():
-        pytest.skip("no C++ compiler here")
+        pytest.skip("needs a C++ compiler; `gaq doctor` says what is missing")
     path = tmp_path / "float.nequip.pt2"
     deploy_compile.compile_file(trained_float.best, path, "ase", "cpu", fused=True, frozen=False)
     assert "gaq_preset" not in artefact.metadata(path)
