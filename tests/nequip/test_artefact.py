@@ -312,7 +312,7 @@ def test_reading_needs_no_nequip(compiled: Path) -> None:
         "from gaq_nequip.deploy import artefact; print(artefact.metadata(sys.argv[2])['gaq_preset'])\n"
         "assert not {'torch', 'nequip'} & set(sys.modules)"
     )
-    folder = Path(artefact.__file__).parent
+    folder = Path(artefact.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code, folder, compiled], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "gaq\n"), done.stderr
 
