@@ -146,8 +146,9 @@ class NonLinearLayer(Layer):
         """Edge density of each atom, (atoms,)."""
         assert edges.features is not None
         density = torch.tanh(self.density(edges.features) ** 2)
-        if edges.features.cutoff is not None:
-            density = density * edges.features.cutoff
+        # Without the cutoff function nothing else would leave out the edges beyond.
+        factor = edges.features.inside if edges.features.cutoff is None else edges.features.cutoff
+        density = density * factor
         return density.new_zeros(atoms).index_add(0, edges.graph.receiver, density[:, 0])
 
     def _gated(self, blocks: list[Tensor]) -> Tensor:
