@@ -137,9 +137,7 @@ class NonLinearLayer(Layer):
 
     def _weights(self, edges: EdgeFeatures) -> Tensor:
         """Radial weights of each edge, (edges, paths, channels)."""
-        weights: Tensor = self.network(edges)
-        if edges.cutoff is not None:
-            weights = weights * edges.cutoff
+        weights: Tensor = self.network(edges, edges.cutoff)
         return weights.view(-1, len(self.problem.paths), self.channels)
 
     def _density(self, edges: Edges, atoms: int) -> Tensor:
