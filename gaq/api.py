@@ -37,7 +37,7 @@ def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Argumen
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        subject: Any = args[0] if args else kwargs[name]
+        subject: Any = args[0] if args else kwargs[name]  # of the types that the functions below declare
         adapter = adapter_for(subject) if isinstance(subject, torch.nn.Module) else adapter_for_file(subject)
         with adapter.process_state():
             return function(*args, **kwargs)

@@ -117,7 +117,7 @@ class Settings:
                 _parsed(setting.metadata, _text(value))
 
 
-def _parsed(metadata: ReadOnlyDocument, text: str) -> Any:
+def _parsed(metadata: ReadOnlyDocument, text: str) -> Any:  # of the setting's type
     """Parse the text of a variable.
 
     Raises:

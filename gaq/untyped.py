@@ -1,8 +1,9 @@
 """Names for values that have no type: each stands for ``Any``, and its comment is the reason, given once.
 
 Use one only where a real type is not to be had. A type checker checks nothing of such a value, so a value that is only
-passed on, compared or printed is an ``object`` instead. This module may be embedded in a package of NequIP, so it
-imports nothing.
+passed on, compared or printed is an ``object`` instead. `Any` itself is for arguments by name that go to a function
+with types of its own, and for what a module offers by ``__getattr__``. This module may be embedded in a package of
+NequIP, so it imports nothing but typing.
 """
 
 from collections.abc import Mapping

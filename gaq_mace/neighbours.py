@@ -44,7 +44,7 @@ _EDGES = ("edge_index", "shifts", "unit_shifts")
 _MOVING = (*_EDGES, "positions")
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:  # Any: what is found out of one type holds for the other
     """Whether two values of a configuration are certainly equal."""
     if type(first) is not type(second):
         return False
@@ -178,7 +178,7 @@ class _Pairs:
         senders, receivers = self.edges[:, chosen]
         return self._base[chosen] + bin_keys[receivers] - bin_keys[senders]
 
-    def within(self, positions: Floats, cell: Floats) -> tuple[Integers, Integers] | None:
+    def within(self, positions: Floats, cell: Floats) -> tuple[Integers, NDArray[np.int32]] | None:
         """Edges (2, edges) and unit shifts (edges, 3) within the cutoff, in MACE's order; None if uncertain.
 
         Args:

@@ -104,12 +104,7 @@ class _TrainingData(MACEAdapter):
         return [batch.to(self.device).to_dict() for batch in loader]
 
 
-def _calibrate(
-    model: torch.nn.Module,
-    calibration: CalibrationConfig,
-    loader: Loader,
-    device: torch.device,
-) -> int:
+def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Loader, device: torch.device) -> int:
     return calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, device)
 
 

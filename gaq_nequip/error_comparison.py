@@ -7,7 +7,6 @@ from nequip.data import AtomicDataDict
 from torch import Tensor
 
 from gaq.model.state import unquantized
-from gaq.untyped import AnyModule
 from gaq_nequip.root import eager
 
 __all__ = ["ErrorComparison"]
@@ -33,7 +32,7 @@ class ErrorComparison:
     def __init__(self) -> None:
         self._batches: list[dict[str, dict[str, Tensor]]] = []
 
-    def add(self, model: AnyModule, batch: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    def add(self, model: torch.nn.Module, batch: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         """Evaluate a quantized model on a batch twice, the second time without quantization."""
         with torch.enable_grad(), eager(model):
             sums = {"quantized": _error_sums(model(dict(batch)), target)}

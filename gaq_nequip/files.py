@@ -74,7 +74,7 @@ def _suffix_of(path: Path) -> str:
 
 def _install_state(model: torch.nn.Module) -> None:
     """Replace the state of a packaged model, of the package's class, by one of the installed class; checks it again."""
-    state: Any = model.__dict__.get("gaq_state")
+    state: Any = model.__dict__.get("gaq_state")  # of the class `ModelState` in the package
     if state is not None and not isinstance(state, ModelState):
         config = parse_stored(state.config.to_dict(), finished=state.status != "training")
         weights = {n: FixedWeight(w.bits, w.granularity, w.group_size, w.scale) for n, w in state.weights.items()}

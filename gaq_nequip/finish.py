@@ -95,7 +95,7 @@ def finish_checkpoints(trainer: Trainer, module: TrainingModule) -> None:
     module.load_state_dict(finished(in_memory))
 
 
-def _same(first: object, second: Any) -> bool:
+def _same(first: object, second: Any) -> bool:  # Any: a tensor if the first is one
     """Whether two entries of a state dict are equal; the extra states of some modules are not tensors."""
     return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
 

@@ -158,7 +158,7 @@ class _LastingDetach(TorchFunctionMode):
     integers have no gradient.
     """
 
-    def __torch_function__(
+    def __torch_function__(  # typed as in torch
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Options | None = None
     ) -> Any:
         if func is torch.Tensor.detach and get_proxy_mode() is not None and args[0].dtype in _BITS:
@@ -273,7 +273,7 @@ def adopt(model: torch.nn.Module, state: ModelState) -> None:
 
 
 @contextmanager
-def eager(model: AnyModule) -> Iterator[None]:
+def eager(model: torch.nn.Module) -> Iterator[None]:
     """Within this context a train-time compiled model evaluates its modules and not its compiled graph."""
     before = model.__class__
     if getattr(model, "is_compile_graph_model", False):

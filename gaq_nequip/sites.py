@@ -166,7 +166,7 @@ class _Finder:
     def weighted_site(
         self,
         name: str,
-        module: AnyModule,
+        module: torch.nn.Module,
         kind: str,
         weights: tuple[WeightSite, ...],
         features: FeatureLayout | None,
@@ -201,7 +201,7 @@ class _Finder:
 
 def _unweighted_site(
     name: str,
-    module: AnyModule,
+    module: torch.nn.Module,
     kind: str,
     features: FeatureLayout | None,
     irreps: str,

@@ -28,7 +28,7 @@ from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
 from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
-from gaq.untyped import AnyModule, Batch, Trainer, TrainingModule
+from gaq.untyped import Batch, Trainer, TrainingModule
 from gaq_nequip.error_comparison import ErrorComparison
 from gaq_nequip.finish import finish_checkpoints
 from gaq_nequip.model import graph_models, prepare, quantized_models
@@ -86,7 +86,7 @@ def _features(model: torch.nn.Module) -> list[FeatureQuantizer]:
     return list(feature_quantizers(model).values())
 
 
-def calibrate_on(model: AnyModule, batches: list[Batch], fresh: bool = True) -> None:
+def calibrate_on(model: torch.nn.Module, batches: list[Batch], fresh: bool = True) -> None:
     """Observe activation ranges on batches of training data, with exact features and rounded weights.
 
     Args:

@@ -74,7 +74,7 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def _number(value: Any, kind: str) -> float | int | None:
+def _number(value: Any, kind: str) -> float | int | None:  # Any: `float` is to refuse what it cannot take
     """Convert a value to an ``int`` or a finite ``float``; None if that is not possible."""
     if isinstance(value, bool):
         return None
@@ -91,7 +91,7 @@ def _number(value: Any, kind: str) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[object]) -> Any:
+def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[object]) -> Any:  # of the field's type
     """Check a value and convert it to the type of its field.
 
     Args:
@@ -152,7 +152,7 @@ def type_name(annotation: object) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _merge(base: Any, changes: ReadOnlyDocument, path: str, section: str = "") -> Any:
+def _merge(base: Any, changes: ReadOnlyDocument, path: str, section: str = "") -> Any:  # any of the dataclasses
     """Apply the keys of a user's mapping to a configuration, each checked against the field of that name.
 
     Args:

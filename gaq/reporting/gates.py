@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from gaq.untyped import Document, ReadOnlyDocument
 
@@ -286,7 +285,7 @@ def quotient(numerator: float | None, denominator: float | None) -> float | None
     return float(numerator) / float(denominator)
 
 
-def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | None:
+def _at_step(errors: Mapping[str, float | None] | Mapping[float, float | None] | None, step: float) -> float | None:
     """Return the entry whose key, a number or its text, equals the step."""
     for key, value in (errors or {}).items():
         if math.isclose(float(key), step):

@@ -64,7 +64,7 @@ class RadialTables:
         self._probe()
 
     @staticmethod
-    def _network(network: AnyModule) -> AnyModule:
+    def _network(network: torch.nn.Module) -> AnyModule:
         """Copy a radial network in float64 to the CPU."""
         if original_class(network).__name__ != "FullyConnectedNet":
             raise ValueError(f"the radial network is a {original_class(network).__name__}")

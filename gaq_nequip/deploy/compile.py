@@ -58,7 +58,7 @@ def compile_file(
 
 
 def compile_model(
-    model: AnyModule,
+    model: torch.nn.Module,
     example: dict[str, Tensor],
     output: Path,
     target: str,
@@ -97,7 +97,7 @@ def compile_model(
 
 
 @contextmanager
-def _in_place_of_loading(model: AnyModule) -> Iterator[None]:
+def _in_place_of_loading(model: torch.nn.Module) -> Iterator[None]:
     """Within this context `nequip-compile` takes a given model in place of loading one."""
     from nequip.scripts import compile as nequip_compile
 
@@ -110,7 +110,7 @@ def _in_place_of_loading(model: AnyModule) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_kernels(model: AnyModule, device: str) -> Iterator[None]:
+def _fused_kernels(model: torch.nn.Module, device: str) -> Iterator[None]:
     """Fuse the convolutions of a model; within this context Inductor links the kernels into what it compiles."""
     from torch._inductor import config as inductor
 

@@ -199,7 +199,9 @@ def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
     return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
 
 
-def _weights(network: AnyModule, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor) -> Tensor:
+def _weights(
+    network: torch.nn.Module, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor
+) -> Tensor:
     """Radial weights at the given lengths, (edges, paths, channels), in the order of the paths."""
     weights: Tensor = network(_embedding(edge, lengths)).view(-1, *shape)[:, order]
     return weights

@@ -47,7 +47,7 @@ def _run_config() -> ReadOnlyDocument | None:
 
     if not HydraConfig.initialized():
         return None
-    hydra: Any = HydraConfig.get()
+    hydra: Any = HydraConfig.get()  # declared as a plain dataclass, which has no parent
     config: ReadOnlyDocument = hydra._get_parent()
     return config
 
