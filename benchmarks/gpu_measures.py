@@ -15,6 +15,7 @@ import torch
 from gpu_cases import COMPILED, CUEQ, FP32, GRAPH, NO_GRAPH, OEQ, PRESETS, STOCK, VARIANTS, water
 
 from gaq.kernels import contraction, convolution, linear, rounding
+from gaq.quantizers.weights import largest_code
 from gaq.untyped import Document
 
 MARGIN_SECONDS = 20.0
@@ -263,7 +264,8 @@ def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict
     for name, function in (
         ("linear, torch float32", lambda: x @ weight),
         ("linear, two planes", lambda: linear.linear(x, codes, scale)),
-        ("linear, float features", lambda: linear.linear(x, codes, scale, None, False)),
+        ("linear, three planes", lambda: linear.linear(x, codes, scale, None, largest_code(24))),
+        ("linear, float features", lambda: linear.linear(x, codes, scale, None, 0)),
     ):
         seconds = median(clock(function, 1.0))
         amount = bytes_of((x, weight if "torch" in name else codes)) + 4 * rows * outputs

@@ -75,17 +75,19 @@ def resources(kernel: Any, types: dict[str, str], constants: Document, warps: in
 
 def linears() -> list[tuple[str, Any, dict[str, str], Document, int]]:
     types = {"a_ptr": "*fp32", "w_ptr": "*i8", "scale_ptr": "*fp32", "residual_ptr": "*fp32", "out_ptr": "*fp32"}
+    types["top"] = "fp32"
     cases = []
-    for name, rounded, back, packed in (
-        ("linear, two planes", True, False, False),
-        ("linear, two planes, 4 bits", True, False, True),
-        ("linear, float features", False, False, False),
-        ("linear, gradient", False, True, False),
+    for name, planes, back, packed in (
+        ("linear, two planes", 2, False, False),
+        ("linear, two planes, 4 bits", 2, False, True),
+        ("linear, three planes", 3, False, False),
+        ("linear, float features", 0, False, False),
+        ("linear, gradient", 0, True, False),
     ):
         for rows in (192, 50000):
-            tile = linear.blocks(rows, rounded)
+            tile = linear.blocks(rows, planes > 0)
             warps = tile.pop("num_warps")
-            constants = {"GROUPED": False, "ROUNDED": rounded, "PACKED": packed, "BACKWARD": back, "RESIDUAL": True}
+            constants = {"GROUPED": False, "PLANES": planes, "PACKED": packed, "BACKWARD": back, "RESIDUAL": True}
             constants |= {"EMULATED": False, "a_inner": 1, "w_inner" if back else "w_column": 1, **tile}
             pointers = types | ({"w_ptr": "*u8"} if packed else {})
             cases.append((f"{name}, {rows} rows", linear.linear_kernel, pointers, constants, warps))

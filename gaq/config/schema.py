@@ -45,9 +45,9 @@ def _choice(default: str, *choices: str) -> str:
     return field(default=default, metadata={"choices": choices})
 
 
-def _bits(default: Width) -> Width:
-    """A field for the width of codes, which can be stored from 2 to 16 bits."""
-    return field(default=default, metadata={"bits": tuple(range(2, 17))})
+def _bits(default: Width, most: int = 16) -> Width:
+    """A field for the width of codes, from 2 bits to `most`: 16, two int8 planes, for all that is stored."""
+    return field(default=default, metadata={"bits": tuple(range(2, most + 1))})
 
 
 def _at_least(minimum: float, default: Number) -> Number:
@@ -104,12 +104,13 @@ class ScalarConfig:
     """How invariant (l = 0) features are rounded.
 
     Attributes:
-        bits: code width, 2 to 16; None leaves the features in float.
+        bits: code width, 2 to 24; None leaves the features in float. Codes of more than 16 bits are three int8 planes
+            in integer products; 24 bits are the widest integers that float32 holds with their sign.
         granularity: the range that the steps divide: ``per_atom`` (the largest feature of the atom or edge; needs no
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = _bits(16)
+    bits: int | None = _bits(16, most=24)
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 
