@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from nequip.data import AtomicDataDict
@@ -27,6 +26,7 @@ from gaq.kernels import chunks, convolution, gpu, harmonics, product, radial, ro
 from gaq.model.state import is_kind
 from gaq.quantizers.attention import heads_of_weights
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule, Irreps
 from gaq_nequip.attention import AttentionInteractionBlock
 from gaq_nequip.sites import class_name
 
@@ -158,8 +158,8 @@ class _EdgePart:
         r_max: cutoff in Å.
     """
 
-    modules: tuple[Any, ...]
-    harmonics: Any
+    modules: tuple[AnyModule, ...]
+    harmonics: AnyModule
     r_max: float
 
     def run(self, vectors: Tensor, lengths: Tensor) -> AtomicDataDict.Type:
@@ -180,14 +180,14 @@ def _edge_part(model: torch.nn.Module) -> _EdgePart:
     sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
     if len(sequences) != 1:
         raise Unsupported("there is not one sequence of convolution layers")
-    modules: list[Any] = []
+    modules: list[AnyModule] = []
     for child in sequences[0].children():
         if class_name(child) == "ConvNetLayer":
             break
         if class_name(child) != "NodeTypeEmbed":
             modules.append(copy.deepcopy(child).double())
     known = ("SphericalHarmonicEdgeAttrs", "EdgeLengthNormalizer", "BesselEdgeLengthEncoding", "ApplyFactor")
-    by_name: dict[str, Any] = {}
+    by_name: dict[str, AnyModule] = {}
     for module in modules:
         name = class_name(module)
         if name not in known or name in by_name:
@@ -210,13 +210,13 @@ def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
     return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
 
 
-def _weights(network: Any, edge: _EdgePart, chunked: chunks.ChunkedConvolution, lengths: Tensor) -> Tensor:
+def _weights(network: torch.nn.Module, edge: _EdgePart, chunked: chunks.ChunkedConvolution, lengths: Tensor) -> Tensor:
     """Radial weights at the given lengths, (edges, paths, channels)."""
     return chunked.weights(network(_embedding(edge, lengths)), chunked.columns)
 
 
 def _chunked(
-    block: Any, sh: list[Tensor], r_max: float, device: torch.device, dtype: torch.dtype
+    block: AnyModule, sh: list[Tensor], r_max: float, device: torch.device, dtype: torch.dtype
 ) -> chunks.ChunkedConvolution:
     """Convolution of a block.
 
@@ -229,7 +229,7 @@ def _chunked(
     multiplicities = [mul for mul, _ in tp.irreps_in1]
     if [ir.l for _, ir in tp.irreps_in2] != list(range(len(sh))):
         raise Unsupported(f"edge attributes {tp.irreps_in2} that are not one harmonic of each degree")
-    groups: list[Any] = []
+    groups: list[Irreps] = []
     group_of: list[int] = []
     for _, ir in tp.irreps_out:
         if not groups or groups[-1] != ir:
@@ -308,7 +308,7 @@ def _fused_class(base: type, kind: type) -> type:
     return _FUSED.get(kind, lambda: type(f"Fused{kind.__name__}", (base, kind), {}))
 
 
-def _coefficients(contracter: Any) -> Tensor:
+def _coefficients(contracter: AnyModule) -> Tensor:
     """Coefficients of a contracter, (paths, i, j, k), float64."""
     w3j: Tensor = contracter.w3j.double().cpu()
     if contracter.num_paths == 1:
@@ -321,7 +321,7 @@ def _coefficients(contracter: Any) -> Tensor:
 
 def _fuse_products(model: torch.nn.Module) -> None:
     """Give Allegro's tensor products the fused operation, in place."""
-    contracters: list[Any] = [m for m in model.modules() if class_name(m) == "Contracter"]
+    contracters: list[AnyModule] = [m for m in model.modules() if class_name(m) == "Contracter"]
     for contracter in contracters:
         problem = product.ProductProblem.make(contracter.mul, _coefficients(contracter))
         contracter.rows_out = problem.rows_out
@@ -333,7 +333,7 @@ def _fuse_products(model: torch.nn.Module) -> None:
 def _fuse_rounding(model: torch.nn.Module) -> None:
     """Make the rounding of vectors one operation where the kernel serves it, in place."""
     for module in [m for m in model.modules() if is_kind(m, FeatureQuantizer)]:
-        quantizer: Any = module
+        quantizer: AnyModule = module
         vectors = any(m > 0 and d > 1 for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True))
         if not (vectors and quantizer.round_vectors and quantizer.vectors_enabled):
             continue  # a compiler fuses the rounding of scalars with the operations around it
@@ -377,7 +377,7 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     return kept
 
 
-def _fit_harmonics(attributes: Any) -> list[Tensor]:
+def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
     """Coefficients of the spherical harmonics of a `SphericalHarmonicEdgeAttrs`.
 
     Raises:
@@ -394,7 +394,9 @@ def _fit_harmonics(attributes: Any) -> list[Tensor]:
     return harmonics.fit(function, degrees[-1])
 
 
-def _fuse_convolution(block: Any, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def _fuse_convolution(
+    block: AnyModule, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
 
     Raises:
