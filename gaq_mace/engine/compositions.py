@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gaq.caches import Cache
 from gaq.kernels import gpu
+from gaq.untyped import AnyModule
 from gaq_mace.engine.radial_tables import Knots, RadialTables
 
 __all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions"]
@@ -138,9 +138,9 @@ class Compositions:
 
     def _radial_tables(self) -> RadialTables | None:
         """Radial tables of the first layer that has any: all layers number the pairs of species alike."""
-        layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         return next((layer.radial for layer in layers if layer.radial is not None), None)
 
     def _knots(self, pairs: tuple[int, ...], like: Tensor) -> list[Knots | None]:
-        layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         return [layer.tables(pairs, like) for layer in layers]

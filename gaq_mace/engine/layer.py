@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
 from torch import Tensor
 
 from gaq.kernels import contraction, convolution, rounding
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
+from gaq_mace.engine.linears import LinearLayer, Mixing
 from gaq_mace.engine.radial_tables import Knots, RadialTables
 from gaq_mace.engine.reading import Unsupported, input_quantizer_of, inputs_of, matrices_of, multiplicity
 
-__all__ = ["Layer", "LinearLayer"]
+__all__ = ["Layer"]
 
 
-class LinearLayer(NamedTuple):
-    """A linear layer or product with species of the model, whose matrices a `Layer` holds.
-
-    Attributes:
-        name: of the matrices in the layer; each output block's is ``{name}_{block}``.
-        path: of the module in the model.
-        module: of the model.
-        divisor: number by which the layer divides the matrices.
-        reads_features: whether the module reads the node features of the layer before as they are, which are rounded
-            at the output of that layer.
-    """
-
-    name: str
-    path: str
-    module: Any
-    divisor: float = 1.0
-    reads_features: bool = False
-
-
-class Mixing(NamedTuple):
-    """A linear layer whose output blocks have at most one input block each.
-
-    Attributes:
-        name: of its matrices; see `LinearLayer`.
-        inputs: input block of each output block that has one.
-        rows_in: rows of the input blocks.
-        rows_out: rows of the output blocks.
-        channels: multiplicities of the output blocks.
-        round: rounding of its inputs.
-    """
-
-    name: str
-    inputs: dict[int, int]
-    rows_in: list[slice]
-    rows_out: list[slice]
-    channels: list[int]
-    round: Rounder
-
-
-def refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
+def refuse_unsupported(block: AnyModule, number: int, sh: list[Tensor]) -> None:
     """Refuse a convolution that the kernels cannot compute.
 
     Raises:
@@ -99,7 +60,7 @@ class Layer(torch.nn.Module):
     # Module of the block that mixes the paths of a message.
     MESSAGE_LINEAR = "linear"
 
-    def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         block, product = model.interactions[number], model.products[number]
         refuse_unsupported(block, number, sh)
@@ -117,11 +78,11 @@ class Layer(torch.nn.Module):
 
     # -- reading the model --
 
-    def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read what is special to the kind of block: its radial functions and its linear layers."""
         raise NotImplementedError
 
-    def _read_convolution(self, block: Any, number: int, sh: list[Tensor], r_max: float) -> None:
+    def _read_convolution(self, block: AnyModule, number: int, sh: list[Tensor], r_max: float) -> None:
         tp = block.conv_tp
         linear = getattr(block, self.MESSAGE_LINEAR)
         group_of = {i_in: out for out, ins in inputs_of(linear).items() for i_in in ins}
@@ -144,7 +105,7 @@ class Layer(torch.nn.Module):
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
 
-    def _read_message_linear(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_message_linear(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer that mixes the paths of a message, and the rounding of what it reads."""
         path = f"interactions.{number}.{self.MESSAGE_LINEAR}"
         linear = getattr(block, self.MESSAGE_LINEAR)
@@ -157,7 +118,7 @@ class Layer(torch.nn.Module):
         self.message_quantizer = input_quantizer_of(linear)
         self.message_plan = self._plan_messages()
 
-    def _message_divisor(self, block: Any) -> float:
+    def _message_divisor(self, block: AnyModule) -> float:
         """Number by which every message is divided."""
         return float(block.avg_num_neighbors)
 
@@ -188,12 +149,12 @@ class Layer(torch.nn.Module):
             Rounder(input_quantizer_of(linear.module), irreps_in, channels),
         )
 
-    def _read_up(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_up(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read ``linear_up``, which makes of node features those that edges read."""
         path = f"interactions.{number}.linear_up"
         self.up = self._read_mixing(LinearLayer("up", path, block.linear_up, reads_features=True), dtype)
 
-    def _read_product(self, product: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_product(self, product: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer after the contraction, and the rounding around it."""
         self.use_sc = bool(product.use_sc)
         self.agnostic = bool(getattr(product, "use_agnostic_product", False))
@@ -203,7 +164,7 @@ class Layer(torch.nn.Module):
         channels = multiplicity(self.out_irreps, f"node features of products.{number}")
         self.round_out = Rounder(input_quantizer_of(product), self.out_irreps, channels)
 
-    def _fold(self, product: Any, dtype: torch.dtype) -> None:
+    def _fold(self, product: AnyModule, dtype: torch.dtype) -> None:
         """Fold the weights of the symmetric contraction into its coupling tensors."""
         symmetric = product.symmetric_contractions
         rows_in = sum(ir.dim for _, ir in symmetric.irreps_in)

@@ -8,20 +8,20 @@ look-up of as many polynomials. Nothing has to be made before the first step, an
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn.nn._fc import _Layer
 from torch import Tensor
 
+from gaq.untyped import AnyModule
 from gaq_mace.engine.edges import EdgeFeatures
 from gaq_mace.engine.reading import Unsupported, class_name, input_quantizer_of, matrices_of
 
 __all__ = ["RadialNetwork"]
 
 
-def _layers_of(network: Any) -> list[torch.nn.Module]:
+def _layers_of(network: AnyModule) -> list[torch.nn.Module]:
     """Layers of a radial network in their order.
 
     Raises:
@@ -68,7 +68,9 @@ class RadialNetwork(torch.nn.Module):
     first: Tensor
     last: Tensor
 
-    def __init__(self, network: Any, dtype: torch.dtype, source: Any = None, target: Any = None) -> None:
+    def __init__(
+        self, network: AnyModule, dtype: torch.dtype, source: AnyModule = None, target: AnyModule = None
+    ) -> None:
         super().__init__()
         layers = _layers_of(network)
         matrix, bias = _affine(layers[-1])
