@@ -49,6 +49,7 @@ class Layer(torch.nn.Module):
 
     Attributes:
         radial: radial tables; None where the radial network is evaluated for each edge.
+        reads_edges: whether the layer reads `Edges.features`.
         linears: linear layers whose matrices the layer holds.
 
     Raises:
@@ -57,8 +58,9 @@ class Layer(torch.nn.Module):
 
     contraction_coefficients: Tensor
     radial: RadialTables | None
-    # Module of the block that mixes the paths of a message.
+    # Module of the block that mixes the paths of a message, and whether edges have factors, the same for all paths.
     MESSAGE_LINEAR = "linear"
+    SCALED = False
 
     def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class Layer(torch.nn.Module):
         self._read_message_linear(block, number, dtype)
         self._read_up(block, number, dtype)
         self.radial = None
+        self.reads_edges = True
         self._read_block(model, block, number, dtype)
         self._fold(product, dtype)
         self._read_product(product, number, dtype)
@@ -102,6 +105,7 @@ class Layer(torch.nn.Module):
             tuple(paths),
             tuple(sh),
             r_max,
+            (0,) * len(tp.irreps_in1) if self.SCALED else (),
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
 

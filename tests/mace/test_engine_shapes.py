@@ -17,7 +17,9 @@ from mace_models import agree, build_model
 import gaq
 from gaq.kernels.cpu import native
 from gaq.model.sites import POSITION_FREE, ROUNDED
+from gaq.model.state import feature_quantizers
 from gaq_mace import engine
+from gaq_mace.attention import GAQAttentionResidualInteractionBlock
 from gaq_mace.engine import accelerate
 from gaq_mace.evaluate import make_batches
 from gaq_mace.sites import bystanders, find_sites
@@ -26,6 +28,12 @@ from gaq_mace.weights import quantized_weights
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
 NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+OURS = GAQAttentionResidualInteractionBlock.__name__
+MACES = "RealAgnosticAttResidualInteractionBlock"
+DENSITY = {
+    "interaction_cls_first": "RealAgnosticDensityInteractionBlock",
+    "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
+}
 RESIDUAL = "RealAgnosticResidualInteractionBlock"
 BOTH = {"interaction_cls": NON_LINEAR, "interaction_cls_first": NON_LINEAR}
 EMBEDDED = {
@@ -61,6 +69,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_embedding_readout": True,
     },
     "tables_and_networks": {"interaction_cls": NON_LINEAR, "embedding_specs": EMBEDDED},
+    "attention": {"interaction_cls_first": OURS, "interaction_cls": OURS, "distance_transform": "Agnesi"},
+    "attention_of_uneven_heads": {
+        "interaction_cls": OURS,
+        "hidden_irreps": "6x0e+6x1o",
+        "apply_cutoff": False,
+    },
+    "maces_attention": {"interaction_cls": MACES},
     "fewer_channels_on_edges": {
         "interaction_cls_first": RESIDUAL,
         "interaction_cls": RESIDUAL,
@@ -117,14 +132,40 @@ def test_the_engine_is_maces_own_forward_pass(shape: str) -> None:
     assert float(theirs["forces"].abs().max()) > 1e-2
 
 
+def converted(model: Any, preset: str, **changes: Any) -> Any:
+    plain = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}, **changes}
+    prepared = gaq.prepare(model, plain)
+    gaq.calibrate(prepared, STRUCTURES[:2], progress=False)
+    return gaq.convert(prepared)
+
+
 @pytest.mark.parametrize("shape", ["multihead", "charge_and_spin"])
 def test_converted_models(shape: str) -> None:
-    plain = {"preset": "gaq", "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
-    prepared = gaq.prepare(made(shape), plain)
-    gaq.calibrate(prepared, STRUCTURES[:2], progress=False)
-    model = gaq.convert(prepared)
-    ours, theirs = both(model, STRUCTURES, compute_stress=True)
+    ours, theirs = both(converted(made(shape), "gaq"), STRUCTURES, compute_stress=True)
     # A code may fall to the other side of a threshold.
+    agree(ours, theirs, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**DENSITY, "apply_cutoff": False},
+        {"interaction_cls": OURS},
+        {"interaction_cls": MACES},
+    ],
+    ids=["density", "ours", "maces"],
+)
+def test_rounded_attention_and_densities(options: dict[str, Any]) -> None:
+    model = converted(build_model("plain", torch.float64, **options), "gaq", attention={})
+    ours, theirs = both(model, STRUCTURES)
+    agree(ours, theirs, 2e-6)
+
+
+def test_rounded_hidden_layers_of_radial_networks() -> None:
+    """They have steps, so no table: the network is evaluated for each edge."""
+    model = converted(build_model("density", torch.float64), "gaq", radial_activations=True)
+    assert any("conv_tp_weights" in name for name in feature_quantizers(model))
+    ours, theirs = both(model, STRUCTURES)
     agree(ours, theirs, 2e-6)
 
 
