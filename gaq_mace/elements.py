@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from gaq.model.elements import checked_elements
 from gaq.process import default_dtype
 from gaq.third_party_warnings import known_hidden
+from gaq.untyped import AnyModule
 from gaq_mace.engine import decelerate
 from gaq_mace.model import check_supported
 from gaq_mace.packed import build, model_config
@@ -45,7 +45,7 @@ def _cut(source: Tensor, shape: Sequence[int], rows: Tensor) -> Tensor:
     return source
 
 
-def _cut_paths(source: Any, target: Any, rows: Tensor) -> Tensor:
+def _cut_paths(source: AnyModule, target: AnyModule, rows: Tensor) -> Tensor:
     """The flat weight of an equivariant layer, with only these rows where a path has one for each element.
 
     e3nn divides a path by the root of its fan-in, which counts the elements: the weights take up the difference.
