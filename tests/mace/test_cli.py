@@ -182,12 +182,19 @@ def test_trained_model_passes_its_gates(
     assert trained_file.stat().st_size >= 4 * output.stat().st_size
 
 
-def test_safetensors_output(folder: Path, tmp_path: Path) -> None:
+def test_safetensors_output(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is calibrated here, but the gates need structures, unless the file may be written unjudged."""
     output = tmp_path / "quantized.safetensors"
     config = tmp_path / "config.yml"
     config.write_text("quantization:\n  preset: w8\n  weights: {rounding: nearest}\n  distillation: {steps: 0}\n")
-    assert main(["quantize", str(folder / "float.model"), "-o", str(output), "--config", str(config)]) == 0
+    arguments = ["quantize", folder / "float.model", "-o", output, "--config", config]
+    assert "gates need structures: give --calibration" in refused(capsys, *arguments)
+    assert not output.exists()
+    assert main([*map(str, arguments), "--force"]) == 0
     assert state_of(gaq.load(output)).config.preset == "w8"
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    assert "MARKED: written with --force and without structures" in capsys.readouterr().out
 
 
 def test_failed_gate(
