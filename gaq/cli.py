@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gaq import settings
 from gaq.third_party_warnings import hidden_in_commands
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     import torch
+    from ase import Atoms
 
     from gaq.adapter import Adapter
 
@@ -76,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: str) -> list[Any]:
+def _read(path: str) -> list[Atoms]:
     from gaq.checks.errors import read_structures
 
     return read_structures(path)
 
 
-def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
+def _gate_lines(gates: dict[str, Document]) -> str:
     """The measured gates as a table, and what was not measured."""
     from gaq.reporting import format_table, gate_rows, summary, unmeasured
 
@@ -95,7 +97,7 @@ def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"  not measured: {name}: {needs}" for name, needs in unmeasured(gates).items())])
 
 
-def _metric_lines(report: dict[str, Any]) -> str:
+def _metric_lines(report: Document) -> str:
     from gaq.reporting.tables import format_table, metric_rows
 
     rows = metric_rows(report["model"], report["reference"])
@@ -159,7 +161,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _split(structures: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
     """Check the structures, and split them into those to calibrate on and those to judge on."""
     from gaq.checks.structures import check_calibration, check_labels, hold_out
 
@@ -171,7 +173,7 @@ def _split(structures: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _write_judged(
-    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Any], arguments: argparse.Namespace
+    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
 ) -> list[str]:
     """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
 
@@ -188,7 +190,7 @@ def _write_judged(
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
         adapter.save(quantized, trial)
-        gates: dict[str, dict[str, Any]] = {}
+        gates: dict[str, Document] = {}
         if structures:
             measured = api.report(trial, spaced(structures, 64), arguments.model, nve_ps=0.0, device=arguments.device)
             gates = measured["gates"]

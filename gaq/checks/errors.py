@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gaq.checks.potential import Potential
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -176,7 +177,7 @@ def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
     return [structures[int(n)] for n in np.linspace(0, len(structures) - 1, count)]
 
 
-def _stored_labels(structure: Atoms) -> dict[str, Any]:
+def _stored_labels(structure: Atoms) -> Document:
     from ase.calculators.singlepoint import SinglePointCalculator
 
     # Only stored results are labels: any other calculator would compute new values.

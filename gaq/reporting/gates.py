@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-Metrics = Mapping[str, Any]
+from gaq.untyped import Document, ReadOnlyDocument
+
+Metrics = ReadOnlyDocument
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Gate:
     comparison: str = "<="
     enforced: bool = True
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Return the gate as it stands in ``report.json``, under its name."""
         return {key: value for key, value in asdict(self).items() if key != "name"}
 
@@ -145,18 +146,18 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
     return {gate.name: gate for gate in gates if gate.name not in not_applicable}
 
 
-def failed_gates(gates: Mapping[str, Gate | Mapping[str, Any]]) -> list[str]:
+def failed_gates(gates: Mapping[str, Gate | ReadOnlyDocument]) -> list[str]:
     """Return the names of the enforced gates that failed, given gates or their form in ``report.json``."""
     plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
     return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
 
 
-def unmeasured(gates: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def unmeasured(gates: Mapping[str, ReadOnlyDocument]) -> dict[str, str]:
     """Return by name what each gate that was not measured needs, given gates as in ``report.json``."""
     return {name: gate["note"].partition(": ")[2] for name, gate in gates.items() if gate["passed"] is None}
 
 
-def summary(gates: Mapping[str, Mapping[str, Any]]) -> str:
+def summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
     """Say in one sentence how many gates were measured and which failed, given gates as in ``report.json``."""
     measured = [name for name, gate in gates.items() if gate["passed"] is not None]
     failed = failed_gates(gates)
@@ -166,12 +167,12 @@ def summary(gates: Mapping[str, Mapping[str, Any]]) -> str:
     return text + (f"; missed, but not enforced for this preset: {', '.join(printed)}" if printed else "")
 
 
-def passes_all(gates: Mapping[str, Mapping[str, Any]]) -> bool:
+def passes_all(gates: Mapping[str, ReadOnlyDocument]) -> bool:
     """Whether every gate was measured and passed, the printed ones included."""
     return bool(gates) and all(gate["passed"] is True for gate in gates.values())
 
 
-def verdict(gate: Mapping[str, Any]) -> str:
+def verdict(gate: ReadOnlyDocument) -> str:
     """Return ``pass``, ``fail``, ``not measured`` or ``not comparable`` for a gate as in ``report.json``."""
     if gate["passed"] is None:
         return str(gate["note"]).partition(":")[0]
@@ -195,7 +196,7 @@ def _gate(
     return Gate(name, value, bound, passed, unit, text, comparison, enforced)
 
 
-def _not_finite(value: Any, name: str) -> list[str]:
+def _not_finite(value: object, name: str) -> list[str]:
     """Return the paths of all numbers in a value that are NaN or infinite."""
     if isinstance(value, Mapping):
         return [path for key, item in value.items() for path in _not_finite(item, f"{name}.{key}")]
@@ -380,7 +381,7 @@ def quotient(numerator: float | None, denominator: float | None) -> float | None
     return float(numerator) / float(denominator)
 
 
-def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | None:
+def _at_step(errors: Mapping[str, float | None] | Mapping[float, float | None] | None, step: float) -> float | None:
     """Return the entry whose key, a number or its text, equals the step."""
     for key, value in (errors or {}).items():
         if math.isclose(float(key), step):

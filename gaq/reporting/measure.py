@@ -20,6 +20,7 @@ from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
 from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, float_error, quotient
 from gaq.reporting.subject import Subject, open_file
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -42,7 +43,7 @@ class Quality:
         labels: the errors with the forces they come from, for figures; None without labels.
     """
 
-    metrics: dict[str, Any]
+    metrics: Document
     labels: LabelErrors | None = None
 
 
@@ -73,7 +74,7 @@ def quality(
     Raises:
         ValueError: if only some structures are labelled.
     """
-    metrics: dict[str, Any] = {}
+    metrics: Document = {}
     labels = None
     if len(labelled):
         labels = _label_errors(subject, labelled, energy_key, forces_key)
@@ -97,7 +98,7 @@ def measure_file(
     trained: bool = False,
     device: str = "cpu",
     **options: Any,
-) -> dict[str, Any]:
+) -> Document:
     """Measure and judge a model file.
 
     Args:
@@ -130,7 +131,7 @@ def measure_subject(
     checked_structures: int = 8,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
-) -> dict[str, Any]:
+) -> Document:
     """Measure a model and its reference on the same data, and judge the model.
 
     Errors against labels use every structure. Rotations and central differences, which cost dozens of evaluations per
@@ -167,7 +168,7 @@ def measure_subject(
         if measured.path is None or not Path(measured.path).is_file():
             raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
     checked = spaced(structures, max(1, checked_structures))
-    metrics: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Document] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
     for name, measured in subjects.items():
@@ -208,7 +209,7 @@ def _label_errors(
     return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
 
 
-def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> dict[str, Any]:
+def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> Document:
     """Drift of the NVE run, sizes, seconds per step and peak memory."""
     drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
     seconds, peak = cost(subject.calculator, atoms, seed)
@@ -222,7 +223,7 @@ def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: i
     }
 
 
-def _unless_nan(value: Any) -> Any:
+def _unless_nan(value: object) -> object:
     """None for the NaN of an NVE run that has too few samples for a number; an unstable run says so beside it."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
@@ -232,10 +233,10 @@ def _against_reference(
     reference: Subject | None,
     checked: Sequence[Atoms],
     labels: dict[str, LabelErrors],
-    metrics: dict[str, dict[str, Any]],
+    metrics: dict[str, Document],
     keys: tuple[str, str],
     seed: int,
-) -> tuple[dict[str, Any], SmoothnessResult | None]:
+) -> tuple[Document, SmoothnessResult | None]:
     """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
     difference, scan = None, None
     not_applicable = [] if subject.engine_error is not None else ["engine"]
@@ -259,10 +260,10 @@ def _difference(
     reference: Subject,
     checked: Sequence[Atoms],
     labels: dict[str, LabelErrors],
-    fp32: dict[str, Any],
+    fp32: Document,
     keys: tuple[str, str],
     seed: int,
-) -> dict[str, Any]:
+) -> Document:
     """Difference of the forces of model and reference, as a metric; see `measure_subject` for the structures."""
     if labels:
         model, exact = labels["model"], labels["reference"]

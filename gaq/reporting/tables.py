@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gaq.reporting.gates import COMPARE, verdict
+from gaq.untyped import ReadOnlyDocument
 
 MISSING = "-"
 
@@ -31,12 +31,12 @@ _COST_METRICS = (
 
 
 def metric_rows(
-    model: Mapping[str, Any], reference: Mapping[str, Any] | None = None
-) -> list[tuple[str, str, Any, Any]]:
+    model: ReadOnlyDocument, reference: ReadOnlyDocument | None = None
+) -> list[tuple[str, str, object, object]]:
     """Return label, unit, and the values of model and reference for each metric that was measured."""
-    rows: list[tuple[str, str, Any, Any]] = []
+    rows: list[tuple[str, str, object, object]] = []
 
-    def add(entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    def add(entries: Sequence[tuple[str, str, str]], left: ReadOnlyDocument, right: ReadOnlyDocument) -> None:
         rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
 
     reference = reference or {}
@@ -57,7 +57,7 @@ def metric_rows(
     return [row for row in rows if row[2] is not None or row[3] is not None]
 
 
-def gate_rows(gates: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+def gate_rows(gates: Mapping[str, ReadOnlyDocument]) -> list[dict[str, str]]:
     """Return the texts of each gate that was measured, given gates as in ``report.json``.
 
     The numbers have the digits that show why the gate passes or fails.
@@ -106,7 +106,7 @@ def format_comparison(value: float | None, bound: float | None, comparison: str,
     return texts  # 17 digits tell any two numbers apart
 
 
-def format_number(value: Any, digits: int = 3) -> str:
+def format_number(value: object, digits: int = 3) -> str:
     """Format the value of a cell.
 
     Args:
@@ -132,7 +132,7 @@ def format_number(value: Any, digits: int = 3) -> str:
     return str(value)
 
 
-def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+def format_table(rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]) -> str:
     """Format rows as aligned plain text; numbers to the right, text to the left.
 
     Args:
@@ -155,7 +155,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Map
     return "\n".join([line(headings), "  ".join("-" * width for width in widths), *map(line, cells)])
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+def markdown_table(rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]) -> str:
     """Format rows as a Markdown table.
 
     Args:
@@ -172,7 +172,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
 
 
 def _cells(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
+    rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]
 ) -> tuple[list[str], list[list[str]], list[bool]]:
     """Return headings, texts, and which columns hold numbers only."""
     keys = list(columns)
