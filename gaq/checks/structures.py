@@ -12,7 +12,7 @@ from gaq.checks.errors import has_labels, labels_of
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_calibration", "check_labels", "check_structures", "hold_out", "rattled"]
+__all__ = ["check_calibration_structures", "check_labels", "check_structures", "hold_out", "rattled"]
 
 RATTLE = 0.05
 """Standard deviation of a displacement in `rattled`, Å: that of a light atom in a solid or molecule near 300 K."""
@@ -82,7 +82,7 @@ def check_labels(structures: Sequence[Atoms], energy_key: str = "REF_energy", fo
             labels_of(structure, frame, energy_key, forces_key)
 
 
-def check_calibration(structures: Sequence[Atoms]) -> None:
+def check_calibration_structures(structures: Sequence[Atoms]) -> None:
     """Refuse structures that cannot be calibrated on: as `check_structures`, and those of a single atom.
 
     Raises:

@@ -24,8 +24,10 @@ from torch import Tensor
 from gaq.caches import Cache
 from gaq.kernels import chunks, convolution, gpu, harmonics, product, radial, rounding
 from gaq.model.state import is_kind
+from gaq.quantizers.attention import heads_of_weights
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule, Irreps
+from gaq_nequip.attention import AttentionInteractionBlock
 from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
@@ -54,11 +56,16 @@ class FusedInteractionBlock(InteractionBlock):
         stacked = torch.stack([value, slope, curvature], dim=1)
         return self.chunked.weights(stacked, self.columns).permute(2, 0, 1, 3).contiguous()
 
+    def scales(self, data: AtomicDataDict.Type) -> Tensor | None:
+        """Factors of the edges, (edges, scales, channels); None without."""
+        return None
+
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
         if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
             raise ValueError("the fused convolution is for compiled files, not for ML-IAP")
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         sc = None if self.sc is None else self.sc(x, data[AtomicDataDict.NODE_ATTRS_KEY])
+        scales = self.scales(data)
         data[AtomicDataDict.NODE_FEATURES_KEY] = self.linear_1(x)
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
@@ -68,13 +75,14 @@ class FusedInteractionBlock(InteractionBlock):
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(problem, graph, features, vectors, self.table())
+            message = convolution.convolution(problem, graph, features, vectors, self.table(), scales=scales)
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
                 self.table(),
+                x.new_empty(0) if scales is None else scales,
                 self.plan_ints,
                 self.plan_reals,
                 edges[1].contiguous(),
@@ -85,6 +93,25 @@ class FusedInteractionBlock(InteractionBlock):
         x = self.linear_2(self.chunked.mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
+
+
+class FusedAttentionBlock(FusedInteractionBlock, AttentionInteractionBlock):
+    """The same for `AttentionInteractionBlock`: weights of neighbours are factors of the edges."""
+
+    head_of_scale: Tensor
+
+    def scales(self, data: AtomicDataDict.Type) -> Tensor:
+        weights = self.edge_weights(data).index_select(1, self.head_of_scale)
+        return weights.view(-1, self.chunked.problem.scales, self.chunked.problem.channels)
+
+
+def head_of_scale(chunked: chunks.ChunkedConvolution, heads: int) -> Tensor:
+    """Head of each of an edge's factors, (scales * channels,)."""
+    return torch.cat([heads_of_weights([m], heads)[channels] for m, channels in chunked.scale_channels()])
+
+
+BLOCKS = {"InteractionBlock": FusedInteractionBlock, "AttentionInteractionBlock": FusedAttentionBlock}
+"""Fused class of each class of blocks that the kernels serve."""
 
 
 def jet(network: torch.nn.Module, value: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,6 +262,7 @@ def _chunked(
         sh,
         r_max,
         chunks.GPU_WIDTHS if device.type == "cuda" else chunks.cpu_widths(multiplicities, dtype),
+        scaled=class_name(block) == "AttentionInteractionBlock",
     )
 
 
@@ -330,16 +358,15 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     if torch.device(device).type == "cpu":
         _fuse_products(model)
         _fuse_rounding(model)
-    weighted = [name for name, m in model.named_modules() if class_name(m) == "AttentionInteractionBlock"]
-    kept = dict.fromkeys(weighted, "its messages are weighted by attention")
-    blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
+    kept: dict[str, str] = {}
+    blocks = [(name, m) for name, m in model.named_modules() if class_name(m) in BLOCKS]
     if not blocks:
         return kept
     try:
         edge = _edge_part(model)
         sh = _fit_harmonics(edge.harmonics)
     except ValueError as error:
-        return {**kept, **{name: str(error) for name, _ in blocks}}
+        return {name: str(error) for name, _ in blocks}
     dtype = model.model_dtype
     assert isinstance(dtype, torch.dtype)
     for name, block in blocks:
@@ -400,4 +427,6 @@ def _fuse_convolution(
     block.register_buffer("plan_ints", ints, persistent=False)
     block.register_buffer("plan_reals", reals, persistent=False)
     del block.tp_scatter
-    block.__class__ = FusedInteractionBlock
+    block.__class__ = BLOCKS[class_name(block)]
+    if isinstance(block, FusedAttentionBlock):
+        block.register_buffer("head_of_scale", head_of_scale(chunked, block.heads), persistent=False)

@@ -11,7 +11,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from gaq.checks.errors import MissingLabelsError
-from gaq.checks.structures import check_calibration, check_labels, check_structures, hold_out, rattled
+from gaq.checks.structures import check_calibration_structures, check_labels, check_structures, hold_out, rattled
 
 
 def pair(length: float = 1.0, **labels: object) -> Atoms:
@@ -88,8 +88,8 @@ def test_labels_on_some_structures_only_are_refused() -> None:
 def test_a_single_atom_is_no_calibration() -> None:
     crystal = Atoms("Al", cell=[[0, 2, 2], [2, 0, 2], [2, 2, 0]], pbc=True)
     with pytest.raises(ValueError, match=r"frame 1 \(Al\) has a single atom.*repeat the cell"):
-        check_calibration([pair(), crystal])
-    check_calibration([pair(), crystal.repeat((2, 1, 1))])
+        check_calibration_structures([pair(), crystal])
+    check_calibration_structures([pair(), crystal.repeat((2, 1, 1))])
     check_structures([crystal])
     with pytest.raises(ValueError, match="no structures"):
         check_structures([])
