@@ -401,6 +401,22 @@ def test_a_truncated_file_is_refused(
     refuse(path, "truncated")
 
 
+def test_inspect_says_what_is_not_fused(
+    case: Case,
+    saved: Callable[[str, str], Path],
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = saved("w8", suffix)
+    adapter = adapter_for_file(path)
+    with adapter.process_state():
+        assert adapter.unfused(adapter.load(path)) == {}
+    monkeypatch.setattr(type(adapter), "unfused", lambda self, model: {"interactions.0": "a reason"})
+    assert main(["inspect", str(path)]) == 0
+    assert "not on the fast path: interactions.0: a reason" in capsys.readouterr().out
+
+
 def test_a_flipped_bit_is_noticed(saved: Callable[[str, str], Path], tmp_path: Path, checked_suffix: str) -> None:
     data = saved("w8", checked_suffix).read_bytes()
     path = tmp_path / f"flipped{checked_suffix}"
