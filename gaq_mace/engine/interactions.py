@@ -77,11 +77,11 @@ class AgnosticLayer(Layer):
     def _skip(self, x: Tensor, composition: Composition) -> Tensor:
         """Product of features with the species, (atoms, rows, channels)."""
         x = self.round_skip(x)
+        read = x.split([rows.stop - rows.start for rows in self.skip_rows_in], dim=1)
         parts = []
         for out, rows in enumerate(self.skip_rows):
             if out in self.skip_inputs:
-                rows_read = self.skip_rows_in[self.skip_inputs[out]]
-                parts.append(self._species_product(x[:, rows_read], f"skip_{out}", composition))
+                parts.append(self._species_product(read[self.skip_inputs[out]], f"skip_{out}", composition))
             else:  # the block has no input of its degree
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.skip_channels))
         return torch.cat(parts, dim=1)
