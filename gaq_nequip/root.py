@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.model.state import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
+from gaq.model.state import StoredState, is_kind, keep_earlier_bits, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq_nequip.freeze import freeze
@@ -82,6 +82,7 @@ class _QuantizedRoot:
         if not text or model_state is None:
             return
         stored = StoredState.from_json(json.loads(text))
+        keep_earlier_bits(model, stored.meta["config"])
         if not same_grid(model_state.config.to_dict(), stored.meta["config"]):
             raise ValueError(
                 "this checkpoint was written with other quantization settings "

@@ -21,15 +21,23 @@ __all__ = [
     "DistillationConfig",
     "EquivarianceLossConfig",
     "QuantizationConfig",
+    "MOST_SCALAR_BITS",
     "RemovedKey",
     "ScalarConfig",
     "TrainingConfig",
     "VectorConfig",
     "WeightConfig",
+    "preset_of",
 ]
 
-VERSION = 1
-"""Version of the keys below; a configuration of a later one is refused."""
+VERSION = 2
+"""Version of the keys below and of the presets; a configuration of a later one is refused.
+
+1: scalars had 16 bits at most, and the presets that round features finely rounded them so.
+"""
+
+MOST_SCALAR_BITS = {1: 16, 2: 24}
+"""Most bits of scalars in each version."""
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
@@ -38,6 +46,17 @@ FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
 def _choice(default: str, *choices: str) -> Any:
     """A field that takes one of a few words; the default need not be the first."""
     return field(default=default, metadata={"choices": choices})
+
+
+def preset_of(name: str, version: int) -> "QuantizationConfig":
+    """Return a preset as it was in a version of the configuration."""
+    preset = PRESETS[name]
+    if version == VERSION:
+        return preset
+    bits = preset.scalars.bits
+    if bits is not None and bits > MOST_SCALAR_BITS[version]:
+        preset = dataclasses.replace(preset, scalars=dataclasses.replace(preset.scalars, bits=16))
+    return dataclasses.replace(preset, version=version)
 
 
 def _bits(default: int | None, most: int = 16) -> Any:
@@ -105,7 +124,7 @@ class ScalarConfig:
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = _bits(16, most=24)
+    bits: int | None = _bits(24, most=24)
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 
