@@ -2,9 +2,9 @@
 
     python benchmarks/scalar_bits.py [--dense DIR] [--cases molecule alloy water salt foundation]
 
-Run it in MACE's environment, then in NequIP's: the rows of the cases measured replace those in the result file. DIR holds
-trained models of periodic cells, ``KIND.model`` with ``KIND_test.xyz``; `benchmarks/dense_models.py` makes them. Cases
-whose files are not there are left out, and named.
+Run it in MACE's environment, then in NequIP's: the rows of the cases measured replace those in the result file. DIR
+holds trained models of periodic cells, ``KIND.model`` with ``KIND_test.xyz``; `benchmarks/dense_models.py` makes them.
+Cases whose files are not there are left out, and named.
 
 All numbers but times are taken in float64 through the fused kernels. Weights are rounded to nearest; they do not move
 with the atoms and add no noise. "Noise" is what the rounding of features adds to the energy between positions 0.01 Å
@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,9 @@ from gaq.quantizers.weights import largest_code
 from gaq.reporting.tables import markdown_table
 
 NAME = "scalar_bits"
-SETTINGS = [(scalars, 16) for scalars in (16, 18, 20, 22, 24)] + [(18, 18), (24, 18), (None, 16)]
+WIDTHS = (16, 18, 20, 22, 24)
+SETTINGS = [*((scalars, 16) for scalars in WIDTHS), (20, 18), (24, 18), (None, 16)]
 """Bits of scalars and of vectors (magnitude, and each angle); None: exact."""
-TIMED = (16, 18, 20, 22, 24)
 STEP = 0.01  # Å
 STRUCTURES = 3
 SPAN, POINTS = (-0.2, 0.1), 61
@@ -57,6 +59,9 @@ class Case:
         model: the float model.
         structures: of this model's kind, away from equilibrium.
         displacements: of random atoms, for the noise, in each structure.
+        points: of the bond-stretch scan.
+        settings: of `SETTINGS`, those that are measured.
+        timed: widths of scalars whose step is timed, 16 among them.
         repeats: timed steps; 0: none.
     """
 
@@ -64,6 +69,9 @@ class Case:
     model: torch.nn.Module
     structures: list[Atoms]
     displacements: int = 6
+    points: int = POINTS
+    settings: Sequence[tuple[int | None, int | None]] = tuple(SETTINGS)
+    timed: Sequence[int] = WIDTHS
     repeats: int = 25
 
 
@@ -76,31 +84,36 @@ def random_alloy(elements: list[int], seed: int = 0) -> Atoms:
     return cell
 
 
-def cases(arguments: argparse.Namespace) -> dict[str, Any]:
+def cases(arguments: argparse.Namespace) -> dict[str, Callable[[], Case | None]]:
     """Makers of the cases that this environment can measure, by name."""
-    azobenzene = SHARED / "data/rmd17/azobenzene_test_01.xyz"
+    name, path = "molecule", SHARED / "models/mace_azobenzene.model"
     if "nequip" in adapters():
-        path = SHARED / "models/nequip_azobenzene.ckpt"
-        return {"molecule": lambda: Case("nequip molecule", gaq.load(path), spaced(read(azobenzene, ":"), STRUCTURES))}
+        name, path = "nequip molecule", SHARED / "models/nequip_azobenzene.ckpt"
 
-    def dense(name: str) -> Case | None:
-        path, test = arguments.dense / f"{name}.model", arguments.dense / f"{name}_test.xyz"
+    def molecule() -> Case:
+        frames = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", ":")
+        return Case(name, gaq.load(path), spaced(frames, STRUCTURES))
+
+    if "nequip" in adapters():
+        return {"molecule": molecule}
+
+    def dense(kind: str) -> Case | None:
+        path, test = arguments.dense / f"{kind}.model", arguments.dense / f"{kind}_test.xyz"
         if not path.is_file() or not test.is_file():
             return None
         frames = [atoms for atoms in read(test, ":") if 50 <= len(atoms) <= 200]
-        return Case(name, gaq.load(path), spaced(frames, STRUCTURES))
+        return Case(kind, gaq.load(path), spaced(frames, STRUCTURES))
 
     def foundation() -> Case:
         from mace_speed import big_model
 
         elements = [*range(1, 84), *range(89, 95)]
-        structures = [random_alloy([13, 22, 26, 28, 29, 47, 79], seed) for seed in range(2)]
-        return Case("foundation", big_model(elements).eval(), structures, 4, 8)
+        structures = [random_alloy([13, 22, 26, 28, 29, 47, 79])]
+        few = ((16, 16), (20, 16), (24, 16), (20, 18))
+        return Case("foundation", big_model(elements).eval(), structures, 6, 31, few, (16, 20, 24), 8)
 
-    molecule = SHARED / "models/mace_azobenzene.model"
-    found: dict[str, Any] = {"molecule": lambda: Case("molecule", gaq.load(molecule), spaced(read(azobenzene, ":"), STRUCTURES))}
-    found |= {name: lambda name=name: dense(name) for name in ("alloy", "water", "salt")}
-    return found | {"foundation": foundation}
+    periodic = {kind: functools.partial(dense, kind) for kind in ("alloy", "water", "salt")}
+    return {"molecule": molecule, **periodic, "foundation": foundation}
 
 
 def quantized(model: torch.nn.Module, structures: list[Atoms], scalars: int = 16) -> torch.nn.Module:
@@ -112,7 +125,7 @@ def quantized(model: torch.nn.Module, structures: list[Atoms], scalars: int = 16
 
 
 def with_bits(adapter: Adapter, model: torch.nn.Module, scalars: int | None, vectors: int | None) -> Potential:
-    """A copy of a converted model whose features have other bits; vectors may have more than the configuration takes."""
+    """A copy of a converted model whose features have other bits."""
     model = copy.deepcopy(model)
     for quantizer in adapter.feature_quantizers(model).values():
         quantizer.scalars_enabled = scalars is not None
@@ -160,13 +173,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
             return scanned[0]
 
         rows = []
-        for scalars, vectors in [*SETTINGS, (None, None)]:
+        for scalars, vectors in [*case.settings, (None, None)]:
             potential = with_bits(adapter, converted, scalars, vectors)
             noise = np.asarray(potential(points)[0]) - energies
             difference = noise[::2] - noise[1::2]
             rounded = np.concatenate(potential(case.structures)[1])
             errors = central_difference_error(potential, case.structures, steps=(STEP,))
-            scan = bond_stretch_scan(potential, case.structures[0], reference, span=SPAN, points=POINTS)
+            scan = bond_stretch_scan(potential, case.structures[0], reference, span=SPAN, points=case.points)
             rows.append(
                 {
                     "kind": case.kind,
@@ -199,17 +212,18 @@ def step_times(case: Case) -> dict[int, dict[str, float]]:
     calculators = {}
     atoms = max(case.structures, key=len).copy()
     with tempfile.TemporaryDirectory() as folder:
-        for bits in TIMED:
+        for bits in case.timed:
             path = Path(folder) / f"{bits}.model"
             gaq.save(quantized(case.model, case.structures, bits), path)
             calculators[bits] = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float32")
     rng = np.random.default_rng(0)
-    times: dict[int, list[float]] = {bits: [] for bits in TIMED}
+    times: dict[int, list[float]] = {bits: [] for bits in case.timed}
     start_positions = atoms.positions.copy()
     for repeat in range(case.repeats + 2):
         atoms.positions = start_positions + rng.normal(scale=0.005, size=start_positions.shape)
         # The order turns, so that no width always follows the same one.
-        for bits in (*TIMED[repeat % len(TIMED) :], *TIMED[: repeat % len(TIMED)]):
+        first = repeat % len(case.timed)
+        for bits in (*case.timed[first:], *case.timed[:first]):
             start = time.process_time()
             calculators[bits].calculate(atoms, ["energy", "forces"])
             if repeat >= 2:
@@ -246,13 +260,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                     "step / 16 bits": "" if ratio is None else f"{ratio:.3f}",
                 }
             )
-        text.append(f"{kind} ({', '.join(map(str, rows_atoms(rows, kind)))} atoms)\n\n{markdown_table(shown, list(shown[0]))}")
+        sizes = ", ".join(map(str, sorted({n for row in rows if row["kind"] == kind for n in row["atoms"]})))
+        text.append(f"{kind} ({sizes} atoms)\n\n{markdown_table(shown, list(shown[0]))}")
     return "\n\n".join(text)
-
-
-def rows_atoms(rows: list[dict[str, Any]], kind: str) -> list[int]:
-    """Sizes of the structures of a kind."""
-    return sorted({n for row in rows if row["kind"] == kind for n in row["atoms"]})
 
 
 def main() -> None:

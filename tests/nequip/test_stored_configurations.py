@@ -32,7 +32,8 @@ def named_only(source: Path, target: Path, version: int) -> None:
     for name, value in checkpoint["state_dict"].items():
         if name.endswith("_extra_state") and isinstance(value, torch.Tensor):
             stored = json.loads(bytes(value.numpy().tobytes()))
-            stored["meta"]["config"] |= parse_config({"preset": "gaq", "version": version}).to_dict()
+            then = parse_config({"preset": "gaq", "version": version}).to_dict()
+            stored["meta"]["config"] |= {"version": version, "scalars": then["scalars"]}
             text = bytearray(json.dumps(stored).encode())
             checkpoint["state_dict"][name] = torch.frombuffer(text, dtype=torch.uint8).clone()
     torch.save(checkpoint, target)
