@@ -119,12 +119,13 @@ class ScalarConfig:
 
     Attributes:
         bits: code width, 2 to 24; None leaves the features in float. Codes of more than 16 bits are three int8 planes
-            in integer products; 24 bits are the widest integers that float32 holds with their sign.
+            in integer products, and float32 holds every integer of 24 bits. The default is the least width with which
+            the energy noise of dense matter is a tenth of that with 16 bits (benchmarks/scalar_bits.py).
         granularity: the range that the steps divide: ``per_atom`` (the largest feature of the atom or edge; needs no
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = _bits(24, most=24)
+    bits: int | None = _bits(20, most=24)
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 
