@@ -10,9 +10,9 @@ Trains with the stock `mace_run_train`, the same data, settings and epochs for e
 * ``attention_dot``: the same without normalised queries and keys (``attention.normalize: false``; no fp32).
 
 The first interaction is MACE's default or, for ``density``, its density form. Quantized presets have the key
-``attention``, with as many bits as the preset has for scalars, 16 at most. Models and a JSON file for each run stay in the working
-directory, so an interrupted script continues where it was. `table` gathers them into results/attention_ablation.json
-and draws the figure.
+``attention``, with as many bits as the preset has for scalars, 16 at most. Models and a JSON file for each run stay in
+the working directory, so an interrupted script continues where it was. `table` gathers them into
+results/attention_ablation.json and draws the figure.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from gaq.config.parse import PRESETS
 from gaq.quantizers.attention import RobustAttention
 from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 ATTENTION = "GAQAttentionResidualInteractionBlock"
 BLOCKS: dict[str, dict[str, str]] = {
@@ -54,7 +55,7 @@ BLOCKS: dict[str, dict[str, str]] = {
 SCHEMES = ("fp32", "gaq", "w4a8")
 
 
-def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
+def quantization(block: str, scheme: str, epochs: int) -> Document | None:
     """The key of a run; vectors are rounded in the last third of the epochs."""
     if scheme == "fp32":
         return None
@@ -67,9 +68,9 @@ def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
     }
 
 
-def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> dict[str, Any]:
+def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> Document:
     """The MACE training file of a run."""
-    config: dict[str, Any] = {
+    config: Document = {
         "name": "model",
         "model": "MACE",
         **BLOCKS[block],
@@ -105,7 +106,7 @@ def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int,
     return config
 
 
-def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
+def measure(path: Path, test: list[Any], frames: int) -> Document:
     """Errors, equivariance and conservation, and the force difference to the same model with unrounded features."""
     model = gaq.load(path)
     adapter = adapter_for(model)
@@ -171,7 +172,7 @@ def stage_train(args: argparse.Namespace) -> None:
                     run_one(args, block, scheme, seed, train, test)
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: list[Document]) -> list[Document]:
     """Mean and standard error over the seeds, and the force error over that of the same block and seed in fp32."""
     means = []
     floats = {(r["block"], r["seed"]): r["force_mae_mev_per_angstrom"] for r in rows if r["scheme"] == "fp32"}
@@ -209,7 +210,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
-def figure(means: list[dict[str, Any]], path: Path) -> None:
+def figure(means: list[Document], path: Path) -> None:
     """Plot force error and rounding noise of each block, one bar for each preset."""
     import matplotlib
 

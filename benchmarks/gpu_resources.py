@@ -31,12 +31,13 @@ from gaq.kernels import convolution, harmonics
 from gaq.kernels.gpu import contraction, linear, rounding
 from gaq.kernels.gpu import convolution as generated
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = re.compile(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*")
 
 
-def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, cc: int) -> dict[str, Any]:
+def resources(kernel: Any, types: dict[str, str], constants: Document, warps: int, cc: int) -> Document:
     """Compile a kernel, with aligned pointers and integers that are multiples of nothing in particular.
 
     Args:
@@ -72,7 +73,7 @@ def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], war
     }
 
 
-def linears() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def linears() -> list[tuple[str, Any, dict[str, str], Document, int]]:
     types = {"a_ptr": "*fp32", "w_ptr": "*i8", "scale_ptr": "*fp32", "residual_ptr": "*fp32", "out_ptr": "*fp32"}
     types["top"] = "fp32"
     cases = []
@@ -93,7 +94,7 @@ def linears() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     return cases
 
 
-def others() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def others() -> list[tuple[str, Any, dict[str, str], Document, int]]:
     types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "coefficient_ptr"), "*fp32")
     types |= {"species_ptr": "*i64", "row_ptr": "*i32", "group_ptr": "*i32", "term_ptr": "*i32"}
     block_a, block_c = contraction.blocks(5000, 128)
@@ -156,7 +157,7 @@ def written(text: str, folder: Path) -> Any:
     return module
 
 
-def convolutions(folder: Path) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def convolutions(folder: Path) -> list[tuple[str, Any, dict[str, str], Document, int]]:
     cases = []
     floats = ("features", "vectors", "weights", "message", "grad", "grad_features", "grad_vectors", "grad_weights")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("first", "edge", "sender", "receiver", "other"), "*i64")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nequip
 import torch
@@ -17,8 +17,10 @@ from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
+from gaq_nequip.engine.fused import refusals
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
@@ -51,6 +53,18 @@ class NequIPAdapter:
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
 
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        raise NotImplementedError("NequIP's files hold more than a model: float ones are written by NequIP itself.")
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        raise ValueError(
+            "elements and heads can be chosen in MACE models only: a NequIP or Allegro model has no heads, and holds "
+            "no more than a row of its type embedding for each element."
+        )
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        return list(model.type_names)  # type: ignore[arg-type]  # a list, which torch types as Tensor or Module
+
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
 
@@ -67,7 +81,7 @@ class NequIPAdapter:
         state = state_of(model)
         return "float" if state is None else state.status
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         state = state_of(model)
         return {} if state is None else state.notes
 
@@ -88,15 +102,15 @@ class NequIPAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]:
         return make_batches(model, structures, batch_size)
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -109,6 +123,9 @@ class NequIPAdapter:
     def is_fused(self, model: torch.nn.Module) -> bool:
         return False  # only compiled files have the kernels, and there they cannot be switched off
 
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        return {} if isinstance(model, files.CompiledModel) else refusals(model)
+
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -117,7 +134,7 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, batch_size)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         if str(path).endswith(files.COMPILED):
             return files.CompiledModel(Path(path), device).calculator()
         return saved_calculator(path, device)

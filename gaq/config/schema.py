@@ -8,9 +8,12 @@ one needs nothing but the standard library.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
+    "MOST_SCALAR_BITS",
     "PRESETS",
     "REMOVED",
     "REMOVED_VALUES",
@@ -21,7 +24,6 @@ __all__ = [
     "DistillationConfig",
     "EquivarianceLossConfig",
     "QuantizationConfig",
-    "MOST_SCALAR_BITS",
     "RemovedKey",
     "ScalarConfig",
     "TrainingConfig",
@@ -42,8 +44,11 @@ MOST_SCALAR_BITS = {1: 16, 2: 24}
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
 
+Width = TypeVar("Width", int, int | None)
+Number = TypeVar("Number", int, float, float | None)
 
-def _choice(default: str, *choices: str) -> Any:
+
+def _choice(default: str, *choices: str) -> str:
     """A field that takes one of a few words; the default need not be the first."""
     return field(default=default, metadata={"choices": choices})
 
@@ -59,12 +64,12 @@ def preset_of(name: str, version: int) -> "QuantizationConfig":
     return dataclasses.replace(preset, version=version)
 
 
-def _bits(default: int | None, most: int = 16) -> Any:
+def _bits(default: Width, most: int = 16) -> Width:
     """A field for the width of codes, from 2 bits to `most`: 16, two int8 planes, for all that is stored."""
     return field(default=default, metadata={"bits": tuple(range(2, most + 1))})
 
 
-def _at_least(minimum: float, default: float | None) -> Any:
+def _at_least(minimum: float, default: Number) -> Number:
     """A field for a number with a lower bound."""
     return field(default=default, metadata={"minimum": minimum})
 
@@ -267,9 +272,9 @@ class QuantizationConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     equivariance_loss: EquivarianceLossConfig = field(default_factory=EquivarianceLossConfig)
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Document = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Return a plain nested dictionary, which `gaq.config.parse.parse_config` accepts."""
         plain = dataclasses.asdict(self)
         if plain["attention"] is None:
@@ -298,7 +303,7 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED: dict[str, Any] = {
+_GROUPED: Document = {
     "granularity": "per_group",
     "group_size": 32,
     "sensitive_bits": None,
@@ -306,14 +311,14 @@ _GROUPED: dict[str, Any] = {
     "compression": 7.0,
 }
 # Four bits are further from the float model and need more steps to reproduce it.
-_FOUR_BITS: dict[str, Any] = {
+_FOUR_BITS: Document = {
     "distillation": DistillationConfig(steps=1000),
     "training": TrainingConfig(round_weights="at_end"),
 }
 
 # The first interaction and the sensitive tensors cause nine tenths of the error at 8 bits; see
 # benchmarks/sensitivity.py.
-_EIGHT_BITS: dict[str, Any] = {"first_bits": 16, "species_bits": 4, "compression": 5.0, "least_compression": 4.0}
+_EIGHT_BITS: Document = {"first_bits": 16, "species_bits": 4, "compression": 5.0, "least_compression": 4.0}
 
 PRESETS: dict[str, QuantizationConfig] = {
     "w8a16": QuantizationConfig(preset="w8a16", weights=WeightConfig(**_EIGHT_BITS)),
@@ -365,7 +370,7 @@ class RemovedKey:
     """
 
     advice: str
-    no_effect: Any
+    no_effect: object
     acts: str = "always"
 
 
@@ -388,9 +393,9 @@ REMOVED_VALUES: dict[tuple[str, str], str] = {
 """Values of earlier versions, by key path and value, with what to write instead."""
 
 
-def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_removed(config: ReadOnlyDocument) -> Document:
     """Drop the removed keys that have no effect from a configuration of any version, as plain data."""
-    kept: dict[str, Any] = {}
+    kept: Document = {}
     for section, keys in config.items():
         if section == "overrides" and isinstance(keys, Mapping):
             keys = {

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from gaq.config.schema import MOST_SCALAR_BITS, QuantizationConfig, without_remo
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
+from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "FORMAT",
@@ -88,7 +89,7 @@ class ModelState:
     config: QuantizationConfig
     status: str = "training"
     weights: dict[str, FixedWeight] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Document = field(default_factory=dict)
     resumed: bool = False
     holds_scales: bool = False
 
@@ -120,7 +121,7 @@ def warn_if_unfinished(state: ModelState) -> None:
         )
 
 
-def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
+def check_format(meta: ReadOnlyDocument, where: str = "this model") -> None:
     """Refuse a stored form that is newer than the formats this version reads.
 
     Raises:
@@ -242,16 +243,14 @@ class StoredState:
         steps: fixed scales of weights in training, by parameter name; weights whose scale follows them are missing.
     """
 
-    meta: dict[str, Any]
+    meta: Document
     ranges: dict[str, Tensor]
     weights: dict[str, FixedWeight] = field(default_factory=dict)
     ratios: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]
-    ) -> "StoredState":
+    def of(cls, model: torch.nn.Module, meta: Document, quantizers: Mapping[str, WeightQuantizer]) -> "StoredState":
         """Collect the state of a quantized model, given its weight quantizers by parameter name."""
         return cls(
             meta=dict(meta),
@@ -261,7 +260,7 @@ class StoredState:
             steps={name: q.fixed_step for name, q in quantizers.items() if q.scale_is_fixed},
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """Return plain data, with tensors as text."""
         weights = {n: [w.bits, w.granularity, w.group_size, _to_text(w.scale)] for n, w in self.weights.items()}
         tensors = {"ranges": self.ranges, "ratios": self.ratios, "steps": self.steps}
@@ -269,7 +268,7 @@ class StoredState:
         return {"meta": self.meta, "weights": weights, **texts}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "StoredState":
+    def from_json(cls, plain: ReadOnlyDocument) -> "StoredState":
         """Inverse of `to_json`."""
         weights = {n: FixedWeight(b, g, size, _from_text(text)) for n, (b, g, size, text) in plain["weights"].items()}
         groups = {
@@ -290,7 +289,7 @@ class StoredState:
                 weight_quantizer.fix_scale(self.steps[name], scale=self.steps[name])
 
 
-def keep_earlier_bits(model: torch.nn.Module, stored: Mapping[str, Any]) -> None:
+def keep_earlier_bits(model: torch.nn.Module, stored: ReadOnlyDocument) -> None:
     """Give a model that was built from the name of a preset the scalars which that preset had when it was stored.
 
     A checkpoint may hold no more than that name. In the versions before, no scalars had more than
@@ -316,13 +315,13 @@ def keep_earlier_bits(model: torch.nn.Module, stored: Mapping[str, Any]) -> None
     state.config = dataclasses.replace(state.config, version=version, scalars=scalars)
 
 
-def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:
     """Whether two configurations round to the same grid; schedules, data and losses may differ.
 
     Both are what `QuantizationConfig.to_dict` gave, in any version.
     """
 
-    def grid(config: Mapping[str, Any]) -> dict[str, Any]:
+    def grid(config: ReadOnlyDocument) -> Document:
         plain = {key: value for key, value in without_removed(config).items() if key not in _NOT_GRID}
         plain["vectors"] = {k: v for k, v in plain["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
         return plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from gaq.files.packing import PLANES_MAX
 from gaq.kernels import linear
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
+from gaq.untyped import AnyModule
 from gaq_mace.engine.reading import input_quantizer_of, matrices_of, species_matrices_of
 
 __all__ = ["Integers", "integer_linears", "through_integers"]
@@ -62,13 +62,13 @@ def rounds_all(quantizer: FeatureQuantizer) -> bool:
     return quantizer.round_scalars and (quantizer.round_vectors or all(d == 1 for d in quantizer.dimensions))
 
 
-def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
+def through_integers(layers: torch.nn.ModuleList, model: AnyModule) -> None:
     """Let the engine's layers compute from integer codes where the model's codes and rounding allow it, in place."""
     from gaq_mace.weights import quantized_weights
 
     codes = quantized_weights(model)
     before: FeatureQuantizer | None = None
-    layer: Any  # a `Layer`; a ModuleList knows modules only
+    layer: AnyModule  # a `Layer`; a ModuleList knows modules only
     for number, layer in enumerate(layers):
         block, product = model.interactions[number], model.products[number]
         parts = (
@@ -90,7 +90,9 @@ def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
         before = input_quantizer_of(product)
 
 
-def _take_codes(layer: Any, name: str, module: Any, weight: QuantizedTensor, top: int, divisor: float) -> None:
+def _take_codes(
+    layer: AnyModule, name: str, module: AnyModule, weight: QuantizedTensor, top: int, divisor: float
+) -> None:
     """Let a layer compute the products of one module from integer codes, where the codes allow it.
 
     Args:
