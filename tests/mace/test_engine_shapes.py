@@ -207,9 +207,7 @@ def first_layer(species: int) -> tuple[Any, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("padding", [4, 0], ids=["padded", "summed"])
 @pytest.mark.parametrize("species", [1, 3])
-def test_sums_before_channels_are_the_convolution(
-    species: int, padding: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_before_channels_are_the_convolution(species: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_messages, "PADDING", padding)
     torch.manual_seed(0)
     problem, (graph, features, kind, vectors, hidden, last) = first_layer(species)
