@@ -104,9 +104,11 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
     if result is not None:
+        logger.info(result.describe())
         adapter.notes(model)["distillation"] = {
             "force_rms_before_mev_per_angstrom": result.before,
             "force_rms_after_mev_per_angstrom": result.after,
+            "force_rms_target_mev_per_angstrom": result.target,
             "steps": result.steps,
             "structures": result.structures,
         }

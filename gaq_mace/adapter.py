@@ -87,10 +87,13 @@ class MACEAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+    def sizes(self, structures: Sequence[Atoms]) -> list[int]:
+        return [len(structure) for structure in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Any]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
         heads = getattr(model, "heads", None) or [None]
-        return [batch for head in heads for batch in make_batches(model, structures, batch_size, head)]
+        return [batch for head in heads for batch in make_batches(model, structures, atoms, head)]
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
@@ -109,8 +112,8 @@ class MACEAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()
 
-    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
-        return MACEPotential(model, batch_size)
+    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
+        return MACEPotential(model, atoms)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
         from gaq_mace.calculator import Calculator

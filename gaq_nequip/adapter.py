@@ -88,8 +88,11 @@ class NequIPAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
-        return make_batches(model, structures, batch_size)
+    def sizes(self, structures: Sequence[Atoms]) -> list[int]:
+        return [len(structure) for structure in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Any]:
+        return make_batches(model, structures, atoms)
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Any, create_graph: bool = False
@@ -112,10 +115,10 @@ class NequIPAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
+    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         if isinstance(model, files.CompiledModel):
             return CalculatorPotential(model.calculator())
-        return NequIPPotential(model, batch_size)
+        return NequIPPotential(model, atoms)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
         if str(path).endswith(files.COMPILED):

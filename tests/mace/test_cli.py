@@ -19,7 +19,7 @@ from gaq.cli import main
 from gaq.model.state import state_of
 
 SUBJECTS = ("model", "reference")
-TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_size: 2}}"
+TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_atoms: 16}}"
 
 
 @pytest.fixture(scope="module")

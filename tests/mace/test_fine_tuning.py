@@ -58,7 +58,7 @@ def test_four_bit_presets_fine_tune_as_fp32_does(train: Any, stock: Run) -> None
 
 def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> None:
     """The run is that of FP32 step by step, its best weights are rounded by calibration, and that is what is saved."""
-    run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}})
+    run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_atoms": 16}})
     check(run, stock, activations=False)
     assert losses(run) == losses(stock)
     (found,) = re.findall(r"Weights rounded: RMS force difference .* ([\d.]+) meV/Å .*, ([\d.]+) after 40", run.log)

@@ -370,7 +370,7 @@ def test_distillation_and_calibrated_rounding(
         spec = {
             "preset": "w4",
             "weights": {"rounding": rounding},
-            "distillation": {"steps": steps, "batch_size": 4, "learning_rate": 3e-3},
+            "distillation": {"steps": steps, "batch_atoms": 60, "learning_rate": 3e-3},
         }
         model = gaq.prepare(float_model("plain"), spec)
         gaq.calibrate(model, structures * 5, progress=False)

@@ -27,7 +27,7 @@ from gaq_nequip.freeze import freeze
 from gaq_nequip.weights import weight_quantizers
 
 # Self-distillation at the end of a run costs more than all its epochs: just enough steps to show that it runs.
-BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}
+BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_atoms": 16}}
 
 
 def with_model_key(value: Any) -> Callable[[Any], None]:
@@ -230,7 +230,7 @@ def test_weights_are_rounded_when_training_is_over(
 
     def changes(config: Any) -> None:
         plain(config)
-        config["quantization"] = {"preset": "w4", "distillation": {"steps": 40, "batch_size": 2}}
+        config["quantization"] = {"preset": "w4", "distillation": {"steps": 40, "batch_atoms": 16}}
 
     (tmp_path / "float").mkdir()
     exact = train(tmp_path / "float", plain)
