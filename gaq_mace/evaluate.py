@@ -51,8 +51,8 @@ def make_batches(
         unknown = sorted(set(structure.get_chemical_symbols()) - known)
         if unknown:
             raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
-                f"know; its elements are {', '.join(_symbol(z) for z in numbers)}."
+                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
+                f"not know; its elements are {', '.join(_symbol(z) for z in numbers)}."
             )
     first = next(model.parameters())
     heads = getattr(model, "heads", ["Default"])

@@ -52,8 +52,8 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int
         unknown = sorted(set(structure.get_chemical_symbols()) - set(names))
         if unknown:
             raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
-                f"know; its types are {', '.join(names)}."
+                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
+                f"not know; its types are {', '.join(names)}."
             )
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})

@@ -351,8 +351,9 @@ class WeightQuantizer(torch.nn.Module):
 def gptq_round(matrix: Tensor, hessian: Tensor, scale: Tensor, bits: int, damping: float = 0.01) -> Tensor:
     """Round a matrix so that its *product* with the observed inputs changes least.
 
-    Rows are rounded one after the other, those of the largest inputs first, and the rows not yet rounded compensate the
-    error of each (Frantar et al. 2023, GPTQ, arXiv 2210.17323, equations 2 to 4, with a Cholesky factor of the inverse).
+    Rows are rounded one after the other, those of the largest inputs first, and the rows not yet rounded compensate
+    the error of each (Frantar et al. 2023, GPTQ, arXiv 2210.17323, equations 2 to 4, by a Cholesky factor of the
+    inverse).
 
     Args:
         matrix: weights, shape (inputs, outputs).

@@ -69,14 +69,19 @@ class DistillationResult:
 
     def describe(self) -> str:
         """What was done, in a line."""
-        text = f"RMS force difference to the float model {self.before:.3g} meV/Å after rounding"
+        text = f"RMS force difference to the float model {_digits(self.before)} meV/Å after rounding"
         if self.steps == 0:
             relation = "within" if self.before <= self.target else "above"
-            return f"{text}, {relation} the target of {self.target:.3g}; no self-distillation"
+            return f"{text}, {relation} the target of {_digits(self.target)}; no self-distillation"
         return (
-            f"{text}, {self.after:.3g} after {self.steps} steps of self-distillation on {self.structures} structures "
-            f"(target {self.target:.3g})"
+            f"{text}, {_digits(self.after)} after {self.steps} steps of self-distillation on {self.structures} "
+            f"structures, target {_digits(self.target)}"
         )
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent for large values."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 @dataclass
@@ -310,7 +315,7 @@ class _Descent:
                 if taken % CHECK_INTERVAL == 0 or taken == self.config.steps:
                     self._apply_scales()
                     error = force_rms(self.adapter, self.model, validation)
-                    bar.set_postfix_str(f"force difference {error:.3g} meV/Å (from {before:.3g}, target {target:.3g})")
+                    bar.set_postfix_str(f"{_digits(error)} meV/Å (from {_digits(before)}, target {_digits(target)})")
                     if error < best:
                         best, kept = error, self._snapshot()
                     if error <= target:

@@ -172,7 +172,7 @@ def round_at_end(
             quantizer.refresh_scale(parameters[name])
     if result is None:
         return []
-    return [f"Weights rounded in {time.perf_counter() - start:.0f} s, without labels: {result.describe()}"]
+    return [f"Weights rounded: {result.describe()} ({time.perf_counter() - start:.0f} s, no labels)"]
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_a_step_along_the_gradient_of_the_forces(models: Any, structures: list[A
     spec["weights"]["rounding"] = "nearest"
     model = gaq.calibrate(gaq.prepare(models.float_model(dtype=DOUBLE), spec), structures, progress=False).train()
     adapter = adapter_for(model)
-    (batch, *_) = adapter.batches(model, structures, len(structures))
+    (batch, *_) = adapter.batches(model, structures, 1000)
 
     def loss() -> torch.Tensor:
         return (adapter.energy_and_forces(model, batch, create_graph=True)[1] ** 2).mean()

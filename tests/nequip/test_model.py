@@ -205,7 +205,7 @@ def test_second_derivatives_of_training(quantized: Callable[..., Any], structure
     from gaq_nequip.evaluate import energy_and_forces, make_batches
 
     model = quantized("w8", variant, "float64", "training").train()
-    (batch,) = make_batches(model, structures[:2], 2)
+    (batch,) = make_batches(model, structures[:2], 1000)
 
     def loss() -> Any:
         _, forces, _ = energy_and_forces(model, batch, create_graph=True)

@@ -243,7 +243,7 @@ def test_weights_are_rounded_when_training_is_over(
     assert re.search(r"The weights in .*last\.ckpt are rounded", run.text)
     rounded, unrounded = gaq.load(run.last), gaq.load(exact.last)
     potential = adapter_for(unrounded).potential
-    ours, theirs = (np.concatenate(potential(m, 8)(structures)[1]) for m in (rounded, unrounded))
+    ours, theirs = (np.concatenate(potential(m)(structures)[1]) for m in (rounded, unrounded))
     assert 0 < 1e3 * np.sqrt(np.mean((ours - theirs) ** 2)) < 3 * max(float(after) for _, after in errors) + 1
     stored = [torch.load(r.last, map_location="cpu", weights_only=False)["state_dict"] for r in (run, exact)]
     if module.startswith("EMA"):
