@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Calculator, Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -47,6 +48,18 @@ class Adapter(Protocol):
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
 
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        """Write a float model, as the framework's training does."""
+        ...
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        """Return a copy of a float model with only these elements and this head; None keeps all."""
+        ...
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        """Return the chemical symbols that a model knows."""
+        ...
+
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
 
     def convert(self, model: torch.nn.Module) -> torch.nn.Module: ...
@@ -63,7 +76,7 @@ class Adapter(Protocol):
         """Return ``float``, ``training`` or ``converted``."""
         ...
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         """Return the plain data stored with a quantized model; callers may add to it."""
         ...
 
@@ -79,17 +92,17 @@ class Adapter(Protocol):
         """Return the number of atoms of each structure."""
         ...
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         """Return the graphs of structures, in batches of at most so many atoms (see `gaq.training.sampling`)."""
         ...
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none.
 
         Changes of the inputs with the positions count as inputs too (`gaq.model.moments`).
@@ -112,7 +125,7 @@ class Adapter(Protocol):
         """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
         ...
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         """Return the framework's ASE calculator of a file."""
         ...
 

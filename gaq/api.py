@@ -1,4 +1,4 @@
-"""The Python interface: load, prepare, calibrate, convert, save, summary, report, sensitivity."""
+"""The Python interface: load, select, prepare, calibrate, convert, save, summary, report, sensitivity."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
-from gaq.config.parse import parse_config
+from gaq.config.parse import ConfigSpec, parse_config
+from gaq.model.elements import check_calibration
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
 from gaq.training.sampling import choose
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "sensitivity", "summary"]
+__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "select", "sensitivity", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Argumen
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        subject: Any = args[0] if args else kwargs[name]
+        subject: Any = args[0] if args else kwargs[name]  # of the types that the functions below declare
         adapter = adapter_for(subject) if isinstance(subject, torch.nn.Module) else adapter_for_file(subject)
         with adapter.process_state():
             return function(*args, **kwargs)
@@ -57,7 +59,27 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 @_in_process_state
-def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
+def select(
+    model: torch.nn.Module, elements: str | Iterable[str] | None = None, head: str | None = None
+) -> torch.nn.Module:
+    """Return a copy of a float model with some of its elements, one of its heads, or both.
+
+    Energies and forces of structures of these elements, in this head, stay the same.
+
+    Args:
+        model: a float model.
+        elements: chemical symbols, or one text such as ``"Li,P,S,Cl"``; None keeps all.
+        head: the head to keep, in a model with several; None keeps all.
+
+    Raises:
+        ValueError: for symbols that are unknown, unknown to the model or named twice, a head that the model does not
+            have, and models that cannot be cut; the message says what is allowed.
+    """
+    return adapter_for(model).select(model, elements, head)
+
+
+@_in_process_state
+def prepare(model: torch.nn.Module, config: ConfigSpec = "gaq") -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
     Args:
@@ -118,7 +140,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
 
 @_in_process_state
 def sensitivity(
-    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "naive_w8a8", progress: bool = True
+    model: torch.nn.Module, structures: Sequence[Atoms], config: ConfigSpec = "naive_w8a8", progress: bool = True
 ) -> list[ptq.Sensitivity]:
     """Round one weight tensor at a time and measure the force error, to find the tensors that deserve 16 bits.
 
@@ -154,10 +176,34 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
 @_in_process_state
 def quantize(
-    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "gaq", progress: bool = True
+    model: torch.nn.Module,
+    structures: Sequence[Atoms],
+    config: ConfigSpec = "gaq",
+    progress: bool = True,
+    *,
+    elements: str | Iterable[str] | None = None,
+    head: str | None = None,
 ) -> torch.nn.Module:
-    """Prepare, calibrate and convert a copy of the model; the original does not change."""
-    quantized = prepare(copy.deepcopy(model), config)
+    """Prepare, calibrate and convert a copy of the model; the original does not change.
+
+    Args:
+        model: a float model.
+        structures: structures like those the model will be used on.
+        config: preset name, mapping, or `gaq.QuantizationConfig`.
+        progress: whether to show progress bars.
+        elements: see `select`; the structures have to hold these elements and no others.
+        head: see `select`.
+
+    Raises:
+        ValueError: as `select`, `prepare` and `calibrate`; and for structures of other elements than those chosen.
+    """
+    if elements is None and head is None:
+        quantized = prepare(copy.deepcopy(model), config)
+    else:
+        quantized = select(model, elements, head)
+        if elements is not None:
+            check_calibration(adapter_for(quantized).elements(quantized), structures)
+        quantized = prepare(quantized, config)
     return convert(calibrate(quantized, structures, progress))
 
 
@@ -176,7 +222,7 @@ def report(
     progress: bool = True,
     device: str = "cpu",
     trained: bool = False,
-) -> dict[str, Any]:
+) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
     Args:

@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gaq import settings
 from gaq.third_party_warnings import hidden_in_commands
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     import torch
+    from ase import Atoms
 
     from gaq.adapter import Adapter
 
@@ -48,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         help="structures like those the model will be used on (any format ASE reads); no labels needed",
     )
+    quantize.add_argument(
+        "--elements",
+        metavar="LIST",
+        help="keep only these of the model's elements, such as Li,P,S,Cl: those of the calibration data",
+    )
+    quantize.add_argument("--head", help="keep only this head of a model with several")
     quantize.add_argument("--device", default="cpu", help="cpu or cuda")
     quantize.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
 
@@ -77,13 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: str) -> list[Any]:
+def _read(path: str) -> list[Atoms]:
     from gaq.checks.errors import read_structures
 
     return read_structures(path)
 
 
-def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
+def _gate_lines(gates: dict[str, Document]) -> str:
     from gaq.reporting.gates import verdict
     from gaq.reporting.tables import format_table
 
@@ -103,7 +111,7 @@ def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
     return format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"])
 
 
-def _metric_lines(report: dict[str, Any]) -> str:
+def _metric_lines(report: Document) -> str:
     from gaq.reporting.tables import format_table, metric_rows
 
     rows = metric_rows(report["model"], report["reference"])
@@ -146,13 +154,15 @@ def _quantize(arguments: argparse.Namespace) -> int:
     model = adapter.load(arguments.model, arguments.device)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
+    selected = _selected(adapter, model, structures, arguments)
+    model = model if selected is None else selected
     if structures:
         adapter.batches(model, structures, 1)  # raises at once for elements that the model does not know
     quantized = api.prepare(copy.deepcopy(model), config)
     if structures:
         api.calibrate(quantized, structures)
     api.convert(quantized)
-    failed = _write_judged(adapter, quantized, structures, arguments)
+    failed = _write_judged(adapter, quantized, selected, structures, arguments)
     if failed and not arguments.force:
         print(
             f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
@@ -162,15 +172,36 @@ def _quantize(arguments: argparse.Namespace) -> int:
         return 1
     before, after = Path(arguments.model).stat().st_size, output.stat().st_size
     print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
+    if selected is not None:
+        head = "" if arguments.head is None else f", head {arguments.head}"
+        print(f"{output}: knows {', '.join(adapter.elements(selected))}{head}")
     return 1 if failed else 0
 
 
+def _selected(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
+) -> torch.nn.Module | None:
+    """The part of the model that ``--elements`` and ``--head`` ask for; None without them."""
+    from gaq.model.elements import check_calibration
+
+    if arguments.elements is None and arguments.head is None:
+        return None
+    selected = adapter.select(model, arguments.elements, arguments.head)
+    if arguments.elements is not None:
+        check_calibration(adapter.elements(selected), structures)
+    return selected
+
+
 def _write_judged(
-    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Any], arguments: argparse.Namespace
+    adapter: Adapter,
+    quantized: torch.nn.Module,
+    selected: torch.nn.Module | None,
+    structures: Sequence[Atoms],
+    arguments: argparse.Namespace,
 ) -> list[str]:
     """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
 
-    Without structures nothing is measured.
+    It is compared with the float model, or the part of it that was selected. Without structures nothing is measured.
 
     Returns:
         Names of the gates that failed.
@@ -182,10 +213,14 @@ def _write_judged(
     output = Path(arguments.output)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
+        reference = Path(arguments.model)
+        if selected is not None:
+            reference = Path(folder) / f"selected{reference.suffix}"
+            adapter.save_float(selected, reference)
         adapter.save(quantized, trial)
-        gates: dict[str, dict[str, Any]] = {}
+        gates: dict[str, Document] = {}
         if structures:
-            measured = api.report(trial, spaced(structures, 64), arguments.model, nve_ps=0.0, device=arguments.device)
+            measured = api.report(trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device)
             gates = measured["gates"]
             print(_gate_lines(gates))
         failed = failed_gates(gates)

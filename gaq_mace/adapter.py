@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -20,8 +20,10 @@ from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
+from gaq_mace.elements import element_names, select
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 from gaq_mace.hook import status
 from gaq_mace.model import convert, prepare
@@ -29,6 +31,7 @@ from gaq_mace.weights import weight_quantizers
 
 if TYPE_CHECKING:
     from ase import Atoms
+    from mace.calculators import MACECalculator
 
 __all__ = ["MACEAdapter"]
 
@@ -54,6 +57,15 @@ class MACEAdapter:
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
 
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        torch.save(model, path)
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        return select(model, elements, head)
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        return element_names(model)
+
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return prepare(model, config)
 
@@ -71,7 +83,7 @@ class MACEAdapter:
         state = state_of(model)
         return "float" if state is None else state.status
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         state = state_of(model)
         return {} if state is None else state.notes
 
@@ -90,17 +102,17 @@ class MACEAdapter:
     def sizes(self, structures: Sequence[Atoms]) -> list[int]:
         return [len(structure) for structure in structures]
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
         heads = getattr(model, "heads", None) or [None]
         return [batch for head in heads for batch in make_batches(model, structures, atoms, head)]
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -115,7 +127,7 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         return MACEPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)

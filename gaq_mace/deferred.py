@@ -68,28 +68,27 @@ class Deferred(torch.nn.Module):
 
     def __init__(self, recipe: _Recipe) -> None:
         super().__init__()
-        self.__dict__["recipe"] = recipe
-        self.__dict__["made"] = None
+        self.recipe = recipe
+        self.made: list[torch.nn.Module] = []  # in a list, because it is no child of this module
         for name, buffer in recipe.graph.named_buffers():
             self.register_buffer(name, buffer)
 
     def compiled(self) -> torch.nn.Module:
         """Compile the code, with this module's buffers."""
         with _lock:
-            made: torch.nn.Module | None = self.__dict__["made"]
-            if made is None:
+            if not self.made:
                 made = self.recipe.compile()
                 for name, buffer in self.named_buffers():
                     made.to(buffer.device, buffer.dtype)
                     getattr(made, name).copy_(buffer)
-                self.__dict__["made"] = made
-            return made
+                self.made.append(made)
+            return self.made[0]
 
     def forward(self, *arguments: Tensor) -> Any:
         return self.compiled()(*arguments)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Deferred:
-        self.__dict__["made"] = None
+        self.made.clear()
         super()._apply(*args, **kwargs)
         return self
 
@@ -97,7 +96,7 @@ class Deferred(torch.nn.Module):
         return self.compiled()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Deferred:
-        new = Deferred(self.__dict__["recipe"])
+        new = Deferred(self.recipe)
         memo[id(self)] = new
         for name, buffer in self.named_buffers():
             new.register_buffer(name, buffer.detach().clone())

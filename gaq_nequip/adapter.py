@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nequip
 import torch
@@ -17,6 +17,7 @@ from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
@@ -51,6 +52,18 @@ class NequIPAdapter:
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
 
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        raise NotImplementedError("NequIP's files hold more than a model: float ones are written by NequIP itself.")
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        raise ValueError(
+            "elements and heads can be chosen in MACE models only: a NequIP or Allegro model has no heads, and holds "
+            "no more than a row of its type embedding for each element."
+        )
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        return list(model.type_names)  # type: ignore[arg-type]  # a list, which torch types as Tensor or Module
+
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
 
@@ -67,7 +80,7 @@ class NequIPAdapter:
         state = state_of(model)
         return "float" if state is None else state.status
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         state = state_of(model)
         return {} if state is None else state.notes
 
@@ -91,15 +104,15 @@ class NequIPAdapter:
     def sizes(self, structures: Sequence[Atoms]) -> list[int]:
         return [len(structure) for structure in structures]
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         return make_batches(model, structures, atoms)
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -120,7 +133,7 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         if str(path).endswith(files.COMPILED):
             return files.CompiledModel(Path(path), device).calculator()
         return saved_calculator(path, device)

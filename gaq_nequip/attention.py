@@ -6,8 +6,6 @@ is embedded in packages: it imports only torch, e3nn, NequIP and the core.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from e3nn.o3._irreps import Irreps
 from e3nn.o3._linear import Linear
@@ -17,6 +15,7 @@ from nequip.nn.mlp import ScalarMLPFunction
 from nequip.utils.compile import conditional_torchscript_mode
 
 from gaq.quantizers.attention import RobustAttention, heads_of_weights
+from gaq.untyped import AnyModule
 from gaq_nequip.sites import class_name
 
 __all__ = ["AttentionInteractionBlock", "add_attention"]
@@ -45,23 +44,15 @@ class AttentionInteractionBlock(InteractionBlock):
         if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
             raise ValueError("attention over messages does not serve ML-IAP: use pair_nequip.")
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
-        embedding = data[AtomicDataDict.EDGE_EMBEDDING_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
         sc = None if self.sc is None else self.sc(x, data[AtomicDataDict.NODE_ATTRS_KEY])
-        query = self.linear_query(x)
-        key = self.linear_key(x).index_select(0, edges[1]) + self.edge_key(embedding)
-        envelope = data[AtomicDataDict.EDGE_CUTOFF_KEY].to(x.dtype).reshape(-1)
-        weights = self.attention(
-            query.reshape(-1, self.heads, self.dim), key.reshape(-1, self.heads, self.dim), envelope, edges[0]
-        )
-        weights = (self.neighbours * weights).index_select(1, self.head_of_weight)
-
+        weights = self.edge_weights(data).index_select(1, self.head_of_weight)
         data[AtomicDataDict.NODE_FEATURES_KEY] = self.linear_1(x)
         data = self.avg_num_neighbors_norm(data)
         x = self.tp_scatter(
             x=data[AtomicDataDict.NODE_FEATURES_KEY],
             edge_attr=data[AtomicDataDict.EDGE_ATTRS_KEY],
-            edge_weight=self.edge_mlp(embedding) * weights,
+            edge_weight=self.edge_mlp(data[AtomicDataDict.EDGE_EMBEDDING_KEY]) * weights,
             edge_dst=edges[0],
             edge_src=edges[1],
         )
@@ -69,8 +60,21 @@ class AttentionInteractionBlock(InteractionBlock):
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
 
+    def edge_weights(self, data: AtomicDataDict.Type) -> torch.Tensor:
+        """Compute ``N alpha_ij`` from the features before the block, (edges, heads)."""
+        x = data[AtomicDataDict.NODE_FEATURES_KEY]
+        embedding = data[AtomicDataDict.EDGE_EMBEDDING_KEY]
+        edges = data[AtomicDataDict.EDGE_INDEX_KEY]
+        query = self.linear_query(x)
+        key = self.linear_key(x).index_select(0, edges[1]) + self.edge_key(embedding)
+        envelope = data[AtomicDataDict.EDGE_CUTOFF_KEY].to(x.dtype).reshape(-1)
+        weights: torch.Tensor = self.attention(
+            query.reshape(-1, self.heads, self.dim), key.reshape(-1, self.heads, self.dim), envelope, edges[0]
+        )
+        return self.neighbours * weights
 
-def _extend(block: Any) -> None:
+
+def _extend(block: AnyModule) -> None:
     """Give an interaction block the modules that attention needs, in the block's dtype, and its new class."""
     features = block.irreps_in[AtomicDataDict.NODE_FEATURES_KEY]
     weight = block.linear_1.weight
@@ -111,7 +115,9 @@ def add_attention(model: torch.nn.Module) -> None:
     Raises:
         ValueError: if the model has no interaction blocks (Allegro), or a block gets no cutoff function.
     """
-    blocks: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if class_name(m) == "InteractionBlock"]
+    blocks: list[tuple[str, AnyModule]] = [
+        (n, m) for n, m in model.named_modules() if class_name(m) == "InteractionBlock"
+    ]
     if not blocks:
         raise ValueError(
             "quantization.attention.messages: this model has no interaction blocks whose messages could be weighted; "

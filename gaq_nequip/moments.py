@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from nequip.data import AtomicDataDict
@@ -12,6 +11,7 @@ from torch import Tensor
 from gaq.model.moments import add_moments
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
+from gaq.untyped import AnyModule, Batch
 from gaq_nequip.sites import find_sites
 
 __all__ = ["input_moments"]
@@ -19,7 +19,7 @@ __all__ = ["input_moments"]
 
 def _adder(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
     """A function that adds ``x^T x`` of a layer's input to `moments`, one entry per weight block."""
-    module: Any = site.module
+    module: AnyModule = site.module
 
     def add(index: int, moment: Tensor) -> None:
         total = moments[index]
@@ -39,7 +39,7 @@ def _adder(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
     return add_input
 
 
-def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
     """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block; see `gaq.model.moments`.
 
     Self-connections have none: their input is the product of features and embedding, which is too wide for a matrix.

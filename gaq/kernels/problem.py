@@ -44,6 +44,8 @@ class ConvolutionProblem:
         paths: of the tensor product, in the order of the radial weights.
         harmonics: coefficients of the spherical harmonics, from `gaq.kernels.harmonics.fit`.
         r_max: cutoff in Å.
+        scale_rows: where edges have factors by which radial weights are multiplied, as the weights of attention: for
+            each input block, the row of an edge's factors that its paths read. Empty where there are none.
     """
 
     channels: int
@@ -52,6 +54,7 @@ class ConvolutionProblem:
     paths: tuple[Path, ...]
     harmonics: tuple[Tensor, ...]
     r_max: float
+    scale_rows: tuple[int, ...] = ()
     # Plain dictionaries, because compilers trace through them: a plan for each possible number of knots (8), and the
     # name of the generated kernels for each kind of weights (2). Threads that write at the same time write the same.
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
@@ -76,6 +79,11 @@ class ConvolutionProblem:
         """Number of components of all input blocks."""
         return sum(2 * l + 1 for l in self.blocks)  # noqa: E741
 
+    @property
+    def scales(self) -> int:
+        """Number of rows (of `channels` numbers) of an edge's factors."""
+        return max(self.scale_rows, default=-1) + 1
+
     def group_paths(self, group: int) -> list[int]:
         """Numbers of the paths whose output is a group."""
         return [i for i, path in enumerate(self.paths) if path.group == group]
@@ -99,6 +107,27 @@ class ConvolutionProblem:
             offset += rows
         return matrices
 
+    def _spans(self) -> list[tuple[int, int]]:
+        """First path and number of paths of each run of paths that differ in their channels only.
+
+        Such are the chunks of a block (`gaq.kernels.chunks`): the same coefficients, inputs and outputs one after the
+        other. The CPU kernel takes them together.
+        """
+        spans: list[tuple[int, int]] = []
+        for number, path in enumerate(self.paths):
+            first, span = spans[-1] if spans else (0, 0)
+            start = self.paths[first]
+            if (
+                span
+                and path.coefficients is start.coefficients
+                and (path.block, path.edge_degree, path.group) == (start.block + span, start.edge_degree, start.group)
+                and (not self.scale_rows or self.scale_rows[path.block] == self.scale_rows[start.block] + span)
+            ):
+                spans[-1] = first, span + 1
+            else:
+                spans.append((number, 1))
+        return spans
+
     def plan(self, knots: int) -> tuple[Tensor, Tensor]:
         """The problem as the C++ code reads it, integers and reals; `knots` is 0 for weights of each edge."""
         if knots not in self.plans:
@@ -108,16 +137,18 @@ class ConvolutionProblem:
             indices: list[int] = []
             values: list[float] = []
             ints: list[int] = []
-            for number, path in enumerate(self.paths):
-                begin = len(values)
+            for number, span in self._spans():
+                path, begin = self.paths[number], len(values)
                 for m1, m2, m3 in path.coefficients.nonzero().tolist():
                     indices += [m1, m2, m3]
                     values.append(float(path.coefficients[m1, m2, m3]))
                 group_paths = self.group_paths(path.group)
                 ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
                 ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
-                ints += [2 * self.groups[path.group] + 1, begin, len(values)]
+                ints += [2 * self.groups[path.group] + 1, begin, len(values), span]
+                ints.append(self.scale_rows[path.block] if self.scale_rows else 0)
             head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, knots, int(knots > 0)]
+            head.append(self.scales)
             reals = torch.cat(
                 [
                     torch.tensor([self.r_max, *values], dtype=torch.float64),

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
+from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -45,7 +46,7 @@ class Subject:
 
     potential: Potential
     exact: Potential
-    calculator: Any = None
+    calculator: Calculator = None
     path: str | None = None
     preset: str = FLOAT
     training: str = "ptq"
@@ -131,11 +132,9 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
             return None
 
         def forces(model: torch.nn.Module) -> np.ndarray:
-            return np.concatenate(adapter.potential(model, batch_size)(samples)[1]).astype(float)
+            return np.concatenate(adapter.potential(model)(samples)[1]).astype(float)
 
         samples = _with_copies(structures, atoms=200)
-        # Small batches, because the reference path holds the features of every edge in memory.
-        batch_size = max(1, 200 // max(map(len, samples)))
         fused = forces(model)
         with adapter.reference_path():
             exact, plain = forces(adapter.in_float64(model)), forces(model)

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from gaq.config.schema import DistillationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.sampling import by_atoms, choose, first_atoms
+from gaq.untyped import Batch, Document, Structure
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -88,7 +89,7 @@ def _digits(value: float) -> str:
 class Labelled:
     """A batch with the float model's energies (graphs,) in eV and forces (atoms, 3) in eV/Å."""
 
-    batch: Any
+    batch: Batch
     energy: Tensor
     forces: Tensor
 
@@ -186,7 +187,7 @@ class _Training:
     """
 
     def __init__(
-        self, adapter: Adapter, source: torch.nn.Module, structures: Sequence[Any], atoms: int, seed: int
+        self, adapter: Adapter, source: torch.nn.Module, structures: Sequence[Structure], atoms: int, seed: int
     ) -> None:
         self.adapter = adapter
         self.source = source
@@ -246,9 +247,9 @@ class _Descent:
         self.optimizer = torch.optim.Adam(self._groups(quantizers), betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(config.steps, 1), eta_min=0.0)
 
-    def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[dict[str, Any]]:
+    def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[Document]:
         """Parameter groups of weights and scales, with their learning rates."""
-        groups: list[dict[str, Any]] = []
+        groups: list[Document] = []
         rates = {}
         for (name, quantizer), weight in zip(quantizers.items(), self.weights, strict=True):
             size = float(weight.detach().pow(2).mean().sqrt()) or 1.0

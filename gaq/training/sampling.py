@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from gaq.adapter import Adapter
+from gaq.untyped import Structure
 
 __all__ = ["by_atoms", "choose", "first_atoms"]
 
 
-def choose(structures: Sequence[Any], count: int, seed: int) -> list[Any]:
+def choose(structures: Sequence[Structure], count: int, seed: int) -> list[Structure]:
     """At most `count` of the structures, drawn without replacement."""
     order = np.random.default_rng(seed).permutation(len(structures))[:count]
     return [structures[int(i)] for i in order]
 
 
-def first_atoms(adapter: Adapter, structures: Sequence[Any], atoms: int) -> list[Any]:
+def first_atoms(adapter: Adapter, structures: Sequence[Structure], atoms: int) -> list[Structure]:
     """The first of the structures, as many as have at most so many atoms together, but at least one."""
     spans = by_atoms(adapter.sizes(structures), atoms)
     return list(structures[spans[0]]) if spans else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gaq.caches import Cache
 from gaq.kernels import gpu
+from gaq.untyped import AnyModule
 from gaq_mace.engine.radial_tables import Knots, RadialTables
 
 __all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions"]
@@ -140,5 +140,5 @@ class Compositions:
         return tables
 
     def _knots(self, pairs: tuple[int, ...], like: Tensor) -> list[Knots]:
-        layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         return [layer.tables(pairs, like) for layer in layers]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
 from torch import Tensor
 
 from gaq.kernels import contraction, convolution, radial, rounding
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
@@ -34,7 +33,7 @@ INTERACTIONS = (
 )
 
 
-def _refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
+def _refuse_unsupported(block: AnyModule, number: int, sh: list[Tensor]) -> None:
     name = class_name(block)
     if name not in INTERACTIONS:
         raise Unsupported(f"interactions.{number} is a {name}; served are {', '.join(INTERACTIONS)}")
@@ -66,7 +65,7 @@ class Layer(torch.nn.Module):
 
     contraction_coefficients: Tensor
 
-    def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         block, product = model.interactions[number], model.products[number]
         _refuse_unsupported(block, number, sh)
@@ -87,7 +86,7 @@ class Layer(torch.nn.Module):
 
     # -- reading the model --
 
-    def _read_convolution(self, block: Any, number: int, sh: list[Tensor], r_max: float) -> None:
+    def _read_convolution(self, block: AnyModule, number: int, sh: list[Tensor], r_max: float) -> None:
         tp = block.conv_tp
         group_of = {i_in: out for out, ins in inputs_of(block.linear).items() for i_in in ins}
         self.target = block.linear.irreps_out
@@ -109,7 +108,7 @@ class Layer(torch.nn.Module):
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
 
-    def _read_message_linear(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_message_linear(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer that mixes the paths of a message, and the rounding of what it reads."""
         matrices, inputs = matrices_of(block.linear), inputs_of(block.linear)
         for group in range(len(self.target)):
@@ -123,7 +122,7 @@ class Layer(torch.nn.Module):
         self.message_quantizer = input_quantizer_of(block.linear)
         self.message_plan = self._plan_messages()
 
-    def _read_node_linears(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_node_linears(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read ``linear_up`` and the product with the species, ``skip_tp``."""
         up = matrices_of(block.linear_up)
         for out, inputs in inputs_of(block.linear_up).items():
@@ -143,7 +142,7 @@ class Layer(torch.nn.Module):
         self.skip_rows = rows_of(block.skip_tp.irreps_out)
         self.target_rows = rows_of(self.target)
 
-    def _read_product(self, product: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_product(self, product: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer after the contraction, and the rounding around it."""
         self.use_sc = bool(product.use_sc)
         self.agnostic = bool(getattr(product, "use_agnostic_product", False))
@@ -157,7 +156,7 @@ class Layer(torch.nn.Module):
         self.round_final = Rounder(input_quantizer_of(product.linear), self.out_irreps, self.channels)
         self.round_out = Rounder(input_quantizer_of(product), self.out_irreps, self.channels)
 
-    def _fold(self, product: Any, dtype: torch.dtype) -> None:
+    def _fold(self, product: AnyModule, dtype: torch.dtype) -> None:
         """Fold the weights of the symmetric contraction into its coupling tensors."""
         symmetric = product.symmetric_contractions
         rows_in = sum(ir.dim for _, ir in self.target)

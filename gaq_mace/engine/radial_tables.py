@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from gaq.caches import Cache
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule
 from gaq_mace.layers import original_class
 
 __all__ = ["JOINED", "PAIRS", "Knots", "RadialTables"]
@@ -47,7 +47,7 @@ class RadialTables:
         ValueError: if the radial functions cannot be tabulated.
     """
 
-    def __init__(self, model: Any, block: Any, paths: int, channels: int, tolerance: float) -> None:
+    def __init__(self, model: AnyModule, block: AnyModule, paths: int, channels: int, tolerance: float) -> None:
         # Tables are made on the CPU for any device: that takes a few evaluations of the network in float64.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
         self.network = self._network(block.conv_tp_weights)
@@ -64,7 +64,7 @@ class RadialTables:
         self._probe()
 
     @staticmethod
-    def _network(network: Any) -> Any:
+    def _network(network: torch.nn.Module) -> AnyModule:
         """Copy a radial network in float64 to the CPU."""
         if original_class(network).__name__ != "FullyConnectedNet":
             raise ValueError(f"the radial network is a {original_class(network).__name__}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
@@ -16,6 +14,7 @@ from gaq.kernels.cpu import native
 from gaq.kernels.gpu.graphs import Graphs, Outputs
 from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition, Compositions
 from gaq_mace.engine.integers import integer_linears, through_integers
 from gaq_mace.engine.layer import Layer
@@ -40,7 +39,7 @@ class Engine(torch.nn.Module):
 
     embedding: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModule) -> None:
         super().__init__()
         device = next(model.parameters()).device
         if not gpu.chosen(device):
@@ -92,7 +91,7 @@ class Engine(torch.nn.Module):
 
     def _step(self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]) -> Outputs:
         """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing."""
-        model: Any = self.__dict__["model"]
+        model: AnyModule = self.__dict__["model"]
         stress = options.get("compute_stress", False)
         virials = options.get("compute_virials", False)
         context = prepare_graph(
@@ -162,7 +161,7 @@ class Engine(torch.nn.Module):
         graph = convolution.Graph(edges[0], edges[1], tables)
         features = self.embedding[composition.ordered][:, None]
         node_feats = []
-        layer: Any  # a `Layer`; a ModuleList knows modules only
+        layer: AnyModule  # a `Layer`; a ModuleList knows modules only
         for layer, layer_knots in zip(self.layers, knots, strict=True):
             features = layer(features, graph, vectors, composition, layer_knots)
             node_feats.append(to_mul_ir(features, layer.out_rows)[composition.place])

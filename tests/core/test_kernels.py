@@ -20,6 +20,7 @@ from gaq.config.schema import ScalarConfig, VectorConfig
 from gaq.kernels import contraction, convolution, harmonics, product, radial, rounding
 from gaq.kernels.cpu import native
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.quantizers.weights import largest_code
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -58,8 +59,18 @@ def problems(draw: Any) -> tuple[convolution.ConvolutionProblem, torch.Generator
         coefficients[torch.rand(shape, generator=generator) < 0.4] = 0.0
         paths.append(convolution.Path(block, l2, group, coefficients))
     channels = draw(st.sampled_from([1, 3, 8, 10, 16, 33]))
-    problem = convolution.ConvolutionProblem(channels, tuple(blocks), tuple(groups), tuple(paths), SH, R_MAX)
+    rows = draw(st.sampled_from([(), (0,) * len(blocks), tuple(range(1, len(blocks) + 1))]))
+    problem = convolution.ConvolutionProblem(channels, tuple(blocks), tuple(groups), tuple(paths), SH, R_MAX, rows)
     return problem, generator
+
+
+def factors_of(problem: convolution.ConvolutionProblem, edges: int) -> Tensor | None:
+    """Factors of the edges, with a gradient; None for a problem without."""
+    if not problem.scale_rows:
+        return None
+    generator = torch.Generator().manual_seed(edges)
+    factors = torch.randn(edges, problem.scales, problem.channels, generator=generator, dtype=torch.float64)
+    return factors.requires_grad_()
 
 
 def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +104,9 @@ def test_convolution_is_the_reference(
     for function in (convolution.convolution, convolution.reference):
         x, r, w = features.detach().requires_grad_(), vectors.clone().requires_grad_(), weights.clone()
         inputs = [x, r] if tabulated else [x, r, w.requires_grad_()]
-        out = function(problem, graph, x, r, w, tabulated)
+        factors = factors_of(problem, len(vectors))
+        inputs += [] if factors is None else [factors]
+        out = function(problem, graph, x, r, w, tabulated, factors)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
         results.append(
@@ -192,7 +205,7 @@ def test_convolution_with_several_tables_is_the_reference(
     results = []
     for function in (convolution.convolution, convolution.reference):
         x, r = features.clone().requires_grad_(), vectors.clone().requires_grad_()
-        out = function(problem, graph, x, r, knots)
+        out = function(problem, graph, x, r, knots, scales=factors_of(problem, len(vectors)))
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         grads = torch.autograd.grad((out * probe).sum(), [x, r], allow_unused=True)
         results.append(
@@ -432,6 +445,29 @@ def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, t
     torch.testing.assert_close(grad, expected.detach())
     # Nothing to round.
     assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [16, 17, 20, 22, 23, 24])
+def test_scalars_of_any_width_are_those_of_the_quantizer(bits: int, dtype: torch.dtype) -> None:
+    """Bit for bit, ties and the largest codes included: nothing but a division and a product stands around the code."""
+    quantizer = FeatureQuantizer(FeatureLayout(((37, 1),)), ScalarConfig(bits), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+    assert plan is not None
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(400, 37, generator=generator, dtype=torch.float64) * torch.logspace(-4, 4, 400)[:, None]
+    x[0] = 0.0
+    # Half steps, in range of the largest codes and of the smallest.
+    top = largest_code(bits)
+    step = 1.000001 / top
+    x[1], x[2] = (top - 0.5 - torch.arange(37)) * step / 1.000001, (torch.arange(37) - 18.5) * step
+    x[2, 0] = 1.0
+    x = x.to(dtype)
+    rounded = rounding.rounded(x, plan.ints, plan.reals)
+    assert torch.equal(rounded, quantizer(x))
+    assert torch.equal(rounded, rounding.reference(x, quantizer, rounding.own_layout(quantizer), 400))
+    assert not torch.equal(rounded, x)
 
 
 @pytest.mark.smoke
