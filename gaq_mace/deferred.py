@@ -28,7 +28,7 @@ from mace.tools import cg
 from opt_einsum_fx import jitable
 from torch import Tensor, fx
 
-__all__ = ["DEFERRED", "Deferred", "constructing", "settle"]
+__all__ = ["DEFERRED", "Deferred", "construct", "constructing", "mark", "settle"]
 
 DEFERRED = "gaq_deferred"
 """Entry in the ``__dict__`` of a model's root that has code yet to be compiled."""
@@ -109,6 +109,20 @@ class Deferred(torch.nn.Module):
         content = io.BytesIO()
         torch.jit.save(compiled, content)
         return torch.jit.load, (io.BytesIO(content.getvalue()),)
+
+
+def construct(kind: Callable[..., torch.nn.Module], **options: Any) -> torch.nn.Module:
+    """Construct a model whose generated code is compiled later."""
+    with constructing():
+        model = kind(**options)
+    mark(model)
+    return model
+
+
+def mark(model: torch.nn.Module) -> None:
+    """Note in a model that it has code yet to be compiled, if it has."""
+    if any(isinstance(module, Deferred) for module in model.modules()):
+        model.__dict__[DEFERRED] = True
 
 
 def settle(model: torch.nn.Module) -> None:
