@@ -117,6 +117,13 @@ class Adapter(Protocol):
         """Whether a model runs through fused kernels that `reference_path` switches off."""
         ...
 
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        """Return why parts of a converted model keep the framework's own, slower operations, by the part's name.
+
+        Empty where the fused kernels serve the model. Nothing is run, and the model is not changed.
+        """
+        ...
+
     def reference_path(self) -> AbstractContextManager[None]:
         """Return a context in which models run through plain operations."""
         ...

@@ -162,6 +162,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     if structures:
         api.calibrate(quantized, structures)
     api.convert(quantized)
+    _print_unfused(adapter, quantized)
     failed = _write_judged(adapter, quantized, selected, structures, arguments)
     if failed and not arguments.force:
         print(
@@ -262,6 +263,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return 1 if failed_gates(report["gates"]) else 0
 
 
+def _print_unfused(adapter: Adapter, model: torch.nn.Module) -> None:
+    """Say at once which parts of a quantized model the fused kernels do not serve."""
+    for name, reason in adapter.unfused(model).items():
+        print(f"not on the fast path: {name}: {reason}")
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
@@ -275,6 +282,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.model}: preset {config.preset}, {adapter.status(model)}")
     print(api.summary(model))
+    if config is not None:
+        _print_unfused(adapter, model)
     notes = adapter.notes(model)
     if notes.get("failed_gates"):
         print(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")

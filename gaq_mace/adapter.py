@@ -24,6 +24,7 @@ from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
 from gaq_mace.elements import element_names, select
+from gaq_mace.engine import serving
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 from gaq_mace.hook import status
 from gaq_mace.model import convert, prepare
@@ -120,6 +121,12 @@ class MACEAdapter:
 
     def is_fused(self, model: torch.nn.Module) -> bool:
         return engine.serves(model, {})
+
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        if self.status(model) != "converted":
+            return {}
+        reason = serving.record_of(model, warn=False).reason
+        return {} if reason is None else {"model": reason}
 
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()

@@ -20,6 +20,7 @@ from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
+from gaq_nequip.engine.fused import refusals
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
@@ -124,6 +125,9 @@ class NequIPAdapter:
 
     def is_fused(self, model: torch.nn.Module) -> bool:
         return False  # only compiled files have the kernels, and there they cannot be switched off
+
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        return {} if isinstance(model, files.CompiledModel) else refusals(model)
 
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -30,7 +30,16 @@ from gaq.untyped import AnyModule, Irreps
 from gaq_nequip.attention import AttentionInteractionBlock
 from gaq_nequip.sites import class_name
 
-__all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
+__all__ = [
+    "BLOCKS",
+    "FusedAttentionBlock",
+    "FusedInteractionBlock",
+    "FusedProduct",
+    "Unsupported",
+    "fuse",
+    "head_of_scale",
+    "refusals",
+]
 
 TABLE_TOLERANCE = 3e-7
 """Error of a radial table, relative to the largest weight. NequIP accepts 5e-5 between compiled and plain float32."""
@@ -358,23 +367,52 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     if torch.device(device).type == "cpu":
         _fuse_products(model)
         _fuse_rounding(model)
+    served, kept = _examine(model, torch.device(device))
+    for name, (block, edge, chunked) in served.items():
+        try:
+            _fuse_convolution(block, edge, chunked, torch.device(device), _dtype(model))
+        except ValueError as error:
+            kept[name] = str(error)
+    return kept
+
+
+def refusals(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
+    """Return what `fuse` would return, as far as the architecture tells, and change nothing."""
+    return _examine(model, torch.device(device))[1]
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    dtype = model.model_dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+_Examined = tuple[AnyModule, _EdgePart, chunks.ChunkedConvolution]
+
+
+def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _Examined], dict[str, str]]:
+    """Blocks that the kernels serve, with what describes their convolutions, and why they do not serve the others."""
+    blocks: list[tuple[str, AnyModule]] = [(name, m) for name, m in model.named_modules() if class_name(m) in BLOCKS]
+    served: dict[str, _Examined] = {}
     kept: dict[str, str] = {}
-    blocks = [(name, m) for name, m in model.named_modules() if class_name(m) in BLOCKS]
     if not blocks:
-        return kept
+        return served, kept
     try:
         edge = _edge_part(model)
         sh = _fit_harmonics(edge.harmonics)
     except ValueError as error:
-        return {name: str(error) for name, _ in blocks}
-    dtype = model.model_dtype
-    assert isinstance(dtype, torch.dtype)
+        return served, {name: str(error) for name, _ in blocks}
+    dtype = _dtype(model)
     for name, block in blocks:
         try:
-            _fuse_convolution(block, edge, sh, torch.device(device), dtype)
+            chunked = _chunked(block, sh, edge.r_max, device, dtype)
+            network = copy.deepcopy(block.edge_mlp.mlp).double()
+            nothing = _embedding(edge, torch.ones(1, dtype=torch.float64))
+            jet(network, nothing, nothing, nothing)
+            served[name] = block, edge, chunked
         except ValueError as error:
             kept[name] = str(error)
-    return kept
+    return served, kept
 
 
 def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
@@ -395,14 +433,13 @@ def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
 
 
 def _fuse_convolution(
-    block: AnyModule, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype
+    block: AnyModule, edge: _EdgePart, chunked: chunks.ChunkedConvolution, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
 
     Raises:
         ValueError: for a block that the kernels do not serve; the message says why.
     """
-    chunked = _chunked(block, sh, edge.r_max, device, dtype)
     problem = chunked.problem
     network = copy.deepcopy(block.edge_mlp).double()
     table = radial.tabulate(

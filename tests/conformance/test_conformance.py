@@ -19,6 +19,7 @@ import gaq
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.lee import local_equivariance_error
+from gaq.cli import main
 from gaq.quantizers.weights import largest_code
 
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
@@ -397,6 +398,22 @@ def test_a_truncated_file_is_refused(
     path = tmp_path / f"cut{suffix}"
     path.write_bytes(data[: int(share * len(data))])
     refuse(path, "truncated")
+
+
+def test_inspect_says_what_is_not_fused(
+    case: Case,
+    saved: Callable[[str, str], Path],
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = saved("w8", suffix)
+    adapter = adapter_for_file(path)
+    with adapter.process_state():
+        assert adapter.unfused(adapter.load(path)) == {}
+    monkeypatch.setattr(type(adapter), "unfused", lambda self, model: {"interactions.0": "a reason"})
+    assert main(["inspect", str(path)]) == 0
+    assert "not on the fast path: interactions.0: a reason" in capsys.readouterr().out
 
 
 def test_a_flipped_bit_is_noticed(saved: Callable[[str, str], Path], tmp_path: Path, checked_suffix: str) -> None:

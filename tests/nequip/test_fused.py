@@ -19,11 +19,12 @@ from e3nn import o3
 from nequip_models import build_model, molecules, without_distillation
 
 import gaq
+from gaq.adapter import adapter_for
 from gaq.kernels import convolution, product, shims, signatures
 from gaq.kernels.cpu import native
 from gaq.quantizers.attention import RobustAttention
 from gaq_nequip.engine import fused
-from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse
+from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse, refusals
 from gaq_nequip.freeze import freeze
 from gaq_nequip.sites import class_name
 
@@ -112,6 +113,7 @@ def test_fused_attention_is_the_same_function(
     all_structures = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
     model = with_attention(variant)
     expected = evaluate(copy.deepcopy(model), all_structures)
+    assert refusals(model) == {}
     assert fuse(model) == {}
     assert all(isinstance(block, fused.FusedAttentionBlock) for block in blocks(model))
     ours = evaluate(model, all_structures)
@@ -155,8 +157,10 @@ def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
     gaq.prepare(model, {"preset": "w8", "distillation": {"steps": 0}})
     gaq.convert(model)
     freeze(model)
+    known = refusals(model)
     kept = fuse(model)
     assert len(kept) == 2
+    assert known == kept == adapter_for(model).unfused(model)
     assert all("per_edge_type_cutoff" in reason for reason in kept.values())
     assert not blocks(model)
 
