@@ -124,6 +124,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Let a float model run through fused kernels where they serve it, in place; elsewhere it stays as it is."""
+        ...
+
     def reference_path(self) -> AbstractContextManager[None]:
         """Return a context in which models run through plain operations."""
         ...

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.kernels.cpu import native
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
@@ -127,6 +128,14 @@ class MACEAdapter:
             return {}
         reason = serving.record_of(model, warn=False).reason
         return {} if reason is None else {"model": reason}
+
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        if serving.switched_off():
+            return model
+        try:
+            return engine.accelerate(model)
+        except (engine.Unsupported, native.CompilerError):  # the reference path gives the same numbers
+            return model
 
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()

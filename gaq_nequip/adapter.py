@@ -129,6 +129,9 @@ class NequIPAdapter:
     def unfused(self, model: torch.nn.Module) -> dict[str, str]:
         return {} if isinstance(model, files.CompiledModel) else refusals(model)
 
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 

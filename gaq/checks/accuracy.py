@@ -10,7 +10,7 @@ ERROR_GROWTH = 1.02
 """Largest ratio of the force error of a rounded model to that of its float model."""
 
 LOWEST_FLOAT_ERROR = 0.013
-"""RMS force error over RMS force of a very accurate float model; stands for the error where there are no labels."""
+"""RMS force error over RMS force of the most accurate float model in ``benchmarks/results/force_difference_*.json``."""
 
 
 def difference_of_growth(growth: float) -> float:
