@@ -58,10 +58,11 @@ def make_batches(
     heads = getattr(model, "heads", ["Default"])
     if head is None:
         head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
+    keys = _keys_of(model)
     with default_dtype(first.dtype):
         graphs = [
             data.AtomicData.from_config(
-                data.config_from_atoms(structure, head_name=head),
+                data.config_from_atoms(structure, key_specification=keys, head_name=head),
                 z_table=table,
                 cutoff=float(model.r_max),  # type: ignore[arg-type]  # a tensor
                 heads=heads,
@@ -78,6 +79,19 @@ def collated(graphs: Sequence[Any], atoms: int, device: torch.device) -> list[di
         batch: Any = torch_geometric.Batch.from_data_list(list(graphs[span]), [None], [None])
         batches.append(batch.to(device).to_dict())
     return batches
+
+
+_CALCULATOR_KEYS = {"total_charge": "charge", "total_spin": "spin"}
+
+
+def _keys_of(model: torch.nn.Module) -> data.KeySpecification:
+    """Where structures hold the properties that a model embeds: where `MACECalculator` looks for them."""
+    info: dict[str, str] = {}
+    arrays: dict[str, str] = {}
+    for name, spec in (getattr(model, "embedding_specs", None) or {}).items():
+        place = info if spec["per"] == "graph" else arrays
+        place[name] = _CALCULATOR_KEYS.get(name, spec.get("key", name))
+    return data.KeySpecification(info_keys=info, arrays_keys=arrays)
 
 
 def _symbol(number: int) -> str:
