@@ -3,10 +3,10 @@
     python benchmarks/quantize_time.py --work DIR [--only azobenzene "MP-0 medium"] [--repeats 3]
 
 Two cases: the trained model of azobenzene in ../shared with 20 structures, and the shape of MACE-MP-0 medium (89
-elements, 128x0e+128x1o, random weights) with 20 cells of 64 atoms. ``gaq quantize`` runs in a process of its own, on one
-thread; its peak memory is that process's. The files are loaded in processes of their own, stock and ours in turn, after
-the imports and a first load of a tiny model, which are no model's cost. Times are of the processor, with the wall
-clock's beside them: other work on the machine changes them less.
+elements, 128x0e+128x1o, random weights) with 20 cells of 64 atoms. ``gaq quantize`` runs in a process of its own, on
+one thread; its peak memory is that process's. The files are loaded in processes of their own, after the imports and a
+first load of a tiny model, which are no model's cost. Times are of the processor, with the wall clock's beside them:
+other work on the machine changes them less.
 
 With random weights the gates may fail where a trained model's pass, so --force writes the file all the same.
 """
