@@ -1,6 +1,6 @@
 """Foundation shapes through the product's own commands: accepted, size, time, memory, speed and exactness.
 
-    python benchmarks/foundation.py --work DIR [--cells 20] [--repeats 7] [--only NAME ...]
+    python benchmarks/foundation.py --work DIR [--cells 20] [--config gaq] [--repeats 7] [--only NAME ...]
 
 For each of `foundation_shapes.SHAPES` (random weights, 64-atom cells, one thread) three processes run one after the
 other: one writes the model and the cells; one is ``gaq quantize`` on the cells; one loads the stock file and ours and
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -60,10 +59,10 @@ def make(name: str, folder: Path, count: int, channels: int | None = None, side:
     write(folder / "steps.xyz", made[-1])
 
 
-def quantize_command(folder: Path) -> list[str]:
+def quantize_command(folder: Path, config: str) -> list[str]:
     """The arguments of ``gaq`` that make ``gaq.model``."""
     paths = [str(folder / name) for name in ("float.model", "cells.xyz", "gaq.model")]
-    return ["quantize", paths[0], "--calibration", paths[1], "-o", paths[2], "--force"]
+    return ["quantize", paths[0], "--calibration", paths[1], "-o", paths[2], "--config", config, "--force"]
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -135,7 +134,7 @@ def warm_up(folder: Path) -> None:
     small.mkdir(exist_ok=True)
     files = [small / "float.model", small / "gaq.model"]
     if not files[1].exists():
-        make("MP-0 medium", small, 1, channels=4, side=1)
+        make("MP-0 medium", small, 1, channels=4, side=2)
         spec = {"preset": "gaq", "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
         model = gaq.quantize(gaq.load(files[0]), [read(small / "steps.xyz")], spec, progress=False)
         gaq.save(model, files[1])
@@ -149,30 +148,37 @@ def relative(ours: np.ndarray, stock: np.ndarray) -> float:
     return float(np.linalg.norm(ours - stock) / np.linalg.norm(stock))
 
 
+WATCHED = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+row = {"exit_code": code, "s": used.ru_utime + used.ru_stime, "wall_s": time.perf_counter() - start}
+json.dump({**row, "peak_gib": used.ru_maxrss / 2**20}, open(sys.argv[1], "w"))
+"""
+"""A process that starts another one and watches it. It is small: Linux counts the memory of the process that forks."""
+
+
 def run(command: list[str], log: Path) -> dict[str, Any]:
     """Run a process; its exit code, seconds and peak memory. The output goes to a file."""
-    start = time.perf_counter()
+    result = log.with_suffix(".json")
     with open(log, "w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone
-    return {
-        "exit_code": os.waitstatus_to_exitcode(status),
-        "s": usage.ru_utime + usage.ru_stime,
-        "wall_s": time.perf_counter() - start,
-        "peak_gib": usage.ru_maxrss / 2**20,
-    }
+        watched = [sys.executable, "-c", WATCHED, str(result), *command]
+        subprocess.run(watched, stdout=stream, stderr=subprocess.STDOUT, check=True)
+    measured: dict[str, Any] = json.loads(result.read_text())
+    return measured
 
 
-def shape_row(name: str, work: Path, count: int, repeats: int) -> dict[str, Any]:
+def shape_row(name: str, work: Path, count: int, repeats: int, config: str) -> dict[str, Any]:
     """The row of one shape; what fails is in it, with the last line that the process printed."""
     folder = work / re.sub(r"[^A-Za-z0-9-]+", "_", name)
     folder.mkdir(parents=True, exist_ok=True)
     this = [sys.executable, "-W", "ignore", __file__, "--work", str(folder), "--cells", str(count)]
-    row: dict[str, Any] = {"shape": name, "cells": count}
+    row: dict[str, Any] = {"shape": name, "cells": count, "config": config}
     if not (folder / "steps.xyz").exists():
         run([*this, "--stage", "make", "--only", name], folder / "make.log")
     gaq = [sys.executable, "-W", "ignore", "-c", "import sys; from gaq.cli import main; sys.exit(main())"]
-    row["quantize"] = run([*gaq, *quantize_command(folder)], folder / "quantize.log")
+    row["quantize"] = run([*gaq, *quantize_command(folder, config)], folder / "quantize.log")
     row["accepted"] = (folder / "gaq.model").exists()
     if not row["accepted"]:
         return row | {"reason": last_line(folder / "quantize.log")}
@@ -217,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, logs and finished rows")
     parser.add_argument("--cells", type=int, default=20, help="64-atom cells to calibrate on")
+    parser.add_argument("--config", default="gaq", help="what gaq quantize is given as --config")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps after the first call")
     parser.add_argument("--only", nargs="*", metavar="NAME", help=f"shapes; all of {', '.join(SHAPES)} by default")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # one process of a row
@@ -239,7 +246,7 @@ def main() -> None:
     rows = load_json(work / "rows.json")
     for name in names:
         if name not in rows:
-            rows[name] = shape_row(name, work, arguments.cells, arguments.repeats)
+            rows[name] = shape_row(name, work, arguments.cells, arguments.repeats, arguments.config)
             (work / "rows.json").write_text(json.dumps(rows, indent=1))
             print(table([rows[name]]), flush=True)
     finished = [rows[name] for name in SHAPES if name in rows]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
+from gaq.checks.structures import check_calibration_structures
 from gaq.config.parse import ConfigSpec, parse_config
 from gaq.model.elements import check_calibration
 from gaq.model.state import require_state
@@ -112,7 +113,8 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         The same model.
 
     Raises:
-        ValueError: if the model is not prepared, or there are no structures.
+        ValueError: if the model is not prepared, there are no structures, or one has a single atom, or positions that
+            are not finite.
     """
     adapter = adapter_for(model)
     config = adapter.config(model)
@@ -122,6 +124,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         raise ValueError("this model is converted: its rounding is final. Start again from the float model.")
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
+    check_calibration_structures(structures)
     sample = choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
@@ -230,8 +233,8 @@ def report(
         nve_ps: length of a simulation without thermostat; 0 leaves it out.
         progress: whether to show progress bars.
         device: device to run on.
-        trained: apply the force-error bound of models trained with the key ``quantization``; checkpoints of such a
-            training get it without the flag.
+        trained: judge the model as trained with its rounding. Models trained with the key ``quantization`` say so
+            themselves; those of a training loop of your own do not.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mace  # noqa: F401  (before e3nn)
 import torch
+from e3nn import o3
 from torch import Tensor
 
 from gaq import settings
@@ -13,6 +15,7 @@ from gaq.kernels import linear
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.untyped import AnyModule
+from gaq_mace.engine.linears import LinearLayer
 from gaq_mace.engine.reading import input_quantizer_of, matrices_of, species_matrices_of
 
 __all__ = ["Integers", "integer_linears", "through_integers"]
@@ -69,50 +72,37 @@ def through_integers(layers: torch.nn.ModuleList, model: AnyModule) -> None:
     codes = quantized_weights(model)
     before: FeatureQuantizer | None = None
     layer: AnyModule  # a `Layer`; a ModuleList knows modules only
-    for number, layer in enumerate(layers):
-        block, product = model.interactions[number], model.products[number]
-        parts = (
-            ("linear", f"interactions.{number}.linear", block.linear),
-            ("up", f"interactions.{number}.linear_up", block.linear_up),
-            ("skip", f"interactions.{number}.skip_tp", block.skip_tp),
-            ("final", f"products.{number}.linear", product.linear),
-        )
-        for name, path, module in parts:
-            quantizer = input_quantizer_of(module)
-            if quantizer is None and (name == "up" or (name == "skip" and layer.residual)):
+    for layer, product in zip(layers, model.products, strict=True):
+        for part in layer.linears:
+            quantizer = input_quantizer_of(part.module)
+            if quantizer is None and part.reads_features:
                 # Node features are rounded once, at the output of the previous layer.
                 quantizer = before
-            weight = codes.get(f"{path}.weight")
+            weight = codes.get(f"{part.path}.weight")
             if weight is not None and quantizer is not None and rounds_all(quantizer):
-                mean = name == "linear" and not hasattr(block, "density_fn")
-                divisor = float(block.avg_num_neighbors) if mean else 1.0
-                _take_codes(layer, name, module, weight, int(quantizer.scalar_top), divisor)
+                _take_codes(layer, part, weight, int(quantizer.scalar_top))
         before = input_quantizer_of(product)
 
 
-def _take_codes(
-    layer: AnyModule, name: str, module: AnyModule, weight: QuantizedTensor, top: int, divisor: float
-) -> None:
+def _take_codes(layer: AnyModule, part: LinearLayer, weight: QuantizedTensor, top: int) -> None:
     """Let a layer compute the products of one module from integer codes, where the codes allow it.
 
     Args:
         layer: of the engine.
-        name: of the module's matrices in the layer: ``linear``, ``up``, ``skip`` or ``final``.
-        module: of the model.
+        part: the module, and how the layer holds its matrices.
         weight: codes and scales of the module's weight.
         top: largest code of its scalar inputs. Components of vectors take two planes: magnitudes have 16 bits at most.
-        divisor: number by which the layer divides the matrices.
     """
     index = weight.layout.scale_index(weight.granularity, weight.group_size)
-    scales = weight.scale.double().cpu()[index] / divisor
+    scales = weight.scale.double().cpu()[index] / part.divisor
     device = layer.contraction_coefficients.device
-    tops = [top if ir.l == 0 else PLANES_MAX for _, ir in module.irreps_out]
-    if name == "skip":
-        species_steps = species_matrices_of(module, scales)
-        for out, (_, matrices) in species_matrices_of(module, weight.codes, scaled=False).items():
+    tops = [top if ir.l == 0 else PLANES_MAX for _, ir in part.module.irreps_out]
+    if isinstance(part.module, o3.TensorProduct):
+        species_steps = species_matrices_of(part.module, scales)
+        for out, (_, matrices) in species_matrices_of(part.module, weight.codes, scaled=False).items():
             for z, (matrix, step) in enumerate(zip(matrices, species_steps[out][1], strict=True)):
-                layer.take(f"skip_{out}.{z}", Integers.of(matrix, step, tops[out], device))
+                layer.take(f"{part.name}_{out}.{z}", Integers.of(matrix, step, tops[out], device))
         return
-    steps = matrices_of(module, scales)
-    for out, matrix in matrices_of(module, weight.codes, scaled=False).items():
-        layer.take(f"{name}_{out}", Integers.of(matrix, steps[out], tops[out], device))
+    steps = matrices_of(part.module, scales)
+    for out, matrix in matrices_of(part.module, weight.codes, scaled=False).items():
+        layer.take(f"{part.name}_{out}", Integers.of(matrix, steps[out], tops[out], device))
