@@ -78,7 +78,7 @@ def converted(model: torch.nn.Module, preset: str, structures: list[Atoms]) -> t
 
 
 def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    batch: Any = next(iter(adapter_for(model).batches(model, structures, len(structures))))
+    batch: Any = next(iter(adapter_for(model).batches(model, structures, 1000)))
     plain = batch if isinstance(batch, dict) else batch.to_dict()
     found = {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in found.items()}
