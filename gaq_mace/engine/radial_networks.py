@@ -127,6 +127,12 @@ class RadialNetwork(torch.nn.Module):
             ends: what `properties_of` gives, for the sender and the receiver of each edge; None where the network reads
                 the radial basis alone.
         """
+        return self.before_last(radial, factor, ends) @ self.last
+
+    def before_last(
+        self, radial: Tensor, factor: Tensor | None = None, ends: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Compute what the matrix `last` multiplies, (edges, inputs of the last layer), from what `forward` takes."""
         x = radial
         if ends is not None:
             x = x @ self.of_basis + ends[0] + ends[1] if self.folded else torch.cat([x, *ends], dim=1)
@@ -135,4 +141,4 @@ class RadialNetwork(torch.nn.Module):
             x = self.round_last(x)
         if self.biased:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-        return (x if factor is None else x * factor) @ self.last
+        return x if factor is None else x * factor
