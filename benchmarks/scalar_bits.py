@@ -137,7 +137,7 @@ def with_bits(adapter: Adapter, model: torch.nn.Module, scalars: int | None, vec
         if vectors is not None:
             quantizer.magnitude_top = float(2**vectors - 1)
             quantizer.levels = 2 ** (vectors - 1) - 1  # as `gaq.codebooks.direction_levels`, beyond 16 bits
-    return adapter.potential(model, batch_size=4)
+    return adapter.potential(model)
 
 
 def displaced(structures: list[Atoms], count: int) -> list[Atoms]:
@@ -159,7 +159,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     atoms = [len(s) for s in case.structures]
     with adapter.process_state():
         converted = adapter.in_float64(quantized(case.model, case.structures))
-        floating = adapter.potential(adapter.in_float64(case.model), batch_size=4)
+        floating = adapter.potential(adapter.in_float64(case.model))
         smooth = with_bits(adapter, converted, None, None)
         points = displaced(case.structures, case.displacements)
         energies = np.asarray(smooth(points)[0])
