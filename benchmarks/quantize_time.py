@@ -103,7 +103,6 @@ def row(case: str, folder: Path, repeats: int) -> dict[str, Any]:
         "model": case,
         **measured,
         "distillation steps": int(distilled.group(1)) if distilled else 0,
-        "force difference": next(iter(re.findall(r"RMS force difference .*", text)), ""),
         "gates failed": failed.group(1) if failed else "none",
         "stock load s": float(np.median(loads["float.model"])),
         "load s": float(np.median(loads["gaq.model"])),
