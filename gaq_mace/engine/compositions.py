@@ -36,7 +36,8 @@ class Composition:
         bounds: species, first atom and end of each slice of equal species.
         tables: number of the radial table of a pair of species, (species, species); None where there is only one
             table, or where it depends on the edges which tables are needed.
-        knots: radial tables of each layer; None where it depends on the edges which tables are needed.
+        knots: radial tables of each layer, None for one without tables; None where it depends on the edges which tables
+            are needed.
     """
 
     key: bytes
@@ -46,7 +47,7 @@ class Composition:
     ordered: Tensor
     bounds: list[tuple[int, int, int]]
     tables: Tensor | None
-    knots: list[Knots] | None
+    knots: list[Knots | None] | None
 
 
 class Compositions:
@@ -95,7 +96,7 @@ class Compositions:
         radial_tables = self._radial_tables()
         pairs: tuple[int, ...] | None = (0,)
         tables = None
-        if radial_tables.by_species:
+        if radial_tables is not None and radial_tables.by_species:
             present = [z for z, _, _ in bounds]
             pairs = None
             # On the CPU nothing has to wait for a look at the edges, and only the pairs that occur need tables.
@@ -109,7 +110,7 @@ class Compositions:
         knots = None if pairs is None else self._knots(pairs, like)
         return Composition(key, species, by_species, place, species[by_species], bounds, tables, knots)
 
-    def tables(self, composition: Composition, edges: Tensor, like: Tensor) -> tuple[list[Knots], Tensor | None]:
+    def tables(self, composition: Composition, edges: Tensor, like: Tensor) -> tuple[list[Knots | None], Tensor | None]:
         """Radial tables of a step.
 
         Args:
@@ -118,7 +119,8 @@ class Compositions:
             like: has the dtype and device of the tables.
 
         Returns:
-            The tables of each layer, and the number of each edge's table; None where there is only one table.
+            The tables of each layer, None for one without tables, and the number of each edge's table; None where there
+            is only one table.
         """
         species = composition.species
         if composition.knots is not None:
@@ -126,6 +128,7 @@ class Compositions:
                 return composition.knots, None
             return composition.knots, composition.tables[species[edges[0]], species[edges[1]]]
         radial_tables = self._radial_tables()
+        assert radial_tables is not None
         first, second = species[edges[0]], species[edges[1]]
         codes = torch.minimum(first, second) * radial_tables.elements + torch.maximum(first, second)
         occurring, numbers = torch.unique(codes, return_inverse=True)
@@ -133,12 +136,11 @@ class Compositions:
         pairs = tuple(occurring.tolist()) or (0,)
         return self._knots(pairs, like), numbers
 
-    def _radial_tables(self) -> RadialTables:
-        """Radial tables of the first layer: all layers number the pairs of species alike."""
-        tables = self.layers[0].radial
-        assert isinstance(tables, RadialTables)
-        return tables
+    def _radial_tables(self) -> RadialTables | None:
+        """Radial tables of the first layer that has any: all layers number the pairs of species alike."""
+        layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
+        return next((layer.radial for layer in layers if layer.radial is not None), None)
 
-    def _knots(self, pairs: tuple[int, ...], like: Tensor) -> list[Knots]:
+    def _knots(self, pairs: tuple[int, ...], like: Tensor) -> list[Knots | None]:
         layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
         return [layer.tables(pairs, like) for layer in layers]

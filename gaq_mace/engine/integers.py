@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import mace  # noqa: F401  (before e3nn)
 import torch
+from e3nn import o3
 from torch import Tensor
 
 from gaq import settings
 from gaq.files.packing import PLANES_MAX
-from gaq.kernels import linear
+from gaq.kernels import linear as kernel
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
 from gaq_mace.engine.reading import input_quantizer_of, matrices_of, species_matrices_of
@@ -50,7 +52,7 @@ class Integers:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear.linear(x, self.codes, self.scale, None, True, self.group_size)
+        return kernel.linear(x, self.codes, self.scale, None, True, self.group_size)
 
 
 def rounds_all(quantizer: FeatureQuantizer | None) -> bool:
@@ -67,44 +69,35 @@ def through_integers(layers: torch.nn.ModuleList, model: Any) -> None:
     codes = quantized_weights(model)
     before: FeatureQuantizer | None = None
     layer: Any  # a `Layer`; a ModuleList knows modules only
-    for number, layer in enumerate(layers):
-        block, product = model.interactions[number], model.products[number]
-        parts = (
-            ("linear", f"interactions.{number}.linear", block.linear),
-            ("up", f"interactions.{number}.linear_up", block.linear_up),
-            ("skip", f"interactions.{number}.skip_tp", block.skip_tp),
-            ("final", f"products.{number}.linear", product.linear),
-        )
-        for name, path, module in parts:
-            quantizer = input_quantizer_of(module)
-            if quantizer is None and (name == "up" or (name == "skip" and layer.residual)):
+    for layer, product in zip(layers, model.products, strict=True):
+        for linear in layer.linears:
+            quantizer = input_quantizer_of(linear.module)
+            if quantizer is None and linear.reads_features:
                 # Node features are rounded once, at the output of the previous layer.
                 quantizer = before
-            weight = codes.get(f"{path}.weight")
+            weight = codes.get(f"{linear.path}.weight")
             if weight is not None and rounds_all(quantizer):
-                mean = name == "linear" and not hasattr(block, "density_fn")
-                _take_codes(layer, name, module, weight, float(block.avg_num_neighbors) if mean else 1.0)
+                _take_codes(layer, linear, weight)
         before = input_quantizer_of(product)
 
 
-def _take_codes(layer: Any, name: str, module: Any, weight: QuantizedTensor, divisor: float) -> None:
+def _take_codes(layer: Any, linear: Any, weight: QuantizedTensor) -> None:
     """Let a layer compute the products of one module from integer codes, where the codes allow it.
 
     Args:
         layer: of the engine.
-        name: of the module's matrices in the layer: ``linear``, ``up``, ``skip`` or ``final``.
-        module: of the model.
+        linear: `gaq_mace.engine.layer.LinearLayer` of the module.
         weight: codes and scales of the module's weight.
-        divisor: number by which the layer divides the matrices.
     """
+    name, module = linear.name, linear.module
     index = weight.layout.scale_index(weight.granularity, weight.group_size)
-    scales = weight.scale.double().cpu()[index] / divisor
+    scales = weight.scale.double().cpu()[index] / linear.divisor
     device = layer.contraction_coefficients.device
-    if name == "skip":
+    if isinstance(module, o3.TensorProduct):
         species_steps = species_matrices_of(module, scales)
         for out, (_, matrices) in species_matrices_of(module, weight.codes, scaled=False).items():
             for z, (matrix, step) in enumerate(zip(matrices, species_steps[out][1], strict=True)):
-                layer.take(f"skip_{out}.{z}", Integers.of(matrix, step, device))
+                layer.take(f"{name}_{out}.{z}", Integers.of(matrix, step, device))
         return
     steps = matrices_of(module, scales)
     for out, matrix in matrices_of(module, weight.codes, scaled=False).items():

@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, radial, rounding
+from gaq.kernels import contraction, convolution, rounding
 from gaq_mace.engine.compositions import Composition
+from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
 from gaq_mace.engine.radial_tables import Knots, RadialTables
-from gaq_mace.engine.reading import (
-    Unsupported,
-    class_name,
-    input_quantizer_of,
-    inputs_of,
-    matrices_of,
-    multiplicity,
-    species_matrices_of,
-)
+from gaq_mace.engine.reading import Unsupported, input_quantizer_of, inputs_of, matrices_of, multiplicity
 
-__all__ = ["INTERACTIONS", "Layer"]
-
-INTERACTIONS = (
-    "RealAgnosticInteractionBlock",
-    "RealAgnosticResidualInteractionBlock",
-    "RealAgnosticDensityInteractionBlock",
-    "RealAgnosticDensityResidualInteractionBlock",
-)
+__all__ = ["Layer", "LinearLayer"]
 
 
-def _refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
-    name = class_name(block)
-    if name not in INTERACTIONS:
-        raise Unsupported(f"interactions.{number} is a {name}; served are {', '.join(INTERACTIONS)}")
-    if input_quantizer_of(block) is not None:
-        raise Unsupported(f"the density weights of interactions.{number} are rounded")
+class LinearLayer(NamedTuple):
+    """A linear layer or product with species of the model, whose matrices a `Layer` holds.
+
+    Attributes:
+        name: of the matrices in the layer; each output block's is ``{name}_{block}``.
+        path: of the module in the model.
+        module: of the model.
+        divisor: number by which the layer divides the matrices.
+        reads_features: whether the module reads the node features of the layer before as they are, which are rounded
+            at the output of that layer.
+    """
+
+    name: str
+    path: str
+    module: Any
+    divisor: float = 1.0
+    reads_features: bool = False
+
+
+class Mixing(NamedTuple):
+    """A linear layer whose output blocks have at most one input block each.
+
+    Attributes:
+        name: of its matrices; see `LinearLayer`.
+        inputs: input block of each output block that has one.
+        rows_in: rows of the input blocks.
+        rows_out: rows of the output blocks.
+        channels: multiplicities of the output blocks.
+        round: rounding of its inputs.
+    """
+
+    name: str
+    inputs: dict[int, int]
+    rows_in: list[slice]
+    rows_out: list[slice]
+    channels: list[int]
+    round: Rounder
+
+
+def refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
+    """Refuse a convolution that the kernels cannot compute.
+
+    Raises:
+        Unsupported: naming the part.
+    """
     if hasattr(block, "conv_fusion"):
         raise Unsupported(f"interactions.{number} brings a convolution kernel of its own")
     tp = block.conv_tp
@@ -52,7 +77,8 @@ def _refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
 class Layer(torch.nn.Module):
     """One interaction block of MACE and the product basis after it, through the fused kernels.
 
-    Its tensors are read from the model once and never changed; they lie on the model's device.
+    Its tensors are read from the model once and never changed; they lie on the model's device. Subclasses read and
+    evaluate what differs between MACE's blocks: `_read_block` and `_interaction`.
 
     Args:
         model: a `ScaleShiftMACE`.
@@ -60,37 +86,46 @@ class Layer(torch.nn.Module):
         sh: coefficients of the spherical harmonics; see `gaq.kernels.harmonics.fit`.
         dtype: of the model.
 
+    Attributes:
+        radial: radial tables; None where the radial network is evaluated for each edge.
+        linears: linear layers whose matrices the layer holds.
+
     Raises:
         Unsupported: for a block that the kernels do not serve.
     """
 
     contraction_coefficients: Tensor
+    radial: RadialTables | None
+    # Module of the block that mixes the paths of a message.
+    MESSAGE_LINEAR = "linear"
 
     def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         block, product = model.interactions[number], model.products[number]
-        _refuse_unsupported(block, number, sh)
-        self.residual = "Residual" in class_name(block)
+        refuse_unsupported(block, number, sh)
+        self.linears: list[LinearLayer] = []
+        self.by_integers: dict[str, Integers] = {}
         self.channels = multiplicity(block.conv_tp.irreps_in1, f"input features of interactions.{number}")
         multiplicity(block.conv_tp.irreps_out, f"messages of interactions.{number}")
         self._read_convolution(block, number, sh, float(model.r_max))
         self._read_message_linear(block, number, dtype)
-        tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
-        try:
-            self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, tolerance)
-        except ValueError as error:
-            raise Unsupported(str(error)) from error
-        self._read_node_linears(block, number, dtype)
+        self._read_up(block, number, dtype)
+        self.radial = None
+        self._read_block(model, block, number, dtype)
         self._fold(product, dtype)
         self._read_product(product, number, dtype)
-        self.by_integers: dict[str, Integers] = {}
 
     # -- reading the model --
 
+    def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
+        """Read what is special to the kind of block: its radial functions and its linear layers."""
+        raise NotImplementedError
+
     def _read_convolution(self, block: Any, number: int, sh: list[Tensor], r_max: float) -> None:
         tp = block.conv_tp
-        group_of = {i_in: out for out, ins in inputs_of(block.linear).items() for i_in in ins}
-        self.target = block.linear.irreps_out
+        linear = getattr(block, self.MESSAGE_LINEAR)
+        group_of = {i_in: out for out, ins in inputs_of(linear).items() for i_in in ins}
+        mixed = linear.irreps_out
         paths = []
         for ins in tp.instructions:
             l1, l2 = tp.irreps_in1[ins.i_in1].ir.l, tp.irreps_in2[ins.i_in2].ir.l
@@ -102,7 +137,7 @@ class Layer(torch.nn.Module):
         self.problem = convolution.ConvolutionProblem(
             self.channels,
             tuple(ir.l for _, ir in tp.irreps_in1),
-            tuple(ir.l for _, ir in self.target),
+            tuple(ir.l for _, ir in mixed),
             tuple(paths),
             tuple(sh),
             r_max,
@@ -111,56 +146,67 @@ class Layer(torch.nn.Module):
 
     def _read_message_linear(self, block: Any, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer that mixes the paths of a message, and the rounding of what it reads."""
-        matrices, inputs = matrices_of(block.linear), inputs_of(block.linear)
-        for group in range(len(self.target)):
+        path = f"interactions.{number}.{self.MESSAGE_LINEAR}"
+        linear = getattr(block, self.MESSAGE_LINEAR)
+        inputs = inputs_of(linear)
+        for group in range(len(self.problem.groups)):
             blocks = [self.path_blocks[p] for p in self.problem.group_paths(group)]
             if not blocks or blocks != inputs.get(group):
-                raise Unsupported(f"interactions.{number}.linear reads its inputs in an order of its own")
-            matrix = matrices[group]
-            if not hasattr(block, "density_fn"):
-                matrix = matrix / float(block.avg_num_neighbors)
-            self.register_buffer(f"linear_{group}", matrix.to(dtype))
-        self.message_quantizer = input_quantizer_of(block.linear)
+                raise Unsupported(f"{path} reads its inputs in an order of its own")
+        self._take_linear(LinearLayer("linear", path, linear, self._message_divisor(block)), dtype)
+        self.message_quantizer = input_quantizer_of(linear)
         self.message_plan = self._plan_messages()
 
-    def _read_node_linears(self, block: Any, number: int, dtype: torch.dtype) -> None:
-        """Read ``linear_up`` and the product with the species, ``skip_tp``."""
-        up = matrices_of(block.linear_up)
-        for out, inputs in inputs_of(block.linear_up).items():
-            if inputs != [out]:
-                raise Unsupported(f"interactions.{number}.linear_up mixes blocks")
-            self.register_buffer(f"up_{out}", up[out].to(dtype))
-        if len(up) != len(block.conv_tp.irreps_in1):
-            raise Unsupported(f"interactions.{number}.linear_up leaves a block empty")
-        self.in_rows = rows_of(block.linear_up.irreps_in)
-        self.round_up = Rounder(input_quantizer_of(block.linear_up), block.linear_up.irreps_in, self.channels)
+    def _message_divisor(self, block: Any) -> float:
+        """Number by which every message is divided."""
+        return float(block.avg_num_neighbors)
 
-        skip = species_matrices_of(block.skip_tp)
-        self.skip_inputs = {out: i_in for out, (i_in, _) in skip.items()}
-        for out, (_, matrix) in skip.items():
-            self.register_buffer(f"skip_{out}", matrix.to(dtype))
-        self.round_skip = Rounder(input_quantizer_of(block.skip_tp), block.skip_tp.irreps_in1, self.channels)
-        self.skip_rows = rows_of(block.skip_tp.irreps_out)
-        self.target_rows = rows_of(self.target)
+    def _take_linear(self, linear: LinearLayer, dtype: torch.dtype) -> None:
+        """Register the matrices of a linear layer."""
+        for out, matrix in matrices_of(linear.module).items():
+            self.register_buffer(f"{linear.name}_{out}", (matrix / linear.divisor).to(dtype))
+        self.linears.append(linear)
+
+    def _read_mixing(self, linear: LinearLayer, dtype: torch.dtype) -> Mixing:
+        """Read a linear layer each of whose output blocks has at most one input block, and its rounding.
+
+        Raises:
+            Unsupported: if it mixes blocks.
+        """
+        inputs = inputs_of(linear.module)
+        if any(len(blocks) != 1 for blocks in inputs.values()):
+            raise Unsupported(f"{linear.path} mixes blocks")
+        self._take_linear(linear, dtype)
+        irreps_in, irreps_out = linear.module.irreps_in, linear.module.irreps_out
+        channels = multiplicity(irreps_in, f"inputs of {linear.path}")
+        return Mixing(
+            linear.name,
+            {out: blocks[0] for out, blocks in inputs.items()},
+            rows_of(irreps_in),
+            rows_of(irreps_out),
+            [mul for mul, _ in irreps_out],
+            Rounder(input_quantizer_of(linear.module), irreps_in, channels),
+        )
+
+    def _read_up(self, block: Any, number: int, dtype: torch.dtype) -> None:
+        """Read ``linear_up``, which makes of node features those that edges read."""
+        path = f"interactions.{number}.linear_up"
+        self.up = self._read_mixing(LinearLayer("up", path, block.linear_up, reads_features=True), dtype)
 
     def _read_product(self, product: Any, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer after the contraction, and the rounding around it."""
         self.use_sc = bool(product.use_sc)
         self.agnostic = bool(getattr(product, "use_agnostic_product", False))
+        self.final = self._read_mixing(LinearLayer("final", f"products.{number}.linear", product.linear), dtype)
         self.out_irreps = product.linear.irreps_out
         self.out_rows = rows_of(self.out_irreps)
-        final = matrices_of(product.linear)
-        for out, inputs in inputs_of(product.linear).items():
-            if inputs != [out]:
-                raise Unsupported(f"products.{number}.linear mixes blocks")
-            self.register_buffer(f"final_{out}", final[out].to(dtype))
-        self.round_final = Rounder(input_quantizer_of(product.linear), self.out_irreps, self.channels)
-        self.round_out = Rounder(input_quantizer_of(product), self.out_irreps, self.channels)
+        channels = multiplicity(self.out_irreps, f"node features of products.{number}")
+        self.round_out = Rounder(input_quantizer_of(product), self.out_irreps, channels)
 
     def _fold(self, product: Any, dtype: torch.dtype) -> None:
         """Fold the weights of the symmetric contraction into its coupling tensors."""
         symmetric = product.symmetric_contractions
-        rows_in = sum(ir.dim for _, ir in self.target)
+        rows_in = sum(ir.dim for _, ir in symmetric.irreps_in)
         outputs = symmetric.irreps_out
         tensors = []
         for part, rows in zip(symmetric.contractions, rows_of(outputs), strict=True):
@@ -246,77 +292,74 @@ class Layer(torch.nn.Module):
             rounded_groups.append(torch.cat(blocks_of_group, dim=2).reshape(atoms * d, -1))
         return rounded_groups
 
-    def _skip(self, x: Tensor, rows_in: list[slice], rows_out: list[slice], composition: Composition) -> Tensor:
-        """Product of features with the species, (atoms, rows, channels)."""
-        parts = []
-        for out, rows in enumerate(rows_out):
-            if out in self.skip_inputs:
-                rows_read = rows_in[self.skip_inputs[out]]
-                parts.append(self._species_product(x[:, rows_read], f"skip_{out}", composition))
-            else:  # the block has no input of its degree
-                parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.channels))
-        return torch.cat(parts, dim=1)
+    def mix(self, mixing: Mixing, x: Tensor) -> Tensor:
+        """Apply a linear layer with its rounding to features, (atoms, rows, channels)."""
+        return torch.cat(self.mix_blocks(mixing, x), dim=1)
 
-    def tables(self, pairs: tuple[int, ...], like: Tensor) -> Knots:
-        """Radial tables of the given pairs of species, end to end.
+    def mix_blocks(self, mixing: Mixing, x: Tensor) -> list[Tensor]:
+        """Apply a linear layer with its rounding to features; each output block is (atoms, components, channels)."""
+        x = mixing.round(x)
+        blocks = []
+        for out, (rows, channels) in enumerate(zip(mixing.rows_out, mixing.channels, strict=True)):
+            if out in mixing.inputs:
+                blocks.append(self._mixed(x[:, mixing.rows_in[mixing.inputs[out]]], f"{mixing.name}_{out}"))
+            else:  # no input of its degree
+                blocks.append(x.new_zeros(x.shape[0], rows.stop - rows.start, channels))
+        return blocks
 
-        Raises:
-            Unsupported: if the radial functions of a pair cannot be tabulated.
-        """
-        try:
-            return self.radial.tables(pairs, like.dtype, like.device)
-        except ValueError as error:
-            raise Unsupported(str(error)) from error
-
-    def _density(self, knots: Tensor, graph: convolution.Graph, vectors: Tensor, atoms: int) -> Tensor:
-        """Edge density of each atom, (atoms,); a message is divided by the density plus one."""
-        lengths = vectors.norm(dim=-1)
-        if graph.tables is None:
-            edge = radial.evaluate(knots, lengths, self.problem.r_max)
-        else:
-            edge = radial.evaluate_several(knots, lengths, self.problem.r_max, graph.tables, 1)
-        return edge.new_zeros(atoms).index_add(0, graph.receiver, edge[:, 0, 0])
-
-    def forward(
-        self, features: Tensor, graph: convolution.Graph, vectors: Tensor, composition: Composition, tables: Knots
-    ) -> Tensor:
-        """Compute the node features of the next layer, (atoms, rows, channels).
+    def mix_messages(self, message: Tensor, atoms: int) -> list[Tensor]:
+        """Mix the paths of messages.
 
         Args:
-            features: of nodes, (atoms, rows, channels), atoms sorted by species.
-            graph: senders and receivers, in that order of atoms.
-            vectors: of edges, (edges, 3) in Å.
-            composition: species of the atoms.
-            tables: radial tables of the layer.
+            message: as `gaq.kernels.convolution.convolution` gives it.
+            atoms: number of atoms.
+
+        Returns:
+            For each output block (atoms, components, channels).
         """
-        atoms = features.shape[0]
-        sc = None
-        if self.residual:
-            x = self.round_skip(features)
-            sc = self._skip(x, self.in_rows, self.skip_rows, composition)
-        x = self.round_up(features)
-        x = torch.cat([self._mixed(x[:, r], f"up_{i}") for i, r in enumerate(self.in_rows)], dim=1)
-        knots, density_knots = tables
-        message = convolution.convolution(self.problem, graph, x, vectors, knots)
         if self.message_plan is not None:
             message = rounding.round_features(message, self.message_plan, atoms)
         groups = self.problem.split(message, atoms)
         if self.message_plan is None:
             groups = self._round_messages(groups, atoms)
-        mixed = [
+        return [
             self._product(g, f"linear_{i}").view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
-        x = torch.cat(mixed, dim=1)
-        if density_knots is not None:
-            x = x / (self._density(density_knots, graph, vectors, atoms) + 1)[:, None, None]
-        if not self.residual:
-            x = self.round_skip(x)
-            x = self._skip(x, self.target_rows, self.skip_rows, composition)
+
+    def tables(self, pairs: tuple[int, ...], like: Tensor) -> Knots | None:
+        """Radial tables of the given pairs of species, end to end; None for a layer without tables.
+
+        Raises:
+            Unsupported: if the radial functions of a pair cannot be tabulated.
+        """
+        if self.radial is None:
+            return None
+        try:
+            return self.radial.tables(pairs, like.dtype, like.device)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+
+    def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
+        """Compute the interaction block.
+
+        Returns:
+            What the contraction reads, and what is added after it, both (atoms, rows, channels).
+        """
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, edges: Edges, composition: Composition) -> Tensor:
+        """Compute the node features of the next layer, (atoms, rows, channels).
+
+        Args:
+            features: of nodes, (atoms, rows, channels), atoms sorted by species.
+            edges: in that order of atoms, with the radial tables of the layer.
+            composition: species of the atoms.
+        """
+        x, sc = self._interaction(features, edges, composition)
         species = torch.zeros_like(composition.ordered) if self.agnostic else composition.ordered
         x = contraction.contraction(self.polynomial, x, species, self.contraction_coefficients)
-        x = self.round_final(x)
-        x = torch.cat([self._mixed(x[:, r], f"final_{i}") for i, r in enumerate(self.out_rows)], dim=1)
+        x = self.mix(self.final, x)
         if self.use_sc and sc is not None:
             x = x + sc
         return self.round_out(x)

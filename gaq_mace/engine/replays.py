@@ -31,7 +31,8 @@ def held_by(model: Any) -> Held:
     Returns:
         For each tensor the dictionary that holds it, and its name there.
     """
-    parts = [model.atomic_energies_fn, model.readouts, model.scale_shift, getattr(model, "pair_repulsion_fn", None)]
+    parts = [model.atomic_energies_fn, model.readouts, model.scale_shift, model.radial_embedding]
+    parts.append(getattr(model, "pair_repulsion_fn", None))
     return [
         (held, name)
         for part in parts

@@ -17,8 +17,9 @@ from gaq.kernels.gpu.graphs import Graphs, Outputs
 from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq_mace.engine.compositions import Composition, Compositions
+from gaq_mace.engine.edges import EdgeFeatures, Edges
 from gaq_mace.engine.integers import integer_linears, through_integers
-from gaq_mace.engine.layer import Layer
+from gaq_mace.engine.interactions import layer_of
 from gaq_mace.engine.layouts import to_mul_ir
 from gaq_mace.engine.reading import Unsupported, matrices_of
 from gaq_mace.engine.replays import beyond, held_by, replayed
@@ -61,7 +62,8 @@ class Engine(torch.nn.Module):
             ),
             attributes.irreps_out.lmax,
         )
-        self.layers = torch.nn.ModuleList(Layer(model, i, sh, dtype) for i in range(len(model.interactions)))
+        self.layers = torch.nn.ModuleList(layer_of(model, i, sh, dtype) for i in range(len(model.interactions)))
+        self.reads_edges = any(layer.radial is None for layer in self.layers)
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
         embedding = matrices_of(model.node_embedding.linear)[0]
@@ -115,7 +117,8 @@ class Engine(torch.nn.Module):
         if hasattr(model, "pair_repulsion"):
             numbers = model.atomic_numbers
             energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
-        node_feats = self._node_feats(data["edge_index"], vectors, composition)
+        edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition)
+        node_feats = self._node_feats(edges, composition)
         for i, readout in enumerate(model.readouts):
             layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
             energies.append(readout(layer_feats, heads)[atoms, heads])
@@ -151,19 +154,35 @@ class Engine(torch.nn.Module):
             "node_feats": torch.cat(node_feats, dim=-1),
         }
 
-    def _node_feats(self, edge_index: Tensor, vectors: Tensor, composition: Composition) -> list[Tensor]:
+    def _edges(
+        self, edge_index: Tensor, vectors: Tensor, lengths: Tensor, attributes: Tensor, composition: Composition
+    ) -> list[Edges]:
+        """Edges of a step for each layer, atoms in the order of the composition."""
+        model: Any = self.__dict__["model"]
+        if self.reads_edges and not gpu.chosen(vectors.device):
+            # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for them.
+            inside = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
+            edge_index, vectors, lengths = edge_index[:, inside], vectors[inside], lengths[inside]
+        knots, tables = self.compositions.tables(composition, edge_index, vectors)
+        sender, receiver = composition.place[edge_index]
+        graph = convolution.Graph(sender, receiver, tables)
+        features = None
+        if self.reads_edges:
+            basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
+            first, second = composition.species[edge_index]
+            features = EdgeFeatures(basis, cutoff, first, second)
+        return [Edges(graph, vectors, layer_knots, features) for layer_knots in knots]
+
+    def _node_feats(self, edges: list[Edges], composition: Composition) -> list[Tensor]:
         """Run the layers.
 
         Returns:
             Node features after each layer, (atoms, irreps.dim) in e3nn's layout and the order of the data.
         """
-        edges = composition.place[edge_index]
-        knots, tables = self.compositions.tables(composition, edge_index, vectors)
-        graph = convolution.Graph(edges[0], edges[1], tables)
         features = self.embedding[composition.ordered][:, None]
         node_feats = []
         layer: Any  # a `Layer`; a ModuleList knows modules only
-        for layer, layer_knots in zip(self.layers, knots, strict=True):
-            features = layer(features, graph, vectors, composition, layer_knots)
+        for layer, layer_edges in zip(self.layers, edges, strict=True):
+            features = layer(features, layer_edges, composition)
             node_feats.append(to_mul_ir(features, layer.out_rows)[composition.place])
         return node_feats

@@ -1,0 +1,46 @@
+"""Edges of a step, as the engine's layers read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gaq.kernels import convolution
+from gaq_mace.engine.radial_tables import Knots
+
+__all__ = ["EdgeFeatures", "Edges"]
+
+
+@dataclass(frozen=True)
+class EdgeFeatures:
+    """Inputs of radial networks that are evaluated for each edge.
+
+    Attributes:
+        radial: radial basis, (edges, basis).
+        cutoff: cutoff function where MACE applies it after the network, (edges, 1); None where the basis contains it.
+        sender: species of the senders, (edges,).
+        receiver: species of the receivers, (edges,).
+    """
+
+    radial: Tensor
+    cutoff: Tensor | None
+    sender: Tensor
+    receiver: Tensor
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges of a step.
+
+    Attributes:
+        graph: senders and receivers.
+        vectors: (edges, 3) in Å.
+        tables: radial tables of the layer; None for a layer without tables.
+        features: inputs of radial networks; None where no layer reads them.
+    """
+
+    graph: convolution.Graph
+    vectors: Tensor
+    tables: Knots | None
+    features: EdgeFeatures | None
