@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gaq.kernels import convolution
-from gaq_mace.engine.radial_tables import Knots
+from gaq_mace.engine.radial_tables import Tables
 
 __all__ = ["EdgeFeatures", "Edges"]
 
@@ -36,11 +36,11 @@ class Edges:
     Attributes:
         graph: senders and receivers.
         vectors: (edges, 3) in Å.
-        tables: radial tables of the layer; None for a layer without tables.
+        tables: radial tables of the layer; None where its radial network is evaluated for each edge.
         features: inputs of radial networks; None where no layer reads them.
     """
 
     graph: convolution.Graph
     vectors: Tensor
-    tables: Knots | None
+    tables: Tables | None
     features: EdgeFeatures | None

@@ -62,7 +62,7 @@ def replayed(
     atoms, edges = data["positions"].shape[0], data["edge_index"].shape[1]
     device = data["positions"].device
     inputs: dict[str, Tensor] = {name: data[name] for name in INPUTS if data.get(name) is not None}
-    if composition.knots is None or not atoms or not graphs.serves(device, edges):
+    if composition.tables is None or not atoms or not graphs.serves(device, edges):
         return None
     # A caller who differentiates by anything but the positions, or further, needs an autograd graph.
     inputs_have_graph = data.get("displacement") is not None or any(t.grad_fn is not None for t in inputs.values())
