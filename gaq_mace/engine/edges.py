@@ -19,12 +19,14 @@ class EdgeFeatures:
     Attributes:
         radial: radial basis, (edges, basis).
         cutoff: cutoff function where MACE applies it after the network, (edges, 1); None where the basis contains it.
+        inside: 1 within the cutoff and 0 beyond, (edges, 1).
         sender: species of the senders, (edges,).
         receiver: species of the receivers, (edges,).
     """
 
     radial: Tensor
     cutoff: Tensor | None
+    inside: Tensor
     sender: Tensor
     receiver: Tensor
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gaq.kernels import convolution, radial
 from gaq_mace.engine.compositions import Composition
-from gaq_mace.engine.edges import EdgeFeatures, Edges
+from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.layer import Layer, LinearLayer
 from gaq_mace.engine.layouts import Rounder, rows_of
 from gaq_mace.engine.radial_networks import RadialNetwork
@@ -37,11 +37,13 @@ class AgnosticLayer(Layer):
     def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
         if input_quantizer_of(block) is not None:
             raise Unsupported(f"the density weights of interactions.{number} are rounded")
-        tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         try:
-            self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, tolerance)
+            self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, dtype)
         except ValueError as error:
             raise Unsupported(str(error)) from error
+        if self.radial.by_species:
+            self.network = RadialNetwork(block.conv_tp_weights, dtype)
+            self.density = RadialNetwork(block.density_fn, dtype) if hasattr(block, "density_fn") else None
         self.residual = "Residual" in class_name(block)
         self._read_skip(block, number, dtype)
 
@@ -70,24 +72,31 @@ class AgnosticLayer(Layer):
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.skip_channels))
         return torch.cat(parts, dim=1)
 
-    def _density(self, edges: Edges, knots: Tensor, atoms: int) -> Tensor:
-        """Edge density of each atom, (atoms,); a message is divided by the density plus one."""
+    def _density_of(self, edges: Edges, atoms: int) -> Tensor | None:
+        """Edge density of each atom, (atoms,), where the block has one: a message is divided by the density plus one."""
+        if edges.tables is None:
+            return None if self.density is None else self._evaluated_density(self.density, edges, atoms)
+        table = edges.tables[1]
+        if table is None:
+            return None
         lengths = edges.vectors.norm(dim=-1)
         if edges.graph.tables is None:
-            edge = radial.evaluate(knots, lengths, self.problem.r_max)
+            edge = radial.evaluate(table, lengths, self.problem.r_max)
         else:
-            edge = radial.evaluate_several(knots, lengths, self.problem.r_max, edges.graph.tables, 1)
+            edge = radial.evaluate_several(table, lengths, self.problem.r_max, edges.graph.tables, 1)
         return edge.new_zeros(atoms).index_add(0, edges.graph.receiver, edge[:, 0, 0])
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
         sc = self._skip(features, composition) if self.residual else None
-        assert edges.tables is not None
-        knots, density_knots = edges.tables
-        message = convolution.convolution(self.problem, edges.graph, self.mix(self.up, features), edges.vectors, knots)
+        tabulated = edges.tables is not None
+        weights = self._evaluated_weights(self.network, edges) if edges.tables is None else edges.tables[0]
+        x = self.mix(self.up, features)
+        message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated)
         x = torch.cat(self.mix_messages(message, atoms), dim=1)
-        if density_knots is not None:
-            x = x / (self._density(edges, density_knots, atoms) + 1)[:, None, None]
+        density = self._density_of(edges, atoms)
+        if density is not None:
+            x = x / (density + 1)[:, None, None]
         return (x, sc) if self.residual else (self._skip(x, composition), None)
 
 
@@ -135,21 +144,6 @@ class NonLinearLayer(Layer):
         if len(gate.irreps_scalars) != 1 or block.linear_1.irreps_out[0].ir.l != 0:
             raise Unsupported(f"{path}.equivariant_nonlin has scalars of several kinds")
 
-    def _weights(self, edges: EdgeFeatures) -> Tensor:
-        """Radial weights of each edge, (edges, paths, channels)."""
-        weights: Tensor = self.network(edges)
-        if edges.cutoff is not None:
-            weights = weights * edges.cutoff
-        return weights.view(-1, len(self.problem.paths), self.channels)
-
-    def _density(self, edges: Edges, atoms: int) -> Tensor:
-        """Edge density of each atom, (atoms,)."""
-        assert edges.features is not None
-        density = torch.tanh(self.density(edges.features) ** 2)
-        if edges.features.cutoff is not None:
-            density = density * edges.features.cutoff
-        return density.new_zeros(atoms).index_add(0, edges.graph.receiver, density[:, 0])
-
     def _gated(self, blocks: list[Tensor]) -> Tensor:
         """Apply the gate to blocks (atoms, components, channels); the first holds scalars, then gates."""
         channels = blocks[1].shape[2] if len(blocks) > 1 else blocks[0].shape[2]
@@ -160,12 +154,11 @@ class NonLinearLayer(Layer):
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
-        assert edges.features is not None
         sc = self.mix(self.skip, features)
         x = self.mix(self.up, features)
-        weights = self._weights(edges.features)
+        weights = self._evaluated_weights(self.network, edges)
         message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated=False)
-        scale = (1.0 / (self._density(edges, atoms) * self.beta + self.alpha))[:, None, None]
+        scale = (1.0 / (self._evaluated_density(self.density, edges, atoms) * self.beta + self.alpha))[:, None, None]
         pairs = zip(self.mix_messages(message, atoms), self.mix_blocks(self.residual, x), strict=True)
         return self.mix(self.second, self._gated([mixed * scale + kept for mixed, kept in pairs])), sc
 

@@ -14,6 +14,7 @@ from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
+from gaq_mace.engine.radial_networks import RadialNetwork
 from gaq_mace.engine.radial_tables import RadialTables
 from gaq_mace.engine.reading import Unsupported, input_quantizer_of, inputs_of, matrices_of, multiplicity
 
@@ -326,6 +327,23 @@ class Layer(torch.nn.Module):
             self._product(g, f"linear_{i}").view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
+
+    def _evaluated_weights(self, network: RadialNetwork, edges: Edges) -> Tensor:
+        """Radial weights of each edge from the network itself, (edges, paths, channels)."""
+        assert edges.features is not None
+        weights: Tensor = network(edges.features)
+        if edges.features.cutoff is not None:
+            weights = weights * edges.features.cutoff
+        return weights.view(-1, len(self.problem.paths), self.channels)
+
+    def _evaluated_density(self, network: RadialNetwork, edges: Edges, atoms: int) -> Tensor:
+        """Edge density of each atom from the network itself, (atoms,)."""
+        assert edges.features is not None
+        density = torch.tanh(network(edges.features) ** 2)
+        # Without the cutoff function nothing else would leave out the edges beyond.
+        factor = edges.features.inside if edges.features.cutoff is None else edges.features.cutoff
+        density = density * factor
+        return density.new_zeros(atoms).index_add(0, edges.graph.receiver, density[:, 0])
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         """Compute the interaction block.

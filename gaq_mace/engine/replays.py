@@ -6,7 +6,7 @@ with edges that lie beyond the cutoff.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from gaq.kernels.gpu.graphs import Graphs, Outputs, bucket
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.reading import python_modules
 
-__all__ = ["INPUTS", "beyond", "held_by", "padded", "replayed"]
+__all__ = ["INPUTS", "beyond", "held_by", "inputs_of", "padded", "replayed"]
 
 INPUTS = ("positions", "edge_index", "shifts", "unit_shifts", "cell", "batch", "node_attrs", "head", "ptr")
-"""Entries of the data that a step reads."""
+"""Entries of the data that a step of any model reads; see `inputs_of`."""
 
 Step = Callable[[dict[str, Tensor], Composition, dict[str, bool]], Outputs]
 Held = list[tuple[Mapping[str, "Tensor | None"], str]]
@@ -31,8 +31,9 @@ def held_by(model: Any) -> Held:
     Returns:
         For each tensor the dictionary that holds it, and its name there.
     """
-    parts = [model.atomic_energies_fn, model.readouts, model.scale_shift, model.radial_embedding]
-    parts.append(getattr(model, "pair_repulsion_fn", None))
+    names = ["atomic_energies_fn", "readouts", "scale_shift", "radial_embedding"]
+    names += ["pair_repulsion_fn", "joint_embedding", "embedding_readout"]
+    parts = [getattr(model, name, None) for name in names]
     return [
         (held, name)
         for part in parts
@@ -43,14 +44,26 @@ def held_by(model: Any) -> Held:
     ]
 
 
+def inputs_of(model: Any) -> tuple[str, ...]:
+    """Entries of the data that a step of a model reads, with the properties of structures or atoms that it embeds."""
+    return (*INPUTS, *(getattr(model, "embedding_specs", None) or ()))
+
+
 def replayed(
-    graphs: Graphs, step: Step, rest: Held, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]
+    graphs: Graphs,
+    step: Step,
+    names: Sequence[str],
+    rest: Held,
+    data: dict[str, Tensor],
+    composition: Composition,
+    options: dict[str, bool],
 ) -> Outputs | None:
     """Compute a step by replaying its CUDA graph.
 
     Args:
         graphs: recorded so far.
         step: computes the step itself.
+        names: entries of the data that the step reads; see `inputs_of`.
         rest: tensors of the model that the step reads; see `held_by`.
         data: of the step.
         composition: species of the atoms.
@@ -61,7 +74,7 @@ def replayed(
     """
     atoms, edges = data["positions"].shape[0], data["edge_index"].shape[1]
     device = data["positions"].device
-    inputs: dict[str, Tensor] = {name: data[name] for name in INPUTS if data.get(name) is not None}
+    inputs: dict[str, Tensor] = {name: data[name] for name in names if data.get(name) is not None}
     if composition.tables is None or not atoms or not graphs.serves(device, edges):
         return None
     # A caller who differentiates by anything but the positions, or further, needs an autograd graph.

@@ -22,7 +22,7 @@ from gaq_mace.engine.integers import integer_linears, through_integers
 from gaq_mace.engine.interactions import layer_of
 from gaq_mace.engine.layouts import to_mul_ir
 from gaq_mace.engine.reading import Unsupported, matrices_of
-from gaq_mace.engine.replays import beyond, held_by, replayed
+from gaq_mace.engine.replays import beyond, held_by, inputs_of, replayed
 
 __all__ = ["Engine"]
 
@@ -51,9 +51,6 @@ class Engine(torch.nn.Module):
         state = state_of(model)
         if state is not None and state.status != "converted":
             raise Unsupported("the model is in training: its weights are rounded anew in each call")
-        for part in ("joint_embedding", "embedding_readout"):
-            if hasattr(model, part):
-                raise Unsupported(f"the model has a {part}")
         dtype = next(model.parameters()).dtype
         attributes = model.spherical_harmonics
         sh = harmonics.fit(
@@ -63,7 +60,6 @@ class Engine(torch.nn.Module):
             attributes.irreps_out.lmax,
         )
         self.layers = torch.nn.ModuleList(layer_of(model, i, sh, dtype) for i in range(len(model.interactions)))
-        self.reads_edges = any(layer.radial is None for layer in self.layers)
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
         embedding = matrices_of(model.node_embedding.linear)[0]
@@ -72,9 +68,9 @@ class Engine(torch.nn.Module):
         # Not registered as submodules: they belong to the model.
         self.__dict__["model"] = model
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
-        self.rest = held_by(model)
+        self.inputs, self.rest = inputs_of(model), held_by(model)
         self.graphs = Graphs()
-        self.compositions = Compositions(self.layers)
+        self.compositions = Compositions(self.layers, device)
 
     def rounds_as_deployed(self) -> bool:
         """Whether all quantizers of the model are switched on, as they were when the engine was made."""
@@ -89,7 +85,7 @@ class Engine(torch.nn.Module):
         The results of a step that was replayed as a CUDA graph have no autograd graph: their forces are already taken.
         """
         composition = self.compositions(data["node_attrs"])
-        outputs = replayed(self.graphs, self._step, self.rest, data, composition, options)
+        outputs = replayed(self.graphs, self._step, self.inputs, self.rest, data, composition, options)
         return self._step(data, composition, options) if outputs is None else outputs
 
     def _step(self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]) -> Outputs:
@@ -117,8 +113,13 @@ class Engine(torch.nn.Module):
         if hasattr(model, "pair_repulsion"):
             numbers = model.atomic_numbers
             energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
+        start = self._start(data, composition, graphs)
+        if start is not None and hasattr(model, "embedding_readout"):
+            # Not a part of the interaction energy: it does not depend on positions.
+            global_energy = model.embedding_readout(start, heads)[atoms, heads]
+            e0 = e0 + scatter_sum(src=global_energy, index=batch, dim=0, dim_size=graphs)
         edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition)
-        node_feats = self._node_feats(edges, composition)
+        node_feats = self._node_feats(start, edges, composition)
         for i, readout in enumerate(model.readouts):
             layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
             energies.append(readout(layer_feats, heads)[atoms, heads])
@@ -159,27 +160,55 @@ class Engine(torch.nn.Module):
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition."""
         model: Any = self.__dict__["model"]
-        if self.reads_edges and not gpu.chosen(vectors.device):
-            # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for them.
-            inside = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
-            edge_index, vectors, lengths = edge_index[:, inside], vectors[inside], lengths[inside]
-        knots, tables = self.compositions.tables(composition, edge_index, vectors)
+        # A neighbour list with a skin has edges beyond the cutoff.
+        inside = (lengths > 0) & (lengths < self.r_max)
+        tables, numbers = self.compositions.tables(composition, edge_index)
+        evaluated = any(of_layer is None for of_layer in tables)
+        if evaluated and not gpu.chosen(vectors.device):
+            # On a GPU the host would have to wait for their number.
+            kept = inside[:, 0].nonzero()[:, 0]
+            edge_index, vectors, lengths, inside = edge_index[:, kept], vectors[kept], lengths[kept], inside[kept]
+            numbers = None if numbers is None else numbers[kept]
         sender, receiver = composition.place[edge_index]
-        graph = convolution.Graph(sender, receiver, tables)
+        graph = convolution.Graph(sender, receiver, numbers)
         features = None
-        if self.reads_edges:
+        if evaluated:
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
             first, second = composition.species[edge_index]
-            features = EdgeFeatures(basis, cutoff, first, second)
-        return [Edges(graph, vectors, layer_knots, features) for layer_knots in knots]
+            features = EdgeFeatures(basis, cutoff, inside.to(basis.dtype), first, second)
+        return [Edges(graph, vectors, of_layer, features) for of_layer in tables]
 
-    def _node_feats(self, edges: list[Edges], composition: Composition) -> list[Tensor]:
+    def _start(self, data: dict[str, Tensor], composition: Composition, graphs: int) -> Tensor | None:
+        """Node features before the first layer, (atoms, channels), where they depend on more than the species.
+
+        Such a model embeds charge, spin or other properties of a structure or of its atoms.
+        """
+        model: Any = self.__dict__["model"]
+        if not hasattr(model, "joint_embedding"):
+            return None
+        features = {name: data[name] for name in model.embedding_specs}
+        batch = data["batch"]
+        if all(spec["per"] == "graph" for spec in model.embedding_specs.values()):
+            # Once for each structure, not for each atom.
+            embedded = model.joint_embedding(torch.arange(graphs, device=batch.device), features)[batch]
+        else:
+            embedded = model.joint_embedding(batch, features)
+        return self.embedding[composition.species] + embedded
+
+    def _node_feats(self, start: Tensor | None, edges: list[Edges], composition: Composition) -> list[Tensor]:
         """Run the layers.
+
+        Args:
+            start: node features before the first layer, (atoms, channels) in the order of the data; None for those of
+                the species.
+            edges: of each layer.
+            composition: species of the atoms.
 
         Returns:
             Node features after each layer, (atoms, irreps.dim) in e3nn's layout and the order of the data.
         """
-        features = self.embedding[composition.ordered][:, None]
+        rows = self.embedding[composition.ordered] if start is None else start[composition.by_species]
+        features = rows[:, None]
         node_feats = []
         layer: Any  # a `Layer`; a ModuleList knows modules only
         for layer, layer_edges in zip(self.layers, edges, strict=True):
