@@ -52,8 +52,9 @@ class ConvolutionProblem:
     paths: tuple[Path, ...]
     harmonics: tuple[Tensor, ...]
     r_max: float
-    # Plain dictionaries, because compilers trace through them: a plan for each number of intervals that was needed, and
-    # the name of the generated kernels for each kind of weights (2). Threads that write at the same time write the same.
+    # Plain dictionaries, because compilers trace through them: a plan for each number of intervals that was needed,
+    # and the name of the generated kernels for each kind of weights (2). Threads that write at the same time write the
+    # same.
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     sources: dict[bool, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -117,7 +118,8 @@ class ConvolutionProblem:
                 ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
                 ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
                 ints += [2 * self.groups[path.group] + 1, begin, len(values)]
-            head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, intervals, int(intervals > 0)]
+            head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in]
+            head += [intervals, int(intervals > 0)]
             reals = torch.cat(
                 [
                     torch.tensor([self.r_max, *values], dtype=torch.float64),

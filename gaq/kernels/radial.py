@@ -48,7 +48,7 @@ COEFFICIENTS = DEGREE + 1
 """Numbers that the polynomial of an interval has for each path and channel."""
 TOLERANCE = 3e-8
 """Bound of the error of the values, relative to the largest value."""
-SLOPE_FACTOR = 10.0
+SLOPE_FACTOR = 30.0
 """Bound of the error of the slopes, relative to the largest slope, in units of the bound for the values."""
 DOUBLE_TOLERANCE = 1e-11
 """`TOLERANCE` for models in float64, whose users may take differences of forces."""
@@ -107,7 +107,9 @@ def check_lengths(r_max: float, intervals: int) -> Tensor:
 def _inverse() -> Tensor:
     """From values at the nodes of an interval to coefficients, (COEFFICIENTS, COEFFICIENTS), float64."""
     nodes = torch.tensor(_nodes(DEGREE)[0], dtype=torch.float64)
-    return torch.linalg.inv(torch.stack([nodes**k for k in range(COEFFICIENTS)], dim=1))
+    inverse = torch.linalg.inv(torch.stack([nodes**k for k in range(COEFFICIENTS)], dim=1))
+    inverse[0] = torch.eye(COEFFICIENTS, dtype=torch.float64)[0]  # the constant is the value at the first node
+    return inverse
 
 
 def polynomials(values: Tensor) -> Tensor:
@@ -121,30 +123,42 @@ def polynomials(values: Tensor) -> Tensor:
     """
     # Windows of one interval each, which share the values at their ends.
     windows = values.unfold(-2, COEFFICIENTS, DEGREE).transpose(-1, -2)
-    return _inverse().to(values.device) @ windows
+    coefficients: Tensor = _inverse().to(values.device) @ windows
+    # To the last bit the value at the end is that of the next interval's beginning.
+    coefficients[..., -1, :] += windows[..., -1, :] - coefficients.sum(-2)
+    return coefficients
 
 
-def interpolate(function: Callable[[Tensor], Tensor], r_max: float, intervals: int) -> RadialTable:
+def interpolate(
+    function: Callable[[Tensor], Tensor], r_max: float, intervals: int, last: Tensor | None = None
+) -> RadialTable:
     """Tabulate radial functions with a number of intervals, and measure the errors.
 
     Args:
-        function: lengths (n,) in Å, float64, to weights (..., n, paths, channels); called once.
+        function: lengths (n,) in Å, float64, to (..., n, features); called once.
         r_max: cutoff in Å.
         intervals: from 0 to the cutoff.
+        last: last layer of a radial network, which is linear, so that it can be applied to coefficients instead of
+            values: (paths, features, channels), float64. Without it, the features are the channels of one path.
     """
     nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals)
-    values = function(torch.cat([nodes, checks]))
-    *several, _, paths, channels = values.shape
-    at_nodes, exact = values.flatten(-2).split([nodes.numel(), checks.numel()], dim=-2)
+    at_nodes, exact = function(torch.cat([nodes, checks])).split([nodes.numel(), checks.numel()], dim=-2)
     coefficients = polynomials(at_nodes)
-    inner = coefficients[..., intervals - checks.numel() :, :, :]
     _, between, slope_factor = _nodes(DEGREE)
-    powers = torch.tensor([between**k for k in range(COEFFICIENTS)], dtype=values.dtype, device=values.device)
-    missed = (torch.einsum("...kc,k->...c", inner, powers) - exact).abs().amax(dim=(-2, -1))
-    error = missed / exact.abs().amax(dim=(-2, -1))
+    powers = torch.tensor([between**k for k in range(COEFFICIENTS)], dtype=torch.float64)
+    missed = torch.einsum("...kc,k->...c", coefficients[..., intervals - checks.numel() :, :, :], powers) - exact
+    missed, exact = missed.unsqueeze(-3), exact.unsqueeze(-3)
+    table = coefficients.flatten(-3, -2).unsqueeze(-3)
+    if last is not None:
+        table = table @ last
+        # Their sizes are all that matters.
+        missed, exact = missed.float() @ last.float(), exact.float() @ last.float()
+    table = table.unflatten(-2, (intervals, COEFFICIENTS))
+    largest = missed.abs().amax(dim=(-3, -2, -1))
+    slopes = table[..., intervals - checks.numel() :, 1, :]
     # Both errors and slopes for intervals of length 1: the ratio is the same.
-    slope_error = slope_factor * missed / inner[..., 1, :].abs().amax(dim=(-2, -1))
-    table = coefficients.unflatten(-1, (paths, channels)).movedim(-2, -4)
+    slope_error = slope_factor * largest / slopes.abs().amax(dim=(-3, -2, -1))
+    error = largest / exact.abs().amax(dim=(-3, -2, -1))
     return RadialTable(table, r_max, float(error.max()), float(slope_error.max()))
 
 
@@ -166,22 +180,27 @@ def finer(table: RadialTable, tolerance: float) -> int | None:
 
 
 def tabulate(
-    function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE, fewest: int = FEWEST
+    function: Callable[[Tensor], Tensor],
+    r_max: float,
+    tolerance: float = TOLERANCE,
+    fewest: int = FEWEST,
+    last: Tensor | None = None,
 ) -> RadialTable:
     """Tabulate radial functions as finely as the tolerance asks for.
 
     Args:
-        function: lengths (n,) in Å, float64, to weights (..., n, paths, channels).
+        function: as `interpolate` takes it.
         r_max: cutoff in Å.
         tolerance: bound of the error of the values, relative to the largest value; see `SLOPE_FACTOR` for the slopes.
         fewest: number of intervals to begin with.
+        last: as `interpolate` takes it.
 
     Raises:
         ValueError: if 4096 intervals do not suffice: the function is not smooth.
     """
-    table = interpolate(function, r_max, fewest)
+    table = interpolate(function, r_max, fewest, last)
     while (intervals := finer(table, tolerance)) is not None:
-        table = interpolate(function, r_max, intervals)
+        table = interpolate(function, r_max, intervals, last)
     return table
 
 

@@ -73,7 +73,7 @@ class AgnosticLayer(Layer):
         return torch.cat(parts, dim=1)
 
     def _density_of(self, edges: Edges, atoms: int) -> Tensor | None:
-        """Edge density of each atom, (atoms,), where the block has one: a message is divided by the density plus one."""
+        """Edge density of each atom, (atoms,); None without one. A message is divided by the density plus one."""
         if edges.tables is None:
             return None if self.density is None else self._evaluated_density(self.density, edges, atoms)
         table = edges.tables[1]

@@ -22,7 +22,7 @@ __all__ = ["LIMIT", "PairTables"]
 
 LIMIT = 2**30
 """Bytes of the tables of an engine. Structures whose pairs need more evaluate the radial network for each edge."""
-EDGES_OF_AN_INTERVAL = 4
+EDGES_OF_AN_INTERVAL = 8
 """Edges for which evaluating the radial network, with its derivative, takes as long as making an interval's table."""
 
 

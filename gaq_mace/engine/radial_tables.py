@@ -28,8 +28,8 @@ Tables = tuple[Tensor, "Tensor | None"]
 """Tables of a layer's radial weights, (pairs * paths, intervals, COEFFICIENTS, channels), and of its edge density where
 it has one, (pairs, intervals, COEFFICIENTS, 1); see `gaq.kernels.radial`."""
 
-AT_ONCE = 2**25
-"""Bytes of radial weights that are evaluated at once: so many pairs go into one matrix product."""
+AT_ONCE = 2**23
+"""Bytes of coefficients that are made at once: more would not stay in cache."""
 
 
 class RadialTables:
@@ -55,51 +55,48 @@ class RadialTables:
     def __init__(self, model: Any, block: Any, paths: int, channels: int, dtype: torch.dtype) -> None:
         # Tables are made in float64, on the CPU for any device: that takes a few evaluations of the network.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
-        self.network = self._network(block.conv_tp_weights)
+        self.hidden, last = self._parts(block.conv_tp_weights)
+        self.last = last.view(-1, paths, channels).transpose(0, 1).contiguous()
         density = getattr(block, "density_fn", None)
-        self.density = None if density is None else self._network(density)
-        self.shape = (paths, channels)
+        self.density = None if density is None else self._parts(density)
         self.r_max = float(model.r_max)
         self.dtype = dtype
         self.tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
         self.by_species = hasattr(model.radial_embedding, "distance_transform")
-        self.functions: list[Callable[[Sequence[Pair], Tensor], Tensor]] = [self._weights]
-        if self.density is not None:
-            self.functions.append(self._densities)
-        self.intervals = [radial.FEWEST] * len(self.functions)
+        self.intervals = [radial.FEWEST] * (1 if density is None else 2)
         self.error = 0.0
         self._probe()
 
     @staticmethod
-    def _network(network: Any) -> Any:
-        """Copy a radial network in float64 to the CPU."""
+    def _parts(network: Any) -> tuple[torch.nn.Module, Tensor]:
+        """Hidden layers of a radial network and the matrix of its last, in float64 on the CPU."""
         if original_class(network).__name__ != "FullyConnectedNet":
             raise ValueError(f"the radial network is a {original_class(network).__name__}")
         if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
             raise ValueError("the hidden layers of the radial network are rounded")
-        return copy.deepcopy(network).cpu().double()
+        *hidden, last = copy.deepcopy(network).cpu().double().requires_grad_(False).children()
+        if last.act is not None:
+            raise ValueError("the last layer of the radial network is not linear")
+        return torch.nn.Sequential(*hidden), last(torch.eye(int(last.h_in), dtype=torch.float64))
 
     def _probe(self) -> None:
-        """Find the number of intervals, so that a model that cannot be served is refused when the engine is made.
-
-        The smallest and the largest atoms need the most intervals.
-        """
-        pairs = [(0, 0)]
+        """Make one table now, so that a model that cannot be served is refused when the engine is made."""
+        first, last = 0, self.elements - 1
         if self.by_species:
-            radii = ase.data.covalent_radii[self.numbers.numpy()]
-            smallest, largest = int(radii.argmin()), int(radii.argmax())
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
-            both_orders = self._weights([(0, self.elements - 1), (self.elements - 1, 0)], lengths)
-            if not torch.equal(*both_orders):
+            if not torch.equal(*self._hidden([(first, last), (last, first)], lengths)):
                 raise ValueError("the radial functions tell sender from receiver")
-            pairs = sorted({(smallest, smallest), (smallest, largest), (largest, largest)})
-        self.make(pairs)
+        self.make([max(((z, z) for z in (first, last)), key=self._size)])
+
+    def _size(self, pair: Pair) -> float:
+        """Sum of the covalent radii of a pair in Å. Functions of smaller atoms need more intervals."""
+        return float(ase.data.covalent_radii[self.numbers[list(pair)].numpy()].sum())
 
     def bytes_of_pair(self) -> int:
         """Memory that the tables of one pair take."""
-        columns = (self.shape[0] * self.shape[1], 1)
+        columns = (self.last.shape[0] * self.last.shape[2], 1)
         numbers = sum(n * c for n, c in zip(self.intervals, columns, strict=False))
         return numbers * radial.COEFFICIENTS * torch.finfo(self.dtype).bits // 8
 
@@ -112,22 +109,23 @@ class RadialTables:
         )
         return features
 
-    def _weights(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
-        """Radial weights of pairs of species at lengths (n,), (pairs, n, paths, channels)."""
+    def _hidden(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
+        """Inputs of the last radial layer, times the cutoff, for pairs at lengths (n,), (pairs, n, features)."""
         features, cutoff = self._features(pairs, lengths)
-        weights: Tensor = self.network(features)
+        hidden: Tensor = self.hidden(features)
         if cutoff is not None:
-            weights = weights * cutoff
-        return weights.view(len(pairs), lengths.numel(), *self.shape)
+            hidden = hidden * cutoff
+        return hidden.view(len(pairs), lengths.numel(), -1)
 
     def _densities(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
-        """Edge densities of pairs of species at lengths (n,), (pairs, n, 1, 1)."""
+        """Edge densities of pairs at lengths (n,), (pairs, n, 1)."""
         assert self.density is not None
+        hidden, last = self.density
         features, cutoff = self._features(pairs, lengths)
-        density = torch.tanh(self.density(features) ** 2)
+        density = torch.tanh((hidden(features) @ last) ** 2)
         if cutoff is not None:
             density = density * cutoff
-        return density.view(len(pairs), lengths.numel(), 1, 1)
+        return density.view(len(pairs), lengths.numel(), 1)
 
     def make(self, pairs: Sequence[Pair]) -> list[Tensor]:
         """Tables of pairs of species: of the weights, and of the density where there is one.
@@ -140,22 +138,34 @@ class RadialTables:
             ValueError: if the functions of a pair cannot be tabulated.
         """
         with torch.no_grad():
-            return [self._make(part, pairs) for part in range(len(self.functions))]
+            if len(pairs) > 1:
+                self.make([min(pairs, key=self._size)])
+            made = [self._make(0, self._hidden, self.last, pairs)]
+            if self.density is not None:
+                made.append(self._make(1, self._densities, None, pairs))
+            return made
 
-    def _make(self, part: int, pairs: Sequence[Pair]) -> Tensor:
-        """Tables of one kind."""
-        columns = self.shape[0] * self.shape[1] if part == 0 else 1
+    def _make(
+        self,
+        part: int,
+        function: Callable[[Sequence[Pair], Tensor], Tensor],
+        last: Tensor | None,
+        pairs: Sequence[Pair],
+    ) -> Tensor:
+        """Tables of one kind, with the number of intervals that the pair with the largest error needs."""
+        paths, channels = (1, 1) if last is None else (last.shape[0], last.shape[2])
         while True:
-            intervals, tables = self.intervals[part], []
-            at_once = max(1, AT_ONCE // (8 * (radial.COEFFICIENTS + 1) * intervals * columns))
+            intervals = self.intervals[part]
+            tables = torch.empty(len(pairs), paths, intervals, radial.COEFFICIENTS, channels, dtype=self.dtype)
+            at_once = max(1, AT_ONCE // (8 * tables[0].numel()))
             for begin in range(0, len(pairs), at_once):
-                function = functools.partial(self.functions[part], pairs[begin : begin + at_once])
-                table = radial.interpolate(function, self.r_max, intervals)
+                of_pairs = functools.partial(function, pairs[begin : begin + at_once])
+                table = radial.interpolate(of_pairs, self.r_max, intervals, last)
                 finer = radial.finer(table, self.tolerance)
                 if finer is not None:
                     self.intervals[part] = finer
                     break
                 self.error = max(self.error, table.error)
-                tables.append(table.coefficients.to(self.dtype))
+                tables[begin : begin + at_once] = table.coefficients
             else:
-                return torch.cat(tables)
+                return tables
