@@ -38,6 +38,7 @@ __all__ = [
     "evaluate_several",
     "finer",
     "interpolate",
+    "inverse",
     "node_lengths",
     "polynomials",
     "tabulate",
@@ -104,29 +105,29 @@ def check_lengths(r_max: float, intervals: int) -> Tensor:
 
 
 @functools.cache
-def _inverse() -> Tensor:
-    """From values at the nodes of an interval to coefficients, (COEFFICIENTS, COEFFICIENTS), float64."""
+def inverse() -> Tensor:
+    """Matrix from values at the nodes of an interval to coefficients, (COEFFICIENTS, COEFFICIENTS), float64."""
     nodes = torch.tensor(_nodes(DEGREE)[0], dtype=torch.float64)
-    inverse = torch.linalg.inv(torch.stack([nodes**k for k in range(COEFFICIENTS)], dim=1))
-    inverse[0] = torch.eye(COEFFICIENTS, dtype=torch.float64)[0]  # the constant is the value at the first node
-    return inverse
+    matrix = torch.linalg.inv(torch.stack([nodes**k for k in range(COEFFICIENTS)], dim=1))
+    matrix[0] = torch.eye(COEFFICIENTS, dtype=torch.float64)[0]  # the constant is the value at the first node
+    return matrix
 
 
-def polynomials(values: Tensor) -> Tensor:
+def polynomials(values: Tensor, matrix: Tensor | None = None) -> Tensor:
     """Coefficients of the polynomials through values at the nodes.
 
     Args:
         values: (..., intervals * DEGREE + 1, columns), float64.
+        matrix: what `inverse` returns, for a graph that has to hold it.
 
     Returns:
         (..., intervals, COEFFICIENTS, columns).
     """
     # Windows of one interval each, which share the values at their ends.
     windows = values.unfold(-2, COEFFICIENTS, DEGREE).transpose(-1, -2)
-    coefficients: Tensor = _inverse().to(values.device) @ windows
+    lower = ((inverse() if matrix is None else matrix) @ windows)[..., :-1, :]
     # To the last bit the value at the end is that of the next interval's beginning.
-    coefficients[..., -1, :] += windows[..., -1, :] - coefficients.sum(-2)
-    return coefficients
+    return torch.cat([lower, windows[..., -1:, :] - lower.sum(-2, keepdim=True)], dim=-2)
 
 
 def interpolate(

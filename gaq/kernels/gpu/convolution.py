@@ -113,7 +113,7 @@ def operation(
         edges[1],
         first if tables is None else tables,
         message,
-        weights.shape[1] - 1,
+        weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
     )
@@ -152,7 +152,7 @@ def _backward(
         parts,
         grad_weights,
         count,
-        weights.shape[1] - 1,
+        weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
     )
@@ -169,7 +169,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, vectors, weights, tables, first, edges, first_sent, edges_sent = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]
     if of_weights and weights.dim() == 4:
-        raise RuntimeError("the knots of a radial table have no gradient")
+        raise RuntimeError("a radial table has no gradient")
     if of_features:
         first, edges = first_sent, edges_sent
     g_features, g_vectors, g_weights = _backward(
