@@ -40,6 +40,7 @@ from gaq.config.parse import PRESETS
 from gaq.quantizers.attention import RobustAttention
 from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 ATTENTION = "GAQAttentionResidualInteractionBlock"
 BLOCKS: dict[str, dict[str, str]] = {
@@ -54,7 +55,7 @@ BLOCKS: dict[str, dict[str, str]] = {
 SCHEMES = ("fp32", "gaq", "w4a8")
 
 
-def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
+def quantization(block: str, scheme: str, epochs: int) -> Document | None:
     """The key of a run; vectors are rounded in the last third of the epochs."""
     if scheme == "fp32":
         return None
@@ -66,9 +67,9 @@ def quantization(block: str, scheme: str, epochs: int) -> dict[str, Any] | None:
     }
 
 
-def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> dict[str, Any]:
+def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> Document:
     """The MACE training file of a run."""
-    config: dict[str, Any] = {
+    config: Document = {
         "name": "model",
         "model": "MACE",
         **BLOCKS[block],
@@ -104,7 +105,7 @@ def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int,
     return config
 
 
-def measure(path: Path, test: list[Any], frames: int) -> dict[str, Any]:
+def measure(path: Path, test: list[Any], frames: int) -> Document:
     """Errors, equivariance and conservation, and the force difference to the same model with unrounded features."""
     model = gaq.load(path)
     adapter = adapter_for(model)
@@ -170,7 +171,7 @@ def stage_train(args: argparse.Namespace) -> None:
                     run_one(args, block, scheme, seed, train, test)
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: list[Document]) -> list[Document]:
     """Mean and standard error over the seeds, and the force error over that of the same block and seed in fp32."""
     means = []
     floats = {(r["block"], r["seed"]): r["force_mae_mev_per_angstrom"] for r in rows if r["scheme"] == "fp32"}
@@ -208,7 +209,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
-def figure(means: list[dict[str, Any]], path: Path) -> None:
+def figure(means: list[Document], path: Path) -> None:
     """Plot force error and rounding noise of each block, one bar for each preset."""
     import matplotlib
 

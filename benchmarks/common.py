@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from gaq.reporting.environment import hardware, versions
+from gaq.untyped import Document
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, rows: list[dict[str, Any]], work: Path | None = None, **extra: Any) -> Path:
+def write_result(name: str, rows: list[Document], work: Path | None = None, **extra: Any) -> Path:
     """Write ``results/<name>.json``: the rows, hardware, versions, command and date.
 
     The command has DIR in place of `work`, and MODEL in place of the folder of a model elsewhere on this machine.
@@ -61,6 +62,6 @@ def mean_of_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> Document:
     """A JSON file, or an empty dictionary if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}

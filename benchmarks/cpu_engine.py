@@ -42,6 +42,7 @@ from mace_speed import big_model, water_box
 import gaq
 from gaq import settings
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 from gaq_mace.engine import Engine, accelerate, engine_of
 
 PRESETS = ("w8", "gaq")
@@ -66,7 +67,7 @@ def model_files(work: Path, density: bool = False) -> dict[str, Path]:
 
 def calculator(files: dict[str, Path], kind: str) -> MACECalculator:
     name = kind.removeprefix("engine ") if kind.startswith("engine") else "fp32"
-    options: dict[str, Any] = {"compile_mode": "default"} if kind == COMPILED else {}
+    options: Document = {"compile_mode": "default"} if kind == COMPILED else {}
     calc = MACECalculator(model_paths=str(files[name]), device="cpu", default_dtype="float32", **options)
     if kind == "engine fp32":
         accelerate(calc.models[0])
@@ -132,7 +133,7 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         for label, structure, files_by_kind, kinds in cases:
-            calculators: dict[str, Any] = {kind: calculator(files_by_kind, kind) for kind in kinds}
+            calculators: Document = {kind: calculator(files_by_kind, kind) for kind in kinds}
             if other is not None and threads == 1 and label in extracted:
                 calculators[SYMMETRIX] = symmetrix(other / extracted[label])
             graphs = []
@@ -156,7 +157,7 @@ def stage_time(files: dict[str, Path], work: Path, repeats: int, compiled: bool,
                     forces[kind] = np.asarray(calc.results["forces"])
             base = np.array(times[STOCK])
             for kind, values in times.items():
-                row: dict[str, Any] = {
+                row: Document = {
                     "structure": f"{label}, {len(structure)} atoms",
                     "threads": threads,
                     "kind": kind,
@@ -230,7 +231,7 @@ def stage_growth(files: dict[str, Path], work: Path) -> None:
         repeats = 7 if molecules <= 216 else 3
         step(calc, atoms)
         seconds = float(np.median([step(calc, atoms) for _ in range(repeats)]))
-        row: dict[str, Any] = {"atoms": len(atoms), "engine_gaq_seconds": seconds}
+        row: Document = {"atoms": len(atoms), "engine_gaq_seconds": seconds}
         if molecules <= 216:
             step(stock, atoms)
             row["stock_eager_seconds"] = float(np.median([step(stock, atoms) for _ in range(3)]))
@@ -310,7 +311,7 @@ def stage_table(work: Path) -> None:
     figure(times, growth, path.with_suffix(".png"))
 
 
-def figure(times: list[dict[str, Any]], growth: dict[str, Any], path: Path) -> None:
+def figure(times: list[Document], growth: Document, path: Path) -> None:
     """Plot the speed-up of each kind, and growth with the number of atoms."""
     import matplotlib
 

@@ -28,6 +28,7 @@ import gaq
 from gaq.kernels import convolution, harmonics, radial
 from gaq.kernels.cpu import native
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 from gaq_mace.engine import Engine
 from gaq_mace.evaluate import make_batches
 
@@ -115,7 +116,7 @@ def second_layer(model: Any) -> tuple[Any, torch.Tensor]:
 
 def compare(
     kinds: dict[str, Callable[[], Any]], first: dict[str, float], repeats: int
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+) -> tuple[Document, dict[str, list[float]]]:
     """Call the implementations once each, then in turn.
 
     Args:
@@ -141,7 +142,7 @@ def compare(
     return results, times
 
 
-def check_equal(problem: Any, results: dict[str, Any], paths: list[Any], atoms: int) -> None:
+def check_equal(problem: Any, results: Document, paths: list[Any], atoms: int) -> None:
     """Raise AssertionError unless all implementations give the same messages."""
     groups = problem.split(results["C++"], atoms)
     for number, _, _, _, out in paths:

@@ -31,6 +31,7 @@ from mace_speed import water_box
 import gaq
 from gaq.checks.nve import nve_drift
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 from gaq_mace.engine import disabled
 
 SYSTEMS = {
@@ -87,7 +88,7 @@ def simulate(work: Path, system: str, path: str, seed: int) -> None:
     print(json.dumps(row), flush=True)
 
 
-def average(rows: list[dict[str, Any]], system: str, path: str) -> dict[str, Any] | None:
+def average(rows: list[Document], system: str, path: str) -> Document | None:
     """Mean drift of the seeds in `rows`; its error is from their scatter or, for one seed, from blocks of the run."""
     runs = [row for row in rows if (row["system"], row["path"]) == (system, path)]
     if not runs:

@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -31,9 +30,10 @@ from gaq.adapter import adapter_for
 from gaq.checks.errors import force_and_energy_mae, spaced
 from gaq.checks.lee import local_equivariance_error
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 SCHEDULE = {"start_epoch": 1, "anneal_epochs": 1}
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Document] = {
     "naive": {"preset": "naive_w8a8"},
     "fixed": {"preset": "w8a8", "vectors": {"frame": "fixed", **SCHEDULE}},
     "local": {"preset": "w8a8", "vectors": SCHEDULE},
@@ -50,7 +50,7 @@ def key_of(variant: str, weight: float, seed: int) -> str:
     return f"{variant}_{weight:g}_{seed}"
 
 
-def train(args: argparse.Namespace, variant: str, weight: float, seed: int) -> dict[str, Any]:
+def train(args: argparse.Namespace, variant: str, weight: float, seed: int) -> Document:
     """Run the stock command once; return the errors of its model and the seconds it took."""
     name = key_of(variant, weight, seed)
     folder: Path = args.work / name

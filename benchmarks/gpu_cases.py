@@ -10,12 +10,13 @@ from ase import Atoms
 from ase.build import molecule
 
 from gaq import settings
+from gaq.untyped import Document
 
 STOCK, COMPILED, CUEQ, OEQ = "stock eager", "stock compiled", "cuEquivariance", "OpenEquivariance"
 FP32, PRESETS = "engine fp32", ("w8", "gaq")
 GRAPH, NO_GRAPH = "engine quantized, CUDA graph", "engine quantized, no graph"
 INT8 = "engine quantized, int8 linears"
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Document] = {
     GRAPH: {"cuda_graphs": 10**9},
     NO_GRAPH: {"cuda_graphs": 0},
     INT8: {"linear": "int8"},

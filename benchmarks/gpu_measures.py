@@ -15,6 +15,8 @@ import torch
 from gpu_cases import COMPILED, CUEQ, FP32, GRAPH, NO_GRAPH, OEQ, PRESETS, STOCK, VARIANTS, water
 
 from gaq.kernels import contraction, convolution, linear, rounding
+from gaq.quantizers.weights import largest_code
+from gaq.untyped import Document
 
 MARGIN_SECONDS = 20.0
 
@@ -93,9 +95,9 @@ def launches(step: Callable[[], Any]) -> dict[str, int]:
     }
 
 
-def floor(framework: Any, clock: Clock) -> list[dict[str, Any]]:
+def floor(framework: Any, clock: Clock) -> list[Document]:
     """A step of one molecule of water: the shortest step, however small the system."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Document] = []
     for kind in (NO_GRAPH, GRAPH, "gaq"):
         # Without variants the preset itself is measured.
         if framework.missing(kind) is not None or (kind == "gaq" and rows) or clock.left() < MARGIN_SECONDS:
@@ -112,9 +114,9 @@ def floor(framework: Any, clock: Clock) -> list[dict[str, Any]]:
     return rows
 
 
-def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[Document]:
     """Time and memory of every kind at every size."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Document] = []
     boxes = {size: water(size) for size in options.sizes}
     expected: dict[int, torch.Tensor] = {}
     for kind in (STOCK, FP32, *PRESETS, *VARIANTS, CUEQ, OEQ, COMPILED):
@@ -126,7 +128,7 @@ def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dic
             except Exception as error:  # another package that does not work here gets a note in its row
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for size, box in boxes.items():
-            row: dict[str, Any] = {"kind": kind, "atoms": len(box)}
+            row: Document = {"kind": kind, "atoms": len(box)}
             rows.append(row)
             if reason is not None or clock.left() < MARGIN_SECONDS:
                 row["note"] = reason or "no time left"
@@ -152,13 +154,13 @@ def steps(framework: Any, options: argparse.Namespace, clock: Clock) -> list[dic
 
 def one_step(
     step: Callable[[], torch.Tensor], clock: Clock, expected: dict[int, torch.Tensor], size: int, kind: str
-) -> dict[str, Any]:
+) -> Document:
     forces = step()
     if clock.repeats > 1:
         # The first call compiles kernels, and the second records a graph.
         for _ in range(2):
             forces = step()
-    row: dict[str, Any] = {}
+    row: Document = {}
     if kind == STOCK:
         expected[size] = forces.clone()
     elif size in expected:
@@ -181,9 +183,7 @@ def bytes_of(value: Any) -> int:
     return sum(bytes_of(v) for v in value) if isinstance(value, (tuple, list)) else 0
 
 
-def operations(
-    framework: Any, options: argparse.Namespace, clock: Clock, top: dict[str, float]
-) -> list[dict[str, Any]]:
+def operations(framework: Any, options: argparse.Namespace, clock: Clock, top: dict[str, float]) -> list[Document]:
     """Each operation of a step of the quantized engine by itself, on the arguments it has in the step."""
     size = options.sizes[0] if options.tiny else max(s for s in options.sizes if s <= 5000)
     bind = framework.make("gaq")
@@ -251,7 +251,7 @@ def work_of(name: str, args: tuple[Any, ...]) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict[str, float]) -> list[dict[str, Any]]:
+def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict[str, float]) -> list[Document]:
     """The linear layer of the messages of l = 1, rounded and not, and torch's layer in float32."""
     rows = 3 * atoms
     inner, outputs = (16, 8) if options.tiny else (384, 128)
@@ -264,7 +264,8 @@ def linear_rows(options: argparse.Namespace, clock: Clock, atoms: int, top: dict
     for name, function in (
         ("linear, torch float32", lambda: x @ weight),
         ("linear, two planes", lambda: linear.linear(x, codes, scale)),
-        ("linear, float features", lambda: linear.linear(x, codes, scale, None, False)),
+        ("linear, three planes", lambda: linear.linear(x, codes, scale, None, largest_code(24))),
+        ("linear, float features", lambda: linear.linear(x, codes, scale, None, 0)),
     ):
         seconds = median(clock(function, 1.0))
         amount = bytes_of((x, weight if "torch" in name else codes)) + 4 * rows * outputs

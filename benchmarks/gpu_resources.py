@@ -31,12 +31,13 @@ from gaq.kernels import convolution, harmonics
 from gaq.kernels.gpu import contraction, linear, rounding
 from gaq.kernels.gpu import convolution as generated
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = re.compile(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*")
 
 
-def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, cc: int) -> dict[str, Any]:
+def resources(kernel: Any, types: dict[str, str], constants: Document, warps: int, cc: int) -> Document:
     """Compile a kernel, with aligned pointers and integers that are multiples of nothing in particular.
 
     Args:
@@ -72,26 +73,28 @@ def resources(kernel: Any, types: dict[str, str], constants: dict[str, Any], war
     }
 
 
-def linears() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def linears() -> list[tuple[str, Any, dict[str, str], Document, int]]:
     types = {"a_ptr": "*fp32", "w_ptr": "*i8", "scale_ptr": "*fp32", "residual_ptr": "*fp32", "out_ptr": "*fp32"}
+    types["top"] = "fp32"
     cases = []
-    for name, rounded, back, packed in (
-        ("linear, two planes", True, False, False),
-        ("linear, two planes, 4 bits", True, False, True),
-        ("linear, float features", False, False, False),
-        ("linear, gradient", False, True, False),
+    for name, planes, back, packed in (
+        ("linear, two planes", 2, False, False),
+        ("linear, two planes, 4 bits", 2, False, True),
+        ("linear, three planes", 3, False, False),
+        ("linear, float features", 0, False, False),
+        ("linear, gradient", 0, True, False),
     ):
         for rows in (192, 50000):
-            tile = linear.blocks(rows, rounded)
+            tile = linear.blocks(rows, planes > 0)
             warps = tile.pop("num_warps")
-            constants = {"GROUPED": False, "ROUNDED": rounded, "PACKED": packed, "BACKWARD": back, "RESIDUAL": True}
+            constants = {"GROUPED": False, "PLANES": planes, "PACKED": packed, "BACKWARD": back, "RESIDUAL": True}
             constants |= {"EMULATED": False, "a_inner": 1, "w_inner" if back else "w_column": 1, **tile}
             pointers = types | ({"w_ptr": "*u8"} if packed else {})
             cases.append((f"{name}, {rows} rows", linear.linear_kernel, pointers, constants, warps))
     return cases
 
 
-def others() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def others() -> list[tuple[str, Any, dict[str, str], Document, int]]:
     types = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "coefficient_ptr"), "*fp32")
     types |= {"species_ptr": "*i64", "row_ptr": "*i32", "group_ptr": "*i32", "term_ptr": "*i32"}
     block_a, block_c = contraction.blocks(5000, 128)
@@ -154,7 +157,7 @@ def written(text: str, folder: Path) -> Any:
     return module
 
 
-def convolutions(folder: Path) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def convolutions(folder: Path) -> list[tuple[str, Any, dict[str, str], Document, int]]:
     cases = []
     floats = ("features", "vectors", "weights", "message", "grad", "grad_features", "grad_vectors", "grad_weights")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("first", "edge", "sender", "receiver", "other"), "*i64")

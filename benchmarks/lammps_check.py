@@ -41,6 +41,7 @@ import gaq
 from gaq.adapter import adapter_for_file
 from gaq.reporting.environment import versions
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 ELEMENTS = ["H", "C", "N"]
 CUTOFF = 5.0
@@ -240,9 +241,9 @@ def differences(calculator: Calculator, atoms: Atoms, report: list[float], dump:
     }
 
 
-def check(case: Case, name: str, atoms: Atoms, calculator: Calculator, args: argparse.Namespace) -> dict[str, Any]:
+def check(case: Case, name: str, atoms: Atoms, calculator: Calculator, args: argparse.Namespace) -> Document:
     """Run a case on a structure, and return its row of the table."""
-    row: dict[str, Any] = {"host": case.host, "kind": case.kind, "style": case.style, "structure": name}
+    row: Document = {"host": case.host, "kind": case.kind, "style": case.style, "structure": name}
     row["ranks"] = case.ranks
     stem = args.work / f"{case.path.name.split('.')[0]}_{case.style.split()[-1]}_{name}_{case.ranks}"
     data, out, source = stem.with_suffix(".data"), stem.with_suffix(".out"), stem.with_suffix(".in")

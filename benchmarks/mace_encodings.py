@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np
@@ -24,6 +23,7 @@ from gaq.checks.errors import spaced
 from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
 from gaq.training import ptq
+from gaq.untyped import Document
 from gaq_mace.evaluate import MACEPotential
 
 
@@ -33,7 +33,7 @@ def mddq(
     frame: str = "local",
     granularity: str = "per_atom",
     codebook: str = "octahedral",
-) -> dict[str, Any]:
+) -> Document:
     return {
         "scheme": "mddq",
         "magnitude_bits": magnitude,
@@ -44,11 +44,11 @@ def mddq(
     }
 
 
-def components(bits: int, granularity: str = "per_channel") -> dict[str, Any]:
+def components(bits: int, granularity: str = "per_channel") -> Document:
     return {"scheme": "components", "magnitude_bits": bits, "granularity": granularity}
 
 
-def four_ways(magnitude: int, direction: int) -> list[tuple[str, int, int, dict[str, Any]]]:
+def four_ways(magnitude: int, direction: int) -> list[tuple[str, int, int, Document]]:
     """Cases with axes of the laboratory or of the atom, and static or per-atom ranges."""
     bits = magnitude + 2 * direction
     return [
@@ -63,7 +63,7 @@ def four_ways(magnitude: int, direction: int) -> list[tuple[str, int, int, dict[
     ]
 
 
-CASES: list[tuple[str, int, int, dict[str, Any]]] = [
+CASES: list[tuple[str, int, int, Document]] = [
     ("components, one static range a tensor", 24, 8, components(8, "per_tensor")),
     ("components, one static range a channel", 24, 8, components(8)),
     ("components, the atom's own range", 24, 8, components(8, "per_atom")),

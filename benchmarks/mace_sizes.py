@@ -11,7 +11,6 @@ import argparse
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np
@@ -22,6 +21,7 @@ from mace import modules
 
 import gaq
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 from gaq_mace.summary import rows as inspection_rows
 
 
@@ -53,7 +53,7 @@ def float_model(elements: int, irreps: str) -> torch.nn.Module:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[Document] = []
     for elements in (3, 10, 89):
         for irreps in ("128x0e", "128x0e+128x1o"):
             model = float_model(elements, irreps)

@@ -11,7 +11,6 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import mace
 import numpy as np
@@ -25,6 +24,7 @@ from mace.calculators import MACECalculator
 
 import gaq
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 PRESETS = ("w8", "gaq", "w8a8")
 
@@ -55,7 +55,7 @@ def big_model(elements: list[int], density: bool = False) -> torch.nn.Module:
 
     torch.manual_seed(0)
     kind = "Density" if density else ""
-    options: dict[str, Any] = {"distance_transform": "Agnesi", "pair_repulsion": True} if density else {}
+    options: Document = {"distance_transform": "Agnesi", "pair_repulsion": True} if density else {}
     return modules.ScaleShiftMACE(
         atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,
@@ -79,7 +79,7 @@ def big_model(elements: list[int], density: bool = False) -> torch.nn.Module:
     )
 
 
-def compare(path: Path, structure: Atoms, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def compare(path: Path, structure: Atoms, folder: Path, repeats: int) -> list[Document]:
     calculators = {"fp32": MACECalculator(model_paths=str(path), device="cpu", default_dtype="float32")}
     config = {"distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
     for preset in PRESETS:

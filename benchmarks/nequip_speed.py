@@ -42,6 +42,7 @@ from nequip_presets import training_input
 import gaq
 from gaq.config.parse import parse_config
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 from gaq_nequip import files, freeze
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import compile as deploy_compile
@@ -52,7 +53,7 @@ KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
 WARM_UP = 3
 """First steps of each file, which are not counted."""
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+ARCHITECTURES: dict[str, Document] = {
     "nequip": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 4, "num_features": 64},
     "allegro": {
         "_target_": "allegro.model.AllegroModel",
@@ -142,7 +143,7 @@ def box_of(molecule: Any, per_side: int = 2, spacing: float = 6.8) -> Any:
     return box
 
 
-def same_function(fused: Path, calculators: dict[str, Any], atoms: Any) -> dict[str, float]:
+def same_function(fused: Path, calculators: Document, atoms: Any) -> dict[str, float]:
     """Difference of the fused float model to the stock one, in eV/atom and eV/Å.
 
     Raises:
@@ -172,7 +173,7 @@ def same_function(fused: Path, calculators: dict[str, Any], atoms: Any) -> dict[
     return difference
 
 
-def step_times(calculators: dict[str, Any], atoms: Any, rounds: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def step_times(calculators: Document, atoms: Any, rounds: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Seconds of each step by kind of file, the kinds in turn, and the number of edges that each kind sees."""
     data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
     times: dict[str, list[float]] = {name: [] for name in calculators}
@@ -209,12 +210,12 @@ def main() -> None:
     if args.architecture:
         args.model = trained_briefly(args)
     paths = {name: compiled(args, name) for name in (FP32, *args.kinds)}
-    calculators: dict[str, Any] = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
+    calculators: Document = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
     slimmed = args.work / "fp32_slimmed.nequip.pt2"
     artefact.slim(paths[FP32], slimmed)
     molecule = read(args.data, 0)
     structures = (("molecule", molecule), ("periodic box", box_of(molecule)))
-    extra: dict[str, Any] = {}
+    extra: Document = {}
     if FP32_FUSED in paths:
         differences = {label: same_function(paths[FP32_FUSED], calculators, atoms) for label, atoms in structures}
         print(f"{FP32_FUSED} against {FP32}: {differences}", flush=True)

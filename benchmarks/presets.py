@@ -24,6 +24,7 @@ from gaq.config.parse import parse_config
 from gaq.reporting import open_model, quality
 from gaq.reporting.gates import evaluate_gates, quotient
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 __all__ = ["PRESETS", "Framework", "main", "run_name"]
 
@@ -54,7 +55,7 @@ class Framework:
     suffix: str
     train_model: Callable[[argparse.Namespace, str | None, int], Path]
     float_bytes: Callable[[argparse.Namespace], int]
-    more: Callable[[torch.nn.Module], dict[str, Any]] = lambda model: {}
+    more: Callable[[torch.nn.Module], Document] = lambda model: {}
 
 
 def arguments(framework: Framework) -> argparse.Namespace:
@@ -76,9 +77,7 @@ def arguments(framework: Framework) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(
-    model: torch.nn.Module, reference: torch.nn.Module, test: list[Any], path: Path, frames: int
-) -> dict[str, Any]:
+def measure(model: torch.nn.Module, reference: torch.nn.Module, test: list[Any], path: Path, frames: int) -> Document:
     """All metrics of one model, and the difference of its forces to those of FP32 and of its unrounded twin."""
     adapter = adapter_for(model)
     measured = quality(
@@ -110,7 +109,7 @@ def run_name(preset: str | None, seed: int, seeds: Sequence[int]) -> str:
     return f"qat_{preset or 'fp32'}" + ("" if seed == seeds[0] else f"_seed{seed}")
 
 
-def store(work: Path, key: str, row: dict[str, Any]) -> None:
+def store(work: Path, key: str, row: Document) -> None:
     (work / f"row_{key}.json").write_text(json.dumps(row, indent=1))
     print(key, json.dumps(row), flush=True)
 
@@ -188,7 +187,7 @@ SHORT = {
 """Gates of a row, with the names that the table gives them."""
 
 
-def gate_summary(row: dict[str, Any], fp32: dict[str, Any], naive: dict[str, Any], preset: str, trained: bool) -> str:
+def gate_summary(row: Document, fp32: Document, naive: Document, preset: str, trained: bool) -> str:
     """The gates that a row fails, enforced or not: accuracy, LEE, LEE against naive, central differences, size.
 
     Args:
@@ -216,7 +215,7 @@ def gate_summary(row: dict[str, Any], fp32: dict[str, Any], naive: dict[str, Any
     return "all pass" if not failed else "fails " + ", ".join(failed)
 
 
-def table_row(args: argparse.Namespace, key: str, training: str, float_size: int) -> dict[str, Any] | None:
+def table_row(args: argparse.Namespace, key: str, training: str, float_size: int) -> Document | None:
     """The row of a result file: what was measured, ratios to the float model, drift and gates.
 
     Args:
@@ -253,7 +252,7 @@ def table_row(args: argparse.Namespace, key: str, training: str, float_size: int
     return row
 
 
-def shown(row: dict[str, Any]) -> dict[str, str]:
+def shown(row: Document) -> dict[str, str]:
     """A row as the printed table has it."""
     central = row["central_difference_relative_error"]
     drift = row["nve"]

@@ -37,13 +37,14 @@ from gaq.adapter import adapter_for
 from gaq.checks.errors import spaced
 from gaq.reporting import open_model, quality
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 # Given bits instead of bits that follow from a size, and the distillation that was tuned for them.
 GIVEN = {"compression": None, "sensitive_bits": 16}
 COARSE = {"distillation": {"learning_rate": 3e-3 / 16}}
 PLAIN = {"training": {"round_weights": "throughout", "average_rounded": False}, "weights": GIVEN, **COARSE}
 MIXING = {"weights": {**GIVEN, "first_bits": 8, "mixing_bits": 6}, **COARSE}
-VARIANTS: dict[str, dict[str, Any] | None] = {"fp32": None, "plain": PLAIN, "after": MIXING, "default": {}}
+VARIANTS: dict[str, Document | None] = {"fp32": None, "plain": PLAIN, "after": MIXING, "default": {}}
 EARLIER = ("anneal", "warm", "learned", "both", "average", "first", "mixing", "throughout", "features")
 LABELS = {
     "fp32": "FP32",
@@ -62,7 +63,7 @@ LABELS = {
 }
 
 
-def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+def train(args: argparse.Namespace, variant: str, seed: int) -> Document:
     """Run the stock command once; return its cost and the errors of its model on the test structures."""
     if variant == "after":
         return rounded_afterwards(args, seed)
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     return row_of(args, model, variant, seed, seconds) | {"seconds_per_epoch": epoch_seconds(folder / "log.txt")}
 
 
-def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def rounded_afterwards(args: argparse.Namespace, seed: int) -> Document:
     """Round the FP32 model of a seed without labels, and train that model first if it is not there."""
     trained = args.work / f"fp32_{seed}" / f"fp32_{seed}.model"
     if not trained.exists():
@@ -93,7 +94,7 @@ def rounded_afterwards(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return row_of(args, model, "after", seed, time.perf_counter() - start)
 
 
-def row_of(args: argparse.Namespace, model: Any, variant: str, seed: int, seconds: float) -> dict[str, Any]:
+def row_of(args: argparse.Namespace, model: Any, variant: str, seed: int, seconds: float) -> Document:
     """The row of a model: its errors on the test structures, and the seconds it took."""
     measured = quality(open_model(adapter_for(model), model), spaced(read(args.test, ":"), args.frames))
     return {

@@ -11,7 +11,6 @@ import argparse
 import importlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from ase.io import read
@@ -21,6 +20,7 @@ import gaq
 from gaq.adapter import adapter_for
 from gaq.checks.errors import spaced
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 ALIKE = dict.fromkeys(("sensitive_bits", "first_bits", "mixing_bits", "species_bits"))
 SPEC = {"preset": "w8", "weights": ALIKE}
@@ -49,7 +49,7 @@ def main() -> None:
     group_of = groups(model)
     sensitivities = gaq.sensitivity(model, spaced(read(args.data, ":"), args.frames), SPEC)
     total = sum(tensor.force_difference**2 for tensor in sensitivities)
-    rows: list[dict[str, Any]] = [
+    rows: list[Document] = [
         {
             "parameter": tensor.parameter,
             "group": group_of[tensor.parameter],

@@ -23,6 +23,7 @@ from ase.io import read, write
 from common import SHARED, write_result
 
 from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
 
 VECTORS_AT_ONCE = {"start_epoch": 0, "anneal_epochs": 0}
 
@@ -32,8 +33,8 @@ def seconds(args: argparse.Namespace, preset: str | None, epochs: int) -> float:
     script: Any = importlib.import_module(f"{args.framework}_presets")
     of_the_tables = script.training_input
 
-    def training_input(given: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
-        config: dict[str, Any] = of_the_tables(given, preset, seed)
+    def training_input(given: argparse.Namespace, preset: str | None, seed: int) -> Document:
+        config: Document = of_the_tables(given, preset, seed)
         if preset is not None:
             config["quantization"] |= {"vectors": VECTORS_AT_ONCE, "distillation": {"steps": 0}}
         return config

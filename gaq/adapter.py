@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from gaq.config.parse import QuantizationConfig
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Calculator, Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -63,7 +64,7 @@ class Adapter(Protocol):
         """Return ``float``, ``training`` or ``converted``."""
         ...
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         """Return the plain data stored with a quantized model; callers may add to it."""
         ...
 
@@ -75,15 +76,15 @@ class Adapter(Protocol):
 
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]: ...
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]: ...
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]: ...
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none."""
         ...
 
@@ -101,7 +102,7 @@ class Adapter(Protocol):
 
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential: ...
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         """Return the framework's ASE calculator of a file."""
         ...
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
-from gaq.config.parse import parse_config
+from gaq.config.parse import ConfigSpec, parse_config
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
 from gaq.training.sampling import choose
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -36,7 +37,7 @@ def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Argumen
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        subject: Any = args[0] if args else kwargs[name]
+        subject: Any = args[0] if args else kwargs[name]  # of the types that the functions below declare
         adapter = adapter_for(subject) if isinstance(subject, torch.nn.Module) else adapter_for_file(subject)
         with adapter.process_state():
             return function(*args, **kwargs)
@@ -57,7 +58,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 @_in_process_state
-def prepare(model: torch.nn.Module, config: Any = "gaq") -> torch.nn.Module:
+def prepare(model: torch.nn.Module, config: ConfigSpec = "gaq") -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
     Args:
@@ -116,7 +117,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
 
 @_in_process_state
 def sensitivity(
-    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "naive_w8a8", progress: bool = True
+    model: torch.nn.Module, structures: Sequence[Atoms], config: ConfigSpec = "naive_w8a8", progress: bool = True
 ) -> list[ptq.Sensitivity]:
     """Round one weight tensor at a time and measure the force error, to find the tensors that deserve 16 bits.
 
@@ -152,7 +153,7 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
 @_in_process_state
 def quantize(
-    model: torch.nn.Module, structures: Sequence[Atoms], config: Any = "gaq", progress: bool = True
+    model: torch.nn.Module, structures: Sequence[Atoms], config: ConfigSpec = "gaq", progress: bool = True
 ) -> torch.nn.Module:
     """Prepare, calibrate and convert a copy of the model; the original does not change."""
     quantized = prepare(copy.deepcopy(model), config)
@@ -174,7 +175,7 @@ def report(
     progress: bool = True,
     device: str = "cpu",
     trained: bool = False,
-) -> dict[str, Any]:
+) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
     Args:

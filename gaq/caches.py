@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, MutableMapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 __all__ = ["Cache", "WeakKeyCache", "WeakValueCache", "cached"]
 
@@ -95,7 +95,7 @@ class Cache(Generic[Key, Value]):
         if isinstance(self._entries, OrderedDict):
             self._entries.move_to_end(key)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.most,)
 
 
@@ -110,7 +110,7 @@ class _WeakCache(Cache[Key, Value]):
         with self._lock:
             self._entries[key] = value
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), ()
 
 
@@ -138,10 +138,10 @@ def cached(most: int) -> Callable[[Callable[..., Result]], Callable[..., Result]
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        results: Cache[tuple[Any, ...], Result] = Cache(most)
+        results: Cache[tuple[object, ...], Result] = Cache(most)
 
         @functools.wraps(function)
-        def wrapper(*args: Any) -> Result:
+        def wrapper(*args: object) -> Result:
             return results.get(args, lambda: function(*args))
 
         wrapper.cache_clear = results.clear  # type: ignore[attr-defined]  # functools' name; mypy has no such attribute

@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gaq import settings
 from gaq.third_party_warnings import hidden_in_commands
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     import torch
+    from ase import Atoms
 
     from gaq.adapter import Adapter
 
@@ -77,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: str) -> list[Any]:
+def _read(path: str) -> list[Atoms]:
     from gaq.checks.errors import read_structures
 
     return read_structures(path)
 
 
-def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
+def _gate_lines(gates: dict[str, Document]) -> str:
     from gaq.reporting.gates import verdict
     from gaq.reporting.tables import format_table
 
@@ -103,7 +105,7 @@ def _gate_lines(gates: dict[str, dict[str, Any]]) -> str:
     return format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"])
 
 
-def _metric_lines(report: dict[str, Any]) -> str:
+def _metric_lines(report: Document) -> str:
     from gaq.reporting.tables import format_table, metric_rows
 
     rows = metric_rows(report["model"], report["reference"])
@@ -166,7 +168,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _write_judged(
-    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Any], arguments: argparse.Namespace
+    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
 ) -> list[str]:
     """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
 
@@ -183,7 +185,7 @@ def _write_judged(
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
         adapter.save(quantized, trial)
-        gates: dict[str, dict[str, Any]] = {}
+        gates: dict[str, Document] = {}
         if structures:
             measured = api.report(trial, spaced(structures, 64), arguments.model, nve_ps=0.0, device=arguments.device)
             gates = measured["gates"]

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gaq.untyped import Document, ReadOnlyDocument
+
 __all__ = ["Setting", "Settings", "SettingsError", "current", "override", "read", "rows", "unknown"]
 
 logger = logging.getLogger(__name__)
@@ -52,12 +54,12 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """Format a value as in the environment."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _about(variable: str, parse: Callable[[str], Any], allowed: str) -> dict[str, Any]:
+def _about(variable: str, parse: Callable[[str], object], allowed: str) -> Document:
     return {"variable": variable, "parse": parse, "allowed": allowed}
 
 
@@ -115,7 +117,7 @@ class Settings:
                 _parsed(setting.metadata, _text(value))
 
 
-def _parsed(metadata: Mapping[str, Any], text: str) -> Any:
+def _parsed(metadata: ReadOnlyDocument, text: str) -> Any:  # of the setting's type
     """Parse the text of a variable.
 
     Raises:

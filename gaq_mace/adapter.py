@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -20,6 +20,7 @@ from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
@@ -29,6 +30,7 @@ from gaq_mace.weights import weight_quantizers
 
 if TYPE_CHECKING:
     from ase import Atoms
+    from mace.calculators import MACECalculator
 
 __all__ = ["MACEAdapter"]
 
@@ -71,7 +73,7 @@ class MACEAdapter:
         state = state_of(model)
         return "float" if state is None else state.status
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         state = state_of(model)
         return {} if state is None else state.notes
 
@@ -87,17 +89,17 @@ class MACEAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
         heads = getattr(model, "heads", None) or [None]
         return [batch for head in heads for batch in make_batches(model, structures, batch_size, head)]
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -112,7 +114,7 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
         return MACEPotential(model, batch_size)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)

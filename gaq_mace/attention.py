@@ -99,7 +99,7 @@ class GAQAttentionResidualInteractionBlock(InteractionBlock):
         edge_feats: Tensor,
         edge_index: Tensor,
         cutoff: Tensor | None = None,
-        lammps_class: Any | None = None,
+        lammps_class: Any | None = None,  # as in MACE, for TorchScript
         lammps_natoms: tuple[int, int] = (0, 0),
         first_layer: bool = False,
     ) -> tuple[Tensor, Tensor]:

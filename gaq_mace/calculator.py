@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
 from mace.calculators import MACECalculator
 
 from gaq.process import default_dtype, unchanged
+from gaq.untyped import Batch
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 __all__ = ["Calculator"]
 
@@ -24,10 +28,10 @@ class Calculator(MACECalculator):
         with unchanged():
             super().__init__(*args, **kwargs)
 
-    def _atoms_to_batch(self, atoms: Any) -> Any:
+    def _atoms_to_batch(self, atoms: Atoms) -> Batch:
         with default_dtype(getattr(torch, self.default_dtype)):
             return super()._atoms_to_batch(atoms)
 
-    def calculate(self, *args: Any, **kwargs: Any) -> None:
+    def calculate(self, *args: object, **kwargs: object) -> None:
         with default_dtype(getattr(torch, self.default_dtype)):
             super().calculate(*args, **kwargs)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -62,7 +61,7 @@ def _choose_head(model: torch.nn.Module, name: str | None) -> str | None:
     Raises:
         ValueError: if there is no such head, or a name is needed to choose one.
     """
-    heads: list[Any] = list(getattr(model, "heads", None) or [None])
+    heads: list[str | None] = list(getattr(model, "heads", None) or [None])
     if name is not None:
         if name not in heads:
             raise ValueError(f"--head {name}: no such head; the model has {', '.join(map(str, heads))}.")

@@ -12,7 +12,6 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -21,6 +20,7 @@ from gaq.files.archive import deflate
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
 from gaq.process import default_dtype
 from gaq.third_party_warnings import known_hidden
+from gaq.untyped import Document
 from gaq_mace.names import PACKED
 from gaq_mace.packed import WRITTEN, check_sites, take_apart, verify
 from gaq_mace.root import is_quantized, restore
@@ -29,7 +29,7 @@ from gaq_mace.safetensors_file import load_safetensors, save_safetensors
 __all__ = ["compress_packed", "is_packed", "load", "restore_from_pickle", "save"]
 
 
-def restore_from_pickle(model: torch.nn.Module, payload: dict[str, Any]) -> None:
+def restore_from_pickle(model: torch.nn.Module, payload: Document) -> None:
     """Put the quantizers back at the end of unpickling.
 
     Args:

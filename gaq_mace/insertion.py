@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -15,6 +14,7 @@ from gaq.model.sites import Site
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import AnyModule
 from gaq_mace.layers import (
     QuantizedContraction,
     QuantizedDense,
@@ -40,7 +40,9 @@ _QUANTIZED = {
 _BLOCKS = {original_type(block): block for block in (QuantizedDensity, QuantizedDensityResidual)}
 
 
-def _insert_contraction(module: SymmetricContraction, weights: Mapping[str, WeightQuantizer], device: Any) -> None:
+def _insert_contraction(
+    module: SymmetricContraction, weights: Mapping[str, WeightQuantizer], device: torch.device
+) -> None:
     """Give the contractions of a symmetric contraction their weight quantizers, by `WeightSite.path`."""
     for i, contraction in enumerate(module.contractions):
         prefix = f"contractions.{i}."
@@ -61,7 +63,7 @@ def insert(site: Site, weights: Mapping[str, WeightQuantizer], features: Feature
         weights: a quantizer for each weight to round, by `WeightSite.path`; may be empty.
         features: the quantizer of the input, or None.
     """
-    module: Any = site.module  # its class is changed below
+    module: AnyModule = site.module  # its class is changed below
     device = next(module.parameters()).device
     if site.kind in ("density", "attention"):
         if features is not None:
@@ -109,15 +111,15 @@ def site_quantizers(site: Site) -> dict[str, WeightQuantizer]:
     """The weight quantizers now in a site, by `WeightSite.path`."""
     quantizers_by_path: dict[str, WeightQuantizer] = {}
     for weight in site.weights:
-        owner: Any = site.module.get_submodule(weight.owner) if weight.owner else site.module
-        quantizer: Any
+        owner: AnyModule = site.module.get_submodule(weight.owner) if weight.owner else site.module
+        quantizer: object
         if site.kind == "contraction":
             if not isinstance(owner, QuantizedContraction):
                 continue
             if weight.parameter == "weights_max":
                 quantizer = owner.weights_max_quantizer
             else:
-                quantizers: Any = owner.weights_quantizers
+                quantizers: AnyModule = owner.weights_quantizers
                 quantizer = quantizers[int(weight.parameter.split(".")[1])]
         else:
             quantizer = getattr(owner, "weight_quantizer", None)

@@ -109,7 +109,7 @@ class QuantizedDensity(RealAgnosticDensityInteractionBlock):
         edge_feats: Tensor,
         edge_index: Tensor,
         cutoff: Tensor | None = None,
-        lammps_class: Any | None = None,
+        lammps_class: Any | None = None,  # as in MACE, for TorchScript
         lammps_natoms: tuple[int, int] = (0, 0),
         first_layer: bool = False,
     ) -> tuple[Tensor, None]:
@@ -151,7 +151,7 @@ class QuantizedDensityResidual(RealAgnosticDensityResidualInteractionBlock):
         edge_feats: Tensor,
         edge_index: Tensor,
         cutoff: Tensor | None = None,
-        lammps_class: Any | None = None,
+        lammps_class: Any | None = None,  # as in MACE, for TorchScript
         lammps_natoms: tuple[int, int] = (0, 0),
         first_layer: bool = False,
     ) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
+from gaq.untyped import AnyModule, Batch
 from gaq_mace.sites import find_sites
 
 __all__ = ["input_moments"]
 
 
-def _slices(module: Any) -> list[slice]:
+def _slices(module: AnyModule) -> list[slice]:
     irreps = module.irreps_in1 if hasattr(module, "irreps_in1") else module.irreps_in
     return list(irreps.slices())
 
@@ -29,7 +29,7 @@ def _rows(x: Tensor, span: slice, multiplicity: int) -> Tensor:
 def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..., None]:
     """A forward pre-hook that adds the moments of a site's input to the store."""
     key = f"{site.name}.{site.weights[0].path}"
-    module: Any = site.module
+    module: AnyModule = site.module
 
     def add(index: int, moment: Tensor) -> None:
         total = store[key][index]
@@ -55,7 +55,7 @@ def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..
     return collect
 
 
-def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
     """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block.
 
     Returns:

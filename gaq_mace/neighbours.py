@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,14 @@ from torch import Tensor
 
 from gaq import settings
 from gaq.caches import WeakKeyCache
+from gaq.untyped import Batch, Calculator
 from gaq_mace import engine
 
-# MACE types neither its calculators nor its batches and configurations: they are Any here.
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Configuration = Any
+"""A `mace.data.Configuration`. MACE declares fields that may be missing, and this module empties one."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -39,7 +44,7 @@ _EDGES = ("edge_index", "shifts", "unit_shifts")
 _MOVING = (*_EDGES, "positions")
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:  # Any: what is found out of one type holds for the other
     """Whether two values of a configuration are certainly equal."""
     if type(first) is not type(second):
         return False
@@ -57,13 +62,13 @@ def _same(first: Any, second: Any) -> bool:
         return False
 
 
-def _same_batch(first: Any, second: Any) -> bool:
+def _same_batch(first: Batch, second: Batch) -> bool:
     """Whether two batches are equal in all fields."""
     fields, others = first.__dict__, second.__dict__
     return fields.keys() == others.keys() and all(_same(value, others[name]) for name, value in fields.items())
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     """Copy a field of a batch, because whoever receives a batch may change it in place."""
     if isinstance(value, Tensor):
         return value.clone()
@@ -138,7 +143,7 @@ class _Pairs:
         """Whether all pairs within the cutoff are in the list."""
         return self.sound and _farthest(positions, self.reference) <= 0.5 * self.width - _SLACK
 
-    def _keys(self, positions: Floats, cell: Floats, chosen: Any) -> Integers | None:
+    def _keys(self, positions: Floats, cell: Floats, chosen: Integers | slice) -> Integers | None:
         """Numbers by which the chosen pairs sort into matscipy's order; None where its shifts could not be used.
 
         For each sender, matscipy goes through the surrounding bins in the order z, y, x, and through the atoms of a bin
@@ -173,7 +178,7 @@ class _Pairs:
         senders, receivers = self.edges[:, chosen]
         return self._base[chosen] + bin_keys[receivers] - bin_keys[senders]
 
-    def within(self, positions: Floats, cell: Floats) -> tuple[Integers, NDArray[Any]] | None:
+    def within(self, positions: Floats, cell: Floats) -> tuple[Integers, NDArray[np.int32]] | None:
         """Edges (2, edges) and unit shifts (edges, 3) within the cutoff, in MACE's order; None if uncertain.
 
         Args:
@@ -208,8 +213,8 @@ class Neighbours:
 
     def __init__(self) -> None:
         self.made = 0
-        self._config: Any = None
-        self._settings: tuple[Any, ...] = ()
+        self._config: Configuration | None = None
+        self._settings: tuple[object, ...] = ()
         self._last: Floats = np.empty((0, 3))
         # Threads may share a calculator.
         self._lock = threading.Lock()
@@ -217,10 +222,10 @@ class Neighbours:
 
     def _forget(self) -> None:
         self._pairs: _Pairs | None = None
-        self._template: Any = None
+        self._template: Batch = None
         self._refused = False
 
-    def batch(self, calculator: Any, atoms: Any, stock: Callable[[], Any], width: float) -> Any:
+    def batch(self, calculator: Calculator, atoms: Atoms, stock: Callable[[], Batch], width: float) -> Batch:
         """Make the batch of a structure.
 
         Args:
@@ -232,7 +237,7 @@ class Neighbours:
         with self._lock:
             return self._batch(calculator, _configuration(calculator, atoms), stock, width)
 
-    def _batch(self, calculator: Any, config: Any, stock: Callable[[], Any], width: float) -> Any:
+    def _batch(self, calculator: Calculator, config: Configuration, stock: Callable[[], Batch], width: float) -> Batch:
         settings = (
             calculator.r_max,
             calculator.default_dtype,
@@ -271,14 +276,14 @@ class Neighbours:
         batch = self._assembled(calculator, config)
         return stock() if batch is None else batch
 
-    def _knows(self, config: Any) -> bool:
+    def _knows(self, config: Configuration) -> bool:
         """Whether a configuration differs from the last one in its positions only."""
         if self._config is None:
             return False
         names = (field.name for field in dataclasses.fields(config) if field.name != "positions")
         return all(_same(getattr(config, name), getattr(self._config, name)) for name in names)
 
-    def _checked(self, calculator: Any, config: Any, stock_batch: Any) -> Any:
+    def _checked(self, calculator: Calculator, config: Configuration, stock_batch: Batch) -> Batch:
         """Keep MACE's own batch as the template of later ones, if it can be reproduced from the list, and return it."""
         template = copy.copy(stock_batch)
         for name, value in stock_batch.__dict__.items():
@@ -298,7 +303,7 @@ class Neighbours:
             )
         return stock_batch
 
-    def _assembled(self, calculator: Any, config: Any) -> Any:
+    def _assembled(self, calculator: Calculator, config: Configuration) -> Batch:
         """Make a batch from the template and the list; None where MACE's batch might be another one."""
         assert self._pairs is not None
         positions, pbc = config.positions, self._pairs.pbc
@@ -334,7 +339,7 @@ class Neighbours:
         return batch
 
 
-def _configuration(calculator: Any, atoms: Any) -> Any:
+def _configuration(calculator: Calculator, atoms: Atoms) -> Configuration:
     """Configuration that `MACECalculator` takes from a structure before it makes a graph."""
     calculator.arrays_keys.update({calculator.charges_key: "charges"})
     keys = mace_data.KeySpecification(info_keys=calculator.info_keys, arrays_keys=calculator.arrays_keys)
@@ -342,22 +347,22 @@ def _configuration(calculator: Any, atoms: Any) -> Any:
 
 
 # Not an attribute of the calculator, which would get into its copies and pickles.
-_kept: WeakKeyCache[Any, Neighbours] = WeakKeyCache()
+_kept: WeakKeyCache[Calculator, Neighbours] = WeakKeyCache()
 
 
-def kept_by(calculator: Any) -> Neighbours | None:
+def kept_by(calculator: Calculator) -> Neighbours | None:
     """Neighbour list of a calculator; None where it has none."""
     return _kept.peek(calculator)
 
 
-def _suits(calculator: Any) -> bool:
+def _suits(calculator: Calculator) -> bool:
     """Whether all models of a calculator are accelerated, and its batches hold one structure without padding."""
     if calculator.use_compile or any(getattr(calculator, f"pad_num_{name}", 0) for name in ("atoms", "edges")):
         return False
     return all(engine.is_accelerated(model) for model in calculator.models)
 
 
-def atoms_to_batch(calculator: Any, atoms: Any, stock: Callable[[Any, Any], Any]) -> Any:
+def atoms_to_batch(calculator: Calculator, atoms: Atoms, stock: Callable[[Calculator, Atoms], Batch]) -> Batch:
     """Make the batch of a structure, with a neighbour list that is kept where the calculator allows it.
 
     Args:

@@ -6,7 +6,6 @@ import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import mace
 import numpy as np
@@ -21,6 +20,7 @@ from gaq.model.state import FORMAT, ModelFileError, feature_quantizers, require_
 from gaq.process import default_dtype
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.third_party_warnings import known_hidden
+from gaq.untyped import AnyModule, Document, ReadOnlyDocument
 from gaq_mace.layers import original_type
 from gaq_mace.weights import quantized_weights, weight_quantizers
 
@@ -39,12 +39,12 @@ __all__ = [
 ]
 
 
-def _interactions(model: Any) -> Iterable[Any]:  # MACE's attributes, which torch types as Tensor or Module
-    interactions: Iterable[Any] = model.interactions
+def _interactions(model: AnyModule) -> Iterable[AnyModule]:
+    interactions: Iterable[AnyModule] = model.interactions
     return interactions
 
 
-def model_config(model: torch.nn.Module) -> dict[str, Any]:
+def model_config(model: torch.nn.Module) -> Document:
     """Constructor arguments of a MACE model, with arrays as lists and irreps as text.
 
     Raises:
@@ -58,7 +58,7 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
         raise ModelFileError(f"the interactions differ in avg_num_neighbors ({sorted(neighbors)}); cannot be packed.")
     for key in ("cueq_config", "oeq_config"):
         config.pop(key, None)
-    plain: dict[str, Any] = {}
+    plain: Document = {}
     for key, value in config.items():
         if key in ("interaction_cls", "interaction_cls_first"):
             value = original_type(value)
@@ -71,7 +71,7 @@ def model_config(model: torch.nn.Module) -> dict[str, Any]:
     return plain
 
 
-def build(config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+def build(config: Document, dtype: torch.dtype) -> torch.nn.Module:
     """Build a plain MACE model of a configuration; the default dtype and the random state stay as they are."""
     with torch.random.fork_rng(devices=[]), default_dtype(dtype), known_hidden():
         return mace_models.ScaleShiftMACE(**config)
@@ -95,8 +95,8 @@ class Packed:
         ratios: range ratios of the weights of a model in training.
     """
 
-    meta: dict[str, Any]
-    config: dict[str, Any]
+    meta: Document
+    config: Document
     dtype: torch.dtype
     quantized: dict[str, QuantizedTensor]
     plain: dict[str, Tensor]
@@ -203,7 +203,7 @@ def take_apart(model: torch.nn.Module) -> Packed:
 WRITTEN = "this file was written with"
 
 
-def other_mace(meta: Mapping[str, Any]) -> str:
+def other_mace(meta: ReadOnlyDocument) -> str:
     """The error for a reader with another MACE.
 
     It has two pairs of braces to format: tensors that only the file has, and those that only the model has.
@@ -216,7 +216,7 @@ def other_mace(meta: Mapping[str, Any]) -> str:
     )
 
 
-def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta: ReadOnlyDocument) -> None:
     """Refuse to load tensors into a model that has other parameters.
 
     Args:
@@ -233,7 +233,7 @@ def check_parameters(model: torch.nn.Module, stored: Mapping[str, Tensor], meta:
         raise ModelFileError(other_mace(meta).format(sorted(unknown), sorted(missing)))
 
 
-def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
+def verify(model: torch.nn.Module, meta: Document) -> None:
     """Check the parameters of a model against the names and the checksum stored with it.
 
     Raises:
@@ -251,7 +251,7 @@ def verify(model: torch.nn.Module, meta: dict[str, Any]) -> None:
         )
 
 
-def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping[str, Tensor], complete: bool) -> None:
+def check_sites(model: torch.nn.Module, meta: ReadOnlyDocument, ranges: Mapping[str, Tensor], complete: bool) -> None:
     """Refuse ranges of activations without a site in a restored model, and sites without ranges.
 
     Args:
@@ -269,7 +269,7 @@ def check_sites(model: torch.nn.Module, meta: Mapping[str, Any], ranges: Mapping
         raise ModelFileError(other_mace(meta).format(sorted(unknown), sorted(missing)))
 
 
-def meta_of(model: torch.nn.Module) -> dict[str, Any]:
+def meta_of(model: torch.nn.Module) -> Document:
     """The description of a quantization without its tensors, as plain data."""
     state = require_state(model)
     return {

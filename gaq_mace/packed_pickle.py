@@ -19,7 +19,7 @@ import functools
 import importlib
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gaq.files.packing import pack
 from gaq.quantizers.weights import QuantizedTensor
+from gaq.untyped import Document
 from gaq_mace.names import PACKED
 from gaq_mace.packed import other_mace, take_apart
 
@@ -41,15 +42,15 @@ class Call:
     An object that occurs twice in a pickle is called once.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.function = function
         self.arguments = arguments
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return self.function, self.arguments
 
 
-def _method(name: str, *arguments: Any) -> operator.methodcaller:
+def _method(name: str, *arguments: object) -> operator.methodcaller:
     return operator.methodcaller(name, *arguments)
 
 
@@ -77,7 +78,7 @@ class _Pool:
         self.length += codes.numel()
         return offset
 
-    def expression(self) -> Any:
+    def expression(self) -> Call | Tensor:
         """The integers, as the reader computes them from bytes with stock functions only."""
         codes = torch.cat(self.parts)
         if self.bits == 4:
@@ -96,7 +97,7 @@ class _Pool:
         return Call(operator.add, Call(operator.mul, high, 256), planes[self.length :].clone())
 
 
-def _nibbles(data: Tensor) -> Any:
+def _nibbles(data: Tensor) -> Call:
     """The expression for the four-bit halves of bytes, from 0 to 15, the low half first."""
     halves = (Call(operator.and_, data, 15), Call(operator.rshift, data, 4))
     return Call(_method("char"), Call(_method("flatten"), Call(torch.stack, halves, 1)))
@@ -120,7 +121,7 @@ class _Place(NamedTuple):
 
 def _pooled(
     quantized: Mapping[str, QuantizedTensor],
-) -> tuple[dict[str, _Place], dict[int, Any], dict[torch.dtype, Call]]:
+) -> tuple[dict[str, _Place], dict[int, Call | Tensor], dict[torch.dtype, Call]]:
     """All codes in a buffer for each width, and all scales in a buffer for each dtype.
 
     Returns:
@@ -140,7 +141,7 @@ def _pooled(
     return places, codes, steps
 
 
-def _dequantized(tensor: QuantizedTensor, place: _Place, codes: Any, scales: Call) -> Call:
+def _dequantized(tensor: QuantizedTensor, place: _Place, codes: Call | Tensor, scales: Call) -> Call:
     """The expression for a weight: ``codes * scale`` of each of its segments, in the shape of the weight."""
     pieces = []
     for segment in tensor.layout.segments(tensor.granularity, tensor.group_size):
@@ -156,12 +157,12 @@ def _dequantized(tensor: QuantizedTensor, place: _Place, codes: Any, scales: Cal
     return Call(_method("view", tuple(tensor.codes.shape)), flat)
 
 
-def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
+def reduce_packed(model: torch.nn.Module) -> tuple[object, ...]:
     """The value of ``__reduce_ex__`` that stores a quantized model packed."""
     packed = take_apart(model)
     places, codes, scales = _pooled(packed.quantized)
-    state: dict[str, Any] = {}
-    fixed: dict[str, tuple[Any, ...]] = {}
+    state: Document = {}
+    fixed: dict[str, tuple[object, ...]] = {}
     for name, tensor in packed.quantized.items():
         place = places[name]
         state[name] = _dequantized(tensor, place, codes[place.bits], scales[place.dtype])
@@ -194,7 +195,7 @@ def reduce_packed(model: torch.nn.Module) -> tuple[Any, ...]:
     return operator.itemgetter(3), (steps,), {PACKED: payload}
 
 
-def _parameters_checked(built: Call, built_state: Call, state: dict[str, Any], meta: dict[str, Any]) -> Call:
+def _parameters_checked(built: Call, built_state: Call, state: Document, meta: Document) -> Call:
     """`gaq_mace.packed.check_parameters` as the reader computes it, with stock functions only.
 
     Args:
@@ -204,7 +205,7 @@ def _parameters_checked(built: Call, built_state: Call, state: dict[str, Any], m
         meta: of the file.
     """
 
-    def texts(names: Any, tensors: Any) -> Call:
+    def texts(names: Call, tensors: Call) -> Call:
         shapes = Call(map, tuple, Call(map, operator.attrgetter("shape"), tensors))
         return Call(set, Call(map, "{} {}".format, names, shapes))
 
@@ -220,7 +221,7 @@ def _parameters_checked(built: Call, built_state: Call, state: dict[str, Any], m
     return Call(comparison, Call(importlib.import_module, "torch.testing"))
 
 
-def reduce_stock(stock: type, entries: dict[str, Any]) -> tuple[Any, ...]:
+def reduce_stock(stock: type, entries: Document) -> tuple[object, ...]:
     """The value of ``__reduce_ex__`` that stores a model as one of MACE's own class.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from typing import Any
+from typing import SupportsIndex
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np
@@ -18,6 +18,7 @@ from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
 from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
 from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
+from gaq.untyped import Document
 from gaq_mace import packed, packed_pickle
 from gaq_mace.engine.serving import OWN_ENTRIES, RECORD, Served
 from gaq_mace.insertion import configure_attention, insert
@@ -31,13 +32,13 @@ __all__ = ["ScaleShiftMACE", "adopt", "is_quantized", "restore"]
 class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     """A `mace.modules.ScaleShiftMACE` that keeps its quantization in pickles, copies and state dicts."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if state_of(self) is not None:
             return packed_pickle.reduce_packed(self)
         entries = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
         return packed_pickle.reduce_stock(mace_models.ScaleShiftMACE, entries)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
+    def __deepcopy__(self, memo: dict[int, object]) -> ScaleShiftMACE:
         # Without this a copy would go through the packed form and lose the training state.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -111,7 +112,7 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
     return model
 
 
-def _take_over(model: torch.nn.Module, plain: dict[str, Any]) -> None:
+def _take_over(model: torch.nn.Module, plain: Document) -> None:
     """Make a model the quantized one that a state dict describes, or take its ranges if it is quantized already."""
     stored = StoredState.from_json(plain)
     state = state_of(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor
 from gaq.files.packing import pack, packed_bytes, unpack
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
 from gaq.quantizers.weights import WeightLayout, dequantize
+from gaq.untyped import Document
 from gaq_mace.packed import Packed, build, check_parameters, check_sites, verify
 from gaq_mace.root import restore
 from gaq_mace.weights import layouts
 
 __all__ = ["config_from_json", "config_to_json", "load_safetensors", "save_safetensors"]
 
-_NAMES: dict[str, dict[str, Any]] = {
+_NAMES: dict[str, Document] = {
     "interaction_cls": interaction_classes,
     "interaction_cls_first": interaction_classes,
     "readout_cls": readout_classes,
@@ -29,13 +29,13 @@ _NAMES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_to_json(config: dict[str, Any]) -> dict[str, Any]:
+def config_to_json(config: Document) -> Document:
     """Constructor arguments of a MACE model as plain data: classes by MACE's names for them, irreps as text.
 
     Raises:
         ModelFileError: for a class that MACE does not know by name.
     """
-    plain: dict[str, Any] = {}
+    plain: Document = {}
     for key, value in config.items():
         if key in _NAMES and value is not None:
             names = [name for name, known in _NAMES[key].items() if known is value]
@@ -48,13 +48,13 @@ def config_to_json(config: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def config_from_json(plain: dict[str, Any]) -> dict[str, Any]:
+def config_from_json(plain: Document) -> Document:
     """The constructor arguments that `config_to_json` made plain.
 
     Raises:
         ModelFileError: for a name that this MACE does not know.
     """
-    config: dict[str, Any] = {}
+    config: Document = {}
     for key, value in plain.items():
         if key in _NAMES and value is not None:
             if value not in _NAMES[key]:

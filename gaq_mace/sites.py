@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import mace  # noqa: F401  (before e3nn: it sets the loading flag that e3nn 0.4.4 needs)
 import torch
@@ -34,6 +34,7 @@ from gaq.model.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bysta
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
+from gaq.untyped import AnyModule, Instructions
 
 __all__ = ["bystanders", "find_sites"]
 
@@ -42,7 +43,7 @@ LOGITS = "logits, bounded by the temperature: rounded under the key attention"
 POLYNOMIAL = "a polynomial of features just computed, evaluated in float; its weights are rounded"
 
 
-def _path_layout(module: Any, weighted: Iterable[Any]) -> WeightLayout:
+def _path_layout(module: AnyModule, weighted: Instructions) -> WeightLayout:
     """The layout of a weight that holds a matrix for each of these instructions, one after the other."""
     blocks = []
     offset = 0
@@ -57,7 +58,7 @@ def _pieces(irreps: o3.Irreps, used: set[int] | None = None) -> tuple[tuple[int,
     return tuple((mul if used is None or i in used else -mul, ir.dim) for i, (mul, ir) in enumerate(irreps) if mul > 0)
 
 
-def _contraction_weights(module: Any) -> tuple[WeightSite, ...]:
+def _contraction_weights(module: AnyModule) -> tuple[WeightSite, ...]:
     sites = []
     for i, contraction in enumerate(module.contractions):
         owner = f"contractions.{i}"
@@ -112,10 +113,10 @@ def _attention_weights(name: str, model: torch.nn.Module) -> AttentionSite | Non
     parts = name.split(".")
     if parts[0] != "interactions" or parts[2:3] != ["conv_tp_weights"] or parts[1] == "0":
         return None
-    block: Any = model.get_submodule(".".join(parts[:2]))
+    block: AnyModule = model.get_submodule(".".join(parts[:2]))
     if not isinstance(block, RealAgnosticAttResidualInteractionBlock):
         return None
-    layer: Any = block.conv_tp_weights.get_submodule(parts[3])
+    layer: AnyModule = block.conv_tp_weights.get_submodule(parts[3])
     width = int(layer.h_in)
     radial = block.edge_feats_irreps.num_irreps
     pieces = ((-radial, 1), (width - radial, 1)) if parts[3] == "layer0" else ((width, 1),)
@@ -135,7 +136,7 @@ def _edge_weights(name: str, module: torch.nn.Module) -> Site | None:
 
 def _product(name: str, module: EquivariantProductBasisBlock) -> Site:
     """The site of the node features that an interaction hands to all later layers."""
-    linear: Any = module.linear  # an e3nn Linear, which torch types as Tensor or Module
+    linear: AnyModule = module.linear  # an e3nn Linear, which torch types as Tensor or Module
     irreps = linear.irreps_out
     note = "its output, the node features all later layers read"
     return Site(name, module, "product", (), FeatureLayout(_pieces(irreps)), note, False, False, f"-> {irreps}")

@@ -22,6 +22,7 @@ from gaq.training.averaging import averaging_deployed
 from gaq.training.ptq import round_at_end
 from gaq.training.sampling import choose
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
+from gaq.untyped import Batch, Loader, Patched, Structure
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.files import compress_packed
 from gaq_mace.model import prepare, search_ranges
@@ -59,7 +60,9 @@ def refresh_scales(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def calibrate_on_dataset(model: torch.nn.Module, dataset: Any, frames: int, seed: int, device: torch.device) -> int:
+def calibrate_on_dataset(
+    model: torch.nn.Module, dataset: Sequence[Structure], frames: int, seed: int, device: torch.device
+) -> int:
     """Observe activation ranges on structures of a MACE dataset.
 
     Args:
@@ -91,7 +94,7 @@ class _TrainingData(MACEAdapter):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], batch_size: int) -> list[Batch]:
         loader = torch_geometric.dataloader.DataLoader(
             dataset=list(structures),  # type: ignore[arg-type]  # MACE's graphs are of a class of its own
             batch_size=batch_size,
@@ -101,7 +104,7 @@ class _TrainingData(MACEAdapter):
         return [batch.to(self.device).to_dict() for batch in loader]
 
 
-def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Any, device: torch.device) -> int:
+def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Loader, device: torch.device) -> int:
     return calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, device)
 
 
@@ -118,7 +121,7 @@ def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
         logging.info(f"Training goes on at epoch {first}: vectors are rounded already")
 
 
-def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object:
     """Run `mace.tools.train` with calibration before the first epoch and frozen ranges after the last."""
     model = kwargs["model"]
     state = state_of(model)
@@ -146,7 +149,9 @@ def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def round_after_loading(handler: Any, model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
+def round_after_loading(
+    handler: Patched, model: torch.nn.Module, dataset: Sequence[Structure], device: torch.device
+) -> None:
     """Call `finish` after each checkpoint that is loaded from now on.
 
     When training is over, MACE loads the weights that it evaluates and saves: the best ones of each stage.
@@ -160,7 +165,7 @@ def round_after_loading(handler: Any, model: torch.nn.Module, dataset: Any, devi
     load_latest = handler.load_latest
 
     @functools.wraps(load_latest)
-    def load_and_finish(*args: Any, **kwargs: Any) -> Any:
+    def load_and_finish(*args: object, **kwargs: object) -> object:
         epoch = load_latest(*args, **kwargs)
         finish(model, dataset, device)
         return epoch
@@ -168,7 +173,7 @@ def round_after_loading(handler: Any, model: torch.nn.Module, dataset: Any, devi
     handler.load_latest = load_and_finish
 
 
-def finish(model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
+def finish(model: torch.nn.Module, dataset: Sequence[Structure], device: torch.device) -> None:
     """Round weights that were trained in float, by calibration on the training structures."""
     search_ranges(model)
     with torch.enable_grad():
@@ -176,7 +181,7 @@ def finish(model: torch.nn.Module, dataset: Any, device: torch.device) -> None:
             logging.info(line)
 
 
-def run_epoch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_epoch(original: Callable[..., object], *args: object, **kwargs: Any) -> object:
     """Run `train_one_epoch` under the schedule of the branches; validation afterwards sees the deployed form."""
     model = kwargs["model"]
     state = state_of(model)
@@ -218,7 +223,7 @@ def share_ranges(model: torch.nn.Module) -> None:
         quantizer.load_ranges(sizes)
 
 
-def error_table(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def error_table(original: Callable[..., object], *args: object, **kwargs: Any) -> object:
     """Make MACE's error table, and log that of the same weights without quantization."""
     table = original(*args, **kwargs)
     model = kwargs.get("model")
@@ -276,7 +281,7 @@ class EquivarianceLoss(torch.nn.Module):
         self.weight = weight
         self.rotations = rotations
 
-    def forward(self, pred: dict[str, Tensor], ref: Any, **kwargs: Any) -> Tensor:
+    def forward(self, pred: dict[str, Tensor], ref: Batch, **kwargs: object) -> Tensor:
         loss = self.loss_fn(pred=pred, ref=ref, **kwargs)
         batch = ref.to_dict()
         for _ in range(self.rotations):

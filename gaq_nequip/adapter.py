@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nequip
 import torch
@@ -17,6 +17,7 @@ from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
@@ -67,7 +68,7 @@ class NequIPAdapter:
         state = state_of(model)
         return "float" if state is None else state.status
 
-    def notes(self, model: torch.nn.Module) -> dict[str, Any]:
+    def notes(self, model: torch.nn.Module) -> Document:
         state = state_of(model)
         return {} if state is None else state.notes
 
@@ -88,15 +89,15 @@ class NequIPAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]:
         return make_batches(model, structures, batch_size)
 
     def energy_and_forces(
-        self, model: torch.nn.Module, batch: Any, create_graph: bool = False
+        self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -117,7 +118,7 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, batch_size)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Any:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         if str(path).endswith(files.COMPILED):
             return files.CompiledModel(Path(path), device).calculator()
         return saved_calculator(path, device)

@@ -6,8 +6,6 @@ is embedded in packages: it imports only torch, e3nn, NequIP and the core.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from e3nn.o3._irreps import Irreps
 from e3nn.o3._linear import Linear
@@ -17,6 +15,7 @@ from nequip.nn.mlp import ScalarMLPFunction
 from nequip.utils.compile import conditional_torchscript_mode
 
 from gaq.quantizers.attention import RobustAttention, heads_of_weights
+from gaq.untyped import AnyModule
 from gaq_nequip.sites import class_name
 
 __all__ = ["AttentionInteractionBlock", "add_attention"]
@@ -70,7 +69,7 @@ class AttentionInteractionBlock(InteractionBlock):
         return data
 
 
-def _extend(block: Any) -> None:
+def _extend(block: AnyModule) -> None:
     """Give an interaction block the modules that attention needs, in the block's dtype, and its new class."""
     features = block.irreps_in[AtomicDataDict.NODE_FEATURES_KEY]
     weight = block.linear_1.weight
@@ -111,7 +110,9 @@ def add_attention(model: torch.nn.Module) -> None:
     Raises:
         ValueError: if the model has no interaction blocks (Allegro), or a block gets no cutoff function.
     """
-    blocks: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if class_name(m) == "InteractionBlock"]
+    blocks: list[tuple[str, AnyModule]] = [
+        (n, m) for n, m in model.named_modules() if class_name(m) == "InteractionBlock"
+    ]
     if not blocks:
         raise ValueError(
             "quantization.attention.messages: this model has no interaction blocks whose messages could be weighted; "

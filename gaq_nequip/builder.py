@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from gaq.untyped import Document
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["quantized"]
 
 
-def quantized(model: dict[str, Any], quantization: Any = "gaq", **keys: Any) -> Any:
+def quantized(model: Document, quantization: object = "gaq", **keys: object) -> torch.nn.Module:
     """Build a model and quantize it.
 
     .. code-block:: yaml

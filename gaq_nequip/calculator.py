@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 from nequip.integrations.ase import NequIPCalculator
 from nequip.integrations.utils import basic_transforms
@@ -10,6 +10,7 @@ from nequip.nn import graph_model
 from nequip.utils.global_dtype import _GLOBAL_DTYPE
 
 from gaq.process import default_dtype
+from gaq.untyped import AnyModule
 from gaq_nequip.host import nequip_state
 
 __all__ = ["Calculator", "compiled_calculator", "model_calculator", "saved_calculator"]
@@ -21,24 +22,24 @@ class Calculator(NequIPCalculator):
     NequIP's calculator converts structures in torch's default dtype, but its models expect NequIP's, float64.
     """
 
-    def calculate(self, *args: Any, **kwargs: Any) -> None:
+    def calculate(self, *args: object, **kwargs: object) -> None:
         with default_dtype(_GLOBAL_DTYPE):
             super().calculate(*args, **kwargs)
 
 
-def compiled_calculator(path: Any, device: str) -> Calculator:
+def compiled_calculator(path: str | Path, device: str) -> Calculator:
     """The calculator of a compiled file."""
     with nequip_state():
         return Calculator.from_compiled_model(str(path), device=device, chemical_species_to_atom_type_map=True)
 
 
-def saved_calculator(path: Any, device: str) -> Calculator:
+def saved_calculator(path: str | Path, device: str) -> Calculator:
     """The calculator of a checkpoint or a package."""
     with nequip_state():
         return Calculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=True)
 
 
-def model_calculator(model: Any, device: str) -> Calculator:
+def model_calculator(model: AnyModule, device: str) -> Calculator:
     """The calculator of a model in memory, whose type names are taken for chemical symbols."""
     metadata = model.metadata
     names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")

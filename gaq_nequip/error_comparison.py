@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from nequip.data import AtomicDataDict
 from torch import Tensor
@@ -34,7 +32,7 @@ class ErrorComparison:
     def __init__(self) -> None:
         self._batches: list[dict[str, dict[str, Tensor]]] = []
 
-    def add(self, model: Any, batch: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    def add(self, model: torch.nn.Module, batch: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         """Evaluate a quantized model on a batch twice, the second time without quantization."""
         with torch.enable_grad(), eager(model):
             sums = {"quantized": _error_sums(model(dict(batch)), target)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def energy_and_forces(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and the number of atoms of each graph (graphs,)."""
     with default_dtype(_GLOBAL_DTYPE), _mode(model, create_graph):
-        output: Any = model(dict(batch))
+        output: dict[str, Tensor] = model(dict(batch))
     energy = output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
     counts = batch[AtomicDataDict.NUM_NODES_KEY].reshape(-1)
     return energy, output[AtomicDataDict.FORCE_KEY], counts

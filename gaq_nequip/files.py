@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -23,8 +23,12 @@ from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.untyped import AnyModule, Calculator, Document
 from gaq_nequip.host import nequip_state
 from gaq_nequip.model import graph_models
+
+if TYPE_CHECKING:
+    from torch.package import Importer, PackageImporter
 
 __all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
 
@@ -53,7 +57,7 @@ class CompiledModel(torch.nn.Module):
             config = parse_stored(json.loads(self.metadata["gaq_config"]), finished=True)
             self.__dict__["gaq_state"] = ModelState(config, self.metadata.get("gaq_status", "frozen"))
 
-    def calculator(self) -> Any:
+    def calculator(self) -> Calculator:
         """NequIP's ASE calculator of the file."""
         from gaq_nequip.calculator import compiled_calculator
 
@@ -70,7 +74,7 @@ def _suffix_of(path: Path) -> str:
 
 def _install_state(model: torch.nn.Module) -> None:
     """Replace the state of a packaged model, of the package's class, by one of the installed class; checks it again."""
-    state: Any = model.__dict__.get("gaq_state")
+    state: Any = model.__dict__.get("gaq_state")  # of the class `ModelState` in the package
     if state is not None and not isinstance(state, ModelState):
         config = parse_stored(state.config.to_dict(), finished=state.status != "training")
         weights = {n: FixedWeight(w.bits, w.granularity, w.group_size, w.scale) for n, w in state.weights.items()}
@@ -105,23 +109,23 @@ def _check_package(path: Path) -> None:
 
 
 # An entry lives as long as a model from the file: the classes of the model hold their importer.
-_importers: WeakValueCache[tuple[Path, int], Any] = WeakValueCache()
+_importers: WeakValueCache[tuple[Path, int], PackageImporter] = WeakValueCache()
 
 
-def _importer(path: Path) -> Any:
+def _importer(path: Path) -> PackageImporter:
     """The importer of a package; one per file, because what one importer made cannot be saved with another."""
     from nequip.model.saved_models.package import _suppress_package_importer_exporter_warnings
 
     path = path.resolve()
 
-    def make() -> Any:
+    def make() -> PackageImporter:
         with _suppress_package_importer_exporter_warnings():
             return torch.package.PackageImporter(str(path))  # type: ignore[attr-defined]  # not exported in its stub
 
     return _importers.get((path, path.stat().st_mtime_ns), make)
 
 
-def _load_package(path: Path) -> Any:
+def _load_package(path: Path) -> AnyModule:
     from nequip.model.saved_models.package import (
         _cpu_deserialize_always,
         _suppress_package_importer_exporter_warnings,
@@ -134,7 +138,7 @@ def _load_package(path: Path) -> Any:
 def _other_nequip(path: Path, error: str) -> str:
     """Error message for a checkpoint whose tensors are not those of the model that the installed NequIP builds."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    versions: dict[str, Any] = checkpoint["hyper_parameters"]["info_dict"].get("versions", {})
+    versions: dict[str, str] = checkpoint["hyper_parameters"]["info_dict"].get("versions", {})
     writer = ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
     details = " ".join(error.split("\n", 1)[-1].split())
     return (
@@ -238,7 +242,7 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
         raise ValueError(f"{path.name}: a frozen model has no float weights left for a checkpoint; write a {PACKAGE}.")
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     prefix = "model.sole_model."
-    entries: dict[str, Any] = checkpoint["state_dict"]
+    entries: Document = checkpoint["state_dict"]
     model_entries = model.state_dict()
     _check_same_tensors(entries, model_entries, prefix, source)
     for name, value in model_entries.items():
@@ -263,7 +267,7 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
     torch.save(checkpoint, path)
 
 
-def _check_same_tensors(entries: dict[str, Any], model_entries: dict[str, Any], prefix: str, source: Path) -> None:
+def _check_same_tensors(entries: Document, model_entries: Document, prefix: str, source: Path) -> None:
     """Refuse to write a model into the checkpoint of another model.
 
     Raises:
@@ -284,7 +288,7 @@ def _check_same_tensors(entries: dict[str, Any], model_entries: dict[str, Any], 
         )
 
 
-def example_data(source: Path) -> Any:
+def example_data(source: Path) -> dict[str, Tensor]:
     """The example structure that NequIP compiles with, from a checkpoint's training data or a package.
 
     Raises:
@@ -318,12 +322,12 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     from nequip.utils.versions import get_current_code_versions
     from nequip.utils.versions.version_utils import get_version_safe
 
-    frozen: Any = copy.deepcopy(model).cpu()
+    frozen: AnyModule = copy.deepcopy(model).cpu()
     # By the model's own class: a model from a package has to be saved with the classes of the package.
     frozen.freeze_weights()
     frozen.__dict__.pop(SOURCE, None)
     sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
-    importers: tuple[Any, ...] = (sys_importer,)
+    importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
         if _suffix_of(source) == PACKAGE:

@@ -1,8 +1,4 @@
-"""Rounding when training is over: weights that were trained in float, in every checkpoint that the run has kept.
-
-Lightning's trainer and NequIP's training module are `Any` here: what is read from them (``datamodule``, ``ema``) is not
-in the types that Lightning declares.
-"""
+"""Rounding when training is over: weights that were trained in float, in every checkpoint that the run has kept."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from gaq.model.state import UNFINISHED, require_state
 from gaq.training.ptq import round_at_end
+from gaq.untyped import Batch, Document, Structure, Trainer, TrainingModule
 from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.model import quantized_models, search_ranges
 from gaq_nequip.root import eager
@@ -34,17 +31,17 @@ class _TrainingData(NequIPAdapter):
         device: device of the batches.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], device: torch.device) -> None:
+    def __init__(self, collate: Callable[[list[Structure]], Batch], device: torch.device) -> None:
         self.collate = collate
         self.device = device
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Any], batch_size: int) -> list[Any]:
+    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], batch_size: int) -> list[Batch]:
         spans = range(0, len(structures), batch_size)
         batches = [self.collate([dict(graph) for graph in structures[i : i + batch_size]]) for i in spans]
         return [AtomicDataDict.to_(batch, self.device) for batch in batches]
 
 
-def finish(trainer: Any, module: Any) -> None:
+def finish(trainer: Trainer, module: TrainingModule) -> None:
     """Round the weights of a training module, by calibration on the training structures.
 
     Where NequIP averages weights, the averaged ones are rounded.
@@ -66,16 +63,16 @@ def finish(trainer: Any, module: Any) -> None:
         average.swap_parameters(module.model)
 
 
-def finish_checkpoints(trainer: Any, module: Any) -> None:
+def finish_checkpoints(trainer: Trainer, module: TrainingModule) -> None:
     """Round the weights in every checkpoint that a run has kept, and those of the training module itself.
 
     The weights that training would continue from stay in the checkpoints: where NequIP averages, only the averaged
     weights are rounded.
     """
     # The last and the best checkpoint are often equal, and equal to what is in memory: each state is rounded once.
-    done: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    done: list[tuple[Document, Document]] = []
 
-    def finished(state: dict[str, Any]) -> dict[str, Any]:
+    def finished(state: Document) -> Document:
         for before, after in done:
             if before.keys() == state.keys() and all(_same(before[key], state[key]) for key in before):
                 return after
@@ -98,16 +95,16 @@ def finish_checkpoints(trainer: Any, module: Any) -> None:
     module.load_state_dict(finished(in_memory))
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(first: object, second: Any) -> bool:  # Any: a tensor if the first is one
     """Whether two entries of a state dict are equal; the extra states of some modules are not tensors."""
     return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
 
 
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
+def _copy(state: Document) -> Document:
     return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _kept_checkpoints(trainer: Any) -> list[Path]:
+def _kept_checkpoints(trainer: Trainer) -> list[Path]:
     """The checkpoint files that the callbacks of a run have kept."""
     names: dict[str, None] = {}
     for callback in trainer.checkpoint_callbacks:

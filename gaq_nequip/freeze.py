@@ -13,7 +13,6 @@ This module is embedded in packages: it imports only torch, NequIP and the core.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from nequip.data import AtomicDataDict
@@ -23,6 +22,7 @@ from torch import Tensor
 from gaq.model.sites import Site
 from gaq.model.state import finish_features, is_kind, require_state, warn_if_unfinished
 from gaq.quantizers.weights import Block, WeightLayout, WeightQuantizer
+from gaq.untyped import AnyModule
 from gaq_nequip.insertion import site_quantizers
 from gaq_nequip.packed import PackedWeight
 from gaq_nequip.sites import class_name, find_sites
@@ -60,7 +60,7 @@ class FoldedSelfConnection(torch.nn.Module):
     gaq_folded = True
     placeholder: Tensor
 
-    def __init__(self, product: Any, weight: Tensor, embedding: Tensor) -> None:
+    def __init__(self, product: AnyModule, weight: Tensor, embedding: Tensor) -> None:
         super().__init__()
         types = embedding.shape[0]
         self.types = types
@@ -112,7 +112,7 @@ class FoldedSelfConnection(torch.nn.Module):
         return torch.cat(parts, -1)
 
 
-def _pack(module: Any, parameter: str, quantizer: WeightQuantizer) -> PackedWeight:
+def _pack(module: AnyModule, parameter: str, quantizer: WeightQuantizer) -> PackedWeight:
     """Take a parameter out of its module, and return its codes."""
     weight = module.weights[int(parameter.split(".")[1])] if "." in parameter else module._parameters[parameter]
     packed = PackedWeight(quantizer.quantized(weight.detach())).to(weight.device)
@@ -124,12 +124,12 @@ def _pack(module: Any, parameter: str, quantizer: WeightQuantizer) -> PackedWeig
     return packed
 
 
-def _foldable(model: torch.nn.Module, sites: list[Site]) -> Any:
+def _foldable(model: torch.nn.Module, sites: list[Site]) -> AnyModule | None:
     """The module of the type embedding, if every self-connection can be folded and becomes smaller; else None.
 
     Models in float64 are never folded: the rounding of the fold would be the largest error of a compiled model.
     """
-    embeds: list[Any] = [m for m in model.modules() if class_name(m) == "NodeTypeEmbed"]
+    embeds: list[AnyModule] = [m for m in model.modules() if class_name(m) == "NodeTypeEmbed"]
     products = [site for site in sites if site.kind == "tensor_product"]
     if len(embeds) != 1 or not products:
         return None
@@ -137,7 +137,7 @@ def _foldable(model: torch.nn.Module, sites: list[Site]) -> Any:
     if embed.do_categorical_graph_field_embed or embed.embed_module.weight.dtype == torch.float64:
         return None
     for site in products:
-        product: Any = site.module
+        product: AnyModule = site.module
         quantizers = list(site_quantizers(site).values())
         modes = {ins.connection_mode for ins in product.instructions}
         scalars = all(ir.l == 0 for _, ir in product.irreps_in2)
@@ -153,7 +153,7 @@ def _foldable(model: torch.nn.Module, sites: list[Site]) -> Any:
 
 
 @torch.no_grad()
-def _fold(model: torch.nn.Module, sites: list[Site], embed: Any) -> None:
+def _fold(model: torch.nn.Module, sites: list[Site], embed: AnyModule) -> None:
     """Replace the self-connections by folded ones, and make the type embedding give the one-hot type."""
     table = embed.embed_module.weight
     if hasattr(embed.embed_module, "weight_quantizer"):
@@ -161,7 +161,7 @@ def _fold(model: torch.nn.Module, sites: list[Site], embed: Any) -> None:
     for site in sites:
         if site.kind != "tensor_product":
             continue
-        product: Any = site.module
+        product: AnyModule = site.module
         folded = FoldedSelfConnection(product, product.weight_quantizer(product.weight), table).to(table.device)
         parent, leaf = site.name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, folded)
@@ -203,7 +203,7 @@ def freeze(model: torch.nn.Module, fold: bool = True) -> torch.nn.Module:
             if not is_kind(quantizer, WeightQuantizer):
                 continue
             packed = _pack(site.module, weight.parameter, quantizer)
-            module: Any = site.module
+            module: AnyModule = site.module
             if site.kind == "deep_linear":
                 module.weights_quantizers[int(weight.parameter.split(".")[1])] = packed
             else:

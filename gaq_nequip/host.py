@@ -39,7 +39,7 @@ def nequip_state() -> Iterator[None]:
 @contextmanager
 def _set_up() -> Iterator[None]:
     """Within this context NequIP's global state is set; afterwards the settings it changed are restored."""
-    dynamo: Any = torch._dynamo.config
+    dynamo: Any = torch._dynamo.config  # its settings are made at run time
     flags = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
     before = {name: getattr(dynamo, name) for name in flags}
     optimizations = dict(e3nn.get_optimization_defaults())
@@ -67,7 +67,7 @@ def _tf32_unchanged() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    backends: Any = torch.backends
+    backends: Any = torch.backends  # which settings it has depends on torch's version
     new = hasattr(backends, "fp32_precision")  # torch 2.9 and later, where reading the old flags may raise
     before = backends.fp32_precision if new else (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32)
     latest = dict(global_state._latest_global_config)

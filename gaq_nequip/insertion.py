@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from gaq.model.sites import Site
 from gaq.model.state import is_kind
 from gaq.quantizers.attention import RobustAttention
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule
 from gaq_nequip.attention import add_attention
 from gaq_nequip.layers import (
     QuantizedConvNet,
@@ -64,7 +64,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
     """
     if not weights and features is None:
         return
-    module: Any = site.module
+    module: AnyModule = site.module
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if site.kind == "tensor_track":
@@ -87,7 +87,7 @@ def insert(site: Site, weights: Mapping[str, torch.nn.Module], features: Feature
 
 def site_quantizers(site: Site) -> dict[str, torch.nn.Module]:
     """The weight quantizers or packed weights in a site, by `gaq.model.sites.WeightSite.path`."""
-    module: Any = site.module
+    module: AnyModule = site.module
     if site.kind == "deep_linear":
         quantizers = list(getattr(module, "weights_quantizers", []))
     else:

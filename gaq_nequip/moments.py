@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
+from gaq.untyped import AnyModule, Batch
 from gaq_nequip.sites import find_sites
 
 __all__ = ["input_moments"]
@@ -17,7 +17,7 @@ __all__ = ["input_moments"]
 
 def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
     """A forward pre-hook that adds ``x^T x`` of a layer's input to `moments`, one entry per weight block."""
-    module: Any = site.module
+    module: AnyModule = site.module
 
     def add(index: int, moment: Tensor) -> None:
         total = moments[index]
@@ -38,7 +38,7 @@ def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
     return collect
 
 
-def input_moments(model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, list[Tensor | None]]:
+def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
     """``sum x x^T`` over atoms (or edges) and components: one matrix for each weight block.
 
     Self-connections have none: their input is the product of features and embedding, which is too wide for a matrix.

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.model.state import StoredState, is_kind, require_state, same_grid, settle_codes, state_of
+from gaq.model.state import ModelState, StoredState, is_kind, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
+from gaq.untyped import AnyModule, Options
 from gaq_nequip.freeze import freeze
 from gaq_nequip.packed import PackedWeight, widen_codes
 from gaq_nequip.weights import hold_scales, settle_species, weight_quantizers
@@ -47,10 +48,10 @@ def stored_state(model: torch.nn.Module) -> StoredState:
 class _QuantizedRoot:
     """What the root of a quantized model adds to NequIP's: quantization in states, metadata and packages."""
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> AnyModule:
         """Switch between training and evaluation; in evaluation scales are held."""
         super().train(mode)  # type: ignore[misc]  # of the NequIP class that the subclasses inherit as well
-        model: Any = self
+        model: AnyModule = self
         state = state_of(model)
         if state is None:
             return self
@@ -66,7 +67,7 @@ class _QuantizedRoot:
 
     def get_extra_state(self) -> Tensor:
         """Configuration and ranges as JSON text in a tensor of bytes, so that checkpoints keep them."""
-        model: Any = self
+        model: AnyModule = self
         text = json.dumps(stored_state(model).to_json()) if state_of(model) is not None else ""
         return torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).clone()
 
@@ -76,7 +77,7 @@ class _QuantizedRoot:
         Raises:
             ValueError: if that model was quantized with other settings.
         """
-        model: Any = self
+        model: AnyModule = self
         text = bytes(state.cpu().numpy().tobytes()).decode().strip()
         model_state = state_of(model)
         if not text or model_state is None:
@@ -100,7 +101,7 @@ class _QuantizedRoot:
     @property
     def metadata(self) -> dict[str, str]:
         """NequIP's metadata, and what a compiled file says about its quantization."""
-        model: Any = self
+        model: AnyModule = self
         facts: dict[str, str] = dict(super().metadata)  # type: ignore[misc]  # of the NequIP class, as in `train`
         state = state_of(model)
         if state is not None:
@@ -110,9 +111,9 @@ class _QuantizedRoot:
             facts.update(_size_metadata(model))
         return facts
 
-    def freeze_weights(self) -> Any:
+    def freeze_weights(self) -> AnyModule:
         """Freeze the model in place by the `gaq_nequip.freeze.freeze` of its own package, if it comes from one."""
-        model: Any = self
+        model: AnyModule = self
         return freeze(model)
 
     @model_modifier(persistent=False)
@@ -123,7 +124,7 @@ class _QuantizedRoot:
         For ``nequip-compile --modifiers enable_GAQInt8``. Afterwards the model can only be evaluated. Codes of 9 to 15
         bits are kept as int16, because every step reads them.
         """
-        quantized: Any = model
+        quantized: AnyModule = model
         frozen: torch.nn.Module = quantized.freeze_weights()
         widen_codes(frozen)
         return frozen
@@ -157,8 +158,8 @@ class _LastingDetach(TorchFunctionMode):
     integers have no gradient.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_function__(  # typed as in torch
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Options | None = None
     ) -> Any:
         if func is torch.Tensor.detach and get_proxy_mode() is not None and args[0].dtype in _BITS:
             return args[0].view(_BITS[args[0].dtype]).view(args[0].dtype)
@@ -176,10 +177,10 @@ def _lasting_detach(model: torch.nn.Module) -> Iterator[None]:
     """
     mode = _LastingDetach()
 
-    def enter(module: Any, arguments: Any) -> None:
+    def enter(module: torch.nn.Module, arguments: object) -> None:
         mode.__enter__()
 
-    def leave(module: Any, arguments: Any, output: Any) -> None:
+    def leave(module: torch.nn.Module, arguments: object, output: object) -> None:
         mode.__exit__(None, None, None)
 
     hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
@@ -202,6 +203,9 @@ def _step(quantizer: FeatureQuantizer) -> float:
     return max(steps)
 
 
+_Variants = dict[tuple[str, ...], Any]  # what NequIP makes of a compiled graph, by the names of its inputs
+
+
 class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
     """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages.
 
@@ -212,9 +216,9 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
 
     gaq_host_class = "CompileGraphModel"
 
-    def _switches(self) -> tuple[Any, ...]:
+    def _switches(self) -> tuple[object, ...]:
         """The attributes of all quantizers that a graph fixes when it is traced."""
-        switches: list[Any] = []
+        switches: list[object] = []
         for module in self.modules():
             if is_kind(module, FeatureQuantizer):
                 switches.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
@@ -224,7 +228,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
         return tuple(switches)
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
-        graphs: dict[Any, dict[Any, Any]] = self.__dict__.setdefault("gaq_graphs", {})
+        graphs: dict[tuple[object, ...], _Variants] = self.__dict__.setdefault("gaq_graphs", {})
         switches = self._switches()
         graph = graphs.pop(switches, {})
         graphs[switches] = graph
@@ -234,7 +238,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
         self._compiled_cache = (graph,)
         return super().forward(data)
 
-    def _compile_variant(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> None:
+    def _compile_variant(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: _Variants) -> None:
         try:
             with _lasting_detach(self.model):
                 super()._compile_variant(data, input_signature, cache)
@@ -244,7 +248,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
             if input_signature not in cache or not self._agrees(data, input_signature, cache):
                 raise
 
-    def _agrees(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: Any) -> bool:
+    def _agrees(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: _Variants) -> bool:
         """Whether graph and modules predict the labels in the data alike, up to a few rounding steps."""
         tolerance = 4.0 * max([_step(m) for m in self.modules() if is_kind(m, FeatureQuantizer)], default=0.0)
         compiled, output_fields = cache[input_signature]
@@ -262,14 +266,14 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
 _ROOTS: dict[str, type] = {"GraphModel": QuantizedGraphModel, "CompileGraphModel": QuantizedCompileGraphModel}
 
 
-def adopt(model: torch.nn.Module, state: Any) -> None:
+def adopt(model: torch.nn.Module, state: ModelState) -> None:
     """Give a model its state, and its root the class that keeps it."""
     model.__class__ = _ROOTS[getattr(type(model), "gaq_host_class", type(model).__name__)]
     model.__dict__["gaq_state"] = state
 
 
 @contextmanager
-def eager(model: Any) -> Iterator[None]:
+def eager(model: torch.nn.Module) -> Iterator[None]:
     """Within this context a train-time compiled model evaluates its modules and not its compiled graph."""
     before = model.__class__
     if getattr(model, "is_compile_graph_model", False):

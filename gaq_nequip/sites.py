@@ -25,13 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from gaq.model.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
+from gaq.untyped import AnyModule, Instructions, Irreps
 
 __all__ = ["TENSOR_TRACK", "bystanders", "class_name", "find_sites"]
 
@@ -64,14 +64,14 @@ def class_name(module: torch.nn.Module) -> str:
     return getattr(type(module), "gaq_host_class", type(module).__name__)
 
 
-def _pieces(irreps: Any, used: set[int] | None = None) -> tuple[tuple[int, int], ...]:
+def _pieces(irreps: Irreps, used: set[int] | None = None) -> tuple[tuple[int, int], ...]:
     """(multiplicity, dimension) of each irrep; an unused irrep gets a negative multiplicity."""
     return tuple(
         (mul if used is None or i in used else -mul, 2 * ir.l + 1) for i, (mul, ir) in enumerate(irreps) if mul > 0
     )
 
 
-def _path_layout(instructions: Any) -> WeightLayout:
+def _path_layout(instructions: Instructions) -> WeightLayout:
     """Layout of a flat weight: one block for each path with weights."""
     blocks = []
     offset = 0
@@ -151,13 +151,13 @@ class _Finder:
         scalar_layers = [layer for layer, module in self.modules.items() if class_name(module) == "ScalarLinearLayer"]
         return name != [layer for layer in scalar_layers if layer.rsplit(".", 1)[0] == network][-1]
 
-    def embedding(self, product: Any) -> torch.nn.Module | None:
+    def embedding(self, product: AnyModule) -> torch.nn.Module | None:
         """The table of type embeddings that a self-connection reads, if types are few; None otherwise."""
         embeds = [m for m in self.modules.values() if class_name(m) == "NodeTypeEmbed"]
         if len(embeds) != 1 or embeds[0].do_categorical_graph_field_embed:
             return None
         modes = {instruction.connection_mode for instruction in product.instructions}
-        table: Any = embeds[0].embed_module
+        table: AnyModule = embeds[0].embed_module
         size = int(table.embedding_dim)
         scalars = all(ir.l == 0 for _, ir in product.irreps_in2) and int(product.irreps_in2.dim) == size
         few = FEW * int(table.num_embeddings) <= size
@@ -166,7 +166,7 @@ class _Finder:
     def weighted_site(
         self,
         name: str,
-        module: Any,
+        module: torch.nn.Module,
         kind: str,
         weights: tuple[WeightSite, ...],
         features: FeatureLayout | None,
@@ -201,7 +201,7 @@ class _Finder:
 
 def _unweighted_site(
     name: str,
-    module: Any,
+    module: torch.nn.Module,
     kind: str,
     features: FeatureLayout | None,
     irreps: str,
@@ -215,7 +215,7 @@ def _unweighted_site(
 # -- one function for each class of module: the sites at a module --
 
 
-def _linear(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _linear(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     if not hasattr(module, "irreps_in") or not module.internal_weights:
         return
     weighted = [ins for ins in module.instructions if ins.i_in != -1 and 0 not in ins.path_shape]
@@ -227,7 +227,7 @@ def _linear(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield finder.weighted_site(name, module, "linear", (weight,), features, irreps)
 
 
-def _tensor_product(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _tensor_product(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     if not module.internal_weights or module.weight_numel == 0:
         return
     weighted = [ins for ins in module.instructions if ins.has_weight]
@@ -243,14 +243,14 @@ def _tensor_product(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield replace(site, embedding=finder.embedding(module) if name.endswith(".conv.sc") else None)
 
 
-def _scalar_linear(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _scalar_linear(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     inputs, outputs = int(module.in_features), int(module.out_features)
     weight = WeightSite("", "weight", WeightLayout.single((inputs, outputs), 0))
     features = FeatureLayout(((inputs, 1),))
     yield finder.weighted_site(name, module, "scalar_linear", (weight,), features, f"{inputs} -> {outputs}")
 
 
-def _deep_linear(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _deep_linear(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     shapes = getattr(module, "gaq_shapes", None) or [tuple(weight.shape) for weight in module.weights]
     weights = tuple(WeightSite("", f"weights.{i}", WeightLayout.single(s, 0)) for i, s in enumerate(shapes))
     features = FeatureLayout(((shapes[0][0], 1),))
@@ -258,10 +258,10 @@ def _deep_linear(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield finder.weighted_site(name, module, "deep_linear", weights, features, widths)
 
 
-def _embedding(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _embedding(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     shape = (int(module.num_embeddings), int(module.embedding_dim))
     layout = WeightLayout.single(shape, 1)
-    parent: Any = finder.modules[name.rsplit(".", 1)[0]]
+    parent: AnyModule = finder.modules[name.rsplit(".", 1)[0]]
     if class_name(parent) == "PerClassSpline":
         # A row holds spline coefficients, one function per channel: one scale per class and channel.
         cube = (shape[0], int(parent.num_channels), int(parent.num_splines))
@@ -272,7 +272,7 @@ def _embedding(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     )
 
 
-def _convnet(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _convnet(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     if name == finder.layers[-1] and len(finder.readout_layers) == 1:
         return
     irreps = module.irreps_out["node_features"]
@@ -280,14 +280,14 @@ def _convnet(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield _unweighted_site(name, module, "convnet", FeatureLayout(_pieces(irreps)), f"-> {irreps}", note)
 
 
-def _gate(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _gate(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     irreps = module.irreps_in
     scalars = FeatureLayout(tuple((mul if ir.l == 0 else -mul, 2 * ir.l + 1) for mul, ir in irreps if mul > 0))
     note = "scalars and gates it reads; vectors are rounded after the gate"
     yield _unweighted_site(name, module, "gate", scalars, f"{irreps} ->", note, AttentionSite(scalars, what="gates"))
 
 
-def _contracter(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _contracter(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     channels = int(module.mul)
     sizes = [channels] if module.path_channel_coupling else []
     sizes += [int(module.num_paths)] if module.num_paths > 1 else []
@@ -307,7 +307,7 @@ def _contracter(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield _unweighted_site(full, module, "tensor_track", track, f"{module.irreps_in1} ->", note)
 
 
-def _env_weighter(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _env_weighter(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     if not name.endswith("._env_weighter"):
         return
     count = int(module.weight_numel)
@@ -317,13 +317,13 @@ def _env_weighter(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
     yield _unweighted_site(name, module, "env_weighter", layout, f"{count}x0e ->", note, attention)
 
 
-def _attention(finder: _Finder, name: str, module: Any) -> Iterator[Site]:
+def _attention(finder: _Finder, name: str, module: AnyModule) -> Iterator[Site]:
     heads = int(module.heads)
     logits = AttentionSite(FeatureLayout(((heads, 1),)), limit=1.0, what="logits")
     yield _unweighted_site(name, module, "attention", None, f"{heads}x0e", LOGITS, logits)
 
 
-_DESCRIBE: dict[str, Callable[[_Finder, str, Any], Iterator[Site]]] = {
+_DESCRIBE: dict[str, Callable[[_Finder, str, AnyModule], Iterator[Site]]] = {
     "Linear": _linear,
     "FullyConnectedTensorProduct": _tensor_product,
     "ScalarLinearLayer": _scalar_linear,

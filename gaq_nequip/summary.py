@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from gaq.model import summary
 from gaq.model.state import feature_quantizers, state_of
 from gaq.model.summary_table import SummaryRow
+from gaq.untyped import AnyModule
 from gaq_nequip.sites import bystanders, find_sites
 from gaq_nequip.weights import quantized_weights
 
@@ -28,7 +27,7 @@ def rows(model: torch.nn.Module) -> list[SummaryRow]:
     )
     for name, module in model.named_modules():
         if getattr(module, "gaq_folded", False):
-            packed: Any = module.weight_quantizer
+            packed: AnyModule = module.weight_quantizer
             scale = packed.scale.float()
             table.append(
                 SummaryRow(

@@ -1,13 +1,8 @@
-"""Quantization-aware training inside the stock `nequip-train`: what the hook and the callback do.
-
-Lightning's trainer and NequIP's training module are `Any` here: what is read from them (``datamodule``, ``ema``) is not
-in the types that Lightning declares.
-"""
+"""Quantization-aware training inside the stock `nequip-train`: what the hook and the callback do."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
 
 import lightning
 import numpy as np
@@ -33,6 +28,7 @@ from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
 from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
+from gaq.untyped import Batch, Trainer, TrainingModule
 from gaq_nequip.error_comparison import ErrorComparison
 from gaq_nequip.finish import finish_checkpoints
 from gaq_nequip.model import graph_models, prepare, quantized_models
@@ -90,7 +86,7 @@ def _features(model: torch.nn.Module) -> list[FeatureQuantizer]:
     return list(feature_quantizers(model).values())
 
 
-def calibrate_on(model: Any, batches: list[Any], fresh: bool = True) -> None:
+def calibrate_on(model: torch.nn.Module, batches: list[Batch], fresh: bool = True) -> None:
     """Observe activation ranges on batches of training data, with exact features and rounded weights.
 
     Args:
@@ -129,7 +125,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     """
 
     def __init__(self) -> None:
-        self._sample: list[Any] | None = None
+        self._sample: list[Batch] | None = None
         self._branches = DEPLOYED
         self._averaging = ExitStack()
         self._codes_before: list[dict[str, Tensor]] = []
@@ -137,7 +133,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     # -- data --
 
-    def _batches(self, trainer: Any, module: Any, count: int | None = None) -> list[Any]:
+    def _batches(self, trainer: Trainer, module: TrainingModule, count: int | None = None) -> list[Batch]:
         """Batches of at most `count` training structures, the same on every process."""
         calibration = self._config(module).calibration
         frames = calibration.frames if count is None else min(count, calibration.frames)
@@ -150,10 +146,10 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         return [AtomicDataDict.batched_from_list(singles[i : i + 8]) for i in range(0, len(singles), 8)]
 
     @staticmethod
-    def _config(module: Any) -> QuantizationConfig:
+    def _config(module: TrainingModule) -> QuantizationConfig:
         return require_state(quantized_models(module.model)[0]).config
 
-    def _set_branches(self, module: Any, branches: BranchState, observing: bool) -> None:
+    def _set_branches(self, module: TrainingModule, branches: BranchState, observing: bool) -> None:
         self._branches = branches
         for model in quantized_models(module.model):
             # A compiled graph has no side effects, so it cannot observe while it runs.
@@ -162,7 +158,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     # -- training --
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Set ranges and scales before anything is evaluated."""
         for model in quantized_models(pl_module.model):
             state = require_state(model)
@@ -178,7 +174,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             if _features(model):
                 logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Make NequIP's average, where there is one, follow the rounded weights."""
         parameters: dict[str, torch.nn.Parameter] = {}
         quantizers: dict[str, WeightQuantizer] = {}
@@ -189,17 +185,17 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         average = getattr(pl_module, "ema", None) if rounded else None
         self._averaging.enter_context(averaging_deployed(average, "update_parameters", parameters, quantizers))
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
         """Undo `on_train_start`."""
         self._averaging.close()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Undo `on_train_start`, and choose codes for the present weights from now on."""
         self._averaging.close()
         for model in quantized_models(pl_module.model):
             release_codes(model)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Round weights that were trained in float, in every checkpoint that the run has kept."""
         if not self._config(pl_module).rounds_weights_at_end:
             return
@@ -207,7 +203,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             round_weights(model, True)
         finish_checkpoints(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Set the branches of this epoch, and ranges and scales for the present weights."""
         config = self._config(pl_module)
         epoch = trainer.current_epoch
@@ -221,14 +217,14 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
                 calibrate_on(model, self._batches(trainer, pl_module))
         self._set_branches(pl_module, branch_state(config.vectors, epoch), observing=True)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: TrainingModule, batch: Batch, batch_idx: int) -> None:
         """Observe ranges every `EARLY_STEPS` steps in the first epoch of a train-time compiled model."""
         if trainer.current_epoch == 0 and batch_idx and batch_idx % EARLY_STEPS == 0:
             for model in quantized_models(pl_module.model):
                 if getattr(model, "is_compile_graph_model", False):
                     calibrate_on(model, self._batches(trainer, pl_module, 8), fresh=False)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Share the ranges among processes; what is saved from here on is the deployed form."""
         if trainer.world_size > 1:
             share_ranges(pl_module)
@@ -236,7 +232,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     # -- evaluation --
 
-    def _start_evaluation(self, trainer: Any, module: Any) -> None:
+    def _start_evaluation(self, trainer: Trainer, module: TrainingModule) -> None:
         """Round everything, with the scales and codes of the weights that are evaluated."""
         if trainer.world_size > 1:
             share_ranges(module)
@@ -244,35 +240,41 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._set_branches(module, DEPLOYED, observing=False)
         self._codes_before = [hold_codes(model) for model in quantized_models(module.model)]
 
-    def _end_evaluation(self, module: Any) -> None:
+    def _end_evaluation(self, module: TrainingModule) -> None:
         """Undo `_start_evaluation`."""
         for model, codes in zip(quantized_models(module.model), self._codes_before, strict=True):
             release_codes(model, codes)
         self._set_branches(module, self._branches_before, observing=self._branches_before != DEPLOYED)
 
     # These are the hooks of epochs, because NequIP swaps averaged weights in before them and out after them.
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Validate the deployed form."""
         self._start_evaluation(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Return to the branches of training."""
         self._end_evaluation(pl_module)
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Test the deployed form."""
         self._start_evaluation(trainer, pl_module)
         self._comparison = ErrorComparison()
 
     def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: TrainingModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Evaluate the same weights without quantization, for the comparison in the log."""
         models = quantized_models(pl_module.model)
         if len(models) == 1 and len(graph_models(pl_module.model)) == 1:
             self._comparison.add(models[0], batch, pl_module.process_target(batch, batch_idx, dataloader_idx))
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Write to the log what quantization costs, and return to the branches from before."""
         for line in self._comparison.lines():
             logger.info(line)
@@ -281,7 +283,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
 
 @torch.no_grad()
-def share_ranges(module: Any) -> None:
+def share_ranges(module: TrainingModule) -> None:
     """Give every process the largest sizes that any of them observed."""
     for model in quantized_models(module.model):
         for quantizer in _features(model):
@@ -290,7 +292,7 @@ def share_ranges(module: Any) -> None:
             quantizer.load_ranges(observed)
 
 
-def add_equivariance_loss(module: Any, batch: Any, loss: Any) -> Any:
+def add_equivariance_loss(module: TrainingModule, batch: Batch, loss: Tensor) -> Tensor:
     """Add the term for the rotation error of the forces to the loss of a step, if the configuration asks for it.
 
     Adds ``weight * mean |F(R x) - R F(x)|^2`` over atoms and components, for random proper rotations R (the LEE term of

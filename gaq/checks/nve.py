@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.untyped import Calculator
+
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from ase import Atoms
+    from ase.md.md import MolecularDynamics
+    from tqdm import tqdm
 
 # H, B, C, N, O, F, Si, P, S, Cl, Se, Br, I: bonds between these are covalent and do not break at 300 K.
 _NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
@@ -60,7 +66,7 @@ class NVEResult:
 
 
 def nve_drift(
-    calculator: Any,
+    calculator: Calculator,
     atoms: Atoms,
     duration_ps: float = 50.0,
     timestep_fs: float = 1.0,
@@ -134,7 +140,7 @@ def nve_drift(
 def _equilibrate(
     atoms: Atoms,
     monitor: _Monitor,
-    bar: Any,
+    bar: tqdm[NoReturn],
     samples: int,
     stride: int,
     timestep_fs: float,
@@ -178,7 +184,7 @@ def _equilibrate(
 
 
 def _sample(
-    atoms: Atoms, monitor: _Monitor, bar: Any, samples: int, stride: int, timestep_fs: float
+    atoms: Atoms, monitor: _Monitor, bar: tqdm[NoReturn], samples: int, stride: int, timestep_fs: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Run NVE while it is stable; return sample indices, total and kinetic energies (eV), and seconds per step."""
     from ase import units
@@ -296,7 +302,7 @@ class _Monitor:
     def fail(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def advance(self, dynamics: Any, steps: int) -> bool:
+    def advance(self, dynamics: MolecularDynamics, steps: int) -> bool:
         """Take some steps; return False if the run is unstable after them."""
         try:
             dynamics.run(steps)
@@ -350,7 +356,7 @@ def _ratio(change: float, spread: float) -> float:
     return float(change / spread)
 
 
-def _progress_bar(total: int, progress: bool | None) -> Any:
+def _progress_bar(total: int, progress: bool | None) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="NVE", unit="sample", disable=not progress)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -26,7 +28,7 @@ class CalculatorPotential:
         calculator: an ASE calculator that implements ``energy`` and ``forces``.
     """
 
-    def __init__(self, calculator: Any) -> None:
+    def __init__(self, calculator: Calculator) -> None:
         self.calculator = calculator
 
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -35,6 +35,7 @@ from gaq.config.schema import (
     WeightConfig,
     without_removed,
 )
+from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "PRESETS",
@@ -58,10 +59,13 @@ class ConfigError(ValueError):
     """Invalid quantization configuration; the message names the key path."""
 
 
+ConfigSpec = str | Mapping[str, object] | QuantizationConfig
+"""What `parse_config` reads: a preset, the text of a mapping or the path of a file; a mapping; a configuration."""
+
 _BITS_OF_GROUPS = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits")
 
 
-def _options(names: Iterable[Any]) -> str:
+def _options(names: Iterable[object]) -> str:
     return ", ".join(str(name) for name in names)
 
 
@@ -70,7 +74,7 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def _number(value: Any, kind: str) -> float | int | None:
+def _number(value: Any, kind: str) -> float | int | None:  # Any: `float` is to refuse what it cannot take
     """Convert a value to an ``int`` or a finite ``float``; None if that is not possible."""
     if isinstance(value, bool):
         return None
@@ -87,7 +91,7 @@ def _number(value: Any, kind: str) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[object]) -> Any:  # of the field's type
     """Check a value and convert it to the type of its field.
 
     Args:
@@ -131,7 +135,7 @@ def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[
     return value
 
 
-def _temperature(path: str, value: Any) -> str | float:
+def _temperature(path: str, value: object) -> str | float:
     """Check the temperature of attention: ``learned`` or a number between `TEMPERATURES`."""
     low, high = TEMPERATURES
     if value == "learned":
@@ -143,12 +147,12 @@ def _temperature(path: str, value: Any) -> str | float:
     raise ConfigError(f"{path}: {value!r} is neither 'learned' nor a number between {low:g} and {high:g}.{hint}")
 
 
-def type_name(annotation: Any) -> str:
+def type_name(annotation: object) -> str:
     """Return the annotation of a field as text, such as ``int`` or ``int | None``."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") -> Any:
+def _merge(base: Any, changes: ReadOnlyDocument, path: str, section: str = "") -> Any:  # any of the dataclasses
     """Apply the keys of a user's mapping to a configuration, each checked against the field of that name.
 
     Args:
@@ -161,7 +165,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
         A changed copy of `base`.
     """
     fields = {f.name: f for f in dataclasses.fields(base)}
-    values: dict[str, Any] = {}
+    values: Document = {}
     attention_bits_given = True
     for key, value in changes.items():
         key_path = f"{path}.{key}"
@@ -200,7 +204,7 @@ def _merge(base: Any, changes: Mapping[str, Any], path: str, section: str = "") 
     return merged
 
 
-def _check_overrides(value: Any, path: str) -> dict[str, Any]:
+def _check_overrides(value: object, path: str) -> Document:
     """Check that ``overrides`` maps module-name patterns to presets, mappings or null."""
     if not isinstance(value, Mapping):
         raise ConfigError(
@@ -218,7 +222,7 @@ def _check_overrides(value: Any, path: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _preset(name: Any, path: str) -> QuantizationConfig:
+def _preset(name: object, path: str) -> QuantizationConfig:
     """Return a preset by name."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
@@ -227,7 +231,7 @@ def _preset(name: Any, path: str) -> QuantizationConfig:
     return PRESETS[name]
 
 
-def _read_mapping(text: str, path: str) -> Any:
+def _read_mapping(text: str, path: str) -> object:
     """Read the text of a mapping, a Python literal or YAML."""
     try:
         return ast.literal_eval(text)
@@ -238,7 +242,7 @@ def _read_mapping(text: str, path: str) -> Any:
             raise ConfigError(f"{path}: cannot read the mapping {text!r}: {error}") from error
 
 
-def _read_file(name: str, path: str) -> Any:
+def _read_file(name: str, path: str) -> object:
     """Read a YAML file; of one with the key ``quantization``, what stands under it."""
     file = Path(name)
     if not file.is_file():
@@ -252,7 +256,7 @@ def _read_file(name: str, path: str) -> Any:
     return loaded
 
 
-def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
+def parse_config(spec: object, path: str = "quantization") -> QuantizationConfig:
     """Validate what a user wrote and resolve it against its preset.
 
     Args:
@@ -295,7 +299,7 @@ def parse_config(spec: Any, path: str = "quantization") -> QuantizationConfig:
     return config
 
 
-def parse_stored(spec: Any, finished: bool, path: str = "quantization") -> QuantizationConfig:
+def parse_stored(spec: object, finished: bool, path: str = "quantization") -> QuantizationConfig:
     """Read the configuration stored in a file, including files of earlier versions.
 
     Args:
@@ -308,7 +312,7 @@ def parse_stored(spec: Any, finished: bool, path: str = "quantization") -> Quant
     """
     if not isinstance(spec, Mapping):
         return parse_config(spec, path)
-    present: dict[str, Any] = {}
+    present: Document = {}
     plain = without_removed(spec)
     for name in REMOVED:
         section, key = name.split(".")
@@ -342,7 +346,7 @@ def _check_consistency(config: QuantizationConfig, path: str) -> None:
         raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
 
 
-def _override(config: QuantizationConfig, override: Any, path: str) -> QuantizationConfig | None:
+def _override(config: QuantizationConfig, override: object, path: str) -> QuantizationConfig | None:
     """Apply one override to a configuration; None if it leaves modules alone."""
     if override is None:
         return None
@@ -351,7 +355,7 @@ def _override(config: QuantizationConfig, override: Any, path: str) -> Quantizat
         base = dataclasses.replace(config, overrides={})
         if isinstance(weights, Mapping) and "bits" in weights:
             # Bits given for some modules apply to all of them, whatever group they belong to.
-            groups: dict[str, Any] = dict.fromkeys((*_BITS_OF_GROUPS, "compression", "least_compression"))
+            groups: Document = dict.fromkeys((*_BITS_OF_GROUPS, "compression", "least_compression"))
             base = dataclasses.replace(base, weights=dataclasses.replace(config.weights, **groups))
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)

@@ -8,7 +8,9 @@ one needs nothing but the standard library.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "PRESETS",
@@ -34,18 +36,21 @@ VERSION = 1
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
 
+Width = TypeVar("Width", int, int | None)
+Number = TypeVar("Number", int, float, float | None)
 
-def _choice(default: str, *choices: str) -> Any:
+
+def _choice(default: str, *choices: str) -> str:
     """A field that takes one of a few words; the default need not be the first."""
     return field(default=default, metadata={"choices": choices})
 
 
-def _bits(default: int | None) -> Any:
-    """A field for the width of codes, which can be stored from 2 to 16 bits."""
-    return field(default=default, metadata={"bits": tuple(range(2, 17))})
+def _bits(default: Width, most: int = 16) -> Width:
+    """A field for the width of codes, from 2 bits to `most`: 16, two int8 planes, for all that is stored."""
+    return field(default=default, metadata={"bits": tuple(range(2, most + 1))})
 
 
-def _at_least(minimum: float, default: float | None) -> Any:
+def _at_least(minimum: float, default: Number) -> Number:
     """A field for a number with a lower bound."""
     return field(default=default, metadata={"minimum": minimum})
 
@@ -99,12 +104,13 @@ class ScalarConfig:
     """How invariant (l = 0) features are rounded.
 
     Attributes:
-        bits: code width, 2 to 16; None leaves the features in float.
+        bits: code width, 2 to 24; None leaves the features in float. Codes of more than 16 bits are three int8 planes
+            in integer products; 24 bits are the widest integers that float32 holds with their sign.
         granularity: the range that the steps divide: ``per_atom`` (the largest feature of the atom or edge; needs no
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = _bits(16)
+    bits: int | None = _bits(16, most=24)
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 
@@ -246,9 +252,9 @@ class QuantizationConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     equivariance_loss: EquivarianceLossConfig = field(default_factory=EquivarianceLossConfig)
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Document = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Return a plain nested dictionary, which `gaq.config.parse.parse_config` accepts."""
         plain = dataclasses.asdict(self)
         if plain["attention"] is None:
@@ -277,7 +283,7 @@ def _weight_only(bits: int, **weights: Any) -> QuantizationConfig:
     )
 
 
-_GROUPED: dict[str, Any] = {
+_GROUPED: Document = {
     "granularity": "per_group",
     "group_size": 32,
     "sensitive_bits": None,
@@ -285,14 +291,14 @@ _GROUPED: dict[str, Any] = {
     "compression": 7.0,
 }
 # Four bits are further from the float model and need more steps to reproduce it.
-_FOUR_BITS: dict[str, Any] = {
+_FOUR_BITS: Document = {
     "distillation": DistillationConfig(steps=1000),
     "training": TrainingConfig(round_weights="at_end"),
 }
 
 # The first interaction and the sensitive tensors cause nine tenths of the error at 8 bits; see
 # benchmarks/sensitivity.py.
-_EIGHT_BITS: dict[str, Any] = {"first_bits": 16, "species_bits": 4, "compression": 5.0, "least_compression": 4.0}
+_EIGHT_BITS: Document = {"first_bits": 16, "species_bits": 4, "compression": 5.0, "least_compression": 4.0}
 
 PRESETS: dict[str, QuantizationConfig] = {
     "w8a16": QuantizationConfig(preset="w8a16", weights=WeightConfig(**_EIGHT_BITS)),
@@ -344,7 +350,7 @@ class RemovedKey:
     """
 
     advice: str
-    no_effect: Any
+    no_effect: object
     acts: str = "always"
 
 
@@ -367,9 +373,9 @@ REMOVED_VALUES: dict[tuple[str, str], str] = {
 """Values of earlier versions, by key path and value, with what to write instead."""
 
 
-def without_removed(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_removed(config: ReadOnlyDocument) -> Document:
     """Drop the removed keys that have no effect from a configuration of any version, as plain data."""
-    kept: dict[str, Any] = {}
+    kept: Document = {}
     for section, keys in config.items():
         if section == "overrides" and isinstance(keys, Mapping):
             keys = {

@@ -12,7 +12,8 @@ other        a stream of bits, the lowest of the first code first    int8 or int
 **Planes.** A code of up to 16 bits is ``256 * hi + lo`` with *both* planes signed int8, so that either can
 be an operand of an int8 matrix product. A signed low plane shifts the range by half a byte: the codes from
 -32896 to 32639 can be split, those from 32640 to 32767 cannot. A symmetric 16-bit grid for matrix products
-must therefore stop at `PLANES_MAX`.
+must therefore stop at `PLANES_MAX`. Codes of 17 to 24 bits, which features have and files do not, take three planes,
+``65536 * hi + 256 * middle + lo``; a symmetric grid of 24 bits stops at 8355711 (`planes_max`).
 """
 
 import math
@@ -24,10 +25,16 @@ from torch import Tensor
 
 IntegerArray = Tensor | np.ndarray
 
+
+def planes_max(planes: int) -> int:
+    """Largest integer that so many signed int8 planes can hold: 127, 32639, 8355711, ..."""
+    return 127 * (256**planes - 1) // 255
+
+
 PLANES_MIN = -128 * 256 - 128
 """Smallest integer that two signed int8 planes can hold, -32896."""
 
-PLANES_MAX = 127 * 256 + 127
+PLANES_MAX = planes_max(2)
 """Largest integer that two signed int8 planes can hold, 32639."""
 
 
@@ -69,43 +76,55 @@ def unpack_int4(packed: IntegerArray, numel: int) -> Tensor:
     return (nibbles ^ 8) - 8
 
 
-def split_planes(codes: IntegerArray, check: bool = True) -> tuple[Tensor, Tensor]:
-    """Split codes into two signed int8 planes with ``codes == 256 * hi + lo`` exactly.
+def split_planes(codes: IntegerArray, check: bool = True, planes: int = 2) -> tuple[Tensor, ...]:
+    """Split codes into signed int8 planes with ``codes == 256 * hi + lo`` exactly, or the same with three planes.
 
     Args:
-        codes: integers in [-32896, 32639] (`PLANES_MIN`, `PLANES_MAX`), any shape.
+        codes: integers in [-32896, 32639] (`PLANES_MIN`, `PLANES_MAX`), any shape; in [-8421504, 8355711] for three
+            planes.
         check: False skips the check of the range, for traced or timed code with codes that are clamped already;
             outside the range the high plane wraps around.
+        planes: 2 or 3.
 
     Returns:
-        hi and lo, int8, in the shape of ``codes``.
+        The planes, the highest first, int8, in the shape of ``codes``.
 
     Raises:
-        ValueError: not integers, or a code that two signed planes cannot hold.
+        ValueError: not integers, another number of planes, or a code that the planes cannot hold.
     """
-    wide = _integers(codes, PLANES_MIN, PLANES_MAX, "two int8 planes", check).to(torch.int32)
-    high = (wide + 128) >> 8
-    return high.to(torch.int8), (wide - (high << 8)).to(torch.int8)
+    if planes not in (2, 3):
+        raise ValueError(f"codes are split into 2 or 3 planes, not {planes}")
+    lowest = -128 * (256**planes - 1) // 255
+    rest = _integers(codes, lowest, planes_max(planes), f"{planes} int8 planes", check).to(torch.int32)
+    parts = []
+    for _ in range(planes - 1):
+        higher = (rest + 128) >> 8
+        parts.append((rest - (higher << 8)).to(torch.int8))
+        rest = higher
+    return (rest.to(torch.int8), *reversed(parts))
 
 
-def join_planes(high: Tensor, low: Tensor) -> Tensor:
+def join_planes(high: Tensor, *lower: Tensor) -> Tensor:
     """Inverse of `split_planes`.
 
     Args:
         high: int8, any shape.
-        low: int8, the same shape.
+        lower: the other planes in falling order, int8, the same shape.
 
     Returns:
-        int32 codes ``256 * high + low``.
+        int32 codes, ``256 * high + low`` for two planes.
 
     Raises:
         ValueError: a plane is not int8, or the shapes differ.
     """
-    if high.dtype != torch.int8 or low.dtype != torch.int8:
-        raise ValueError(f"planes must be int8, got {high.dtype} and {low.dtype}; use .view(torch.int8) on bytes")
-    if high.shape != low.shape:
-        raise ValueError(f"the planes differ in shape: {tuple(high.shape)} and {tuple(low.shape)}")
-    return high.to(torch.int32) * 256 + low.to(torch.int32)
+    codes = torch.zeros(high.shape, dtype=torch.int32, device=high.device)
+    for plane in (high, *lower):
+        if plane.dtype != torch.int8:
+            raise ValueError(f"planes must be int8, got {plane.dtype}; use .view(torch.int8) on bytes")
+        if plane.shape != high.shape:
+            raise ValueError(f"the planes differ in shape: {tuple(high.shape)} and {tuple(plane.shape)}")
+        codes = codes * 256 + plane.to(torch.int32)
+    return codes
 
 
 def packed_bytes(numel: int, bits: int) -> int:

@@ -24,7 +24,6 @@ Layouts, channels always last:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from gaq.kernels import gpu, harmonics, radial
 from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel, refuse_second_derivative
 from gaq.kernels.problem import ConvolutionProblem, Graph, Path, neighbours
+from gaq.untyped import Context
 
 __all__ = ["ConvolutionProblem", "Graph", "Path", "convolution", "neighbours", "reference"]
 
@@ -146,11 +146,11 @@ def _convolution_backward_fake(
     return grad_features, vectors.new_empty(vectors.shape), grad_weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:8])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     features, vectors, weights, *rest = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]

@@ -1,11 +1,11 @@
-"""Linear layers with integer weights for GPUs, on features rounded to 16 bits or left in float.
+"""Linear layers with integer weights for GPUs, on features rounded to at most 24 bits or left in float.
 
-**Rounded.** Every row of features has its own step, ``1.000001 max|x| / 32639``, as in
+**Rounded.** Every row of features has its own step, ``1.000001 max|x| / top``, as in
 `gaq.quantizers.features.FeatureQuantizer` with per-atom ranges. A 16-bit code is ``256 hi + lo`` with both planes
-signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest code for which that holds). The layer is then two
-int8 matrix products with int32 sums, ``256 (hi W) + lo W``, which is exact. The sums of one plane stay below 2^31 for
-up to `MAX_INPUTS` inputs. The two planes are combined in 64 bits, because from 512 inputs on ``256 (hi W)`` needs more
-than 32.
+signed int8 (`gaq.files.packing.split_planes`; 32639 is the largest code for which that holds), a code of 17 to 24 bits
+``65536 hi + 256 middle + lo``. The layer is then two int8 matrix products with int32 sums, ``256 (hi W) + lo W``, or
+three, which is exact. The sums of one plane stay below 2^31 for up to `MAX_INPUTS` inputs. The planes are combined in
+64 bits, because from 512 inputs on ``256 (hi W)`` needs more than 32.
 
 **Not rounded.** The features are float, and only the weights are integers (presets ``w8`` and ``w4``).
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gaq.files.packing import PLANES_MAX, unpack_int4
+from gaq.files.packing import PLANES_MAX, planes_max, unpack_int4
 from gaq.kernels import gpu
 
 __all__ = ["MAX_INPUTS", "linear", "reference", "round_rows", "unpacked"]
@@ -31,16 +31,17 @@ MAX_INPUTS = (1 << 31) // (128 * 128) - 1
 """Largest number of inputs for which the int32 sums of a plane cannot overflow: a product is at most 128 x 128."""
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round features to 16-bit codes with a step for each row.
+def round_rows(x: Tensor, top: int = PLANES_MAX) -> tuple[Tensor, Tensor]:
+    """Round features to codes with a step for each row.
 
     Args:
         x: (rows, inputs).
+        top: largest code.
 
     Returns:
-        Codes from -32639 to 32639 in the dtype of `x`, and steps (rows, 1). The rounded features are their product.
+        Codes from -top to top in the dtype of `x`, and steps (rows, 1). The rounded features are their product.
     """
-    step = x.abs().amax(1, keepdim=True).clamp_min(1e-30) * 1.000001 / PLANES_MAX
+    step = x.abs().amax(1, keepdim=True).clamp_min(1e-30) * 1.000001 / top
     return torch.round(x / step), step
 
 
@@ -57,7 +58,7 @@ def _scales(scale: Tensor, inputs: int, group_size: int, dtype: torch.dtype) -> 
     return scale.repeat_interleave(group_size, 0)[:inputs] if group_size else scale
 
 
-def _check(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int) -> None:
+def _check(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, top: int, group_size: int) -> None:
     if x.dim() != 2 or scale.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"features (rows, inputs) and scales (groups, outputs), not {x.shape} and {scale.shape}")
     inputs, outputs = x.shape[1], scale.shape[1]
@@ -73,7 +74,9 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rou
         )
     if residual is not None and residual.shape != (x.shape[0], outputs):
         raise ValueError(f"a residual of shape {(x.shape[0], outputs)}, not {tuple(residual.shape)}")
-    if rounded and inputs > MAX_INPUTS:
+    if not 0 <= top <= planes_max(3):
+        raise ValueError(f"largest code {top}: three int8 planes hold {planes_max(3)}; 0 leaves the features in float")
+    if top and inputs > MAX_INPUTS:
         raise ValueError(f"{inputs} inputs: the sums of a plane hold {MAX_INPUTS} at most")
     if not x.dtype.is_floating_point or (residual is not None and residual.dtype != x.dtype):
         raise TypeError(f"features and residual in one floating dtype, not {x.dtype}")
@@ -84,7 +87,7 @@ def linear(
     codes: Tensor,
     scale: Tensor,
     residual: Tensor | None = None,
-    rounded: bool = True,
+    top: int = PLANES_MAX,
     group_size: int = 0,
 ) -> Tensor:
     """Compute a linear layer by the Triton kernel where that serves it, else by `reference`; differentiable once.
@@ -94,7 +97,8 @@ def linear(
         codes: weights (inputs, outputs), int8; or 4-bit weights packed by `gaq.files.packing.pack_int4`, uint8.
         scale: of the weights, (groups, outputs); one row where there is no group size.
         residual: (rows, outputs), added to the result.
-        rounded: whether the features are rounded to 16 bits.
+        top: largest code of the rounded features, as `gaq.quantizers.weights.largest_code` gives it for up to 24 bits;
+            0 leaves them in float.
         group_size: inputs that share a row of scales; the last group may be smaller. 0 means all inputs.
 
     Returns:
@@ -103,13 +107,13 @@ def linear(
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
     """
-    _check(x, codes, scale, residual, rounded, group_size)
+    _check(x, codes, scale, residual, top, group_size)
     if gpu.chosen(x.device):
         from gaq.kernels.gpu import linear as gpu_linear
 
         if gpu_linear.serves(x, codes, group_size):
-            return gpu_linear.linear(x, codes, scale, residual, rounded, group_size)
-    return reference(x, codes, scale, residual, rounded, group_size)
+            return gpu_linear.linear(x, codes, scale, residual, top, group_size)
+    return reference(x, codes, scale, residual, top, group_size)
 
 
 def reference(
@@ -117,16 +121,16 @@ def reference(
     codes: Tensor,
     scale: Tensor,
     residual: Tensor | None = None,
-    rounded: bool = True,
+    top: int = PLANES_MAX,
     group_size: int = 0,
 ) -> Tensor:
     """Compute `linear` in plain torch with one float product, differentiable any number of times."""
-    _check(x, codes, scale, residual, rounded, group_size)
+    _check(x, codes, scale, residual, top, group_size)
     weights = unpacked(codes, x.shape[1], scale.shape[1]).to(x.dtype)
     weights = weights * _scales(scale, x.shape[1], group_size, x.dtype)
-    if rounded:
+    if top:
         with torch.no_grad():
-            rows, step = round_rows(x)
+            rows, step = round_rows(x, top)
             change = rows * step - x
         x = x + change
     out = x @ weights

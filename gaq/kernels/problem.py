@@ -100,6 +100,26 @@ class ConvolutionProblem:
             offset += rows
         return matrices
 
+    def _spans(self) -> list[tuple[int, int]]:
+        """First path and number of paths of each run of paths that differ in their channels only.
+
+        Such are the chunks of a block (`gaq.kernels.chunks`): the same coefficients, inputs and outputs one after the
+        other. The CPU kernel takes them together.
+        """
+        spans: list[tuple[int, int]] = []
+        for number, path in enumerate(self.paths):
+            first, span = spans[-1] if spans else (0, 0)
+            start = self.paths[first]
+            if (
+                span
+                and path.coefficients is start.coefficients
+                and (path.block, path.edge_degree, path.group) == (start.block + span, start.edge_degree, start.group)
+            ):
+                spans[-1] = first, span + 1
+            else:
+                spans.append((number, 1))
+        return spans
+
     def plan(self, intervals: int) -> tuple[Tensor, Tensor]:
         """The problem as the C++ code reads it, integers and reals; `intervals` is 0 for weights of each edge."""
         if intervals not in self.plans:
@@ -109,15 +129,15 @@ class ConvolutionProblem:
             indices: list[int] = []
             values: list[float] = []
             ints: list[int] = []
-            for number, path in enumerate(self.paths):
-                begin = len(values)
+            for number, span in self._spans():
+                path, begin = self.paths[number], len(values)
                 for m1, m2, m3 in path.coefficients.nonzero().tolist():
                     indices += [m1, m2, m3]
                     values.append(float(path.coefficients[m1, m2, m3]))
                 group_paths = self.group_paths(path.group)
                 ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
                 ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
-                ints += [2 * self.groups[path.group] + 1, begin, len(values)]
+                ints += [2 * self.groups[path.group] + 1, begin, len(values), span]
             head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in]
             head += [intervals, int(intervals > 0)]
             reals = torch.cat(

@@ -16,13 +16,13 @@ derivation; plain code sums over i and j for every edge, 9 times as much at l <=
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel, refuse_second_derivative
+from gaq.untyped import Context
 
 __all__ = ["ProductProblem", "product", "reference"]
 
@@ -135,11 +135,11 @@ def _product_backward_fake(
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     if ctx.needs_input_grad[2]:
         raise RuntimeError("the path weights of the fused product have no gradient: it is for inference")

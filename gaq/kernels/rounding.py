@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from gaq.kernels import gpu
 from gaq.kernels.cpu import native
 from gaq.kernels.cpu.native import kernel
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import Context
 
 __all__ = ["Piece", "Plan", "own_layout", "plan", "reference", "round_features", "rounded"]
 
@@ -233,7 +233,7 @@ def _rounded_fake(features: Tensor, ints: Tensor, reals: Tensor) -> Tensor:
     return features.new_empty(features.shape)
 
 
-def _pass(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _pass(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
     return grad, None, None
 
 

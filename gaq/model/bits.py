@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from gaq.config.schema import QuantizationConfig, TrainingConfig, WeightConfig
 from gaq.files.packing import packed_bytes
 from gaq.model.sites import Site
+from gaq.untyped import Document
 
 __all__ = ["GROUPS", "LAGS", "bits_of", "granularity_of", "group_of", "settle_bits", "weight_bytes"]
 
@@ -81,7 +81,7 @@ def _at_level(level: int, open_groups: Sequence[str], weights: WeightConfig) -> 
 
 
 def _with_bits(bits: Mapping[str, int], weights: WeightConfig) -> WeightConfig:
-    keys: dict[str, Any] = {"bits" if group == "rest" else f"{group}_bits": value for group, value in bits.items()}
+    keys: Document = {"bits" if group == "rest" else f"{group}_bits": value for group, value in bits.items()}
     return dataclasses.replace(weights, **keys)
 
 
@@ -124,7 +124,7 @@ def _at_least(sites: Sequence[Site], weights: WeightConfig, budget: float) -> We
     """Keep the configured bits if they fit the budget; otherwise let `spend` choose."""
     if weight_bytes(sites, weights) <= budget:
         return _settled(weights)
-    keys: dict[str, Any] = {f"{group}_bits": None for group in GROUPS if group != "rest"}
+    keys: Document = {f"{group}_bits": None for group in GROUPS if group != "rest"}
     return spend(sites, dataclasses.replace(weights, **keys), budget)
 
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from gaq.config.schema import QuantizationConfig, without_removed
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
+from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "FORMAT",
@@ -86,7 +87,7 @@ class ModelState:
     config: QuantizationConfig
     status: str = "training"
     weights: dict[str, FixedWeight] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Document = field(default_factory=dict)
     resumed: bool = False
     holds_scales: bool = False
 
@@ -118,7 +119,7 @@ def warn_if_unfinished(state: ModelState) -> None:
         )
 
 
-def check_format(meta: Mapping[str, Any], where: str = "this model") -> None:
+def check_format(meta: ReadOnlyDocument, where: str = "this model") -> None:
     """Refuse a stored form that is newer than the formats this version reads.
 
     Raises:
@@ -240,16 +241,14 @@ class StoredState:
         steps: fixed scales of weights in training, by parameter name; weights whose scale follows them are missing.
     """
 
-    meta: dict[str, Any]
+    meta: Document
     ranges: dict[str, Tensor]
     weights: dict[str, FixedWeight] = field(default_factory=dict)
     ratios: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: torch.nn.Module, meta: dict[str, Any], quantizers: Mapping[str, WeightQuantizer]
-    ) -> "StoredState":
+    def of(cls, model: torch.nn.Module, meta: Document, quantizers: Mapping[str, WeightQuantizer]) -> "StoredState":
         """Collect the state of a quantized model, given its weight quantizers by parameter name."""
         return cls(
             meta=dict(meta),
@@ -259,7 +258,7 @@ class StoredState:
             steps={name: q.fixed_step for name, q in quantizers.items() if q.scale_is_fixed},
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """Return plain data, with tensors as text."""
         weights = {n: [w.bits, w.granularity, w.group_size, _to_text(w.scale)] for n, w in self.weights.items()}
         tensors = {"ranges": self.ranges, "ratios": self.ratios, "steps": self.steps}
@@ -267,7 +266,7 @@ class StoredState:
         return {"meta": self.meta, "weights": weights, **texts}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "StoredState":
+    def from_json(cls, plain: ReadOnlyDocument) -> "StoredState":
         """Inverse of `to_json`."""
         weights = {n: FixedWeight(b, g, size, _from_text(text)) for n, (b, g, size, text) in plain["weights"].items()}
         groups = {
@@ -288,13 +287,13 @@ class StoredState:
                 weight_quantizer.fix_scale(self.steps[name], scale=self.steps[name])
 
 
-def same_grid(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:
     """Whether two configurations round to the same grid; schedules, data and losses may differ.
 
     Both are what `QuantizationConfig.to_dict` gave, in any version.
     """
 
-    def grid(config: Mapping[str, Any]) -> dict[str, Any]:
+    def grid(config: ReadOnlyDocument) -> Document:
         plain = {key: value for key, value in without_removed(config).items() if key not in _NOT_GRID}
         plain["vectors"] = {k: v for k, v in plain["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
         return plain

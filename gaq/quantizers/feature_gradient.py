@@ -4,12 +4,13 @@
 packages: it imports nothing but torch and the core.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gaq.quantizers.magnitudes import atom_range
+from gaq.untyped import Context
 
 __all__ = ["Piece", "RoundFeatures"]
 
@@ -101,16 +102,15 @@ class RoundFeatures(torch.autograd.Function):
                 saved += [radial, unit, stretch]
         return (out, *saved)
 
-    # `ctx` is Any because torch's context type has none of the attributes that functions set on it.
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Quantizer], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Quantizer], output: tuple[Tensor, ...]) -> None:
         ctx.channels_first = inputs[1].channels_first
         ctx.pieces = inputs[1].active_pieces(inputs[0].dtype)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None]:
         saved = list(ctx.saved_tensors)
         parts = []
         for piece in ctx.pieces:

@@ -26,13 +26,12 @@ until it is called again.
 This module is embedded in packages: it imports nothing but torch and the core.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gaq.caches import cached
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer
+from gaq.untyped import AnyModule, Operation
 
 __all__ = ["SpeciesWeightQuantizer", "chosen_codes", "seen_part"]
 
@@ -134,7 +133,7 @@ def chosen_codes(target: Tensor, table: Tensor, top: float) -> Tensor:
 
 
 @cached(most=1)
-def _operations() -> tuple[Any, Any]:  # Any: torch does not type its operations
+def _operations() -> tuple[Operation, Operation]:
     """Return `seen_part` and `chosen_codes` as torch operations, which a trace does not look into.
 
     They are registered at the first call and only once, because a package holds a copy of this module.
@@ -185,7 +184,7 @@ class SpeciesWeightQuantizer(WeightQuantizer):
 
     def table(self) -> Tensor:
         """Return the embeddings that the model computes with, shape (species, size), detached."""
-        embedding: Any = self.__dict__["embedding"]  # Any: a module of the framework
+        embedding: AnyModule = self.__dict__["embedding"]
         weight = embedding.weight.detach()
         quantizer = getattr(embedding, "weight_quantizer", None)
         table: Tensor = weight if quantizer is None else quantizer(weight).detach()

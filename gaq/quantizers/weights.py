@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gaq.files.packing import planes_max
+
 __all__ = [
     "Block",
     "QuantizedTensor",
@@ -26,8 +28,8 @@ __all__ = [
 
 
 def largest_code(bits: int) -> int:
-    """Largest integer of a symmetric code; at 16 bits it is the largest that two int8 planes hold."""
-    return 32639 if bits == 16 else 2 ** (bits - 1) - 1
+    """Largest integer of a symmetric code; at 8, 16 and 24 bits the largest that one, two or three int8 planes hold."""
+    return planes_max(bits // 8) if bits % 8 == 0 else 2 ** (bits - 1) - 1
 
 
 @dataclass(frozen=True)

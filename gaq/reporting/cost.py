@@ -6,9 +6,11 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["cost", "peak_memory", "seconds_per_step"]
 
 
-def seconds_per_step(calculator: Any, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
+def seconds_per_step(calculator: Calculator, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
     """Measure the median wall time of energy and forces, in seconds.
 
     The positions change by 1 mÅ before each evaluation: the calculator's cache does not apply, and the neighbour list
@@ -91,7 +93,7 @@ def _cuda_used() -> bool:
     return bool(torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)
 
 
-def cost(calculator: Any, atoms: Atoms, seed: int = 0) -> tuple[float, int | None]:
+def cost(calculator: Calculator, atoms: Atoms, seed: int = 0) -> tuple[float, int | None]:
     """Measure the seconds per step of a calculator, and the peak memory in bytes meanwhile."""
     _reset_peak_memory()
     seconds = seconds_per_step(calculator, atoms, seed=seed)

@@ -7,7 +7,8 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from gaq.untyped import Document
 
 _PACKAGES = ("gaq", "torch", "numpy", "ase", "mace-torch", "nequip", "e3nn")
 
@@ -21,7 +22,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Document:
     """Describe the machine: ``cpu``, ``instructions``, ``cores`` (usable by this process), ``torch_threads``, ``gpu``.
 
     ``instructions`` (as torch names them, ``AVX2`` or ``AVX512``) and ``torch_threads`` are None without torch; ``gpu``

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-Metrics = Mapping[str, Any]
+from gaq.untyped import Document, ReadOnlyDocument
+
+Metrics = ReadOnlyDocument
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Gate:
     comparison: str = "<="
     enforced: bool = True
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """Return the gate as it stands in ``report.json``, under its name."""
         return {key: value for key, value in asdict(self).items() if key != "name"}
 
@@ -129,13 +130,13 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
     return {gate.name: gate for gate in gates}
 
 
-def failed_gates(gates: Mapping[str, Gate | Mapping[str, Any]]) -> list[str]:
+def failed_gates(gates: Mapping[str, Gate | ReadOnlyDocument]) -> list[str]:
     """Return the names of the enforced gates that failed, given gates or their form in ``report.json``."""
     plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
     return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
 
 
-def verdict(gate: Mapping[str, Any]) -> str:
+def verdict(gate: ReadOnlyDocument) -> str:
     """Return ``pass``, ``fail``, ``not measured`` or ``not comparable`` for a gate as in ``report.json``."""
     if gate["passed"] is None:
         return str(gate["note"]).partition(":")[0]
@@ -284,7 +285,7 @@ def quotient(numerator: float | None, denominator: float | None) -> float | None
     return float(numerator) / float(denominator)
 
 
-def _at_step(errors: Mapping[Any, float | None] | None, step: float) -> float | None:
+def _at_step(errors: Mapping[str, float | None] | Mapping[float, float | None] | None, step: float) -> float | None:
     """Return the entry whose key, a number or its text, equals the step."""
     for key, value in (errors or {}).items():
         if math.isclose(float(key), step):

@@ -18,6 +18,7 @@ from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
 from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, quotient
 from gaq.reporting.subject import Subject, open_file
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -37,7 +38,7 @@ class Quality:
         labels: the errors with the forces they come from, for figures; None without labels.
     """
 
-    metrics: dict[str, Any]
+    metrics: Document
     labels: LabelErrors | None = None
 
 
@@ -68,7 +69,7 @@ def quality(
     Raises:
         ValueError: if only some structures are labelled.
     """
-    metrics: dict[str, Any] = {}
+    metrics: Document = {}
     labels = None
     if len(labelled):
         labels = _label_errors(subject, labelled, energy_key, forces_key)
@@ -91,7 +92,7 @@ def measure_file(
     trained: bool = False,
     device: str = "cpu",
     **options: Any,
-) -> dict[str, Any]:
+) -> Document:
     """Measure and judge a model file.
 
     Args:
@@ -124,7 +125,7 @@ def measure_subject(
     check_structures: int = 8,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
-) -> dict[str, Any]:
+) -> Document:
     """Measure a model and its reference on the same data, and judge the model.
 
     Errors against labels use every structure. Rotations and central differences, which cost dozens of evaluations per
@@ -160,7 +161,7 @@ def measure_subject(
         if measured.path is None or not Path(measured.path).is_file():
             raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
     checked = spaced(structures, max(1, check_structures))
-    metrics: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Document] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
     for name, measured in subjects.items():
@@ -207,7 +208,7 @@ def _label_errors(
         return None
 
 
-def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> dict[str, Any]:
+def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> Document:
     """Drift of the NVE run, sizes, seconds per step and peak memory."""
     drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
     seconds, peak = cost(subject.calculator, atoms, seed)

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gaq.reporting.gates import failed_gates, verdict
 from gaq.reporting.plots import figures
 from gaq.reporting.tables import format_number, metric_rows
+from gaq.untyped import ReadOnlyDocument
 
 __all__ = ["write_report"]
 
@@ -31,7 +31,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption { color: #5b657
 """
 
 
-def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path, Path]:
+def write_report(report: ReadOnlyDocument, directory: str | Path) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.html``.
 
     The page is self-contained: figures are embedded, and there is no script and no external address. Without matplotlib
@@ -53,7 +53,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path) -> tuple[Path
     return json_path, html_path
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert a value to JSON's types; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _page(report: Mapping[str, Any]) -> str:
+def _page(report: ReadOnlyDocument) -> str:
     """The HTML page."""
     model, reference = report["model"], report.get("reference")
     gates = report["gates"]
@@ -108,11 +108,11 @@ def _page(report: Mapping[str, Any]) -> str:
 """
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
+def _gate_table(gates: Mapping[str, ReadOnlyDocument]) -> str:
     rows = []
     for name, gate in gates.items():
         word = verdict(gate)
@@ -130,7 +130,7 @@ def _gate_table(gates: Mapping[str, Mapping[str, Any]]) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+def _metric_table(model: ReadOnlyDocument, reference: ReadOnlyDocument | None) -> str:
     body = "".join(
         f"<tr><td>{_text(label)}</td><td class='n'>{_text(_value(value))}</td>"
         f"<td class='n'>{_text(_value(reference_value))}</td><td class='muted'>{_text(unit)}</td></tr>"
@@ -140,7 +140,7 @@ def _metric_table(model: Mapping[str, Any], reference: Mapping[str, Any] | None)
     return f"<table>{head}{body}</table>"
 
 
-def _value(value: Any, digits: int = 3) -> str:
+def _value(value: object, digits: int = 3) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "∞"
     return format_number(value, digits)

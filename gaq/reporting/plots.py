@@ -6,13 +6,17 @@ import base64
 import html
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gaq.checks.errors import LabelErrors
 from gaq.checks.nve import NVEResult
 from gaq.checks.smoothness import SmoothnessResult
+from gaq.untyped import ReadOnlyDocument
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["figures"]
 
@@ -20,7 +24,7 @@ __all__ = ["figures"]
 _COLOURS = {"model": "#0b5fa5", "reference": "#d98324"}
 
 
-def figures(data: Mapping[str, Any] | None) -> str:
+def figures(data: ReadOnlyDocument | None) -> str:
     """Draw the figures of a report as HTML; without figures, a line that says why."""
     if not data:
         return "<p class='muted'>No figure data.</p>"
@@ -38,7 +42,7 @@ def figures(data: Mapping[str, Any] | None) -> str:
     return "\n".join(parts) or "<p class='muted'>Nothing to plot: no labels, no NVE run, no scan.</p>"
 
 
-def _embed(figure: Any, caption: str) -> str:
+def _embed(figure: Figure, caption: str) -> str:
     """Turn a matplotlib figure into an HTML figure with an embedded image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -52,7 +56,7 @@ def _embed(figure: Any, caption: str) -> str:
     return f"<figure>{image}<figcaption>{alt}</figcaption></figure>"
 
 
-def _new_figure(width: float = 9.0, height: float = 3.6) -> Any:
+def _new_figure(width: float = 9.0, height: float = 3.6) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")

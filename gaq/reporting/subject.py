@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
+from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -45,7 +46,7 @@ class Subject:
 
     potential: Potential
     exact: Potential
-    calculator: Any = None
+    calculator: Calculator = None
     path: str | None = None
     preset: str = FLOAT
     training: str = "ptq"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from gaq.untyped import ReadOnlyDocument
 
 MISSING = "-"
 
@@ -28,12 +29,12 @@ _COST_METRICS = (
 
 
 def metric_rows(
-    model: Mapping[str, Any], reference: Mapping[str, Any] | None = None
-) -> list[tuple[str, str, Any, Any]]:
+    model: ReadOnlyDocument, reference: ReadOnlyDocument | None = None
+) -> list[tuple[str, str, object, object]]:
     """Return label, unit, and the values of model and reference for each metric of a report."""
-    rows: list[tuple[str, str, Any, Any]] = []
+    rows: list[tuple[str, str, object, object]] = []
 
-    def add(entries: Sequence[tuple[str, str, str]], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    def add(entries: Sequence[tuple[str, str, str]], left: ReadOnlyDocument, right: ReadOnlyDocument) -> None:
         rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
 
     reference = reference or {}
@@ -50,7 +51,7 @@ def metric_rows(
     return rows
 
 
-def format_number(value: Any, digits: int = 3) -> str:
+def format_number(value: object, digits: int = 3) -> str:
     """Format the value of a cell.
 
     Args:
@@ -76,7 +77,7 @@ def format_number(value: Any, digits: int = 3) -> str:
     return str(value)
 
 
-def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+def format_table(rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]) -> str:
     """Format rows as aligned plain text; numbers to the right, text to the left.
 
     Args:
@@ -99,7 +100,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Map
     return "\n".join([line(headings), "  ".join("-" * width for width in widths), *map(line, cells)])
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
+def markdown_table(rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]) -> str:
     """Format rows as a Markdown table.
 
     Args:
@@ -116,7 +117,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
 
 
 def _cells(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
+    rows: Sequence[ReadOnlyDocument], columns: Sequence[str] | Mapping[str, str]
 ) -> tuple[list[str], list[list[str]], list[bool]]:
     """Return headings, texts, and which columns hold numbers only."""
     keys = list(columns)

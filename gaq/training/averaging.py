@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def deployed_weights(
 
 @contextmanager
 def averaging_deployed(
-    average: Any,
+    average: object,
     method: str,
     parameters: Mapping[str, torch.nn.Parameter],
     quantizers: Mapping[str, WeightQuantizer],
@@ -62,7 +61,7 @@ def averaging_deployed(
     update = getattr(average, method)
 
     @functools.wraps(update)
-    def update_with_rounded(*args: Any, **kwargs: Any) -> Any:
+    def update_with_rounded(*args: object, **kwargs: object) -> object:
         with deployed_weights(parameters, quantizers):
             return update(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from gaq.config.schema import DistillationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.sampling import choose
+from gaq.untyped import Batch, Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -52,7 +53,7 @@ class DistillationResult:
 class Labelled:
     """A batch with the float model's energies (graphs,) in eV and forces (atoms, 3) in eV/Å."""
 
-    batch: Any
+    batch: Batch
     energy: Tensor
     forces: Tensor
 
@@ -163,9 +164,9 @@ class _Descent:
         self.optimizer = torch.optim.Adam(self._groups(quantizers), betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(config.steps, 1), eta_min=0.0)
 
-    def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[dict[str, Any]]:
+    def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[Document]:
         """Parameter groups of weights and scales, with their learning rates."""
-        groups: list[dict[str, Any]] = []
+        groups: list[Document] = []
         rates = {}
         for (name, quantizer), weight in zip(quantizers.items(), self.weights, strict=True):
             size = float(weight.detach().pow(2).mean().sqrt()) or 1.0

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -24,6 +24,7 @@ from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import WeightQuantizer, gptq_round
 from gaq.training.distillation import DistillationResult, distill, label
 from gaq.training.sampling import choose
+from gaq.untyped import Structure
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -94,7 +95,11 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
 
 
 def calibrate_weights(
-    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig, progress: bool
+    adapter: Adapter,
+    model: torch.nn.Module,
+    structures: Sequence[Structure],
+    config: QuantizationConfig,
+    progress: bool,
 ) -> DistillationResult | None:
     """Run calibrated rounding and self-distillation of the weights, as the configuration asks.
 
@@ -124,7 +129,7 @@ def calibrate_weights(
 
 
 def round_at_end(
-    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Any], config: QuantizationConfig
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Structure], config: QuantizationConfig
 ) -> list[str]:
     """Run `calibrate_weights` on weights that were trained in float, and hold the resulting scales.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar
+from typing import SupportsIndex, TypeVar
 
 import torch
 from e3nn.util.jit import compile_mode
 from mace.modules import models as mace_models
 
 from gaq.model.state import state_of
+from gaq.untyped import Document
 from gaq_mace.engine.reading import Unsupported
 from gaq_mace.engine.serving import CHOICE, OWN_ENTRIES, RECORD, Served, record_of, switched_off
 from gaq_mace.packed_pickle import reduce_stock
@@ -28,10 +29,10 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     Weights, state dict and files are those of MACE's own class.
     """
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return reduce_stock(mace_models.ScaleShiftMACE, _without_engine(self))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScaleShiftMACE:
+    def __deepcopy__(self, memo: dict[int, object]) -> ScaleShiftMACE:
         # Pickling would give a copy of MACE's own class. The engine is not copied: it serves the original's weights.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -40,7 +41,7 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
         return new
 
 
-def _without_engine(model: torch.nn.Module) -> dict[str, Any]:
+def _without_engine(model: torch.nn.Module) -> Document:
     """State of a model without the entries that the engine adds."""
     return {key: value for key, value in model.__dict__.items() if key not in OWN_ENTRIES}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from gaq.caches import Cache
 from gaq.kernels import gpu
+from gaq.untyped import AnyModule
 from gaq_mace.engine.pair_tables import PairTables
 from gaq_mace.engine.radial_tables import Tables
 from gaq_mace.engine.reading import Unsupported
@@ -67,7 +67,7 @@ class Compositions:
         pairs: radial tables of all layers; None where no layer has any.
     """
 
-    def __init__(self, layers: Any, device: torch.device) -> None:
+    def __init__(self, layers: AnyModule, device: torch.device) -> None:
         self.layers = layers
         self.kept: Cache[tuple[bytes, torch.device], Composition] = Cache(COMPOSITIONS)
         tabulated = [layer.radial for layer in layers if layer.radial is not None]
@@ -139,7 +139,7 @@ class Compositions:
         return (self._of_layers(None), None) if found is None else (self._of_layers(found[0]), found[1])
 
     @staticmethod
-    def _found(look_up: Callable[..., Found], *args: Any) -> Found:
+    def _found(look_up: Callable[..., Found], *args: AnyModule) -> Found:
         """Tables that a function of `PairTables` finds or makes."""
         try:
             return look_up(*args)
@@ -148,6 +148,6 @@ class Compositions:
 
     def _of_layers(self, tables: list[Tables] | None) -> list[Tables | None]:
         """Put tables in the places of the layers that have some."""
-        layers: Any = self.layers  # of `Layer`s; a ModuleList knows modules only
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         remaining = iter(tables or ())
         return [None if layer.radial is None else next(remaining, None) for layer in layers]

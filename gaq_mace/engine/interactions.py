@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -11,6 +10,7 @@ from e3nn import nn
 from torch import Tensor
 
 from gaq.kernels import convolution, radial
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.layer import Layer, LinearLayer
@@ -31,10 +31,10 @@ __all__ = ["INTERACTIONS", "layer_of"]
 class AgnosticLayer(Layer):
     """`RealAgnosticInteractionBlock`, its residual form, and both with a density."""
 
-    def _message_divisor(self, block: Any) -> float:
+    def _message_divisor(self, block: AnyModule) -> float:
         return 1.0 if hasattr(block, "density_fn") else super()._message_divisor(block)
 
-    def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         if input_quantizer_of(block) is not None:
             raise Unsupported(f"the density weights of interactions.{number} are rounded")
         try:
@@ -47,7 +47,7 @@ class AgnosticLayer(Layer):
         self.residual = "Residual" in class_name(block)
         self._read_skip(block, number, dtype)
 
-    def _read_skip(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_skip(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the product with the species, ``skip_tp``."""
         product, path = block.skip_tp, f"interactions.{number}.skip_tp"
         skip = species_matrices_of(product)
@@ -103,7 +103,7 @@ class AgnosticLayer(Layer):
 Activation = Callable[[Tensor], Tensor]
 
 
-def _activations_of(gate: Any, path: str) -> tuple[Activation, Activation]:
+def _activations_of(gate: AnyModule, path: str) -> tuple[Activation, Activation]:
     """Functions that a gate applies to scalars and to the gates of other features.
 
     Raises:
@@ -124,10 +124,10 @@ class NonLinearLayer(Layer):
     alpha: Tensor
     beta: Tensor
 
-    def _message_divisor(self, block: Any) -> float:
+    def _message_divisor(self, block: AnyModule) -> float:
         return 1.0
 
-    def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         path = f"interactions.{number}"
         embeddings = block.source_embedding, block.target_embedding
         self.network = RadialNetwork(block.conv_tp_weights, dtype, *embeddings)
@@ -174,7 +174,7 @@ INTERACTIONS = tuple(_LAYERS)
 """Names of the interaction blocks that the engine serves."""
 
 
-def layer_of(model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> Layer:
+def layer_of(model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> Layer:
     """Make the layer of an interaction block; the arguments are those of `Layer`.
 
     Raises:

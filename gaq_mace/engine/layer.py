@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -10,6 +10,7 @@ from e3nn import o3
 from torch import Tensor
 
 from gaq.kernels import contraction, convolution, rounding
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
@@ -35,7 +36,7 @@ class LinearLayer(NamedTuple):
 
     name: str
     path: str
-    module: Any
+    module: AnyModule
     divisor: float = 1.0
     reads_features: bool = False
 
@@ -60,7 +61,7 @@ class Mixing(NamedTuple):
     round: Rounder
 
 
-def refuse_unsupported(block: Any, number: int, sh: list[Tensor]) -> None:
+def refuse_unsupported(block: AnyModule, number: int, sh: list[Tensor]) -> None:
     """Refuse a convolution that the kernels cannot compute.
 
     Raises:
@@ -100,7 +101,7 @@ class Layer(torch.nn.Module):
     # Module of the block that mixes the paths of a message.
     MESSAGE_LINEAR = "linear"
 
-    def __init__(self, model: Any, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         block, product = model.interactions[number], model.products[number]
         refuse_unsupported(block, number, sh)
@@ -118,11 +119,11 @@ class Layer(torch.nn.Module):
 
     # -- reading the model --
 
-    def _read_block(self, model: Any, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read what is special to the kind of block: its radial functions and its linear layers."""
         raise NotImplementedError
 
-    def _read_convolution(self, block: Any, number: int, sh: list[Tensor], r_max: float) -> None:
+    def _read_convolution(self, block: AnyModule, number: int, sh: list[Tensor], r_max: float) -> None:
         tp = block.conv_tp
         linear = getattr(block, self.MESSAGE_LINEAR)
         group_of = {i_in: out for out, ins in inputs_of(linear).items() for i_in in ins}
@@ -145,7 +146,7 @@ class Layer(torch.nn.Module):
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
 
-    def _read_message_linear(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_message_linear(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer that mixes the paths of a message, and the rounding of what it reads."""
         path = f"interactions.{number}.{self.MESSAGE_LINEAR}"
         linear = getattr(block, self.MESSAGE_LINEAR)
@@ -158,7 +159,7 @@ class Layer(torch.nn.Module):
         self.message_quantizer = input_quantizer_of(linear)
         self.message_plan = self._plan_messages()
 
-    def _message_divisor(self, block: Any) -> float:
+    def _message_divisor(self, block: AnyModule) -> float:
         """Number by which every message is divided."""
         return float(block.avg_num_neighbors)
 
@@ -189,12 +190,12 @@ class Layer(torch.nn.Module):
             Rounder(input_quantizer_of(linear.module), irreps_in, channels),
         )
 
-    def _read_up(self, block: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_up(self, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read ``linear_up``, which makes of node features those that edges read."""
         path = f"interactions.{number}.linear_up"
         self.up = self._read_mixing(LinearLayer("up", path, block.linear_up, reads_features=True), dtype)
 
-    def _read_product(self, product: Any, number: int, dtype: torch.dtype) -> None:
+    def _read_product(self, product: AnyModule, number: int, dtype: torch.dtype) -> None:
         """Read the linear layer after the contraction, and the rounding around it."""
         self.use_sc = bool(product.use_sc)
         self.agnostic = bool(getattr(product, "use_agnostic_product", False))
@@ -204,7 +205,7 @@ class Layer(torch.nn.Module):
         channels = multiplicity(self.out_irreps, f"node features of products.{number}")
         self.round_out = Rounder(input_quantizer_of(product), self.out_irreps, channels)
 
-    def _fold(self, product: Any, dtype: torch.dtype) -> None:
+    def _fold(self, product: AnyModule, dtype: torch.dtype) -> None:
         """Fold the weights of the symmetric contraction into its coupling tensors."""
         symmetric = product.symmetric_contractions
         rows_in = sum(ir.dim for _, ir in symmetric.irreps_in)

@@ -8,12 +8,12 @@ look-up of as many polynomials. Nothing has to be made before the first step, an
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
+from gaq.untyped import AnyModule
 from gaq_mace.engine.edges import EdgeFeatures
 from gaq_mace.engine.reading import class_name, input_quantizer_of, matrices_of
 
@@ -32,7 +32,9 @@ class RadialNetwork(torch.nn.Module):
         target: the same for the receiver.
     """
 
-    def __init__(self, network: Any, dtype: torch.dtype, source: Any = None, target: Any = None) -> None:
+    def __init__(
+        self, network: AnyModule, dtype: torch.dtype, source: AnyModule = None, target: AnyModule = None
+    ) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.folded = self.species = source is not None

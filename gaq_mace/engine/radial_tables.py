@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import ase.data
 import mace  # noqa: F401  (before e3nn)
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule
 from gaq_mace.layers import original_class
 
 __all__ = ["Pair", "RadialTables", "Tables"]
@@ -52,7 +52,7 @@ class RadialTables:
         ValueError: if the radial functions cannot be tabulated.
     """
 
-    def __init__(self, model: Any, block: Any, paths: int, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: AnyModule, block: AnyModule, paths: int, channels: int, dtype: torch.dtype) -> None:
         # Tables are made in float64, on the CPU for any device: that takes a few evaluations of the network.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
         self.hidden, last = self._parts(block.conv_tp_weights)
@@ -70,7 +70,7 @@ class RadialTables:
         self._probe()
 
     @staticmethod
-    def _parts(network: Any) -> tuple[torch.nn.Module, Tensor]:
+    def _parts(network: AnyModule) -> tuple[torch.nn.Module, Tensor]:
         """Hidden layers of a radial network and the matrix of its last, in float64 on the CPU."""
         if original_class(network).__name__ != "FullyConnectedNet":
             raise ValueError(f"the radial network is a {original_class(network).__name__}")

@@ -7,12 +7,12 @@ with edges that lie beyond the cutoff.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gaq.kernels.gpu.graphs import Graphs, Outputs, bucket
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.reading import python_modules
 
@@ -25,7 +25,7 @@ Step = Callable[[dict[str, Tensor], Composition, dict[str, bool]], Outputs]
 Held = list[tuple[Mapping[str, "Tensor | None"], str]]
 
 
-def held_by(model: Any) -> Held:
+def held_by(model: AnyModule) -> Held:
     """List the tensors of the model that a step reads where they lie.
 
     Returns:
@@ -44,7 +44,7 @@ def held_by(model: Any) -> Held:
     ]
 
 
-def inputs_of(model: Any) -> tuple[str, ...]:
+def inputs_of(model: AnyModule) -> tuple[str, ...]:
     """Entries of the data that a step of a model reads, with the properties of structures or atoms that it embeds."""
     return (*INPUTS, *(getattr(model, "embedding_specs", None) or ()))
 
@@ -96,7 +96,7 @@ def replayed(
         "compute_virials": stress or options.get("compute_virials", False),
     }
 
-    def prepare() -> tuple[Any, dict[str, Tensor]]:
+    def prepare() -> tuple[AnyModule, dict[str, Tensor]]:
         return (lambda held: step({k: v.detach() for k, v in held.items()}, composition, inside)), padded(inputs, size)
 
     # A graph reads these tensors where they lay when it was recorded.

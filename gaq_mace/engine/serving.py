@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from gaq import settings
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
+from gaq.untyped import AnyModule, Options
 from gaq_mace.engine.integers import integer_linears
 from gaq_mace.engine.reading import Unsupported, python_modules
 from gaq_mace.engine.step import Engine
@@ -60,7 +61,7 @@ def switched_off() -> bool:
 class Served:
     """Base of the classes of served models: sends each call to the engine or to MACE. Comes before MACE's own class."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         # Not in forward, which is TorchScript: a scripted, traced or compiled model holds the reference path.
         engine = engine_for(self, kwargs) if len(args) == 1 else None
         if engine is not None:
@@ -76,7 +77,7 @@ _NOT_SERVED = ("training", "compute_hessian", "compute_edge_forces", "compute_at
 _DERIVATIVES = ("compute_virials", "compute_stress")
 
 
-def is_accelerated(model: Any) -> bool:
+def is_accelerated(model: AnyModule) -> bool:
     """Whether calls of a model for energies and forces go through the fused kernels.
 
     True for converted models, and for float models after `gaq_mace.engine.accelerate`, unless the kernels are switched
@@ -93,7 +94,7 @@ def is_accelerated(model: Any) -> bool:
     return record is None or record.engine is not None
 
 
-def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
+def engine_for(model: AnyModule, options: Options) -> Engine | None:
     """Engine for a call of a model; None for the reference path.
 
     The engine serves inference on the CPU or an NVIDIA GPU. Training and Hessians need second derivatives or
@@ -119,7 +120,7 @@ def engine_for(model: Any, options: dict[str, Any]) -> Engine | None:
     return engine if engine is not None and engine.rounds_as_deployed() else None
 
 
-def serves(model: Any, options: dict[str, Any]) -> bool:
+def serves(model: AnyModule, options: Options) -> bool:
     """Whether a call of a model goes through the engine."""
     return engine_for(model, options) is not None
 
@@ -143,7 +144,7 @@ class _Parts:
         same = same and all(members.get(name) is p for members, name, p in self.parameters)
         return same and all(len(members) == length for members, length in self.lengths)
 
-    def state(self) -> tuple[Any, ...]:
+    def state(self) -> tuple[object, ...]:
         """Device, address, version and dtype of each weight: it changes when a weight does."""
         return tuple((p.device, p.data_ptr(), p._version, p.dtype) for p in self.weights)
 
@@ -158,7 +159,7 @@ class Record(NamedTuple):
         reason: why there is no engine; None where there is one.
     """
 
-    key: tuple[Any, ...]
+    key: tuple[object, ...]
     engine: Engine | None
     parts: _Parts
     reason: str | None = None
@@ -168,7 +169,7 @@ class Record(NamedTuple):
 _making = threading.RLock()
 
 
-def record_of(model: Any, warn: bool = True) -> Record:
+def record_of(model: AnyModule, warn: bool = True) -> Record:
     """Record of a model, remade when its weights or parts have changed.
 
     Args:
@@ -197,12 +198,12 @@ def record_of(model: Any, warn: bool = True) -> Record:
         return made
 
 
-def engine_of(model: Any) -> Engine | None:
+def engine_of(model: AnyModule) -> Engine | None:
     """Engine of a model, remade when its weights have changed; None where the kernels do not serve the model."""
     return record_of(model).engine
 
 
-def give_up(model: Any, error: Unsupported) -> None:
+def give_up(model: AnyModule, error: Unsupported) -> None:
     """Send all later calls of a model to the reference path, with a warning: the engine cannot compute a structure."""
     record: Record = model.__dict__[RECORD]
     model.__dict__[RECORD] = record._replace(engine=None, reason=str(error))

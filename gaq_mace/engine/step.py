@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
@@ -16,6 +14,7 @@ from gaq.kernels.cpu import native
 from gaq.kernels.gpu.graphs import Graphs, Outputs
 from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition, Compositions
 from gaq_mace.engine.edges import EdgeFeatures, Edges
 from gaq_mace.engine.integers import integer_linears, through_integers
@@ -41,7 +40,7 @@ class Engine(torch.nn.Module):
 
     embedding: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModule) -> None:
         super().__init__()
         device = next(model.parameters()).device
         if not gpu.chosen(device):
@@ -90,7 +89,7 @@ class Engine(torch.nn.Module):
 
     def _step(self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]) -> Outputs:
         """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing."""
-        model: Any = self.__dict__["model"]
+        model: AnyModule = self.__dict__["model"]
         stress = options.get("compute_stress", False)
         virials = options.get("compute_virials", False)
         context = prepare_graph(
@@ -159,7 +158,7 @@ class Engine(torch.nn.Module):
         self, edge_index: Tensor, vectors: Tensor, lengths: Tensor, attributes: Tensor, composition: Composition
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition."""
-        model: Any = self.__dict__["model"]
+        model: AnyModule = self.__dict__["model"]
         # A neighbour list with a skin has edges beyond the cutoff.
         inside = (lengths > 0) & (lengths < self.r_max)
         tables, numbers = self.compositions.tables(composition, edge_index)
@@ -183,7 +182,7 @@ class Engine(torch.nn.Module):
 
         Such a model embeds charge, spin or other properties of a structure or of its atoms.
         """
-        model: Any = self.__dict__["model"]
+        model: AnyModule = self.__dict__["model"]
         if not hasattr(model, "joint_embedding"):
             return None
         features = {name: data[name] for name in model.embedding_specs}
@@ -210,7 +209,7 @@ class Engine(torch.nn.Module):
         rows = self.embedding[composition.ordered] if start is None else start[composition.by_species]
         features = rows[:, None]
         node_feats = []
-        layer: Any  # a `Layer`; a ModuleList knows modules only
+        layer: AnyModule  # a `Layer`; a ModuleList knows modules only
         for layer, layer_edges in zip(self.layers, edges, strict=True):
             features = layer(features, layer_edges, composition)
             node_feats.append(to_mul_ir(features, layer.out_rows)[composition.place])

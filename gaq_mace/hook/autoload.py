@@ -8,6 +8,7 @@ raise: an exception here would break ``import torch`` or ``import mace``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -40,7 +41,9 @@ class _PatchingLoader(Loader):
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in TARGETS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -27,12 +27,16 @@ import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gaq.untyped import AnyModule, Batch, Calculator, Document, Patched
 from gaq_mace.hook import targets
 from gaq_mace.names import ATTENTION, PACKED, PATCHED, RUN_TRAIN, TARGETS
 
-# MACE's modules and their functions are Any here: they are replaced at run time, which no type describes.
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from gaq.config.schema import QuantizationConfig
 
 
 def apply(module: ModuleType) -> None:
@@ -91,7 +95,7 @@ class QuantizationArgument(str):
         argparse.ArgumentTypeError: if the text is no configuration; argparse turns it into its own error.
     """
 
-    config: Any  # a QuantizationConfig, whose module must not be imported here
+    config: QuantizationConfig
 
     def __new__(cls, text: str) -> QuantizationArgument:
         from gaq.config.parse import ConfigError, parse_config
@@ -136,7 +140,7 @@ def _check_quantization(parser: argparse.ArgumentParser, namespace: argparse.Nam
         )
 
 
-def _patch_arg_parser(module: Any) -> None:
+def _patch_arg_parser(module: Patched) -> None:
     original = module.build_default_arg_parser
 
     @functools.wraps(original)
@@ -168,7 +172,7 @@ def _patch_arg_parser(module: Any) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
-def _insert_quantizers(args: argparse.Namespace, model: Any, key: str, packed: bool) -> None:
+def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, packed: bool) -> None:
     """Make the model of a run a quantized one, or end the command with the reason.
 
     Args:
@@ -195,9 +199,9 @@ def _insert_quantizers(args: argparse.Namespace, model: Any, key: str, packed: b
         )
 
 
-def _with_quantizers(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_quantizers(original: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(original)
-    def get_params_options(args: argparse.Namespace, model: Any) -> Any:
+    def get_params_options(args: argparse.Namespace, model: AnyModule) -> object:
         key = getattr(args, "quantization", None)
         if ATTENTION in (getattr(args, "interaction", None), getattr(args, "interaction_first", None)):
             logging.warning(
@@ -218,12 +222,12 @@ def _with_quantizers(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_params_options
 
 
-def _with_original_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_original_blocks(original: Callable[..., Document]) -> Callable[..., Document]:
     @functools.wraps(original)
-    def extract_config_mace_model(model: Any) -> dict[str, Any]:
-        config: dict[str, Any] = original(model)
+    def extract_config_mace_model(model: AnyModule) -> Document:
+        config = original(model)
         # If the module was never imported, no class of ours is in the model.
-        layers: Any = sys.modules.get("gaq_mace.layers")
+        layers = sys.modules.get("gaq_mace.layers")
         if layers is not None:
             for key in ("interaction_cls", "interaction_cls_first"):
                 if key in config:
@@ -233,23 +237,23 @@ def _with_original_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     return extract_config_mace_model
 
 
-def _patch_scripts_utils(module: Any) -> None:
+def _patch_scripts_utils(module: Patched) -> None:
     module.get_params_options = _with_quantizers(module.get_params_options)
     module.extract_config_mace_model = _with_original_blocks(module.extract_config_mace_model)
 
 
-def _patch_train(module: Any) -> None:
+def _patch_train(module: Patched) -> None:
     original_train = module.train
     original_epoch = module.train_one_epoch
 
     @functools.wraps(original_train)
-    def train(*args: Any, **kwargs: Any) -> Any:
+    def train(*args: object, **kwargs: object) -> object:
         from gaq_mace import training
 
         return training.run(original_train, *args, **kwargs)
 
     @functools.wraps(original_epoch)
-    def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
+    def train_one_epoch(*args: object, **kwargs: object) -> object:
         from gaq_mace import training
 
         return training.run_epoch(original_epoch, *args, **kwargs)
@@ -258,11 +262,11 @@ def _patch_train(module: Any) -> None:
     module.train_one_epoch = train_one_epoch
 
 
-def _patch_tables(module: Any) -> None:
+def _patch_tables(module: Patched) -> None:
     original = module.create_error_table
 
     @functools.wraps(original)
-    def create_error_table(*args: Any, **kwargs: Any) -> Any:
+    def create_error_table(*args: object, **kwargs: object) -> object:
         from gaq_mace import training
 
         return training.error_table(original, *args, **kwargs)
@@ -270,27 +274,27 @@ def _patch_tables(module: Any) -> None:
     module.create_error_table = create_error_table
 
 
-def _patch_run_train(module: Any) -> None:
+def _patch_run_train(module: Patched) -> None:
     original = module.run
 
     @functools.wraps(original)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         try:
             return original(*args, **kwargs)
         finally:
             # If the module was never imported, nothing was quantized.
-            training: Any = sys.modules.get("gaq_mace.training")
+            training = sys.modules.get("gaq_mace.training")
             if training is not None:
                 training.compress_written()
 
     module.run = run
 
 
-def _patch_models(module: Any) -> None:
+def _patch_models(module: Patched) -> None:
     original = module.MACE.__setstate__
 
     @functools.wraps(original)
-    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+    def __setstate__(self: AnyModule, state: Document) -> None:
         original(self, state)
         payload = self.__dict__.pop(PACKED, None)
         if payload is not None:
@@ -301,11 +305,11 @@ def _patch_models(module: Any) -> None:
     module.MACE.__setstate__ = __setstate__
 
 
-def _patch_calculator(module: Any) -> None:
+def _patch_calculator(module: Patched) -> None:
     original = module.MACECalculator._atoms_to_batch
 
     @functools.wraps(original)
-    def _atoms_to_batch(self: Any, atoms: Any) -> Any:
+    def _atoms_to_batch(self: Calculator, atoms: Atoms) -> Batch:
         # If the module was never imported, no model is quantized or accelerated.
         if "gaq_mace.engine" not in sys.modules:
             return original(self, atoms)

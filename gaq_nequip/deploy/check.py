@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.untyped import AnyModule, Calculator
 from gaq_nequip import files
 from gaq_nequip.calculator import compiled_calculator, model_calculator, saved_calculator
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from torch import Tensor
+
+    from gaq.config.schema import QuantizationConfig
 
 __all__ = ["Check", "check", "default_tolerance"]
 
@@ -32,7 +39,7 @@ class Check:
     structures: int
 
 
-def check(model: Any, example: Any, deployed: Path, target: str, device: str) -> Check | None:
+def check(model: AnyModule, example: dict[str, Tensor], deployed: Path, target: str, device: str) -> Check | None:
     """Compare a deployed file with its model; None for a target that ASE cannot run.
 
     The compiled graphs of such targets differ from that of ``ase`` in their outputs only.
@@ -44,7 +51,7 @@ def check(model: Any, example: Any, deployed: Path, target: str, device: str) ->
     return _compare(model_calculator(model, device), calculator, _structures(example))
 
 
-def default_tolerance(config: Any) -> float:
+def default_tolerance(config: QuantizationConfig) -> float:
     """Allowed force difference, meV/Å, between a deployed file and its model.
 
     With exact activations only the fold differs: 0.5. With rounded activations, a number on the edge between two steps
@@ -58,7 +65,7 @@ def default_tolerance(config: Any) -> float:
     return 5.0 if min(bits) >= 16 else float("inf")
 
 
-def _structures(example: Any, count: int = 4, amplitude: float = 0.05) -> list[Any]:
+def _structures(example: dict[str, Tensor], count: int = 4, amplitude: float = 0.05) -> list[Atoms]:
     """The example structure and copies of it with atoms moved at random by `amplitude` Å."""
     from nequip.data import to_ase
 
@@ -73,7 +80,7 @@ def _structures(example: Any, count: int = 4, amplitude: float = 0.05) -> list[A
     return structures
 
 
-def _compare(reference: Any, deployed: Any, structures: Sequence[Any]) -> Check:
+def _compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms]) -> Check:
     energy = forces = scale = 0.0
     for atoms in structures:
         values = []

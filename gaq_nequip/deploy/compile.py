@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from gaq.third_party_warnings import known_hidden
+from gaq.untyped import AnyModule, Options
 from gaq_nequip import files
 from gaq_nequip.deploy import artefact
 from gaq_nequip.host import nequip_state
@@ -23,7 +24,7 @@ from gaq_nequip.root import COMPILES
 __all__ = ["compile_file", "compile_model", "frozen_copy", "save_data", "tolerating", "with_cell"]
 
 
-def frozen_copy(model: Any, to_compile: bool) -> Any:
+def frozen_copy(model: AnyModule, to_compile: bool) -> AnyModule:
     """A copy of a quantized model with integer weights, for a compiled file (`to_compile`) or a package."""
     frozen = copy.deepcopy(model)
     frozen.__dict__[COMPILES] = to_compile
@@ -57,7 +58,13 @@ def compile_file(
 
 
 def compile_model(
-    model: Any, example: Any, output: Path, target: str, device: str, fused: bool, tolerance: float
+    model: torch.nn.Module,
+    example: dict[str, Tensor],
+    output: Path,
+    target: str,
+    device: str,
+    fused: bool,
+    tolerance: float,
 ) -> None:
     """Compile a model by `nequip-compile`, slim the result, and write it to `output`.
 
@@ -90,7 +97,7 @@ def compile_model(
 
 
 @contextmanager
-def _in_place_of_loading(model: Any) -> Iterator[None]:
+def _in_place_of_loading(model: torch.nn.Module) -> Iterator[None]:
     """Within this context `nequip-compile` takes a given model in place of loading one."""
     from nequip.scripts import compile as nequip_compile
 
@@ -103,7 +110,7 @@ def _in_place_of_loading(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_kernels(model: Any, device: str) -> Iterator[None]:
+def _fused_kernels(model: torch.nn.Module, device: str) -> Iterator[None]:
     """Fuse the convolutions of a model; within this context Inductor links the kernels into what it compiles."""
     from torch._inductor import config as inductor
 
@@ -111,7 +118,7 @@ def _fused_kernels(model: Any, device: str) -> Iterator[None]:
     from gaq.kernels.shims import c_shims
     from gaq_nequip.engine.fused import fuse
 
-    options: dict[str, Any] = {}
+    options: Options = {}
     before = os.environ.get("LIBRARY_PATH")
     if device.split(":")[0] == "cpu":  # for a GPU Inductor compiles the Triton kernels it sees
         options = {
@@ -160,7 +167,7 @@ def tolerating(force: float) -> Iterator[None]:
         dtype._FLOAT32_MODEL_TOL = before  # type: ignore[misc]  # Final, as above
 
 
-def with_cell(data: Any) -> Any:
+def with_cell(data: dict[str, Tensor]) -> dict[str, Tensor]:
     """The example structure, in a box if it is a molecule without a cell.
 
     NequIP's compilation divides the virial by the volume and compares the stress, so without a cell it fails.
@@ -175,7 +182,7 @@ def with_cell(data: Any) -> Any:
     return {**data, AtomicDataDict.CELL_KEY: torch.diag(size).unsqueeze(0).to(cell)}
 
 
-def save_data(data: Any, path: Path) -> None:
+def save_data(data: dict[str, Tensor], path: Path) -> None:
     """Write data as `nequip-compile --data-path` reads it: the state of a TorchScript module."""
     holder = torch.nn.Module()
     for name, value in data.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gaq.files.packing import packed_bytes as code_bytes
 from gaq.model.state import is_kind
+from gaq.untyped import AnyModule
 from gaq_nequip import files, weights
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy.check import Check
@@ -35,17 +35,17 @@ class WeightSizes:
     numbers: int
 
     @classmethod
-    def of(cls, model: Any, frozen: Any) -> WeightSizes:
+    def of(cls, model: AnyModule, frozen: AnyModule) -> WeightSizes:
         """Measure a quantized model and its frozen copy."""
         return cls(float_weight_bytes(model), unfolded_bytes(model), *frozen_bytes(frozen))
 
 
-def float_weight_bytes(model: Any) -> int:
+def float_weight_bytes(model: AnyModule) -> int:
     """Bytes of a model's parameters in float32."""
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-def unfolded_bytes(model: Any) -> int:
+def unfolded_bytes(model: AnyModule) -> int:
     """Bytes of codes, scales and float weights of a quantized model that is not folded; the model is not changed."""
     quantizers = weights.weight_quantizers(model)
     packed = sum(code_bytes(q.layout.numel, q.bits) + 2 * q.groups for q in quantizers.values())
@@ -53,13 +53,13 @@ def unfolded_bytes(model: Any) -> int:
     return packed + 4 * sum(p.numel() for name, p in model.named_parameters() if name not in quantizers)
 
 
-def frozen_bytes(frozen: Any) -> tuple[int, int]:
+def frozen_bytes(frozen: AnyModule) -> tuple[int, int]:
     """Bytes of codes, scales and float weights of a frozen model, and how many numbers are packed."""
     packed = [m for m in frozen.modules() if is_kind(m, PackedWeight)]
     return sum(m.bytes for m in packed) + float_weight_bytes(frozen), sum(m.numel for m in packed)
 
 
-def packed_bytes(model: Any, fold: bool) -> tuple[int, int]:
+def packed_bytes(model: AnyModule, fold: bool) -> tuple[int, int]:
     """`frozen_bytes` of a copy of a quantized model.
 
     Args:

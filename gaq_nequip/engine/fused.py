@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from nequip.data import AtomicDataDict
@@ -23,9 +22,10 @@ from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
 from gaq.caches import Cache
-from gaq.kernels import convolution, gpu, harmonics, product, radial, rounding
+from gaq.kernels import chunks, convolution, gpu, harmonics, product, radial, rounding
 from gaq.model.state import is_kind
 from gaq.quantizers.features import FeatureQuantizer
+from gaq.untyped import AnyModule, Irreps
 from gaq_nequip.sites import class_name
 
 __all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
@@ -41,8 +41,8 @@ class Unsupported(ValueError):
 class FusedInteractionBlock(InteractionBlock):
     """`InteractionBlock` whose convolution is one operation on edge vectors and node features."""
 
-    problem: convolution.ConvolutionProblem
-    order: list[int]
+    chunked: chunks.ChunkedConvolution
+    columns: Tensor
     knots: Tensor
     plan_ints: Tensor
     plan_reals: Tensor
@@ -52,24 +52,7 @@ class FusedInteractionBlock(InteractionBlock):
         """Evaluate values, slopes and curvatures of the radial weights, (paths, knots, 3, channels)."""
         value, slope, curvature = jet(self.edge_mlp.mlp, *self.knots.unbind(0))
         stacked = torch.stack([value, slope, curvature], dim=1)
-        stacked = stacked.view(*stacked.shape[:2], len(self.problem.paths), self.problem.channels)
-        return stacked[:, :, self.order].permute(2, 0, 1, 3).contiguous()
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Bring features (atoms, irreps.dim) into the layout (atoms, components of all blocks, channels)."""
-        parts, start = [], 0
-        for l in self.problem.blocks:  # noqa: E741
-            size = self.problem.channels * (2 * l + 1)
-            parts.append(x[:, start : start + size].view(-1, self.problem.channels, 2 * l + 1).transpose(1, 2))
-            start += size
-        return torch.cat(parts, dim=1)
-
-    def _mul_ir(self, message: Tensor, atoms: int) -> Tensor:
-        """Bring a message into e3nn's layout, (atoms, irreps.dim)."""
-        parts = []
-        for group, l in zip(self.problem.split(message, atoms), self.problem.groups, strict=True):  # noqa: E741
-            parts.append(group.view(atoms, 2 * l + 1, -1).transpose(1, 2).reshape(atoms, -1))
-        return torch.cat(parts, dim=1)
+        return self.chunked.weights(stacked, self.columns).permute(2, 0, 1, 3).contiguous()
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
         if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
@@ -80,11 +63,12 @@ class FusedInteractionBlock(InteractionBlock):
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
-        features = self._rows(x).contiguous()
+        problem = self.chunked.problem
+        features = self.chunked.rows(x).contiguous()
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(self.problem, graph, features, vectors, self.table())
+            message = convolution.convolution(problem, graph, features, vectors, self.table())
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
@@ -96,9 +80,9 @@ class FusedInteractionBlock(InteractionBlock):
                 edges[1].contiguous(),
                 edges[0].contiguous(),
                 edges.new_empty(0),
-                self.problem.rows_out,
+                problem.rows_out,
             )
-        x = self.linear_2(self._mul_ir(message, x.shape[0]))
+        x = self.linear_2(self.chunked.mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
 
@@ -147,8 +131,8 @@ class _EdgePart:
         r_max: cutoff in Å.
     """
 
-    modules: tuple[Any, ...]
-    harmonics: Any
+    modules: tuple[AnyModule, ...]
+    harmonics: AnyModule
     r_max: float
 
     def run(self, vectors: Tensor, lengths: Tensor) -> AtomicDataDict.Type:
@@ -169,14 +153,14 @@ def _edge_part(model: torch.nn.Module) -> _EdgePart:
     sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
     if len(sequences) != 1:
         raise Unsupported("there is not one sequence of convolution layers")
-    modules: list[Any] = []
+    modules: list[AnyModule] = []
     for child in sequences[0].children():
         if class_name(child) == "ConvNetLayer":
             break
         if class_name(child) != "NodeTypeEmbed":
             modules.append(copy.deepcopy(child).double())
     known = ("SphericalHarmonicEdgeAttrs", "EdgeLengthNormalizer", "BesselEdgeLengthEncoding", "ApplyFactor")
-    by_name: dict[str, Any] = {}
+    by_name: dict[str, AnyModule] = {}
     for module in modules:
         name = class_name(module)
         if name not in known or name in by_name:
@@ -199,14 +183,15 @@ def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
     return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
 
 
-def _weights(network: Any, edge: _EdgePart, order: list[int], shape: tuple[int, int], lengths: Tensor) -> Tensor:
-    """Radial weights at the given lengths, (edges, paths, channels), in the order of the paths."""
-    weights: Tensor = network(_embedding(edge, lengths)).view(-1, *shape)[:, order]
-    return weights
+def _weights(network: torch.nn.Module, edge: _EdgePart, chunked: chunks.ChunkedConvolution, lengths: Tensor) -> Tensor:
+    """Radial weights at the given lengths, (edges, paths, channels)."""
+    return chunked.weights(network(_embedding(edge, lengths)), chunked.columns)
 
 
-def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.ConvolutionProblem, list[int]]:
-    """Convolution of a block, and for each of its paths the number of that path in the block's radial weights.
+def _chunked(
+    block: AnyModule, sh: list[Tensor], r_max: float, device: torch.device, dtype: torch.dtype
+) -> chunks.ChunkedConvolution:
+    """Convolution of a block.
 
     Raises:
         Unsupported: for a block that the kernels do not serve.
@@ -214,12 +199,10 @@ def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.Co
     from e3nn import o3
 
     tp = block.tp_scatter.tp
-    counts = {mul for mul, _ in tp.irreps_in1}
-    if len(counts) != 1:
-        raise Unsupported(f"input features of different multiplicities: {tp.irreps_in1}")
+    multiplicities = [mul for mul, _ in tp.irreps_in1]
     if [ir.l for _, ir in tp.irreps_in2] != list(range(len(sh))):
         raise Unsupported(f"edge attributes {tp.irreps_in2} that are not one harmonic of each degree")
-    groups: list[Any] = []
+    groups: list[Irreps] = []
     group_of: list[int] = []
     for _, ir in tp.irreps_out:
         if not groups or groups[-1] != ir:
@@ -228,6 +211,9 @@ def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.Co
     if [ir for _, ir in block.linear_2.irreps_in] != groups:
         raise Unsupported("the second linear layer reads its inputs in an order of its own")
     order = sorted(range(len(tp.instructions)), key=lambda i: tp.instructions[i].i_out)
+    starts = [0]
+    for ins in tp.instructions:
+        starts.append(starts[-1] + multiplicities[ins.i_in1])
     paths = []
     for number in order:
         ins = tp.instructions[number]
@@ -240,15 +226,16 @@ def _problem(block: Any, sh: list[Tensor], r_max: float) -> tuple[convolution.Co
         ]
         coefficients = o3.wigner_3j(*degrees, dtype=torch.float64) * ins.path_weight
         paths.append(convolution.Path(ins.i_in1, degrees[1], group_of[ins.i_out], coefficients))
-    problem = convolution.ConvolutionProblem(
-        counts.pop(),
-        tuple(ir.l for _, ir in tp.irreps_in1),
-        tuple(ir.l for ir in groups),
-        tuple(paths),
-        tuple(sh),
+    return chunks.ChunkedConvolution.make(
+        multiplicities,
+        [ir.l for _, ir in tp.irreps_in1],
+        [ir.l for ir in groups],
+        paths,
+        [starts[number] for number in order],
+        sh,
         r_max,
+        chunks.GPU_WIDTHS if device.type == "cuda" else chunks.cpu_widths(multiplicities, dtype),
     )
-    return problem, order
 
 
 class FusedProduct:
@@ -293,7 +280,7 @@ def _fused_class(base: type, kind: type) -> type:
     return _FUSED.get(kind, lambda: type(f"Fused{kind.__name__}", (base, kind), {}))
 
 
-def _coefficients(contracter: Any) -> Tensor:
+def _coefficients(contracter: AnyModule) -> Tensor:
     """Coefficients of a contracter, (paths, i, j, k), float64."""
     w3j: Tensor = contracter.w3j.double().cpu()
     if contracter.num_paths == 1:
@@ -306,7 +293,7 @@ def _coefficients(contracter: Any) -> Tensor:
 
 def _fuse_products(model: torch.nn.Module) -> None:
     """Give Allegro's tensor products the fused operation, in place."""
-    contracters: list[Any] = [m for m in model.modules() if class_name(m) == "Contracter"]
+    contracters: list[AnyModule] = [m for m in model.modules() if class_name(m) == "Contracter"]
     for contracter in contracters:
         problem = product.ProductProblem.make(contracter.mul, _coefficients(contracter))
         contracter.rows_out = problem.rows_out
@@ -318,7 +305,7 @@ def _fuse_products(model: torch.nn.Module) -> None:
 def _fuse_rounding(model: torch.nn.Module) -> None:
     """Make the rounding of vectors one operation where the kernel serves it, in place."""
     for module in [m for m in model.modules() if is_kind(m, FeatureQuantizer)]:
-        quantizer: Any = module
+        quantizer: AnyModule = module
         vectors = any(m > 0 and d > 1 for m, d in zip(quantizer.multiplicities, quantizer.dimensions, strict=True))
         if not (vectors and quantizer.round_vectors and quantizer.vectors_enabled):
             continue  # a compiler fuses the rounding of scalars with the operations around it
@@ -363,7 +350,7 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     return kept
 
 
-def _fit_harmonics(attributes: Any) -> list[Tensor]:
+def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
     """Coefficients of the spherical harmonics of a `SphericalHarmonicEdgeAttrs`.
 
     Raises:
@@ -380,25 +367,27 @@ def _fit_harmonics(attributes: Any) -> list[Tensor]:
     return harmonics.fit(function, degrees[-1])
 
 
-def _fuse_convolution(block: Any, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+def _fuse_convolution(
+    block: AnyModule, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
 
     Raises:
         ValueError: for a block that the kernels do not serve; the message says why.
     """
-    problem, order = _problem(block, sh, edge.r_max)
+    chunked = _chunked(block, sh, edge.r_max, device, dtype)
+    problem = chunked.problem
     network = copy.deepcopy(block.edge_mlp).double()
-    shape = (len(problem.paths), problem.channels)
     table = radial.tabulate(
-        functools.partial(_weights, network, edge, order, shape), problem.r_max, tolerance=TABLE_TOLERANCE
+        functools.partial(_weights, network, edge, chunked), problem.r_max, tolerance=TABLE_TOLERANCE
     )
     lengths = radial.knot_lengths(problem.r_max, table.knots.shape[1])
     knots = torch.stack(radial.derivatives(functools.partial(_embedding, edge), lengths))
     propagated = torch.stack(jet(network.mlp, *knots.unbind(0)), dim=1)
-    propagated = propagated.view(-1, 3, *shape)[:, :, order].permute(2, 0, 1, 3)
+    propagated = chunked.weights(propagated, chunked.columns).permute(2, 0, 1, 3)
     if not torch.allclose(propagated, table.knots, rtol=1e-9, atol=1e-9 * float(table.knots.abs().max())):
         raise Unsupported("the derivatives of the radial network are not what they should be")
-    block.problem, block.order, block.table_error = problem, order, table.error
+    block.chunked, block.table_error = chunked, table.error
     if device.type == "cuda":
         # Now, because coefficients cannot be read while a graph is traced.
         from gaq.kernels.gpu.convolution import register
@@ -406,6 +395,8 @@ def _fuse_convolution(block: Any, edge: _EdgePart, sh: list[Tensor], device: tor
         register(problem, True)
     ints, reals = problem.plan(table.knots.shape[1])
     block.register_buffer("knots", knots.to(dtype).contiguous(), persistent=False)
+    # In buffers, which a compiled file keeps on its device.
+    block.register_buffer("columns", chunked.columns, persistent=False)
     block.register_buffer("plan_ints", ints, persistent=False)
     block.register_buffer("plan_reals", reals, persistent=False)
     del block.tp_scatter

@@ -17,35 +17,42 @@ from __future__ import annotations
 import contextvars
 import difflib
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gaq.untyped import AnyModule, Batch, Document, Patched, ReadOnlyDocument, TrainingModule
+
+if TYPE_CHECKING:
+    import torch
+
+    from gaq.config.schema import QuantizationConfig
 
 __all__ = ["KEY", "install"]
 
 KEY = "quantization"
-_MISSING: Any = object()
+_MISSING = object()
 _building: contextvars.ContextVar[int] = contextvars.ContextVar("gaq_building", default=0)
 """Number of builds under way; a model from a checkpoint is built within another build."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _run_config() -> Mapping[str, Any] | None:
+def _run_config() -> ReadOnlyDocument | None:
     """The configuration of the present `nequip-train` run; None outside a run."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return None
-    hydra: Any = HydraConfig.get()
-    config: Mapping[str, Any] = hydra._get_parent()
+    hydra: Any = HydraConfig.get()  # declared as a plain dataclass, which has no parent
+    config: ReadOnlyDocument = hydra._get_parent()
     return config
 
 
-def _top_level() -> Any:
+def _top_level() -> object:
     """The value of the key at the top level of the run's configuration; refuses a key that looks like a typo of it."""
     config = _run_config()
     if config is None:
@@ -58,7 +65,7 @@ def _top_level() -> Any:
     return _MISSING
 
 
-def _requested(model_config: Mapping[str, Any]) -> Any:
+def _requested(model_config: ReadOnlyDocument) -> object:
     """The value of the key that applies to a model: its own, or the one at the top level."""
     of_model = _plain(model_config.get(KEY, _MISSING))
     if _building.get():
@@ -80,7 +87,7 @@ def _requested(model_config: Mapping[str, Any]) -> Any:
     return top if of_model is _MISSING else of_model
 
 
-def read_key(spec: Any, loaded: bool) -> Any:
+def read_key(spec: object, loaded: bool) -> QuantizationConfig:
     """Parse a value of the key, which a user wrote or a file holds.
 
     Args:
@@ -102,7 +109,7 @@ def read_key(spec: Any, loaded: bool) -> Any:
     return parse_stored(spec, finished=not restarts)
 
 
-def is_trained(model_config: Any) -> bool:
+def is_trained(model_config: object) -> bool:
     """Whether a model configuration takes its weights from a trained model."""
     if isinstance(model_config, Mapping):
         target = str(model_config.get("_target_", ""))
@@ -112,14 +119,14 @@ def is_trained(model_config: Any) -> bool:
     return isinstance(model_config, list | tuple) and any(is_trained(value) for value in model_config)
 
 
-def _patch_lightning(cls: Any) -> None:
+def _patch_lightning(cls: Patched) -> None:
     original_init = cls.__init__
     original_build = cls._build_model
     original_callbacks = cls.configure_callbacks
     original_step = cls.training_step
 
     @functools.wraps(original_init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: TrainingModule, *args: object, **kwargs: object) -> None:
         original_init(self, *args, **kwargs)
         if _building.get() or getattr(self, "_gaq_considered", False):
             return
@@ -131,7 +138,7 @@ def _patch_lightning(cls: Any) -> None:
             )
 
     @functools.wraps(original_build)
-    def _build_model(self: Any, model_config: dict[str, Any]) -> Any:
+    def _build_model(self: TrainingModule, model_config: Document) -> AnyModule:
         explicit = str(model_config.get("_target_", "")).startswith("gaq_nequip.")
         # Our own builder reads the key itself; a key at the top level has to agree with it.
         spec = _requested(model_config)
@@ -151,7 +158,7 @@ def _patch_lightning(cls: Any) -> None:
         return model
 
     @functools.wraps(original_callbacks)
-    def configure_callbacks(self: Any) -> Any:
+    def configure_callbacks(self: TrainingModule) -> list[object]:
         from gaq_nequip.training import QuantizationCallback, is_quantized
 
         original = original_callbacks(self)
@@ -161,7 +168,7 @@ def _patch_lightning(cls: Any) -> None:
         return callbacks
 
     @functools.wraps(original_step)
-    def training_step(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self: TrainingModule, batch: Batch, *args: object, **kwargs: object) -> object:
         loss = original_step(self, batch, *args, **kwargs)
         from gaq_nequip.training import add_equivariance_loss
 
@@ -173,7 +180,7 @@ def _patch_lightning(cls: Any) -> None:
     cls.training_step = training_step
 
 
-def _remember(module: Any, model_config: dict[str, Any], spec: Any) -> None:
+def _remember(module: TrainingModule, model_config: Document, spec: object) -> None:
     """Write the key into the hyperparameters of the checkpoint, so that loading it rebuilds the quantized model."""
     model_config[KEY] = spec
     hparams = module.hparams
@@ -185,8 +192,8 @@ def _remember(module: Any, model_config: dict[str, Any], spec: Any) -> None:
         stored[KEY] = spec
 
 
-def _patch_modifiers(cls: Any, model_modifier: Any) -> None:
-    def enable_GAQ(owner: Any, model: Any, preset: str = "gaq", **keys: Any) -> Any:
+def _patch_modifiers(cls: Patched, model_modifier: Callable[..., Callable[..., object]]) -> None:
+    def enable_GAQ(owner: type, model: AnyModule, preset: str = "gaq", **keys: object) -> torch.nn.Module:
         """Quantize the model: ``preset`` and the other keys of a quantization mapping."""
         from gaq_nequip.model import prepare
 

@@ -28,8 +28,9 @@ from features import (
 from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
-from gaq.config.parse import VectorConfig
-from gaq.quantizers.features import FeatureLayout
+from gaq.config.parse import ScalarConfig, VectorConfig
+from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.quantizers.magnitudes import atom_range
 from gaq.quantizers.weights import largest_code
 
 # Error bounds.
@@ -80,16 +81,42 @@ def test_errors_stay_within_the_bounds(
     assert saturated > 50
 
 
-@pytest.mark.parametrize("bits", range(4, 17))
+@pytest.mark.parametrize("bits", range(4, 25))
 def test_scalars_lie_on_a_symmetric_grid(bits: int) -> None:
     layout = FeatureLayout(((5, 1),))
     quantizer = make(layout, scalars={"bits": bits}, limit=2.0)
     x = 1.5 * random_features(layout, 500, torch.float64)
     codes = quantizer(x) * largest_code(bits) / 2.0
-    assert torch.allclose(codes, codes.round(), atol=1e-9)
+    # Codes above 2^22 have no digits left for 1e-9.
+    assert torch.allclose(codes, codes.round(), atol=max(1e-9, 1e-15 * largest_code(bits)))
     assert codes.round().abs().max() == largest_code(bits)
     assert torch.equal(quantizer(-x), -quantizer(x))
     assert torch.allclose(quantizer(quantizer(x)), quantizer(x), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 17, 20, 22, 23, 24])
+@pytest.mark.parametrize("plain", [True, False])
+def test_codes_of_scalars_are_exact_in_float32(bits: int, plain: bool) -> None:
+    """Float32 holds all integers up to 2^24, so all codes of 24 bits; what it lacks are digits of the quotient.
+
+    From 23 bits on the largest quotients are known to a quarter or half a step only. Then a code near a tie may be that
+    of the neighbour, and an error is at most a step and a half.
+    """
+    layout = FeatureLayout(((64, 1),))
+    quantizer = FeatureQuantizer(layout, ScalarConfig(bits), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = plain
+    top = largest_code(bits)
+    x = random_features(layout, 2000) * torch.logspace(-3, 3, 2000)[:, None]
+    rounded = quantizer(x)
+    step = atom_range(x[:, :, None].abs()) / top
+    codes = torch.round(rounded.double() / step.double())
+    assert codes.abs().max() <= top
+    # The values are the codes times the step, as float32 multiplies them.
+    assert torch.equal(codes.float() * step, rounded)
+    exact = x.double() / step.double()
+    assert (codes - exact).abs().max() <= 0.5 + 2.0 ** (bits - 25)
+    error = (rounded.double() - x.double()).abs() / step.double()
+    assert error.max() <= 0.5 + 2.0 ** (bits - 24)
 
 
 @PATHS

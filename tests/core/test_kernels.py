@@ -20,6 +20,7 @@ from gaq.config.schema import ScalarConfig, VectorConfig
 from gaq.kernels import contraction, convolution, harmonics, product, radial, rounding
 from gaq.kernels.cpu import native
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.quantizers.weights import largest_code
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -488,6 +489,29 @@ def test_rounding_in_the_layout_of_the_host(layout: FeatureLayout, frame: str, t
     torch.testing.assert_close(grad, expected.detach())
     # Nothing to round.
     assert rounding.rounded(x[:0].detach(), plan.ints, plan.reals).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [16, 17, 20, 22, 23, 24])
+def test_scalars_of_any_width_are_those_of_the_quantizer(bits: int, dtype: torch.dtype) -> None:
+    """Bit for bit, ties and the largest codes included: nothing but a division and a product stands around the code."""
+    quantizer = FeatureQuantizer(FeatureLayout(((37, 1),)), ScalarConfig(bits), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    plan = rounding.plan(quantizer, rounding.own_layout(quantizer))
+    assert plan is not None
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(400, 37, generator=generator, dtype=torch.float64) * torch.logspace(-4, 4, 400)[:, None]
+    x[0] = 0.0
+    # Half steps, in range of the largest codes and of the smallest.
+    top = largest_code(bits)
+    step = 1.000001 / top
+    x[1], x[2] = (top - 0.5 - torch.arange(37)) * step / 1.000001, (torch.arange(37) - 18.5) * step
+    x[2, 0] = 1.0
+    x = x.to(dtype)
+    rounded = rounding.rounded(x, plan.ints, plan.reals)
+    assert torch.equal(rounded, quantizer(x))
+    assert torch.equal(rounded, rounding.reference(x, quantizer, rounding.own_layout(quantizer), 400))
+    assert not torch.equal(rounded, x)
 
 
 @pytest.mark.smoke

@@ -16,6 +16,7 @@ from gaq.files.packing import (
     pack,
     pack_int4,
     packed_bytes,
+    planes_max,
     split_planes,
     unpack,
     unpack_int4,
@@ -121,6 +122,24 @@ def test_planes_of_int16_do_not_overflow_on_the_way() -> None:
 def test_planes_refuse_what_they_cannot_hold(code: int) -> None:
     with pytest.raises(ValueError, match=rf"from -32896 to 32639, got {code}"):
         split_planes(torch.tensor([0, code]))
+
+
+def test_three_planes_hold_codes_of_24_bits() -> None:
+    top = planes_max(3)
+    assert (planes_max(1), planes_max(2), top) == (127, PLANES_MAX, 8355711)
+    lowest = -(1 << 23) - 32896
+    codes = torch.cat([torch.arange(lowest, top, 997, dtype=torch.int32), torch.tensor([lowest, -1, 0, 1, top])])
+    high, middle, low = split_planes(codes, planes=3)
+    assert high.dtype == middle.dtype == low.dtype == torch.int8
+    assert torch.equal(high.to(torch.int32) * 65536 + middle.to(torch.int32) * 256 + low.to(torch.int32), codes)
+    assert torch.equal(join_planes(high, middle, low), codes)
+    for code in (top + 1, lowest - 1):
+        with pytest.raises(ValueError, match=rf"3 int8 planes takes codes from {lowest} to {top}, got {code}"):
+            split_planes(torch.tensor([code]), planes=3)
+    with pytest.raises(ValueError, match="2 or 3 planes, not 4"):
+        split_planes(codes, planes=4)
+    with pytest.raises(ValueError, match="differ in shape"):
+        join_planes(high, middle, low[1:])
 
 
 def test_unchecked_planes_wrap() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gaq.files.packing import pack_int4
 from gaq.kernels import linear
+from gaq.quantizers.weights import largest_code
 from gaq.settings import override
 
 gpu_linear = pytest.importorskip(
@@ -35,16 +36,18 @@ def layer(
 
 
 def exact(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, rounded: bool, group_size: int
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, top: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Result in float64, from codes made in float32, and the weights."""
     weights = codes.double() * linear._scales(scale, codes.shape[0], group_size, torch.float64)
-    if rounded:
-        rows, step = linear.round_rows(x)
+    if top:
+        rows, step = linear.round_rows(x, top)
         return rows.double() @ weights * step, weights
     return x.double() @ weights, weights
 
 
+# Two planes, three planes, and features left in float.
+TOPS = (largest_code(16), largest_code(17), largest_code(24), 0)
 shapes = st.sampled_from([(0, 5, 3), (1, 1, 1), (3, 1, 9), (17, 40, 20), (35, 70, 65), (5, 130, 1)])
 
 
@@ -52,7 +55,7 @@ shapes = st.sampled_from([(0, 5, 3), (1, 1, 1), (3, 1, 9), (17, 40, 20), (35, 70
 @given(
     seed=st.integers(0, 2**31),
     shape=shapes,
-    rounded=st.booleans(),
+    top=st.sampled_from(TOPS),
     kind=st.sampled_from([(8, 0), (8, 32), (4, 0), (4, 32)]),
     added=st.booleans(),
     by_kernel=st.booleans(),
@@ -61,7 +64,7 @@ def test_linear_is_exact(
     device: torch.device,
     seed: int,
     shape: tuple[int, int, int],
-    rounded: bool,
+    top: int,
     kind: tuple[int, int],
     added: bool,
     by_kernel: bool,
@@ -69,12 +72,12 @@ def test_linear_is_exact(
     bits, group_size = kind
     x, codes, scale, residual = layer(seed, *shape, bits, group_size)
     stored = pack_int4(codes) if bits == 4 else codes
-    expected, weights = exact(x, codes, scale, rounded, group_size)
+    expected, weights = exact(x, codes, scale, top, group_size)
     place = device if by_kernel else torch.device("cpu")
     on_place, added_there = (t.detach().to(place).requires_grad_() for t in (x, residual))
     with override(kernels="triton" if by_kernel else "auto"):
         out = linear.linear(
-            on_place, stored.to(place), scale.to(place), added_there if added else None, rounded, group_size
+            on_place, stored.to(place), scale.to(place), added_there if added else None, top, group_size
         )
     probe = torch.linspace(-1.0, 1.0, out.numel()).view(shape[2], shape[0]).T
     inputs = [on_place, added_there] if added else [on_place]
@@ -92,16 +95,19 @@ def test_linear_is_exact(
         assert torch.equal(grads[1], probe)
 
 
-def test_large_sums_are_exact(device: torch.device) -> None:
+@pytest.mark.parametrize("bits", [16, 24])
+def test_large_sums_are_exact(device: torch.device, bits: int) -> None:
     """Here 256 (hi W) does not fit into 32 bits: every code and weight has the largest size."""
+    top = largest_code(bits)
     inputs = 1100
     x = torch.ones(2, inputs)
     x[1] = -1.0
     codes = torch.full((inputs, 16), -128, dtype=torch.int8)
     scale = torch.ones(1, 16)
-    out = linear.linear(x.to(device), codes.to(device), scale.to(device)).cpu()
-    rows, step = linear.round_rows(x)
-    assert float(rows.abs().max()) == 32639
+    out = linear.linear(x.to(device), codes.to(device), scale.to(device), None, top).cpu()
+    rows, step = linear.round_rows(x, top)
+    # The range is 1.000001 times the largest feature: less than half a step of 16 bits, nine steps of 24.
+    assert top - (10 if bits == 24 else 0) <= float(rows.abs().max()) <= top
     expected = (rows.double() @ codes.double()).float() * step
     torch.testing.assert_close(out, expected, rtol=1.5e-7, atol=0)
 
@@ -117,16 +123,17 @@ def test_every_element_is_written_and_nan_stays(device: torch.device, monkeypatc
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     x, codes, scale, residual = (t.to(device) for t in layer(0, 20, 33, 70, 8, 0))
     x = x.detach().requires_grad_()
-    for rounded in (True, False):
-        out = linear.linear(x, codes, scale, residual, rounded)
+    for top in TOPS:
+        out = linear.linear(x, codes, scale, residual, top)
         (grad,) = torch.autograd.grad(out.sum(), x)
         assert bool(out.isfinite().all())
         assert bool(grad.isfinite().all())
     broken = x.detach().clone()
     broken[3, 5], broken[4, 6] = float("nan"), float("inf")
-    out = linear.linear(broken, codes, scale)
-    assert bool(out[3:5].isnan().all())
-    assert bool(out[5:].isfinite().all())
+    for top in TOPS[:3]:
+        out = linear.linear(broken, codes, scale, None, top)
+        assert bool(out[3:5].isnan().all())
+        assert bool(out[5:].isfinite().all())
 
 
 def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
@@ -136,14 +143,16 @@ def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
     assert not gpu_linear.serves(x, codes, 8)
     out = linear.linear(x.double(), codes, scale)
     torch.testing.assert_close(out, linear.reference(x.double(), codes, scale), rtol=1e-6, atol=1e-9)
-    for rounded in (True, False):
+    for top in TOPS:
         y = x.detach().requires_grad_()
         with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.autograd.grad(linear.linear(y, codes, scale, None, rounded).sum(), y, create_graph=True)
+            torch.autograd.grad(linear.linear(y, codes, scale, None, top).sum(), y, create_graph=True)
     with pytest.raises(ValueError, match="residual of shape"):
         linear.linear(x, codes, scale, torch.ones(4, 4, device=device))
     with pytest.raises(ValueError, match="rows of scales"):
-        linear.linear(x, codes, scale, None, True, 4)
+        linear.linear(x, codes, scale, None, TOPS[0], 4)
+    with pytest.raises(ValueError, match="largest code 8355712: three int8 planes hold 8355711"):
+        linear.linear(x, codes, scale, None, 8355712)
     with pytest.raises(ValueError, match="inputs"):
         linear.linear(x[:, :3], codes, scale)
     with pytest.raises(TypeError, match="floating"):
@@ -154,9 +163,9 @@ def test_what_is_not_served_goes_elsewhere(device: torch.device) -> None:
 def test_on_a_cpu_it_is_the_reference(setting: Callable[..., Any]) -> None:
     setting(kernels="auto")
     x, codes, scale, residual = layer(0, 6, 12, 5, 8, 0)
-    for rounded in (True, False):
-        out = linear.linear(x, codes, scale, residual, rounded)
-        assert torch.equal(out, linear.reference(x, codes, scale, residual, rounded))
+    for top in TOPS:
+        out = linear.linear(x, codes, scale, residual, top)
+        assert torch.equal(out, linear.reference(x, codes, scale, residual, top))
 
 
 def test_reference_is_straight_through() -> None:
@@ -165,4 +174,14 @@ def test_reference_is_straight_through() -> None:
     out = linear.reference(x, codes, scale, residual.double())
     (grad,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(grad, (codes.double() * scale).sum(1).expand_as(x))
-    assert not torch.equal(out, linear.reference(x, codes, scale, residual.double(), False))
+    assert not torch.equal(out, linear.reference(x, codes, scale, residual.double(), 0))
+
+
+def test_rounding_rows_again_changes_little() -> None:
+    """Scalars come rounded by the quantizer, on the same steps: within half a step of the widest codes."""
+    x = layer(3, 50, 64, 5, 8, 0)[0].double()
+    for bits in (16, 20, 24):
+        codes, step = linear.round_rows(x, largest_code(bits))
+        again, step_again = linear.round_rows(codes * step, largest_code(bits))
+        assert torch.equal(again, codes)
+        assert bool(((again * step_again - codes * step).abs() < 0.5 * step).all())

@@ -39,7 +39,7 @@ def default_dtype() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def make(parity: bool, lmax: int) -> Any:
+def make(parity: bool, lmax: int, features: int | list[int] = 4) -> Any:
     set_global_state()
     model = NequIPGNNModel(
         seed=0,
@@ -50,18 +50,20 @@ def make(parity: bool, lmax: int) -> Any:
         l_max=lmax,
         parity=parity,
         num_layers=2,
-        num_features=4,
+        num_features=features,
         radial_mlp_width=8,
     )
     prepared = gaq.prepare(model, {"preset": "w8", "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}})
     return freeze(gaq.convert(gaq.calibrate(prepared, STRUCTURES[:2], progress=False)))
 
 
-@pytest.mark.parametrize(("parity", "lmax"), [(False, 1), (True, 1), (False, 2)])
-def test_fused_is_the_same_function(parity: bool, lmax: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("parity", "lmax", "features"), [(False, 1, 4), (True, 1, [5, 3]), (False, 2, [5, 3, 2])])
+def test_fused_is_the_same_function(
+    parity: bool, lmax: int, features: int | list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gaq.kernels.gpu import convolution as gpu_convolution
 
-    model = make(parity, lmax)
+    model = make(parity, lmax, features)
     expected = NequIPPotential(copy.deepcopy(model))(STRUCTURES)
     assert fuse(model, "cuda") == {}
     assert sum(isinstance(m, FusedInteractionBlock) for m in model.modules()) == 2

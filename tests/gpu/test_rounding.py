@@ -108,6 +108,23 @@ def test_float32_is_the_cpu_kernel(device: torch.device, monkeypatch: pytest.Mon
     torch.testing.assert_close(rounded, expected, rtol=0, atol=3e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [17, 20, 22, 23, 24])
+def test_scalars_of_any_width_are_those_of_the_quantizer(device: torch.device, bits: int, dtype: torch.dtype) -> None:
+    """Bit for bit: nothing but a division and a product stands around the code."""
+    quantizer = FeatureQuantizer(FeatureLayout(((37, 1),)), ScalarConfig(bits), VectorConfig(), 1.0)
+    quantizer.differentiable_twice = False
+    pieces = [rounding.Piece(1, 37, 0, 37, 37)]
+    plan = rounding.plan(quantizer, pieces)
+    assert plan is not None
+    x = torch.randn(20, 37, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    x = (x * torch.logspace(-4, 4, 20)[:, None]).to(dtype)
+    x[0] = 0.0
+    rounded = rounding.round_features(x.to(device), plan, 20).cpu()
+    assert torch.equal(rounded, rounding.reference(x, quantizer, pieces, 20))
+    assert not torch.equal(rounded, x)
+
+
 def test_every_element_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer, pieces, total = problem(5, ((1, 1), (1, 3), (-1, 3), (1, 5)))
     plan = rounding.plan(quantizer, pieces)

@@ -64,14 +64,14 @@ def rounded(device: torch.device) -> Made:
     )
 
 
-def mixed(bits: int, is_rounded: bool) -> Callable[[torch.device], Made]:
+def mixed(bits: int, top: int) -> Callable[[torch.device], Made]:
     def make(device: torch.device) -> Made:
         generator = torch.Generator().manual_seed(2)
         codes = torch.randint(-8, 8, (40, 12), generator=generator, dtype=torch.int8)
         stored = (pack_int4(codes) if bits == 4 else codes).to(device)
         scale = (torch.rand(1, 12, generator=generator) + 0.5).to(device)
         return (
-            lambda x, residual, c, s: linear.linear(x, c, s, residual, is_rounded),
+            lambda x, residual, c, s: linear.linear(x, c, s, residual, top),
             lambda atoms: [
                 torch.randn(atoms, 40, generator=generator).to(device),
                 torch.randn(atoms, 12, generator=generator).to(device),
@@ -86,8 +86,8 @@ def mixed(bits: int, is_rounded: bool) -> Callable[[torch.device], Made]:
 KINDS = {
     "contraction": (contracted, "contraction_gpu", "contraction_backward_gpu"),
     "rounding": (rounded, "round_features_gpu", None),
-    "linear": (mixed(8, True), "linear_gpu", "linear_backward_gpu"),
-    "linear of four bits, float features": (mixed(4, False), "linear_gpu", "linear_backward_gpu"),
+    "linear": (mixed(8, 32639), "linear_gpu", "linear_backward_gpu"),
+    "linear of four bits, float features": (mixed(4, 0), "linear_gpu", "linear_backward_gpu"),
 }
 
 
@@ -146,7 +146,7 @@ class Module(torch.nn.Module):
     def forward(self, x, species, coefficients, ints, tops, mixing, codes, scale, values, derivative):
         x = contractions.contraction(x, species, coefficients, (values, derivative, heads), 1)
         x = rounding.round_op(x, ints, tops, mixing, x.shape[0], 0, False, 4)
-        return (linear.linear(x[:, 0], codes, scale, None, True, 0),)
+        return (linear.linear(x[:, 0], codes, scale, None, 8355711, 0),)
 
 
 inputs = [torch.ones(3, 2, 4), torch.zeros(3, dtype=torch.int64), torch.ones(1, 1, 4)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from gaq.config.parse import ScalarConfig, VectorConfig
 from gaq.quantizers.features import FeatureLayout, FeatureQuantizer
+from gaq.untyped import Document
 
 MUL_IR = FeatureLayout(((4, 1), (3, 3), (2, 5), (2, 7), (2, 1)))
 CHANNELS_FIRST = FeatureLayout(((4, 1), (4, 3), (4, 5), (4, 7)), channels_first=True)
 LAYOUTS = pytest.mark.parametrize("layout", [MUL_IR, CHANNELS_FIRST], ids=["mul_ir", "channels_first"])
 # The plain operations of training, and the fused ones that are differentiated once.
 # Ranges and axes of their own have tests of their own, below.
-STATIC: dict[str, Any] = {"granularity": "per_channel"}
-FIXED: dict[str, Any] = {"granularity": "per_channel", "frame": "fixed"}
+STATIC: Document = {"granularity": "per_channel"}
+FIXED: Document = {"granularity": "per_channel", "frame": "fixed"}
 PATHS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
 VECTORS = [
     *(
@@ -67,8 +67,8 @@ def join(layout: FeatureLayout, pieces: list[Tensor]) -> Tensor:
 
 def make(
     layout: FeatureLayout,
-    vectors: dict[str, Any] | None = None,
-    scalars: dict[str, Any] | None = None,
+    vectors: Document | None = None,
+    scalars: Document | None = None,
     limit: float | Tensor = 3.0,
     plain: bool = True,
 ) -> FeatureQuantizer:

@@ -23,12 +23,13 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 
 from gaq.model.state import feature_quantizers, state_of
+from gaq.untyped import Document
 from gaq_mace import files
 from gaq_mace.engine import disabled
 from gaq_mace.packed import build, model_config
 from gaq_mace.root import ScaleShiftMACE
 
-BASE: dict[str, Any] = {
+BASE: Document = {
     "name": "tiny",
     "train_file": "train.xyz",
     "valid_fraction": 0.25,
@@ -53,8 +54,8 @@ BASE: dict[str, Any] = {
     "plot": False,
 }
 # Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
-BRIEF: dict[str, Any] = {"distillation": {"steps": 4, "batch_size": 2}}
-GAQ: dict[str, Any] = {"preset": "gaq", "vectors": {"start_epoch": 1, "anneal_epochs": 1}, **BRIEF}
+BRIEF: Document = {"distillation": {"steps": 4, "batch_size": 2}}
+GAQ: Document = {"preset": "gaq", "vectors": {"start_epoch": 1, "anneal_epochs": 1}, **BRIEF}
 THROUGHOUT = {"round_weights": "throughout"}
 
 
@@ -86,7 +87,7 @@ class Run:
     folder: Path
     code: int
     log: str
-    settings: dict[str, Any]
+    settings: Document
 
     @property
     def model(self) -> Path:
@@ -100,9 +101,7 @@ class Run:
         return float(match[1]), float(match[2])
 
 
-def execute(
-    folder: Path, settings: dict[str, Any], command: Sequence[str] = ("mace_run_train",), **environment: str
-) -> Run:
+def execute(folder: Path, settings: Document, command: Sequence[str] = ("mace_run_train",), **environment: str) -> Run:
     """Run a training command in a folder, with stdout and stderr as its log."""
     settings = {key: value for key, value in settings.items() if value is not None}
     (folder / "run.yml").write_text(yaml.safe_dump(settings))

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"l_max": 1, "parity": False, "num_layers": 2, "num_features": 8, "radial_mlp_width": 16},
     "parity": {"l_max": 2, "parity": True, "num_layers": 3, "num_features": 4, "radial_mlp_width": 8},
     "wide": {"l_max": 1, "parity": False, "num_layers": 2, "num_features": 32, "radial_mlp_width": 16},
+    "unequal": {"l_max": 2, "parity": True, "num_layers": 3, "num_features": [20, 9, 4], "radial_mlp_width": 8},
     "readout": {
         "l_max": 1,
         "parity": False,

@@ -18,7 +18,9 @@ from e3nn import o3
 
 from gaq.kernels import convolution, product, shims, signatures
 from gaq.kernels.cpu import native
+from gaq_nequip.engine import fused
 from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse
+from gaq_nequip.sites import class_name
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
 
@@ -28,7 +30,7 @@ def blocks(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("preset", ["w8", "gaq"])
-@pytest.mark.parametrize("variant", ["plain", "parity", "wide"])
+@pytest.mark.parametrize("variant", ["plain", "parity", "wide", "unequal"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.smoke
 def test_fused_is_the_same_function(
@@ -44,13 +46,40 @@ def test_fused_is_the_same_function(
     expected = evaluate(quantized(preset, variant, dtype, "frozen"), all_structures)
     model = quantized(preset, variant, dtype, "frozen")
     assert fuse(model) == {}
-    fused = evaluate(model, all_structures)
-    assert len(blocks(model)) == (3 if variant == "parity" else 2)
+    ours = evaluate(model, all_structures)
+    assert len(blocks(model)) == (3 if variant in ("parity", "unequal") else 2)
     # The interpolation's error (3e-7 of the radial weights), and 16-bit codes that fall to the other side.
     tolerance = 2e-5 if preset == "gaq" or dtype == "float32" else 3e-6
     scale = float(np.abs(expected[1]).max())
-    np.testing.assert_allclose(fused[0], expected[0], atol=tolerance * scale * 10)
-    np.testing.assert_allclose(fused[1], expected[1], atol=tolerance * scale * 10)
+    np.testing.assert_allclose(ours[0], expected[0], atol=tolerance * scale * 10)
+    np.testing.assert_allclose(ours[1], expected[1], atol=tolerance * scale * 10)
+
+
+@pytest.mark.parametrize("variant", ["parity", "unequal"])
+def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str) -> None:
+    """Tensor product and sum over neighbours, with the same radial weights in both: exact to float64."""
+    model = quantized("w8", variant, "float64", "frozen")
+    edge = fused._edge_part(model)
+    sh = fused._fit_harmonics(edge.harmonics)
+    generator = torch.Generator().manual_seed(0)
+    sender, receiver = torch.randint(0, 5, (2, 40), generator=generator)
+    vectors = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    attributes = edge.run(vectors, vectors.norm(dim=-1))["edge_attrs"]
+    for block in [m for m in model.modules() if class_name(m) == "InteractionBlock"]:
+        chunked = fused._chunked(block, sh, edge.r_max, torch.device("cpu"), torch.float64)
+        product = block.tp_scatter.tp
+        x = torch.randn(5, product.irreps_in1.dim, generator=generator, dtype=torch.float64)
+        weights = torch.randn(40, product.weight_numel, generator=generator, dtype=torch.float64)
+        expected = block.tp_scatter(x=x, edge_attr=attributes, edge_weight=weights, edge_dst=receiver, edge_src=sender)
+        message = convolution.convolution(
+            chunked.problem,
+            convolution.Graph(sender, receiver),
+            chunked.rows(x),
+            vectors,
+            chunked.weights(weights, chunked.columns),
+            tabulated=False,
+        )
+        torch.testing.assert_close(chunked.mul_ir(message, 5), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callable[..., Any]) -> None:
@@ -113,12 +142,12 @@ def test_fused_product_is_the_same_function(
     model = quantized(preset, variant, dtype, "frozen")
     assert fuse(model) == {}
     assert len([m for m in model.modules() if isinstance(m, FusedProduct)]) == (2 if variant == "allegro" else 3)
-    fused = evaluate(model, all_structures)
+    ours = evaluate(model, all_structures)
     # No table here: only the order of summation differs, and 16-bit codes that fall to the other side.
     tolerance = 2e-4 if preset == "gaq" or dtype == "float32" else 1e-10
     scale = float(np.abs(expected[1]).max())
-    np.testing.assert_allclose(fused[0], expected[0], atol=tolerance * scale)
-    np.testing.assert_allclose(fused[1], expected[1], atol=tolerance * scale)
+    np.testing.assert_allclose(ours[0], expected[0], atol=tolerance * scale)
+    np.testing.assert_allclose(ours[1], expected[1], atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("coupled", [True, False])

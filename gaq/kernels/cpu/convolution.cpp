@@ -19,8 +19,10 @@ constexpr int MAX_L = 6;
 constexpr int MAX_SH = (MAX_L + 1) * (MAX_L + 1);
 constexpr int COEFFICIENTS = GAQ_COEFFICIENTS;  // of the polynomial of an interval of a radial table
 
+// Paths that differ in their channels only (`ConvolutionProblem.chunks`): `span` paths from number `first` on, whose
+// inputs and outputs follow each other.
 struct Path {
-  int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, b_offset;
+  int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, first, span, b_offset;
 
   // Output row of the path's first component for an atom; the other components follow every `stride` rows.
   int64_t row_out(int64_t atoms, int64_t atom) const { return group_offset * atoms + atom * group_rows + index; }
@@ -47,8 +49,8 @@ struct Plan {
     const int64_t cg_count = ints[6];
     const int64_t* p = ints + 7;
     b_size = 0;
-    for (int64_t i = 0; i < paths; ++i, p += 10) {
-      path.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], b_size});
+    for (int64_t i = 0; i < paths; i += p[10], p += 11) {
+      path.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], i, p[10], b_size});
       b_size += p[1] * p[7];
     }
     cg_index = p;
@@ -174,48 +176,51 @@ void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* ed
 // Gradients of the edges of one atom along one path: by B, by the length, by node features (null: not asked for), and
 // by the radial weights where these are given for each edge.
 template <typename T, int D1, int D3>
-void differentiate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
-                   const T* h, const T* table, const T* grad_out, T* grad_b, T* grad_length, T* grad_h, T* grad_table) {
+void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int64_t count, const T* b, const T* h,
+                   const T* table, const T* grad_out, T* grad_b, T* grad_length, T* grad_h, T* grad_table) {
   const int64_t C = plan.channels;
   for (int64_t i = 0; i < count; ++i) {
     const Edge<T>& e = edges[i];
     const T* matrix = b + i * plan.b_size + path.b_offset;
     Vec<T> dots[D3][D1] = {};
     Vec<T> along = {};
-    for (int64_t c = 0; c < C; c += Lanes<T>::width) {
-      const int64_t left = C - c;
-      const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
-      Vec<T> w, slope = {};
-      if (plan.tabulated) {
-        const T* values = table + plan.table_row(e.table, p, e.interval) * C + c;
-        slope = w = load(values + (COEFFICIENTS - 1) * C, left);
-        for (int k = COEFFICIENTS - 2; k > 0; --k) {
-          w = w * e.t + load(values + k * C, left);
-          slope = slope * e.t + w;
+    for (int64_t chunk = 0; chunk < path.span; ++chunk) {
+      const int64_t p = path.first + chunk, row_in = path.row_in + chunk * D1;
+      for (int64_t c = 0; c < C; c += Lanes<T>::width) {
+        const int64_t left = C - c;
+        const T* row = h + (e.sender * plan.rows_in + row_in) * C + c;
+        Vec<T> w, slope = {};
+        if (plan.tabulated) {
+          const T* values = table + plan.table_row(e.table, p, e.interval) * C + c;
+          slope = w = load(values + (COEFFICIENTS - 1) * C, left);
+          for (int k = COEFFICIENTS - 2; k > 0; --k) {
+            w = w * e.t + load(values + k * C, left);
+            slope = slope * e.t + w;
+          }
+          w = w * e.t + load(values, left);
+        } else {
+          w = load(table + (e.number * plan.paths + p) * C + c, left);
         }
-        w = w * e.t + load(values, left);
-      } else {
-        w = load(table + (e.number * plan.paths + p) * C + c, left);
-      }
-      Vec<T> g[D3], x[D1], wx[D1];
-      for (int n = 0; n < D3; ++n) g[n] = load(grad_out + n * path.stride * C + c, left);
-      for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left), wx[m] = x[m] * w;
-      for (int n = 0; n < D3; ++n)
-        for (int m = 0; m < D1; ++m) dots[n][m] += g[n] * wx[m];
-      Vec<T> into_weight = {};
-      for (int m = 0; m < D1; ++m) {
-        Vec<T> q = g[0] * matrix[m];
-        for (int n = 1; n < D3; ++n) q += g[n] * matrix[n * D1 + m];
-        into_weight += q * x[m];
-        if (grad_h) {
-          T* target = grad_h + (e.sender * plan.rows_in + path.row_in + m) * C + c;
-          store(target, load(target, left) + q * w, left);
+        Vec<T> g[D3], x[D1], wx[D1];
+        for (int n = 0; n < D3; ++n) g[n] = load(grad_out + (n * path.stride + chunk) * C + c, left);
+        for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left), wx[m] = x[m] * w;
+        for (int n = 0; n < D3; ++n)
+          for (int m = 0; m < D1; ++m) dots[n][m] += g[n] * wx[m];
+        Vec<T> into_weight = {};
+        for (int m = 0; m < D1; ++m) {
+          Vec<T> q = g[0] * matrix[m];
+          for (int n = 1; n < D3; ++n) q += g[n] * matrix[n * D1 + m];
+          into_weight += q * x[m];
+          if (grad_h) {
+            T* target = grad_h + (e.sender * plan.rows_in + row_in + m) * C + c;
+            store(target, load(target, left) + q * w, left);
+          }
         }
+        if (plan.tabulated)
+          along += into_weight * slope;
+        else
+          store(grad_table + (e.number * plan.paths + p) * C + c, into_weight, left);
       }
-      if (plan.tabulated)
-        along += into_weight * slope;
-      else
-        store(grad_table + (e.number * plan.paths + p) * C + c, into_weight, left);
     }
     T* target = grad_b + i * plan.b_size + path.b_offset;
     for (int n = 0; n < D3; ++n)
@@ -294,16 +299,17 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
     const int64_t last = share.end;
     while (atom < last) {
       const int64_t next = tile.fill(plan, edges, sender, tables, vectors, atom, last, false);
-      for (int64_t p = 0; p < plan.paths; ++p) {
-        const Path& path = plan.path[p];
-        for (int64_t a = atom; a < next; ++a) {
-          const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
-          const Edge<T>* of_atom = tile.edges.data() + begin;
-          const T* b = tile.b.data() + begin * plan.b_size;
-          T* row = out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, p, of_atom, count, b, h, table, row)
+      for (const Path& path : plan.path)
+        for (int64_t chunk = 0; chunk < path.span; ++chunk) {
+          const T* x = h + chunk * path.d1 * plan.channels;
+          for (int64_t a = atom; a < next; ++a) {
+            const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
+            const Edge<T>* of_atom = tile.edges.data() + begin;
+            const T* b = tile.b.data() + begin * plan.b_size;
+            T* row = out + (path.row_out(atoms, a) + chunk) * plan.channels;
+            GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, path.first + chunk, of_atom, count, b, x, table, row)
+          }
         }
-      }
       atom = next;
     }
   }
@@ -330,14 +336,13 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
       const int64_t edge_count = tile.edges.size();
       grad_b.assign(edge_count * plan.b_size, T(0));
       grad_length.assign(edge_count, T(0));
-      for (int64_t p = 0; p < plan.paths; ++p) {
-        const Path& path = plan.path[p];
+      for (const Path& path : plan.path) {
         for (int64_t a = atom; a < next; ++a) {
           const int64_t begin = tile.begin[a - atom], count = tile.begin[a - atom + 1] - begin;
           const Edge<T>* of_atom = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, p, of_atom, count, b, h, table, grad,
+          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, of_atom, count, b, h, table, grad,
                        grad_b.data() + begin * plan.b_size, grad_length.data() + begin, part_h, grad_table)
         }
       }

@@ -16,13 +16,13 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gaq import settings
 from gaq.caches import cached
 from gaq.kernels import signatures
+from gaq.untyped import Operation
 
 __all__ = [
     "STATIC_NAME",
@@ -224,7 +224,7 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     return function
 
 
-def operation(name: str) -> Callable[[Callable[..., Any]], Any]:  # a `CustomOpDef`, which torch leaves untyped
+def operation(name: str) -> Callable[[Callable[..., object]], Operation]:
     """Make a decorator that registers a function as the operation ``gaq::NAME`` of torch on the CPU.
 
     Graphs can be traced through the operation, and compiled files can hold it: `shims.cpp` defines its C function.

@@ -28,6 +28,12 @@ template <typename T> inline Vec<T> nearest(Vec<T> v) {
   return (v + magic) - magic;
 }
 template <typename T> inline Vec<T> magnitude(Vec<T> v) { return v < 0 ? -v : v; }
+// The same up to 2^23 (double: 2^52), where codes of 24 bits end.
+template <typename T> inline Vec<T> nearest_wide(Vec<T> v) {
+  constexpr T magic = sizeof(T) == 4 ? T(8388608.0) : T(4503599627370496.0);
+  const Vec<T> size = (magnitude<T>(v) + magic) - magic;
+  return v < 0 ? -size : size;
+}
 template <typename T> inline Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 template <typename T> inline Vec<T> root(Vec<T> v) {
   Vec<T> r;
@@ -214,7 +220,7 @@ void scalars(const Piece& p, const T* x, T top, T* out) {
   for (int64_t c = 0; c < p.channels; c += W) most = larger<T>(most, magnitude<T>(load(x + c, p.channels - c)));
   const T step = limit(largest<T>(most)) / top;
   for (int64_t c = 0; c < p.channels; c += W)
-    store(out + c, nearest<T>(load(x + c, p.channels - c) / step) * step, p.channels - c);
+    store(out + c, nearest_wide<T>(load(x + c, p.channels - c) / step) * step, p.channels - c);
 }
 
 template <typename T>

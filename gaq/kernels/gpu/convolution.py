@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path as File
-from typing import Any
+from types import ModuleType
 
 from torch import Tensor
 
@@ -23,12 +23,13 @@ from gaq.kernels.cpu.native import cache_folder, refuse_second_derivative
 from gaq.kernels.gpu import tracing, why_not
 from gaq.kernels.gpu.convolution_source import source
 from gaq.kernels.problem import ConvolutionProblem, Graph
+from gaq.untyped import Context
 
 __all__ = ["convolution", "operation", "register", "source"]
 
 
 @cached(most=64)
-def _generated(key: str) -> Any:  # a module
+def _generated(key: str) -> ModuleType:
     """Import a module of generated kernels. Its file must exist: Triton reads the source of what it compiles."""
     path = _folder() / f"{key}.py"
     spec = importlib.util.spec_from_file_location(f"gaq.kernels.gpu.{key}", path)
@@ -159,12 +160,12 @@ def _backward(
     return grad_features, parts.sum(0), grad_weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
     *tensors, ctx.key = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     features, vectors, weights, tables, first, edges, first_sent, edges_sent = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]

@@ -2,8 +2,8 @@
 
 One kernel computes three products:
 
-- *rounded*: features are rounded to 16-bit codes in registers, and the codes split into two signed int8 planes. Two
-  int8 x int8 products with int32 sums are combined in 64 bits and rounded to float32 once.
+- *rounded*: features are rounded to codes in registers, and the codes split into two signed int8 planes, or three for
+  more than 16 bits. The int8 x int8 products with int32 sums are combined in 64 bits and rounded to float32 once.
 - *not rounded*, and the *gradient*: float32 by int8. A float32 is exactly the sum of three bfloat16 (3 x 8 bits of
   significand), an int8 is a bfloat16, and their products have 16 bits. So three bfloat16 x bfloat16 products with
   float32 sums are as exact as the sums. ``input_precision="ieee"`` would give the same without the matrix units.
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gaq.files.packing import PLANES_MAX
 from gaq.kernels.cpu.native import refuse_second_derivative
 from gaq.kernels.gpu import interpreted
 from gaq.kernels.gpu.tracing import operation, wrapped
@@ -58,6 +59,23 @@ def _add_float_product(a, w, total, EMULATED: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def _codes(a, step):  # type: ignore[no-untyped-def]
+    """Features over the step of their row, to the nearest integer, halves to even, up to 2^23."""
+    ratio = tl.math.div_rn(a, tl.zeros_like(a) + step[:, None])
+    size = (tl.abs(ratio) + 8388608.0) - 8388608.0
+    return tl.where(ratio < 0, -size, size).to(tl.int32)
+
+
+@triton.jit
+def _joined(high, middle, low, THREE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The exact sums of all planes, rounded to float32 once."""
+    total = high.to(tl.int64)
+    if THREE:
+        total = total * 256 + middle.to(tl.int64)
+    return (total * 256 + low.to(tl.int64)).to(tl.float32)
+
+
+@triton.jit
 def linear_kernel(  # type: ignore[no-untyped-def]
     a_ptr,  # (rows, inner)
     w_ptr,  # (inner, columns) by the strides, int8 or packed
@@ -74,8 +92,9 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     residual_row,
     residual_column,
     outputs,
+    top,  # largest code of the features
     GROUPED: tl.constexpr,  # a tile of the inputs is a group
-    ROUNDED: tl.constexpr,
+    PLANES: tl.constexpr,  # of the codes of the features: 2 or 3; 0: the features are not rounded
     PACKED: tl.constexpr,
     BACKWARD: tl.constexpr,  # the sum runs over the outputs
     RESIDUAL: tl.constexpr,
@@ -93,7 +112,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     a_at = m.to(tl.int64)[:, None] * a_row
 
     step = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if ROUNDED:
+    if PLANES:
         # NaN and infinity times 0 are NaN, and stay so in the step.
         largest = tl.zeros([BLOCK_M], dtype=tl.float32)
         for start in range(0, inner, BLOCK_K):
@@ -102,27 +121,31 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             largest = tl.maximum(largest, tl.max(tl.abs(a), axis=1))
             step += tl.sum(a * 0.0, axis=1)
         largest = tl.maximum(largest, 1e-30) * 1.000001
-        step += tl.math.div_rn(largest, tl.zeros_like(largest) + 32639.0)
+        step += tl.math.div_rn(largest, tl.zeros_like(largest) + top)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     high_total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+    middle_total = high_total
     low_total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for start in range(0, inner, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(a_ptr + a_at + k[None, :] * a_inner, mask=row_inside & (k < inner)[None, :], other=0.0)
         w = _weights(w_ptr, k, n, w_inner, w_column, (k < inner)[:, None] & column_inside, PACKED)
-        if ROUNDED:
-            # To the nearest, halves to even, for numbers far below 2^22.
-            ratio = tl.math.div_rn(a, tl.zeros_like(a) + step[:, None])
-            code = ((ratio + 12582912.0) - 12582912.0).to(tl.int32)
+        if PLANES:
+            code = _codes(a, step)
             high = (code + 128) >> 8
             low = code - (high << 8)
+            if PLANES == 3:
+                middle = high
+                high = (middle + 128) >> 8
+                middle_total = tl.dot((middle - (high << 8)).to(tl.int8), w, middle_total, out_dtype=tl.int32)
             high_total = tl.dot(high.to(tl.int8), w, high_total, out_dtype=tl.int32)
             low_total = tl.dot(low.to(tl.int8), w, low_total, out_dtype=tl.int32)
             if GROUPED:
                 scale = tl.load(scale_ptr + (start // BLOCK_K) * outputs + n, mask=n < columns, other=0.0)
-                total += (high_total.to(tl.int64) * 256 + low_total.to(tl.int64)).to(tl.float32) * scale[None, :]
+                total += _joined(high_total, middle_total, low_total, PLANES == 3) * scale[None, :]
                 high_total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+                middle_total = high_total
                 low_total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
         elif BACKWARD:
             group = 0
@@ -138,10 +161,10 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             total = _add_float_product(a, w, total, EMULATED)
     if not BACKWARD:
         if not GROUPED:
-            if ROUNDED:
-                total = (high_total.to(tl.int64) * 256 + low_total.to(tl.int64)).to(tl.float32)
+            if PLANES:
+                total = _joined(high_total, middle_total, low_total, PLANES == 3)
             total *= tl.load(scale_ptr + n, mask=n < columns, other=0.0)[None, :]
-        if ROUNDED:
+        if PLANES:
             total *= step[:, None]
     inside = row_inside & column_inside
     if RESIDUAL:
@@ -153,6 +176,11 @@ def linear_kernel(  # type: ignore[no-untyped-def]
 def serves(x: Tensor, codes: Tensor, group_size: int) -> bool:
     """Whether the kernel can compute a layer: float32, groups of 32, 64 or 128 inputs or none."""
     return x.dtype == torch.float32 and group_size in (0, 32, 64, 128) and 2 * codes.numel() < 1 << 31
+
+
+def planes_of(top: int) -> int:
+    """Number of int8 planes of codes up to `top`; 0 where nothing is rounded."""
+    return 0 if top == 0 else (2 if top <= PLANES_MAX else 3)
 
 
 def blocks(rows: int, rounded: bool) -> dict[str, int]:
@@ -176,7 +204,7 @@ def _launch(
     scale: Tensor,
     residual: Tensor | None,
     columns: int,
-    rounded: bool,
+    top: int,
     group_size: int,
     backward: bool,
 ) -> Tensor:
@@ -187,7 +215,7 @@ def _launch(
     outputs = scale.shape[1]
     packed = codes.dtype == torch.uint8
     by_input, by_output = (outputs, 1) if packed else codes.stride()
-    tile = blocks(rows, rounded)
+    tile = blocks(rows, top > 0)
     if group_size:
         tile["BLOCK_N" if backward else "BLOCK_K"] = group_size
     added = out if residual is None else residual
@@ -207,8 +235,9 @@ def _launch(
         added.stride(0),
         added.stride(1),
         outputs,
+        float(top),
         GROUPED=group_size > 0,
-        ROUNDED=rounded,
+        PLANES=planes_of(top),
         PACKED=packed,
         BACKWARD=backward,
         RESIDUAL=residual is not None,
@@ -219,17 +248,15 @@ def _launch(
 
 
 @operation("gaq::linear_gpu", mutates_args=())
-def linear_op(
-    x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int
-) -> Tensor:
+def linear_op(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, top: int, group_size: int) -> Tensor:
     """Compute a layer; see `gaq.kernels.linear.linear`."""
-    return _launch(x, codes, scale, residual, scale.shape[1], rounded, group_size, False)
+    return _launch(x, codes, scale, residual, scale.shape[1], top, group_size, False)
 
 
 @operation("gaq::linear_backward_gpu", mutates_args=())
 def linear_backward_op(grad: Tensor, codes: Tensor, scale: Tensor, inputs: int, group_size: int) -> Tensor:
     """Compute the gradient by the features, (rows, inputs)."""
-    return _launch(grad, codes, scale, None, inputs, False, group_size, True)
+    return _launch(grad, codes, scale, None, inputs, 0, group_size, True)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -250,7 +277,7 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 linear_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def linear(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, rounded: bool, group_size: int) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None, top: int, group_size: int) -> Tensor:
     """Compute `gaq.kernels.linear.linear` on a GPU, for layers that `serves` accepts."""
     scale = scale.float().contiguous()
-    return linear_op(x, codes, scale, residual, rounded, group_size)  # type: ignore[no-any-return]  # untyped
+    return linear_op(x, codes, scale, residual, top, group_size)  # type: ignore[no-any-return]  # untyped

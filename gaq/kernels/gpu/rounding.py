@@ -33,6 +33,17 @@ def _nearest(v):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _nearest_wide(v):  # type: ignore[no-untyped-def]
+    """Round to the nearest integer, halves to even, up to 2^23 (float64: 2^52), where codes of 24 bits end."""
+    size = tl.abs(v)
+    if v.dtype == tl.float32:
+        size = (size + 8388608.0) - 8388608.0
+    else:
+        size = (size + 4503599627370496.0) - 4503599627370496.0
+    return tl.where(v < 0, -size, size)
+
+
+@triton.jit
 def _divide(a, b):  # type: ignore[no-untyped-def]
     """Divide as IEEE 754 demands; on a GPU the plain float32 quotient is an approximation."""
     wide = b + tl.zeros_like(a)
@@ -191,7 +202,7 @@ def _scalars(x_ptr, out_ptr, at, channels, top, C: tl.constexpr):  # type: ignor
     for start in range(0, channels, C):
         c = start + tl.arange(0, C)
         v = tl.load(x_ptr + at + c, mask=c < channels, other=0.0)
-        tl.store(out_ptr + at + c, _nearest(_divide(v, step)) * step, mask=c < channels)
+        tl.store(out_ptr + at + c, _nearest_wide(_divide(v, step)) * step, mask=c < channels)
 
 
 @triton.jit

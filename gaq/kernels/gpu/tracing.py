@@ -8,13 +8,13 @@ result shapes from the allocated outputs; nothing is launched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gaq.kernels.gpu import interpreted
+from gaq.untyped import Operation, TritonKernel
 
 __all__ = ["has_data", "operation", "wrapped"]
 
@@ -24,7 +24,7 @@ def has_data(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
-def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., object]], Operation]:
     """Make a decorator that registers a function as an operation of torch.
 
     Args:
@@ -34,8 +34,8 @@ def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable
     if not interpreted():
         return torch.library.triton_op(name, mutates_args=mutates_args)
 
-    def register(function: Callable[..., Any]) -> Any:  # a `CustomOpDef`, which torch leaves untyped
-        registered: Any = torch.library.custom_op(name, function, mutates_args=mutates_args)
+    def register(function: Callable[..., object]) -> Operation:
+        registered: Operation = torch.library.custom_op(name, function, mutates_args=mutates_args)
         registered.register_fake(function)
         return registered
 
@@ -45,18 +45,18 @@ def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable
 class _Direct:
     """An interpreted kernel: launched as it is, or not at all where its arguments have no data."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: TritonKernel) -> None:
         self.kernel = kernel
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
             if not any(isinstance(a, FakeTensor) for a in args):
                 self.kernel[grid](*args, **options)
 
         return launch
 
 
-def wrapped(kernel: Any) -> Any:
+def wrapped(kernel: TritonKernel) -> TritonKernel:
     """Wrap a kernel in the form in which an operation must call it."""
     compiled = hasattr(kernel, "cache_key")
     return torch.library.wrap_triton(kernel) if compiled else _Direct(kernel)
