@@ -13,8 +13,8 @@ from torch import Tensor
 from gaq.caches import Cache
 from gaq.kernels import gpu
 from gaq.untyped import AnyModule
+from gaq_mace.engine.edges import Tables
 from gaq_mace.engine.pair_tables import PairTables
-from gaq_mace.engine.radial_tables import Tables
 from gaq_mace.engine.reading import Unsupported
 
 __all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions"]

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gaq.kernels import convolution
-from gaq_mace.engine.radial_tables import Tables
 
-__all__ = ["EdgeFeatures", "Edges"]
+__all__ = ["EdgeFeatures", "Edges", "Tables"]
+
+Tables = tuple[Tensor, "Tensor | None"]
+"""Tables of a layer's radial weights, (pairs * paths, intervals, COEFFICIENTS, channels), and of its edge density where
+it has one, (pairs, intervals, COEFFICIENTS, 1); see `gaq.kernels.radial`."""
 
 
 @dataclass(frozen=True)

@@ -332,9 +332,7 @@ class Layer(torch.nn.Module):
     def _evaluated_weights(self, network: RadialNetwork, edges: Edges) -> Tensor:
         """Radial weights of each edge from the network itself, (edges, paths, channels)."""
         assert edges.features is not None
-        weights: Tensor = network(edges.features)
-        if edges.features.cutoff is not None:
-            weights = weights * edges.features.cutoff
+        weights: Tensor = network(edges.features, edges.features.cutoff)
         return weights.view(-1, len(self.problem.paths), self.channels)
 
     def _evaluated_density(self, network: RadialNetwork, edges: Edges, atoms: int) -> Tensor:

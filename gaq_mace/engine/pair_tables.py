@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaq_mace.engine.radial_tables import RadialTables, Tables
+from gaq_mace.engine.edges import Tables
+from gaq_mace.engine.radial_tables import RadialTables
 
 __all__ = ["LIMIT", "PairTables"]
 

@@ -11,60 +11,102 @@ import copy
 
 import mace  # noqa: F401  (before e3nn)
 import torch
+from e3nn.nn._fc import _Layer
 from torch import Tensor
 
 from gaq.untyped import AnyModule
 from gaq_mace.engine.edges import EdgeFeatures
-from gaq_mace.engine.reading import class_name, input_quantizer_of, matrices_of
+from gaq_mace.engine.reading import Unsupported, class_name, input_quantizer_of, matrices_of
 
 __all__ = ["RadialNetwork"]
+
+
+def _layers_of(network: AnyModule) -> list[torch.nn.Module]:
+    """Layers of a radial network in their order.
+
+    Raises:
+        Unsupported: for a network of an unknown kind.
+    """
+    if class_name(network) == "RadialMLP":
+        return list(network.net)
+    if class_name(network) == "FullyConnectedNet":
+        return list(network)
+    raise Unsupported(f"the radial network is a {class_name(network)}")
+
+
+def _affine(layer: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Matrix (inputs, outputs) and bias (outputs,) of a layer without an activation, float64.
+
+    Raises:
+        Unsupported: for a layer of an unknown kind.
+    """
+    if isinstance(layer, torch.nn.Linear):
+        return layer.weight.detach().double().T, None if layer.bias is None else layer.bias.detach().double()
+    if isinstance(layer, _Layer) and layer.act is None:
+        return layer.weight.detach().double() / (layer.h_in * layer.var_in / layer.var_out) ** 0.5, None
+    raise Unsupported(f"a radial network begins or ends with a {class_name(layer)}")
 
 
 class RadialNetwork(torch.nn.Module):
     """A radial network of an interaction block, with the species embeddings that it reads.
 
-    What the species add to the first layer is multiplied out once for each species.
+    What the species add to the first layer is multiplied out once for each species. A factor of the outputs multiplies
+    the inputs of the last layer and its bias, which are many times fewer.
 
     Args:
         network: MACE's ``RadialMLP`` or e3nn's ``FullyConnectedNet``.
         dtype: of the model.
         source: linear layer that embeds the species of the sender; None where the network does not read species.
         target: the same for the receiver.
+
+    Raises:
+        Unsupported: for a network of an unknown kind.
     """
+
+    sender: Tensor
+    receiver: Tensor
+    first: Tensor
+    last: Tensor
 
     def __init__(
         self, network: AnyModule, dtype: torch.dtype, source: AnyModule = None, target: AnyModule = None
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).requires_grad_(False)
-        self.folded = self.species = source is not None
-        if not self.species:
-            return
-        for name, linear in (("sender", source), ("receiver", target)):
-            self.register_buffer(name, matrices_of(linear)[0].to(dtype))
-        first = self.network.net[0] if class_name(network) == "RadialMLP" else None
-        # A first layer whose inputs are rounded needs them all at once.
-        self.folded = isinstance(first, torch.nn.Linear) and input_quantizer_of(first) is None
-        if self.folded:
-            assert first is not None
-            weight = first.weight.detach().double()
-            size = self.sender.shape[1]
-            basis = weight.shape[1] - 2 * size
-            parts = weight.split([basis, size, size], dim=1)
-            self.register_buffer("basis", parts[0].T.to(dtype).contiguous())
-            self.sender = (self.sender.double() @ parts[1].T).to(dtype)
-            self.receiver = (self.receiver.double() @ parts[2].T + first.bias.detach().double()).to(dtype)
-            self.network = self.network.net[1:]
+        layers = _layers_of(network)
+        matrix, bias = _affine(layers[-1])
+        self.biased = bias is not None
+        self.register_buffer("last", (matrix if bias is None else torch.cat([matrix, bias[None]])).to(dtype))
+        self.round_last = input_quantizer_of(layers[-1])
+        self.species = self.folded = source is not None
+        if self.species:
+            embedded = [matrices_of(linear)[0] for linear in (source, target)]
+            # A first layer whose inputs are rounded needs them all at once.
+            self.folded = input_quantizer_of(layers[0]) is None
+            if self.folded:
+                matrix, bias = _affine(layers.pop(0))
+                size = embedded[0].shape[1]
+                parts = matrix.split([matrix.shape[0] - 2 * size, size, size])
+                self.register_buffer("first", parts[0].to(dtype))
+                embedded = [table @ part for table, part in zip(embedded, parts[1:], strict=True)]
+                if bias is not None:
+                    embedded[0] = embedded[0] + bias
+            self.register_buffer("sender", embedded[0].to(dtype))
+            self.register_buffer("receiver", embedded[1].to(dtype))
+        self.hidden = copy.deepcopy(torch.nn.Sequential(*layers[:-1])).requires_grad_(False)
 
-    sender: Tensor
-    receiver: Tensor
-    basis: Tensor
+    def forward(self, edges: EdgeFeatures, factor: Tensor | None = None) -> Tensor:
+        """Compute the outputs of the network, (edges, outputs), times a factor (edges, 1) if there is one."""
+        return self.before_last(edges, factor) @ self.last
 
-    def forward(self, edges: EdgeFeatures) -> Tensor:
-        """Compute the outputs of the network, (edges, outputs), without the cutoff."""
+    def before_last(self, edges: EdgeFeatures, factor: Tensor | None = None) -> Tensor:
+        """Compute what the matrix `last` multiplies, times a factor (edges, 1) if there is one."""
         x = edges.radial
         if self.species:
             sender, receiver = self.sender[edges.sender], self.receiver[edges.receiver]
-            x = x @ self.basis + sender + receiver if self.folded else torch.cat([x, sender, receiver], dim=1)
-        outputs: Tensor = self.network(x)
-        return outputs
+            x = x @ self.first + sender + receiver if self.folded else torch.cat([x, sender, receiver], dim=1)
+        x = self.hidden(x)
+        if self.round_last is not None:
+            x = self.round_last(x)
+        if self.biased:
+            x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        return x if factor is None else x * factor

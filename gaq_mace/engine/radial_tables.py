@@ -18,16 +18,13 @@ from torch import Tensor
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
-from gaq_mace.layers import original_class
+from gaq_mace.engine.edges import EdgeFeatures
+from gaq_mace.engine.radial_networks import RadialNetwork
 
-__all__ = ["Pair", "RadialTables", "Tables"]
+__all__ = ["Pair", "RadialTables"]
 
 Pair = tuple[int, int]
 """Numbers of two species."""
-Tables = tuple[Tensor, "Tensor | None"]
-"""Tables of a layer's radial weights, (pairs * paths, intervals, COEFFICIENTS, channels), and of its edge density where
-it has one, (pairs, intervals, COEFFICIENTS, 1); see `gaq.kernels.radial`."""
-
 AT_ONCE = 2**23
 """Bytes of coefficients that are made at once: more would not stay in cache."""
 
@@ -55,10 +52,10 @@ class RadialTables:
     def __init__(self, model: AnyModule, block: AnyModule, paths: int, channels: int, dtype: torch.dtype) -> None:
         # Tables are made in float64, on the CPU for any device: that takes a few evaluations of the network.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
-        self.hidden, last = self._parts(block.conv_tp_weights)
-        self.last = last.view(-1, paths, channels).transpose(0, 1).contiguous()
+        self.network = self._exact(block.conv_tp_weights)
+        self.last = self.network.last.view(-1, paths, channels).transpose(0, 1).contiguous()
         density = getattr(block, "density_fn", None)
-        self.density = None if density is None else self._parts(density)
+        self.density = None if density is None else self._exact(density)
         self.r_max = float(model.r_max)
         self.dtype = dtype
         self.tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
@@ -70,16 +67,11 @@ class RadialTables:
         self._probe()
 
     @staticmethod
-    def _parts(network: AnyModule) -> tuple[torch.nn.Module, Tensor]:
-        """Hidden layers of a radial network and the matrix of its last, in float64 on the CPU."""
-        if original_class(network).__name__ != "FullyConnectedNet":
-            raise ValueError(f"the radial network is a {original_class(network).__name__}")
+    def _exact(network: AnyModule) -> RadialNetwork:
+        """Copy a radial network in float64 to the CPU."""
         if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
             raise ValueError("the hidden layers of the radial network are rounded")
-        *hidden, last = copy.deepcopy(network).cpu().double().requires_grad_(False).children()
-        if last.act is not None:
-            raise ValueError("the last layer of the radial network is not linear")
-        return torch.nn.Sequential(*hidden), last(torch.eye(int(last.h_in), dtype=torch.float64))
+        return RadialNetwork(network, torch.float64).cpu().double()
 
     def _probe(self) -> None:
         """Make one table now, so that a model that cannot be served is refused when the engine is made."""
@@ -100,31 +92,26 @@ class RadialTables:
         numbers = sum(n * c for n, c in zip(self.intervals, columns, strict=False))
         return numbers * radial.COEFFICIENTS * torch.finfo(self.dtype).bits // 8
 
-    def _features(self, pairs: Sequence[Pair], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs of the radial network, (pairs * n, basis), and the cutoff where MACE applies it after the network."""
-        edges = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
+    def _edges(self, pairs: Sequence[Pair], lengths: Tensor) -> EdgeFeatures:
+        """Edges of all pairs of species and all lengths (n,), pair after pair."""
+        first, second = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
         attributes = torch.eye(self.elements, dtype=torch.float64)
-        features: tuple[Tensor, Tensor | None] = self.embedding(
-            lengths.repeat(len(pairs))[:, None], attributes, edges, self.numbers
-        )
-        return features
+        lengths = lengths.repeat(len(pairs))[:, None]
+        basis, cutoff = self.embedding(lengths, attributes, torch.stack([first, second]), self.numbers)
+        return EdgeFeatures(basis, cutoff, torch.ones_like(lengths), first, second)
 
     def _hidden(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Inputs of the last radial layer, times the cutoff, for pairs at lengths (n,), (pairs, n, features)."""
-        features, cutoff = self._features(pairs, lengths)
-        hidden: Tensor = self.hidden(features)
-        if cutoff is not None:
-            hidden = hidden * cutoff
-        return hidden.view(len(pairs), lengths.numel(), -1)
+        edges = self._edges(pairs, lengths)
+        return self.network.before_last(edges, edges.cutoff).view(len(pairs), lengths.numel(), -1)
 
     def _densities(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Edge densities of pairs at lengths (n,), (pairs, n, 1)."""
         assert self.density is not None
-        hidden, last = self.density
-        features, cutoff = self._features(pairs, lengths)
-        density = torch.tanh((hidden(features) @ last) ** 2)
-        if cutoff is not None:
-            density = density * cutoff
+        edges = self._edges(pairs, lengths)
+        density = torch.tanh(self.density(edges) ** 2)
+        if edges.cutoff is not None:
+            density = density * edges.cutoff
         return density.view(len(pairs), lengths.numel(), 1)
 
     def make(self, pairs: Sequence[Pair]) -> list[Tensor]:
