@@ -341,7 +341,7 @@ def test_structures_of_many_species_look_at_their_edges(
     found = small_engine(dict(data), **OPTIONS)
     agree(found, engine.engine_of(small)(dict(data), **OPTIONS), 1e-13)
     by_species = small_engine.layers[0].radial.by_species
-    assert (small_engine.compositions(data["node_attrs"]).knots is None) == by_species
+    assert (small_engine.compositions(data["node_attrs"]).tables is None) == by_species
 
 
 def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
