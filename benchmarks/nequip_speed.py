@@ -1,7 +1,7 @@
 """Time of a step of compiled NequIP or Allegro models: stock FP32 against quantized ones, paired in one run.
 
-    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt | --architecture nequip|allegro]
-                                      [--kinds gaq_fused ...] [--threads 1 2] [--name NAME]
+    python benchmarks/nequip_speed.py --work DIR [--model MODEL.ckpt | --architecture nequip|unequal|attention|allegro]
+                                      [--kinds gaq_fused ...] [--threads 1 2] [--processor-time] [--name NAME]
 
 Each file is compiled once and kept in the working directory: FP32 by the stock command, the others by the function that
 `nequip-deploy` uses. Kinds that end in `_fused` have the CPU kernels inside, as `nequip-deploy` makes them by default.
@@ -11,10 +11,12 @@ stock file before anything is timed. The self-connection of NequIP's quantized f
 is exact and no quantization; that of `w8_fused_unfolded` is not.
 
 Times are wall times of the model alone, without neighbour list, on azobenzene and a dense periodic box of it. Nothing
-else may run on the machine.
+else may run on the machine, unless `--processor-time` counts the processor's time instead, on one thread.
 `--architecture` makes a checkpoint of the size of a general model with the stock command, by a few steps of training,
-because values do not matter for time. NequIP has l_max 2, 4 layers, 64 features; Allegro l_max 2, 2 layers, 64 scalar
-and 32 tensor features.
+because values do not matter for time. NequIP has l_max 2, 4 layers, 64 features; `unequal` l_max 2, 3 layers, 64
+scalars, 32 vectors and 16 features of l = 2 of each parity; `attention` is the same with robust attention over
+messages, in float, which stock NequIP compiles from our block; Allegro l_max 2, 2 layers, 64 scalar and 32 tensor
+features.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,11 @@ KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
 WARM_UP = 3
 """First steps of each file, which are not counted."""
 
+UNEQUAL: Document = {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 3, "num_features": [64, 32, 16]}
 ARCHITECTURES: dict[str, Document] = {
     "nequip": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 4, "num_features": 64},
+    "unequal": UNEQUAL,
+    "attention": UNEQUAL,
     "allegro": {
         "_target_": "allegro.model.AllegroModel",
         "num_layers": 2,
@@ -88,6 +94,9 @@ def trained_briefly(args: argparse.Namespace) -> Path:
         "avg_num_neighbors": 20.0,
         **ARCHITECTURES[args.architecture],
     }
+    if args.architecture == "attention":
+        nothing = {"weights": None, "scalars": None, "vectors": None}
+        config["quantization"] = {**nothing, "attention": {"messages": True, "bits": None, "gate_limit": 1e6}}
     config["trainer"] |= {"limit_train_batches": 10, "limit_val_batches": 2, "logger": False}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     command = [str(Path(sys.executable).with_name("nequip-train")), "-cp", str(folder.resolve()), "-cn", "config"]
@@ -173,17 +182,19 @@ def same_function(fused: Path, calculators: Document, atoms: Any) -> dict[str, f
     return difference
 
 
-def step_times(calculators: Document, atoms: Any, rounds: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def step_times(
+    calculators: Document, atoms: Any, rounds: int, clock: Callable[[], float]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Seconds of each step by kind of file, the kinds in turn, and the number of edges that each kind sees."""
     data = {name: calculator.atoms_to_data(atoms) for name, calculator in calculators.items()}
     times: dict[str, list[float]] = {name: [] for name in calculators}
     calls = 3 if len(atoms) < 100 else 1
     for _ in range(rounds + WARM_UP):
         for name, calculator in calculators.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 calculator.call_model(data[name])
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append((clock() - start) / calls)
     edges = {name: int(graph["edge_index"].shape[1]) for name, graph in data.items()}
     return {name: np.array(values[WARM_UP:]) for name, values in times.items()}, edges
 
@@ -195,10 +206,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), help="in place of MODEL's")
     parser.add_argument("--data", type=Path, default=SHARED / "data/rmd17/azobenzene_test_01.xyz")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--processor-time", action="store_true", help="on one thread, where other programs run")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--name", default="nequip_speed", help="of the result file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.processor_time and args.threads != [1]:
+        parser.error("--processor-time adds up the times of all threads: it needs --threads 1.")
+    return args
 
 
 def main() -> None:
@@ -221,9 +236,10 @@ def main() -> None:
         print(f"{FP32_FUSED} against {FP32}: {differences}", flush=True)
         extra["fp32_fused_against_fp32"] = differences
     rows = []
+    clock = time.process_time if args.processor_time else time.perf_counter
     for threads, (label, atoms) in itertools.product(args.threads, structures):
         torch.set_num_threads(threads)
-        times, edges = step_times(calculators, atoms, args.rounds)
+        times, edges = step_times(calculators, atoms, args.rounds, clock)
         for name, seconds in times.items():
             rows.append(
                 {

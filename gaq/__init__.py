@@ -28,6 +28,7 @@ _PUBLIC = {
     "quantize": "gaq.api",
     "report": "gaq.api",
     "save": "gaq.api",
+    "select": "gaq.api",
     "sensitivity": "gaq.api",
     "summary": "gaq.api",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -47,6 +47,18 @@ class Adapter(Protocol):
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
+
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        """Write a float model, as the framework's training does."""
+        ...
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        """Return a copy of a float model with only these elements and this head; None keeps all."""
+        ...
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        """Return the chemical symbols that a model knows."""
+        ...
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
 
@@ -94,6 +106,13 @@ class Adapter(Protocol):
 
     def is_fused(self, model: torch.nn.Module) -> bool:
         """Whether a model runs through fused kernels that `reference_path` switches off."""
+        ...
+
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        """Return why parts of a converted model keep the framework's own, slower operations, by the part's name.
+
+        Empty where the fused kernels serve the model. Nothing is run, and the model is not changed.
+        """
         ...
 
     def reference_path(self) -> AbstractContextManager[None]:

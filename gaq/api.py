@@ -1,4 +1,4 @@
-"""The Python interface: load, prepare, calibrate, convert, save, summary, report, sensitivity."""
+"""The Python interface: load, select, prepare, calibrate, convert, save, summary, report, sensitivity."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
+from gaq.checks.structures import check_calibration_structures
 from gaq.config.parse import ConfigSpec, parse_config
+from gaq.model.elements import check_calibration
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
@@ -23,7 +25,7 @@ from gaq.untyped import Document
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "sensitivity", "summary"]
+__all__ = ["calibrate", "convert", "load", "prepare", "quantize", "report", "save", "select", "sensitivity", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,26 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
 def save(model: torch.nn.Module, path: str | Path) -> None:
     """Write a quantized model in packed form; the form ``*.safetensors`` runs no code when loaded."""
     adapter_for(model).save(model, path)
+
+
+@_in_process_state
+def select(
+    model: torch.nn.Module, elements: str | Iterable[str] | None = None, head: str | None = None
+) -> torch.nn.Module:
+    """Return a copy of a float model with some of its elements, one of its heads, or both.
+
+    Energies and forces of structures of these elements, in this head, stay the same.
+
+    Args:
+        model: a float model.
+        elements: chemical symbols, or one text such as ``"Li,P,S,Cl"``; None keeps all.
+        head: the head to keep, in a model with several; None keeps all.
+
+    Raises:
+        ValueError: for symbols that are unknown, unknown to the model or named twice, a head that the model does not
+            have, and models that cannot be cut; the message says what is allowed.
+    """
+    return adapter_for(model).select(model, elements, head)
 
 
 @_in_process_state
@@ -91,7 +113,8 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         The same model.
 
     Raises:
-        ValueError: if the model is not prepared, or there are no structures.
+        ValueError: if the model is not prepared, there are no structures, or one has a single atom, or positions that
+            are not finite.
     """
     adapter = adapter_for(model)
     config = adapter.config(model)
@@ -101,6 +124,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         raise ValueError("this model is converted: its rounding is final. Start again from the float model.")
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
+    check_calibration_structures(structures)
     sample = choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
@@ -153,10 +177,34 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
 @_in_process_state
 def quantize(
-    model: torch.nn.Module, structures: Sequence[Atoms], config: ConfigSpec = "gaq", progress: bool = True
+    model: torch.nn.Module,
+    structures: Sequence[Atoms],
+    config: ConfigSpec = "gaq",
+    progress: bool = True,
+    *,
+    elements: str | Iterable[str] | None = None,
+    head: str | None = None,
 ) -> torch.nn.Module:
-    """Prepare, calibrate and convert a copy of the model; the original does not change."""
-    quantized = prepare(copy.deepcopy(model), config)
+    """Prepare, calibrate and convert a copy of the model; the original does not change.
+
+    Args:
+        model: a float model.
+        structures: structures like those the model will be used on.
+        config: preset name, mapping, or `gaq.QuantizationConfig`.
+        progress: whether to show progress bars.
+        elements: see `select`; the structures have to hold these elements and no others.
+        head: see `select`.
+
+    Raises:
+        ValueError: as `select`, `prepare` and `calibrate`; and for structures of other elements than those chosen.
+    """
+    if elements is None and head is None:
+        quantized = prepare(copy.deepcopy(model), config)
+    else:
+        quantized = select(model, elements, head)
+        if elements is not None:
+            check_calibration(adapter_for(quantized).elements(quantized), structures)
+        quantized = prepare(quantized, config)
     return convert(calibrate(quantized, structures, progress))
 
 
@@ -185,8 +233,8 @@ def report(
         nve_ps: length of a simulation without thermostat; 0 leaves it out.
         progress: whether to show progress bars.
         device: device to run on.
-        trained: apply the force-error bound of models trained with the key ``quantization``; checkpoints of such a
-            training get it without the flag.
+        trained: judge the model as trained with its rounding. Models trained with the key ``quantization`` say so
+            themselves; those of a training loop of your own do not.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.

@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         help="structures like those the model will be used on (any format ASE reads); no labels needed",
     )
+    quantize.add_argument(
+        "--elements",
+        metavar="LIST",
+        help="keep only these of the model's elements, such as Li,P,S,Cl: those of the calibration data",
+    )
+    quantize.add_argument("--head", help="keep only this head of a model with several")
     quantize.add_argument("--device", default="cpu", help="cpu or cuda")
     quantize.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
 
@@ -61,8 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--trained",
         action="store_true",
-        help="apply the force-error bound of models trained with the key `quantization` (1.00 of the reference's); "
-        "checkpoints of such a training get it without the flag",
+        help="judge the model as trained with its rounding; files of training with the key `quantization` say so",
     )
     report.add_argument("--nve-ps", type=float, default=50.0, help="length of the NVE runs in ps; 0 leaves them out")
     report.add_argument("--frames", type=int, default=200, help="structures used for errors (evenly spaced)")
@@ -86,23 +91,16 @@ def _read(path: str) -> list[Atoms]:
 
 
 def _gate_lines(gates: dict[str, Document]) -> str:
-    from gaq.reporting.gates import verdict
-    from gaq.reporting.tables import format_table
+    """The measured gates as a table, and what was not measured."""
+    from gaq.reporting import format_table, gate_rows, summary, unmeasured
 
     rows = []
-    for name, gate in gates.items():
-        word = verdict(gate)
-        rows.append(
-            {
-                "gate": name,
-                "value": gate["value"],
-                "bound": "" if gate["bound"] is None else f"{gate['comparison']} {gate['bound']:.4g}",
-                "unit": gate["unit"],
-                "verdict": word if word != "fail" else "FAIL" if gate["enforced"] else "fails (printed only)",
-                "what": gate["note"],
-            }
-        )
-    return format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"])
+    for row in gate_rows(gates):
+        word = row["verdict"]
+        printed = word if word != "fail" else "fails (printed only)" if row["enforced"] else "FAIL"
+        rows.append({**row, "verdict": printed})
+    lines = [format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"]), summary(gates)]
+    return "\n".join([*lines, *(f"  not measured: {name}: {needs}" for name, needs in unmeasured(gates).items())])
 
 
 def _metric_lines(report: Document) -> str:
@@ -138,23 +136,28 @@ def _quantize(arguments: argparse.Namespace) -> int:
     config = parse_config(arguments.config)
     observes = config.rounds_activations or config.attention is not None
     needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
-    if arguments.calibration is None and needs_data:
-        raise InputError(
-            f"preset {config.preset} needs structures to calibrate on: give --calibration DATA.xyz "
-            "(labels are not needed)."
+    if arguments.calibration is None and (needs_data or not arguments.force):
+        purpose = (
+            f"preset {config.preset} needs structures to calibrate on" if needs_data else "the gates need structures"
         )
+        remedy = "" if needs_data else ", or --force to write the model unjudged"
+        raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
     structures = _read(arguments.calibration) if arguments.calibration else []
+    calibration, unseen = _split(structures)
     adapter = adapter_for_file(arguments.model)
     model = adapter.load(arguments.model, arguments.device)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
+    selected = _selected(adapter, model, structures, arguments)
+    model = model if selected is None else selected
     if structures:
         adapter.batches(model, structures, 1)  # raises at once for elements that the model does not know
     quantized = api.prepare(copy.deepcopy(model), config)
-    if structures:
-        api.calibrate(quantized, structures)
+    if calibration:
+        api.calibrate(quantized, calibration)
     api.convert(quantized)
-    failed = _write_judged(adapter, quantized, structures, arguments)
+    _print_unfused(adapter, quantized)
+    failed = _write_judged(adapter, quantized, selected, unseen, arguments)
     if failed and not arguments.force:
         print(
             f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
@@ -164,15 +167,48 @@ def _quantize(arguments: argparse.Namespace) -> int:
         return 1
     before, after = Path(arguments.model).stat().st_size, output.stat().st_size
     print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
+    if selected is not None:
+        head = "" if arguments.head is None else f", head {arguments.head}"
+        print(f"{output}: knows {', '.join(adapter.elements(selected))}{head}")
     return 1 if failed else 0
 
 
+def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+    """Check the structures, and split them into those to calibrate on and those to judge on."""
+    from gaq.checks.structures import check_calibration_structures, check_labels, hold_out
+
+    if not structures:
+        return structures, structures
+    check_calibration_structures(structures)
+    check_labels(structures)
+    return hold_out(structures)
+
+
+def _selected(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
+) -> torch.nn.Module | None:
+    """The part of the model that ``--elements`` and ``--head`` ask for; None without them."""
+    from gaq.model.elements import check_calibration
+
+    if arguments.elements is None and arguments.head is None:
+        return None
+    selected = adapter.select(model, arguments.elements, arguments.head)
+    if arguments.elements is not None:
+        check_calibration(adapter.elements(selected), structures)
+    return selected
+
+
 def _write_judged(
-    adapter: Adapter, quantized: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
+    adapter: Adapter,
+    quantized: torch.nn.Module,
+    selected: torch.nn.Module | None,
+    structures: Sequence[Atoms],
+    arguments: argparse.Namespace,
 ) -> list[str]:
     """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
 
-    Without structures nothing is measured.
+    It is compared with the float model, or the part of it that was selected, on structures that calibration did not
+    see. Without structures nothing is measured.
 
     Returns:
         Names of the gates that failed.
@@ -184,10 +220,14 @@ def _write_judged(
     output = Path(arguments.output)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         trial = Path(folder) / output.name
+        reference = Path(arguments.model)
+        if selected is not None:
+            reference = Path(folder) / f"selected{reference.suffix}"
+            adapter.save_float(selected, reference)
         adapter.save(quantized, trial)
         gates: dict[str, Document] = {}
         if structures:
-            measured = api.report(trial, spaced(structures, 64), arguments.model, nve_ps=0.0, device=arguments.device)
+            measured = api.report(trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device)
             gates = measured["gates"]
             print(_gate_lines(gates))
         failed = failed_gates(gates)
@@ -229,6 +269,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return 1 if failed_gates(report["gates"]) else 0
 
 
+def _print_unfused(adapter: Adapter, model: torch.nn.Module) -> None:
+    """Say at once which parts of a quantized model the fused kernels do not serve."""
+    for name, reason in adapter.unfused(model).items():
+        print(f"not on the fast path: {name}: {reason}")
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
@@ -242,9 +288,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.model}: preset {config.preset}, {adapter.status(model)}")
     print(api.summary(model))
+    if config is not None:
+        _print_unfused(adapter, model)
     notes = adapter.notes(model)
     if notes.get("failed_gates"):
         print(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")
+    elif notes.get("gates") == {}:
+        print("MARKED: written with --force and without structures: no gate was measured")
     if notes:
         print("notes: " + json.dumps(notes, indent=2))
     if arguments.sensitivity:

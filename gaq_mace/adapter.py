@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
+from gaq_mace.elements import element_names, select
+from gaq_mace.engine import serving
 from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
 from gaq_mace.hook import status
 from gaq_mace.model import convert, prepare
@@ -55,6 +57,15 @@ class MACEAdapter:
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
+
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        torch.save(model, path)
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        return select(model, elements, head)
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        return element_names(model)
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return prepare(model, config)
@@ -107,6 +118,12 @@ class MACEAdapter:
 
     def is_fused(self, model: torch.nn.Module) -> bool:
         return engine.serves(model, {})
+
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        if self.status(model) != "converted":
+            return {}
+        reason = serving.record_of(model, warn=False).reason
+        return {} if reason is None else {"model": reason}
 
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
 from gaq.config.parse import CalibrationConfig, QuantizationConfig, VectorConfig
-from gaq.model.state import feature_quantizers, require_state, round_weights, state_of, unquantized
+from gaq.model.state import TRAINED, feature_quantizers, require_state, round_weights, state_of, unquantized
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
@@ -128,6 +128,7 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
     if state is None:
         return original(*args, **kwargs)
     at_end = state.config.rounds_weights_at_end
+    state.notes[TRAINED] = True
     if state.resumed:
         logging.info("Quantization ranges taken from the checkpoint")
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
+from gaq_nequip.engine.fused import refusals
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
@@ -51,6 +52,18 @@ class NequIPAdapter:
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
+
+    def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
+        raise NotImplementedError("NequIP's files hold more than a model: float ones are written by NequIP itself.")
+
+    def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
+        raise ValueError(
+            "elements and heads can be chosen in MACE models only: a NequIP or Allegro model has no heads, and holds "
+            "no more than a row of its type embedding for each element."
+        )
+
+    def elements(self, model: torch.nn.Module) -> list[str]:
+        return list(model.type_names)  # type: ignore[arg-type]  # a list, which torch types as Tensor or Module
 
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
@@ -109,6 +122,9 @@ class NequIPAdapter:
 
     def is_fused(self, model: torch.nn.Module) -> bool:
         return False  # only compiled files have the kernels, and there they cannot be switched off
+
+    def unfused(self, model: torch.nn.Module) -> dict[str, str]:
+        return {} if isinstance(model, files.CompiledModel) else refusals(model)
 
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -44,29 +44,34 @@ class AttentionInteractionBlock(InteractionBlock):
         if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
             raise ValueError("attention over messages does not serve ML-IAP: use pair_nequip.")
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
-        embedding = data[AtomicDataDict.EDGE_EMBEDDING_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
         sc = None if self.sc is None else self.sc(x, data[AtomicDataDict.NODE_ATTRS_KEY])
-        query = self.linear_query(x)
-        key = self.linear_key(x).index_select(0, edges[1]) + self.edge_key(embedding)
-        envelope = data[AtomicDataDict.EDGE_CUTOFF_KEY].to(x.dtype).reshape(-1)
-        weights = self.attention(
-            query.reshape(-1, self.heads, self.dim), key.reshape(-1, self.heads, self.dim), envelope, edges[0]
-        )
-        weights = (self.neighbours * weights).index_select(1, self.head_of_weight)
-
+        weights = self.edge_weights(data).index_select(1, self.head_of_weight)
         data[AtomicDataDict.NODE_FEATURES_KEY] = self.linear_1(x)
         data = self.avg_num_neighbors_norm(data)
         x = self.tp_scatter(
             x=data[AtomicDataDict.NODE_FEATURES_KEY],
             edge_attr=data[AtomicDataDict.EDGE_ATTRS_KEY],
-            edge_weight=self.edge_mlp(embedding) * weights,
+            edge_weight=self.edge_mlp(data[AtomicDataDict.EDGE_EMBEDDING_KEY]) * weights,
             edge_dst=edges[0],
             edge_src=edges[1],
         )
         x = self.linear_2(x)
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
+
+    def edge_weights(self, data: AtomicDataDict.Type) -> torch.Tensor:
+        """Compute ``N alpha_ij`` from the features before the block, (edges, heads)."""
+        x = data[AtomicDataDict.NODE_FEATURES_KEY]
+        embedding = data[AtomicDataDict.EDGE_EMBEDDING_KEY]
+        edges = data[AtomicDataDict.EDGE_INDEX_KEY]
+        query = self.linear_query(x)
+        key = self.linear_key(x).index_select(0, edges[1]) + self.edge_key(embedding)
+        envelope = data[AtomicDataDict.EDGE_CUTOFF_KEY].to(x.dtype).reshape(-1)
+        weights: torch.Tensor = self.attention(
+            query.reshape(-1, self.heads, self.dim), key.reshape(-1, self.heads, self.dim), envelope, edges[0]
+        )
+        return self.neighbours * weights
 
 
 def _extend(block: AnyModule) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
-from gaq.model.state import FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq.untyped import AnyModule, Calculator, Document
 from gaq_nequip.host import nequip_state
 from gaq_nequip.model import graph_models
@@ -55,7 +55,8 @@ class CompiledModel(torch.nn.Module):
         self.metadata = artefact.metadata(path)
         if "gaq_config" in self.metadata:
             config = parse_stored(json.loads(self.metadata["gaq_config"]), finished=True)
-            self.__dict__["gaq_state"] = ModelState(config, self.metadata.get("gaq_status", "frozen"))
+            notes = {TRAINED: self.metadata.get("gaq_trained") == "1"}
+            self.__dict__["gaq_state"] = ModelState(config, self.metadata.get("gaq_status", "frozen"), notes=notes)
 
     def calculator(self) -> Calculator:
         """NequIP's ASE calculator of the file."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.model.state import ModelState, StoredState, is_kind, require_state, same_grid, settle_codes, state_of
+from gaq.model.state import TRAINED, ModelState, StoredState, is_kind, require_state, same_grid, settle_codes, state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import AnyModule, Options
@@ -107,6 +107,7 @@ class _QuantizedRoot:
         if state is not None:
             facts["gaq_preset"] = state.config.preset
             facts["gaq_status"] = state.status
+            facts["gaq_trained"] = str(int(bool(state.notes.get(TRAINED))))
             facts["gaq_config"] = json.dumps(state.config.to_dict())
             facts.update(_size_metadata(model))
         return facts

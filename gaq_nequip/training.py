@@ -15,6 +15,7 @@ from torch import Tensor
 from gaq.checks.rotations import random_rotation
 from gaq.config.parse import ConfigError, QuantizationConfig
 from gaq.model.state import (
+    TRAINED,
     UNFINISHED,
     exact_features,
     feature_quantizers,
@@ -163,6 +164,7 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in quantized_models(pl_module.model):
             state = require_state(model)
             state.holds_scales = True
+            state.notes[TRAINED] = True
             at_end = state.config.rounds_weights_at_end
             round_weights(model, not at_end)
             if at_end:

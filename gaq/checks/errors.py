@@ -1,4 +1,4 @@
-"""Errors against reference labels, and reading labelled structures."""
+"""Errors against reference labels and against another potential, and reading labelled structures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gaq.checks.potential import Potential
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -21,10 +22,11 @@ class MissingLabelsError(ValueError):
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Mean absolute errors against reference labels.
+    """Errors against reference labels.
 
     Attributes:
-        force_mae_mev_per_angstrom: over all force components of all structures, meV/Å.
+        force_mae_mev_per_angstrom: mean absolute error over all force components of all structures, meV/Å.
+        force_rmse_mev_per_angstrom: root mean square error over the same components, meV/Å.
         energy_mae_mev_per_atom: over structures, of the energy difference per atom, meV/atom.
         structures: number of structures.
         force_components: number of force components.
@@ -33,6 +35,7 @@ class LabelErrors:
     """
 
     force_mae_mev_per_angstrom: float
+    force_rmse_mev_per_angstrom: float
     energy_mae_mev_per_atom: float
     structures: int
     force_components: int
@@ -67,24 +70,71 @@ def force_and_energy_mae(
     """
     if len(structures) == 0:
         raise ValueError("force_and_energy_mae: no structures given; pass at least one")
-    labels = [_labels(structure, n, energy_key, forces_key) for n, structure in enumerate(structures)]
-    bare = [structure.copy() for structure in structures]
-    for structure in bare:
-        structure.set_constraint()  # ASE would zero the forces of fixed atoms
-    energies, forces = potential(bare)
+    labels = [labels_of(structure, n, energy_key, forces_key) for n, structure in enumerate(structures)]
+    energies, forces = potential(_unconstrained(structures))
     label_energies = np.array([energy for energy, _ in labels])
     sizes = np.array([len(structure) for structure in structures])
     expected = np.concatenate([label.ravel() for _, label in labels])
-    predicted = np.concatenate([np.asarray(force, dtype=float).ravel() for force in forces])
+    predicted = _flat(forces)
     energy_errors = np.abs(np.asarray(energies, dtype=float) - label_energies) / sizes
     return LabelErrors(
         force_mae_mev_per_angstrom=1e3 * float(np.mean(np.abs(predicted - expected))),
+        force_rmse_mev_per_angstrom=_rms(predicted - expected),
         energy_mae_mev_per_atom=1e3 * float(np.mean(energy_errors)),
         structures=len(structures),
         force_components=len(expected),
         force_labels=expected,
         force_predictions=predicted,
     )
+
+
+@dataclass(frozen=True)
+class ForceDifference:
+    """How far the forces of two potentials are apart.
+
+    Attributes:
+        rms_mev_per_angstrom: root mean square of the difference over all force components, meV/Å.
+        force_rms_mev_per_angstrom: root mean square of the reference's force components, meV/Å.
+        structures: number of structures.
+    """
+
+    rms_mev_per_angstrom: float
+    force_rms_mev_per_angstrom: float
+    structures: int
+
+    @classmethod
+    def between(cls, forces: np.ndarray, reference: np.ndarray, structures: int) -> ForceDifference:
+        """Compare forces of the same shape, eV/Å, on that many structures."""
+        return cls(_rms(forces - reference), _rms(reference), structures)
+
+
+def force_difference(potential: Potential, reference: Potential, structures: Sequence[Atoms]) -> ForceDifference:
+    """Measure how far the forces of a potential are from those of a reference potential; no labels enter.
+
+    Raises:
+        ValueError: if there are no structures.
+    """
+    if len(structures) == 0:
+        raise ValueError("force_difference: no structures given; pass at least one")
+    bare = _unconstrained(structures)
+    return ForceDifference.between(_flat(potential(bare)[1]), _flat(reference(bare)[1]), len(structures))
+
+
+def _unconstrained(structures: Sequence[Atoms]) -> list[Atoms]:
+    """Copies without constraints: ASE would zero the forces of fixed atoms."""
+    bare = [structure.copy() for structure in structures]
+    for structure in bare:
+        structure.set_constraint()
+    return bare
+
+
+def _flat(forces: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(force, dtype=float).ravel() for force in forces])
+
+
+def _rms(forces: np.ndarray) -> float:
+    """Root mean square of forces in eV/Å, in meV/Å."""
+    return 1e3 * float(np.sqrt(np.mean(forces**2)))
 
 
 def read_structures(path: str | Path, index: str = ":") -> list[Atoms]:
@@ -127,12 +177,26 @@ def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
     return [structures[int(n)] for n in np.linspace(0, len(structures) - 1, count)]
 
 
-def _labels(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> tuple[float, np.ndarray]:
-    """Return energy (eV) and forces (n_atoms, 3) (eV/Å) of a labelled structure."""
+def _stored_labels(structure: Atoms) -> Document:
     from ase.calculators.singlepoint import SinglePointCalculator
 
     # Only stored results are labels: any other calculator would compute new values.
-    stored = structure.calc.results if isinstance(structure.calc, SinglePointCalculator) else {}
+    return structure.calc.results if isinstance(structure.calc, SinglePointCalculator) else {}
+
+
+def has_labels(structure: Atoms, energy_key: str, forces_key: str) -> bool:
+    """Whether a structure has a reference energy or reference forces."""
+    return energy_key in structure.info or forces_key in structure.arrays or "forces" in _stored_labels(structure)
+
+
+def labels_of(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> tuple[float, np.ndarray]:
+    """Return energy (eV) and forces (n_atoms, 3) (eV/Å) of a labelled structure.
+
+    Raises:
+        MissingLabelsError: if one is missing.
+        ValueError: if one is not finite or has the wrong shape.
+    """
+    stored = _stored_labels(structure)
     energy = structure.info.get(energy_key, stored.get("energy"))
     forces = structure.arrays.get(forces_key, stored.get("forces"))
     for value, key, place, stored_key in (

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 
+class NoBondError(ValueError):
+    """A structure has no two atoms within bonding distance."""
+
+
 @dataclass(frozen=True, eq=False)
 class SmoothnessResult:
     """Outcome of a bond-stretch scan.
@@ -81,7 +85,8 @@ def bond_stretch_scan(
         The verdict and the scanned energies.
 
     Raises:
-        ValueError: if the bond cannot be chosen or is invalid, ``points`` is below 5, or the span is empty or
+        NoBondError: if no bond is given and the structure has none.
+        ValueError: if the bond is invalid, ``points`` is below 5, or the span is empty or
             shortens the bond to nothing.
     """
     if points < 5:
@@ -155,7 +160,7 @@ def _choose_bond(atoms: Atoms, neighbours: list[list[int]]) -> tuple[int, int]:
         return neighbours[atom][0], atom
     contacts = [(i, j) for i, around in enumerate(neighbours) for j in around if i < j]
     if not contacts:
-        raise ValueError(
+        raise NoBondError(
             f"bond_stretch_scan: no two atoms of {atoms.get_chemical_formula()} are within 1.1 times their "
             "covalent radii; name the pair to stretch with bond=(i, j)"
         )

@@ -78,6 +78,7 @@ class ChunkedConvolution:
         harmonics: Sequence[Tensor],
         r_max: float,
         widths: Sequence[int],
+        scaled: bool = False,
     ) -> ChunkedConvolution:
         """Cut a convolution into chunks.
 
@@ -89,6 +90,8 @@ class ChunkedConvolution:
             starts: for each path, the column of its first radial weight among those of all paths.
             harmonics, r_max: as in `ConvolutionProblem`.
             widths: numbers of channels that a chunk may have; `cpu_widths` or `GPU_WIDTHS`.
+
+            scaled: whether edges have factors; see `scale_channels`.
 
         Raises:
             ValueError: for a problem that the kernels do not serve.
@@ -104,7 +107,13 @@ class ChunkedConvolution:
                 channels = torch.arange(chunk * width, (chunk + 1) * width)
                 columns.append(start + channels.clamp(max=multiplicities[path.block] - 1))
         blocks = tuple(l for l, count in zip(degrees, counts, strict=True) for _ in range(count))  # noqa: E741
-        problem = ConvolutionProblem(width, blocks, tuple(groups), tuple(chunks), tuple(harmonics), r_max)
+        # Blocks of as many channels have the same factors: a row for each of their chunks.
+        scale_rows: dict[int, range] = {}
+        for m, count in zip(multiplicities, counts, strict=True):
+            begin = sum(len(rows) for rows in scale_rows.values())
+            scale_rows.setdefault(m, range(begin, begin + count))
+        rows = tuple(row for m in multiplicities for row in scale_rows[m]) if scaled else ()
+        problem = ConvolutionProblem(width, blocks, tuple(groups), tuple(chunks), tuple(harmonics), r_max, rows)
         of_paths = tuple(p.block for p in paths), tuple(p.group for p in paths)
         return ChunkedConvolution(problem, tuple(multiplicities), tuple(degrees), *of_paths, torch.cat(columns))
 
@@ -116,6 +125,16 @@ class ChunkedConvolution:
             columns: the attribute, on the device of the weights.
         """
         return weights.index_select(-1, columns).unflatten(-1, (len(self.problem.paths), self.problem.channels))
+
+    def scale_channels(self) -> list[tuple[int, Tensor]]:
+        """Channels that an edge's factors multiply, in the order of the factors.
+
+        Returns:
+            Pairs of a number of channels and, for each factor of the blocks that have as many, the channel within such
+            a block, (chunks * width,). Factors that only fill up have the last channel.
+        """
+        width = self.problem.channels
+        return [(m, torch.arange(-(-m // width) * width).clamp(max=m - 1)) for m in dict.fromkeys(self.multiplicities)]
 
     def rows(self, features: Tensor) -> Tensor:
         """Bring features (atoms, irreps.dim) into the layout of the problem, (atoms, rows, channels)."""

@@ -44,6 +44,7 @@ def _convolution(
     features: Tensor,
     vectors: Tensor,
     weights: Tensor,
+    scales: Tensor,
     ints: Tensor,
     reals: Tensor,
     sender: Tensor,
@@ -54,8 +55,8 @@ def _convolution(
     atoms, channels = features.shape[0], features.shape[2]
     message = features.new_empty(rows_out * atoms, channels)
     # Bound to names, because copies of non-contiguous tensors have to live until the call returns.
-    contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights)]
-    ints, reals, sender, receiver, tables, vectors, features, weights = contiguous
+    contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, scales)]
+    ints, reals, sender, receiver, tables, vectors, features, weights, scales = contiguous
     kernel("convolution", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
@@ -67,6 +68,7 @@ def _convolution(
         vectors.data_ptr(),
         features.data_ptr(),
         weights.data_ptr(),
+        scales.data_ptr() if scales.numel() else None,
         message.data_ptr(),
         torch.get_num_threads(),
     )
@@ -78,6 +80,7 @@ def _convolution_fake(
     features: Tensor,
     vectors: Tensor,
     weights: Tensor,
+    scales: Tensor,
     ints: Tensor,
     reals: Tensor,
     sender: Tensor,
@@ -94,6 +97,7 @@ def _convolution_backward(
     features: Tensor,
     vectors: Tensor,
     weights: Tensor,
+    scales: Tensor,
     ints: Tensor,
     reals: Tensor,
     sender: Tensor,
@@ -101,12 +105,15 @@ def _convolution_backward(
     tables: Tensor,
     of_features: bool,
     of_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, grad)]
-    ints, reals, sender, receiver, tables, vectors, features, weights, grad = contiguous
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    contiguous = [
+        t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, scales, grad)
+    ]
+    ints, reals, sender, receiver, tables, vectors, features, weights, scales, grad = contiguous
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
     grad_vectors = torch.zeros_like(vectors)
     grad_weights = torch.zeros_like(weights) if of_weights else weights.new_empty(0)
+    grad_scales = torch.zeros_like(scales)
     kernel("convolution_backward", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
@@ -118,13 +125,15 @@ def _convolution_backward(
         vectors.data_ptr(),
         features.data_ptr(),
         weights.data_ptr(),
+        scales.data_ptr() if scales.numel() else None,
         grad.data_ptr(),
         grad_vectors.data_ptr(),
         grad_features.data_ptr() if of_features else None,
         grad_weights.data_ptr() if of_weights else None,
+        grad_scales.data_ptr() if scales.numel() else None,
         torch.get_num_threads(),
     )
-    return grad_features, grad_vectors, grad_weights
+    return grad_features, grad_vectors, grad_weights, grad_scales
 
 
 @_convolution_backward.register_fake
@@ -133,6 +142,7 @@ def _convolution_backward_fake(
     features: Tensor,
     vectors: Tensor,
     weights: Tensor,
+    scales: Tensor,
     ints: Tensor,
     reals: Tensor,
     sender: Tensor,
@@ -140,14 +150,14 @@ def _convolution_backward_fake(
     tables: Tensor,
     of_features: bool,
     of_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_features = features.new_empty(features.shape) if of_features else features.new_empty(0)
     grad_weights = weights.new_empty(weights.shape) if of_weights else weights.new_empty(0)
-    return grad_features, vectors.new_empty(vectors.shape), grad_weights
+    return grad_features, vectors.new_empty(vectors.shape), grad_weights, scales.new_empty(scales.shape)
 
 
 def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
+    ctx.save_for_backward(*inputs[:9])
 
 
 def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,13 +166,14 @@ def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_features, _, of_weights = ctx.needs_input_grad[:3]
     if of_weights and weights.dim() == 4:
         raise RuntimeError("a radial table has no gradient")
-    g_features, g_vectors, g_weights = _convolution_backward(
+    g_features, g_vectors, g_weights, g_scales = _convolution_backward(
         grad.contiguous(), features, vectors, weights, *rest, of_features, of_weights or weights.dim() == 3
     )
     return (
         g_features if of_features else None,
         g_vectors,
         g_weights if of_weights else None,
+        g_scales,
         *(None,) * 6,
     )
 
@@ -170,7 +181,14 @@ def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
 _convolution.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weights: Tensor, tabulated: bool) -> None:
+def _check(
+    problem: ConvolutionProblem,
+    features: Tensor,
+    vectors: Tensor,
+    weights: Tensor,
+    tabulated: bool,
+    scales: Tensor | None,
+) -> None:
     if features.shape[1:] != (problem.rows_in, problem.channels):
         raise ValueError(
             f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}"
@@ -182,6 +200,11 @@ def _check(problem: ConvolutionProblem, features: Tensor, vectors: Tensor, weigh
         raise ValueError(f"radial weights of shape {tuple(weights.shape)} do not fit the problem")
     if not features.dtype == vectors.dtype == weights.dtype:
         raise TypeError(f"dtypes differ: {features.dtype}, {vectors.dtype}, {weights.dtype}")
+    expected = (len(vectors), problem.scales, problem.channels) if problem.scale_rows else None
+    if (None if scales is None else scales.shape) != expected:
+        raise ValueError(f"factors of edges of shape {expected}, not {None if scales is None else tuple(scales.shape)}")
+    if scales is not None and scales.dtype != features.dtype:
+        raise TypeError(f"dtypes differ: {features.dtype}, {scales.dtype}")
 
 
 def convolution(
@@ -191,6 +214,7 @@ def convolution(
     vectors: Tensor,
     weights: Tensor,
     tabulated: bool = True,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the messages of all atoms by the fused kernel; differentiable once.
 
@@ -205,6 +229,9 @@ def convolution(
             features.
         tabulated: whether the weights are tables.
 
+        scales: factors of the radial weights, different for each edge, (edges, scales, channels) with the rows that
+            `ConvolutionProblem.scale_rows` numbers: the weights of attention. None where it is empty.
+
     Returns:
         (rows_out * atoms, channels), see `ConvolutionProblem.split`.
 
@@ -213,16 +240,17 @@ def convolution(
         gaq.kernels.cpu.native.CompilerError: if the kernels cannot be built.
         RuntimeError: on a GPU without Triton.
     """
-    _check(problem, features, vectors, weights, tabulated)
+    _check(problem, features, vectors, weights, tabulated, scales)
     if gpu.chosen(features.device):
         from gaq.kernels.gpu import convolution as gpu_convolution
 
-        return gpu_convolution.convolution(problem, graph, features, vectors, weights, tabulated)
+        return gpu_convolution.convolution(problem, graph, features, vectors, weights, tabulated, scales)
     ints, reals = problem.plan(weights.shape[1] if tabulated else 0)
     return _convolution(  # type: ignore[no-any-return]  # a registered operation is untyped
         features.contiguous(),
         vectors.contiguous(),
         weights.contiguous(),
+        features.new_empty(0) if scales is None else scales.contiguous(),
         ints,
         reals,
         graph.sender.contiguous(),
@@ -239,9 +267,10 @@ def reference(
     vectors: Tensor,
     weights: Tensor,
     tabulated: bool = True,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute `convolution` in plain torch, differentiable any number of times."""
-    _check(problem, features, vectors, weights, tabulated)
+    _check(problem, features, vectors, weights, tabulated, scales)
     lengths = vectors.norm(dim=-1)
     inside = (lengths > 0) & (lengths < problem.r_max)
     numbers = inside.nonzero()[:, 0]
@@ -253,6 +282,9 @@ def reference(
         w = radial.evaluate(weights, lengths, problem.r_max)
     else:
         w = radial.evaluate_several(weights, lengths, problem.r_max, graph.tables[numbers], len(problem.paths))
+    if scales is not None:
+        rows = [problem.scale_rows[path.block] for path in problem.paths]
+        w = w * scales[numbers][:, rows]
     gathered = features[graph.sender[numbers]]
     starts = [sum(2 * l + 1 for l in problem.blocks[:i]) for i in range(len(problem.blocks))]  # noqa: E741
     parts: Sequence[list[Tensor]] = [[] for _ in problem.groups]

@@ -44,6 +44,8 @@ class ConvolutionProblem:
         paths: of the tensor product, in the order of the radial weights.
         harmonics: coefficients of the spherical harmonics, from `gaq.kernels.harmonics.fit`.
         r_max: cutoff in Å.
+        scale_rows: where edges have factors by which radial weights are multiplied, as the weights of attention: for
+            each input block, the row of an edge's factors that its paths read. Empty where there are none.
     """
 
     channels: int
@@ -52,6 +54,7 @@ class ConvolutionProblem:
     paths: tuple[Path, ...]
     harmonics: tuple[Tensor, ...]
     r_max: float
+    scale_rows: tuple[int, ...] = ()
     # Plain dictionaries, because compilers trace through them: a plan for each number of intervals that was needed,
     # and the name of the generated kernels for each kind of weights (2). Threads that write at the same time write the
     # same.
@@ -76,6 +79,11 @@ class ConvolutionProblem:
     def rows_in(self) -> int:
         """Number of components of all input blocks."""
         return sum(2 * l + 1 for l in self.blocks)  # noqa: E741
+
+    @property
+    def scales(self) -> int:
+        """Number of rows (of `channels` numbers) of an edge's factors."""
+        return max(self.scale_rows, default=-1) + 1
 
     def group_paths(self, group: int) -> list[int]:
         """Numbers of the paths whose output is a group."""
@@ -114,6 +122,7 @@ class ConvolutionProblem:
                 span
                 and path.coefficients is start.coefficients
                 and (path.block, path.edge_degree, path.group) == (start.block + span, start.edge_degree, start.group)
+                and (not self.scale_rows or self.scale_rows[path.block] == self.scale_rows[start.block] + span)
             ):
                 spans[-1] = first, span + 1
             else:
@@ -138,8 +147,10 @@ class ConvolutionProblem:
                 ints += [starts[path.block], 2 * self.blocks[path.block] + 1, path.edge_degree]
                 ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
                 ints += [2 * self.groups[path.group] + 1, begin, len(values), span]
+                ints.append(self.scale_rows[path.block] if self.scale_rows else 0)
             head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in]
             head += [intervals, int(intervals > 0)]
+            head.append(self.scales)
             reals = torch.cat(
                 [
                     torch.tensor([self.r_max, *values], dtype=torch.float64),

@@ -24,12 +24,13 @@ KERNELS = {
     "convolution": (
         "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
         "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
-        "T* message, int64_t threads"
+        "const T* scales, T* message, int64_t threads"
     ),
     "convolution_backward": (
         "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
         "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
-        "const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, int64_t threads"
+        "const T* scales, const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, T* grad_scales, "
+        "int64_t threads"
     ),
     "product": (
         "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* centre, "
@@ -53,12 +54,15 @@ KERNELS = {
 }
 """Arguments of each kernel, as in C++. The kernel's source says which pointers may be null."""
 
-_EDGES = "Tensor features, Tensor vectors, Tensor weights, Tensor ints, Tensor reals, Tensor sender, Tensor receiver"
+_EDGES = (
+    "Tensor features, Tensor vectors, Tensor weights, Tensor scales, Tensor ints, Tensor reals, Tensor sender, "
+    "Tensor receiver, Tensor tables"
+)
 
 OPERATIONS = {
-    "edge_convolution": f"({_EDGES}, Tensor tables, SymInt rows_out) -> Tensor",
+    "edge_convolution": f"({_EDGES}, SymInt rows_out) -> Tensor",
     "edge_convolution_backward": (
-        f"(Tensor grad, {_EDGES}, Tensor tables, bool of_features, bool of_weights) -> (Tensor, Tensor, Tensor)"
+        f"(Tensor grad, {_EDGES}, bool of_features, bool of_weights) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "edge_product": (
         "(Tensor x, Tensor y, Tensor weights, Tensor ints, Tensor reals, Tensor centre, SymInt rows_out) -> Tensor"

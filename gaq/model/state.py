@@ -20,6 +20,7 @@ from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "FORMAT",
+    "TRAINED",
     "UNFINISHED",
     "FixedWeight",
     "ModelFileError",
@@ -51,6 +52,9 @@ FORMAT = 2
 
 UNFINISHED = "weights_unrounded"
 """Note in the state of a model from a run that rounds its weights at its end, and has not ended."""
+
+TRAINED = "trained"
+"""Note in the state of a model that a framework's command trained with the key ``quantization``."""
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ class Gate:
 
     Attributes:
         name: key of the gate.
-        value: measured value; None if it was not measured; infinite if the check ran and broke down.
+        value: measured value; None if it was not measured; infinite if the check ran and broke down. A value that is
+            NaN or infinite never passes.
         bound: the bound; None if it depends on something that was not measured.
         passed: whether ``value comparison bound``; None if not measured, or not comparable.
         unit: unit of value and bound; empty for ratios.
@@ -57,7 +58,7 @@ class _Bounds:
 
 
 # Presets with no first bound need training: post-training quantization is compared with the second bound, and a
-# failure is printed but not enforced.
+# failure is printed but not enforced; the bound on the force difference, which ruined models exceed, is.
 BOUNDS: dict[str, _Bounds] = {
     "gaq": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
     "w8a16": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
@@ -73,11 +74,21 @@ BOUNDS: dict[str, _Bounds] = {
 CENTRAL_DIFFERENCE_STEP = 0.01
 """Step (Å) at which the central-difference gate is judged."""
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
+LOWEST_FLOAT_ERROR = 0.013
+"""RMS force error over RMS force of the most accurate float model in ``benchmarks/results/force_difference_*.json``."""
+
+HIGHEST_FLOAT_ERROR = 0.1
+"""RMS force error over RMS force that a float model in use may have: twice that of the least accurate one there."""
+
+OWN_LABELS = 1e-4
+"""RMS force error over RMS force below which labels are the float model's own output, written to a file."""
+
+COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": lambda value, bound: value <= bound,
     "<": lambda value, bound: value < bound,
     ">=": lambda value, bound: value >= bound,
 }
+"""What the comparisons of gates mean."""
 
 
 FLOAT = "float"
@@ -92,19 +103,21 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
 
     Args:
         results: metrics under the names of ``report.json`` (`gaq.reporting.measure`), with ``training`` (``"ptq"``,
-            the default, or ``"qat"``).
+            the default, or ``"qat"``) and ``not_applicable``, names of gates that nothing can measure on this model.
         preset: a name in `BOUNDS`, or `FLOAT`.
         reference: the same metrics of the unquantized model on the same data.
 
     Returns:
-        Every gate by name, none for a float model. A gate whose inputs are missing, or cannot be compared, has
-        ``passed`` None and says what to supply.
+        Every gate by name, without those that are not applicable. A gate whose inputs are missing, or cannot be
+        compared, has ``passed`` None and says what to supply. A float model has no gates, unless a metric of it is NaN
+        or infinite: then it fails the gate ``finite``.
 
     Raises:
         ValueError: if the preset or ``training`` is unknown.
     """
+    finite = _finite_gate(results, reference)
     if preset == FLOAT:
-        return {}
+        return {} if finite.passed else {finite.name: finite}
     if preset not in BOUNDS:
         raise ValueError(f"no gates for preset {preset!r}; use the nearest of {', '.join(BOUNDS)}")
     training = results.get("training") or "ptq"
@@ -113,7 +126,9 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
     bounds = BOUNDS[preset]
     fp32: Metrics = reference or {}
     gates = (
+        finite,
         _accuracy_gate(results, fp32, bounds, training),
+        _difference_gate(results, fp32, bounds, training),
         *_symmetry_gates(results, bounds),
         *_energy_gates(results, fp32, bounds),
         _gate(
@@ -127,13 +142,34 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
         ),
         _size_gate(results, fp32, bounds),
     )
-    return {gate.name: gate for gate in gates}
+    not_applicable = results.get("not_applicable") or ()
+    return {gate.name: gate for gate in gates if gate.name not in not_applicable}
 
 
 def failed_gates(gates: Mapping[str, Gate | ReadOnlyDocument]) -> list[str]:
     """Return the names of the enforced gates that failed, given gates or their form in ``report.json``."""
     plain = {name: gate.to_dict() if isinstance(gate, Gate) else gate for name, gate in gates.items()}
     return [name for name, gate in plain.items() if gate["enforced"] and gate["passed"] is False]
+
+
+def unmeasured(gates: Mapping[str, ReadOnlyDocument]) -> dict[str, str]:
+    """Return by name what each gate that was not measured needs, given gates as in ``report.json``."""
+    return {name: gate["note"].partition(": ")[2] for name, gate in gates.items() if gate["passed"] is None}
+
+
+def summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
+    """Say in one sentence how many gates were measured and which failed, given gates as in ``report.json``."""
+    measured = [name for name, gate in gates.items() if gate["passed"] is not None]
+    failed = failed_gates(gates)
+    printed = [name for name in measured if gates[name]["passed"] is False and name not in failed]
+    text = f"{len(measured)} of {len(gates)} gates measured"
+    text += f"; failed: {', '.join(failed)}" if failed else ", none failed" if len(measured) > 0 else ""
+    return text + (f"; missed, but not enforced for this preset: {', '.join(printed)}" if printed else "")
+
+
+def passes_all(gates: Mapping[str, ReadOnlyDocument]) -> bool:
+    """Whether every gate was measured and passed, the printed ones included."""
+    return bool(gates) and all(gate["passed"] is True for gate in gates.values())
 
 
 def verdict(gate: ReadOnlyDocument) -> str:
@@ -155,21 +191,81 @@ def _gate(
 ) -> Gate:
     passed = None
     if value is not None and bound is not None:
-        passed = bool(_COMPARE[comparison](value, bound))  # False for NaN
+        passed = math.isfinite(value) and bool(COMPARE[comparison](value, bound))  # False for a bound that is NaN
     text = f"not measured: {missing}" if passed is None else note
     return Gate(name, value, bound, passed, unit, text, comparison, enforced)
 
 
+def _not_finite(value: object, name: str) -> list[str]:
+    """Return the paths of all numbers in a value that are NaN or infinite."""
+    if isinstance(value, Mapping):
+        return [path for key, item in value.items() for path in _not_finite(item, f"{name}.{key}")]
+    return [name] if isinstance(value, float) and not math.isfinite(value) else []
+
+
+def _finite_gate(results: Metrics, reference: Metrics | None) -> Gate:
+    broken = _not_finite(results, "model") + _not_finite(reference or {}, "reference")
+    note = f"NaN or infinite: {', '.join(broken)}" if broken else "measured values that are NaN or infinite"
+    return _gate("finite", len(broken), 0, note, "")
+
+
+def float_error(difference: Metrics | None, fp32: Metrics) -> float | None:
+    """Return the float model's own RMS force error in meV/Å; None without labels, or if the labels are its own output.
+
+    Structures from a simulation that were written with energies and forces carry such labels.
+
+    Args:
+        difference: the metric ``force_difference``; without it labels cannot be told from the model's own output.
+        fp32: metrics of the float model.
+    """
+    error = fp32.get("force_rmse_mev_per_angstrom")
+    if error is None or difference is None or error <= OWN_LABELS * difference["force_rms_mev_per_angstrom"]:
+        return None
+    return float(error)
+
+
 def _accuracy_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: str) -> Gate:
     has_bound = training == "qat" or bounds.force_mae_ptq is not None
+    ratio = quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom"))
+    difference = results.get("force_difference")
+    if difference is not None and float_error(difference, fp32) is None:
+        ratio = None
     return _gate(
         "force_mae_ratio",
-        quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom")),
+        ratio,
         bounds.force_mae_qat if training == "qat" or bounds.force_mae_ptq is None else bounds.force_mae_ptq,
         f"force MAE over that of the reference model on the same data ({training})",
-        "needs labelled structures and a reference model",
+        "needs a reference model and labelled structures, with labels that are not the reference model's own output",
         enforced=bounds.accuracy_enforced and has_bound,
     )
+
+
+def _difference_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: str) -> Gate:
+    """Judge the force difference to the reference model, which needs no labels.
+
+    Rounding errors are independent of the model's own error E, so both add in quadrature: the force error grows by a
+    factor r when the difference is ``sqrt(r² - 1) E``, 0.2 E for r = 1.02. Without labels E is unknown, and
+    `LOWEST_FLOAT_ERROR` of the RMS force stands for it.
+
+    Two models that were trained apart differ by their own errors, at most ``E + r E``; `HIGHEST_FLOAT_ERROR` of the RMS
+    force stands for E where that is larger, or where there are no labels. This is the bound of trained models, and of
+    presets whose force error is only printed: it tells a ruined model from an inexact one.
+    """
+    difference = results.get("force_difference")
+    missing = "needs a reference model"
+    if difference is None:
+        return _gate("force_difference", None, None, "", missing, unit="meV/Å")
+    error, force = float_error(difference, fp32), difference["force_rms_mev_per_angstrom"]
+    if bounds.force_mae_ptq is not None and training == "ptq":
+        factor, share, only_ruin = math.sqrt(bounds.force_mae_ptq**2 - 1.0), LOWEST_FLOAT_ERROR, False
+    else:
+        factor, share, only_ruin = 1.0 + bounds.force_mae_qat, HIGHEST_FLOAT_ERROR, True
+    if error is None or (only_ruin and error < share * force):
+        error, of_what = share * force, f"{100 * factor * share:.2g} % of the RMS force of {force:.4g} meV/Å"
+    else:
+        of_what = f"{factor:.2g} times the reference's own RMS force error"
+    note = f"RMS force difference to the reference model on {difference['structures']} structures; bound: {of_what}"
+    return _gate("force_difference", difference["rms_mev_per_angstrom"], factor * error, note, missing, unit="meV/Å")
 
 
 def _symmetry_gates(results: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaq.checks.conservation import central_difference_error
-from gaq.checks.errors import LabelErrors, MissingLabelsError, force_and_energy_mae, spaced
+from gaq.checks.errors import ForceDifference, LabelErrors, force_and_energy_mae, force_difference, has_labels, spaced
 from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
-from gaq.checks.smoothness import SmoothnessResult, bond_stretch_scan
+from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
+from gaq.checks.structures import check_labels, check_structures, rattled
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
-from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, quotient
+from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, float_error, quotient
 from gaq.reporting.subject import Subject, open_file
 from gaq.untyped import Document
 
@@ -27,6 +29,9 @@ __all__ = ["Quality", "measure_file", "measure_subject", "quality"]
 
 MAX_REFERENCE_PATH_ATOMS = 500
 """Most atoms of a structure for the reference path, which holds the features of every edge in memory."""
+
+LEAST_ROTATION_ERROR = 1e-9
+"""Rotation error (meV/Å) below which an exactly equivariant model in float64 is at the level of its rounding."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def quality(
     if len(labelled):
         labels = _label_errors(subject, labelled, energy_key, forces_key)
         metrics["force_mae_mev_per_angstrom"] = labels.force_mae_mev_per_angstrom if labels else None
+        metrics["force_rmse_mev_per_angstrom"] = labels.force_rmse_mev_per_angstrom if labels else None
         metrics["energy_mae_mev_per_atom"] = labels.energy_mae_mev_per_atom if labels else None
     if len(rotated):
         error = local_equivariance_error(subject.exact, rotated, rotations=rotations, seed=seed)
@@ -122,15 +128,16 @@ def measure_subject(
     nve_ps: float = 0.0,
     seed: int = 0,
     progress: bool = False,
-    check_structures: int = 8,
+    checked_structures: int = 8,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
 ) -> Document:
     """Measure a model and its reference on the same data, and judge the model.
 
     Errors against labels use every structure. Rotations and central differences, which cost dozens of evaluations per
-    structure, use ``check_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use
-    the first structure.
+    structure, use ``checked_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use
+    the first structure. The force difference to the reference uses every structure that is labelled; without labels,
+    the spaced ones and a copy of each with displaced atoms, because forces on relaxed structures are zero.
 
     Args:
         subject: the model.
@@ -139,7 +146,7 @@ def measure_subject(
         nve_ps: length of the NVE runs, ps; 0 leaves them out.
         seed: seed of rotations, components, velocities.
         progress: show progress bars.
-        check_structures: number of structures for rotations and central differences.
+        checked_structures: number of structures for rotations and central differences.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
 
@@ -149,18 +156,18 @@ def measure_subject(
         which are not part of ``report.json``.
 
     Raises:
-        ValueError: if there are no structures, a file is missing, the preset is unknown, or only some structures
-            are labelled.
+        ValueError: if there are no structures, a file is missing, the preset is unknown, only some structures are
+            labelled, or a label or position is not finite.
     """
-    if len(structures) == 0:
-        raise ValueError("measure: no structures given; pass at least one")
+    check_structures(structures)
+    check_labels(structures, energy_key, forces_key)
     if subject.preset not in (*BOUNDS, FLOAT):
         raise ValueError(f"measure: no gates for preset {subject.preset!r}; nearest of: {', '.join(BOUNDS)}")
     subjects = {"model": subject, **({"reference": reference} if reference else {})}
     for measured in subjects.values():
         if measured.path is None or not Path(measured.path).is_file():
             raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
-    checked = spaced(structures, max(1, check_structures))
+    checked = spaced(structures, max(1, checked_structures))
     metrics: dict[str, Document] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
@@ -174,13 +181,12 @@ def measure_subject(
             runs[name] = nve_drift(measured.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
         file_metrics = _file_metrics(measured, structures[0], runs.get(name), seed)
         metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
-    scan = None if reference is None else _scan(subject, reference, structures[0])
+    comparison, scan = _against_reference(subject, reference, checked, labels, metrics, (energy_key, forces_key), seed)
     metrics["model"] |= {
         "preset": subject.preset,
         "training": subject.training,
         "rounds_features": subject.rounds_features,
-        "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
-        **_against_plain_operations(subject, reference, checked, seed),
+        **comparison,
     }
     gates = evaluate_gates(metrics["model"], subject.preset, metrics.get("reference"))
     return {
@@ -198,14 +204,9 @@ def _label_errors(
     subject: Subject, structures: Sequence[Atoms], energy_key: str, forces_key: str
 ) -> LabelErrors | None:
     """Measure errors against labels; None if no structure is labelled. Labels on some structures only are an error."""
-    try:
-        return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
-    except MissingLabelsError:
-        for structure in structures:
-            stored = getattr(structure.calc, "results", {})
-            if energy_key in structure.info or forces_key in structure.arrays or "forces" in stored:
-                raise
+    if not any(has_labels(structure, energy_key, forces_key) for structure in structures):
         return None
+    return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
 
 
 def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> Document:
@@ -213,7 +214,7 @@ def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: i
     drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
     seconds, peak = cost(subject.calculator, atoms, seed)
     return {
-        "nve": run and {name: getattr(run, name) for name in drift},
+        "nve": run and {name: _unless_nan(getattr(run, name)) for name in drift},
         "file_kind": subject.file_kind,
         "file_bytes": subject.file_bytes,
         "weight_bytes": subject.weight_bytes,
@@ -222,12 +223,55 @@ def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: i
     }
 
 
-def _scan(subject: Subject, reference: Subject, atoms: Atoms) -> SmoothnessResult | None:
-    """Scan a bond of the structure; None if it has no bond."""
-    try:
-        return bond_stretch_scan(subject.exact, atoms, reference.exact)
-    except ValueError:  # no bond to stretch: the gate reads "not measured"
-        return None
+def _unless_nan(value: object) -> object:
+    """None for the NaN of an NVE run that has too few samples for a number; an unstable run says so beside it."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _against_reference(
+    subject: Subject,
+    reference: Subject | None,
+    checked: Sequence[Atoms],
+    labels: dict[str, LabelErrors],
+    metrics: dict[str, Document],
+    keys: tuple[str, str],
+    seed: int,
+) -> tuple[Document, SmoothnessResult | None]:
+    """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
+    difference, scan = None, None
+    not_applicable = [] if subject.engine_error is not None else ["engine"]
+    if reference is not None:
+        difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed)
+        try:
+            scan = bond_stretch_scan(subject.exact, checked[0], reference.exact)
+        except NoBondError:
+            not_applicable.append("bond_stretch")
+    comparison = {
+        "force_difference": difference,
+        "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
+        "not_applicable": not_applicable,
+        **_against_plain_operations(subject, reference, checked, seed),
+    }
+    return comparison, scan
+
+
+def _difference(
+    subject: Subject,
+    reference: Subject,
+    checked: Sequence[Atoms],
+    labels: dict[str, LabelErrors],
+    fp32: Document,
+    keys: tuple[str, str],
+    seed: int,
+) -> Document:
+    """Difference of the forces of model and reference, as a metric; see `measure_subject` for the structures."""
+    if labels:
+        model, exact = labels["model"], labels["reference"]
+        measured = ForceDifference.between(model.force_predictions, exact.force_predictions, model.structures)
+        if float_error(asdict(measured), fp32) is not None:
+            return asdict(measured)
+    samples = [*checked, *rattled(checked, seed, *keys)]
+    return asdict(force_difference(subject.potential, reference.potential, samples))
 
 
 def _against_plain_operations(
@@ -249,5 +293,5 @@ def _against_plain_operations(
             local_equivariance_error(potential, small, seed=seed).mean_mev_per_angstrom
             for potential in (twin, subject.exact)
         )
-        ratios["lee_naive_ratio"] = quotient(naive_error, subject_error)
+        ratios["lee_naive_ratio"] = quotient(naive_error, max(subject_error, LEAST_ROTATION_ERROR))
     return ratios

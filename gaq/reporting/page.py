@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gaq.reporting.gates import failed_gates, verdict
+from gaq.reporting.gates import failed_gates, passes_all, summary, unmeasured
 from gaq.reporting.plots import figures
-from gaq.reporting.tables import format_number, metric_rows
+from gaq.reporting.tables import format_number, gate_rows, metric_rows
 from gaq.untyped import ReadOnlyDocument
 
 __all__ = ["write_report"]
@@ -70,13 +70,6 @@ def _page(report: ReadOnlyDocument) -> str:
     """The HTML page."""
     model, reference = report["model"], report.get("reference")
     gates = report["gates"]
-    failed = failed_gates(gates)
-    if not gates:
-        summary = '<p class="muted">A float model: no gates apply.</p>'
-    elif failed:
-        summary = f'<p class="fail">Failed: {_text(", ".join(failed))}.</p>'
-    else:
-        summary = '<p class="pass">No enforced gate failed.</p>'
     compared = f", compared with <code>{_text(reference['path'])}</code>" if reference else ""
     gpu = report["hardware"].get("gpu") or "none"
     software = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -91,7 +84,7 @@ def _page(report: ReadOnlyDocument) -> str:
 <body>
 <h1>Quantization report</h1>
 <p><code>{_text(model["path"])}</code>, preset <strong>{_text(model["preset"])}</strong>{compared}.</p>
-{summary}
+{_summary(gates)}
 <h2>Gates</h2>
 {_gate_table(gates)}
 <h2>Metrics</h2>
@@ -112,19 +105,28 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
+def _summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
+    """One sentence, green only if every gate was measured and passed, and what the others need."""
+    if not gates:
+        return '<p class="muted">A float model: no gates apply.</p>'
+    tone = "fail" if failed_gates(gates) else "pass" if passes_all(gates) else "muted"
+    lines = [f'<p class="{tone}">{_text(summary(gates))}.</p>']
+    if missing := unmeasured(gates):
+        items = "".join(f"<li>{_text(name)}: {_text(needs)}</li>" for name, needs in missing.items())
+        lines.append(f'<p class="muted">Not measured:</p><ul class="muted">{items}</ul>')
+    return "\n".join(lines)
+
+
 def _gate_table(gates: Mapping[str, ReadOnlyDocument]) -> str:
     rows = []
-    for name, gate in gates.items():
-        word = verdict(gate)
-        result = f'<span class="{word if gate["passed"] is not None else "muted"}">{word}</span>'
-        if not gate["enforced"] and gate["passed"] is not None:
-            result += ' <span class="muted">(not enforced for this preset)</span>'
-        sign = {"<=": "≤", ">=": "≥"}.get(gate["comparison"], gate["comparison"])
-        bound = "-" if gate["bound"] is None else f"{sign} {format_number(gate['bound'])} {gate['unit']}"
+    for row in gate_rows(gates):
+        bound = row["bound"].replace("<=", "≤").replace(">=", "≥")
+        remark = f' <span class="muted">({row["enforced"]})</span>' if row["enforced"] else ""
         rows.append(
-            f"<tr><td>{_text(name)}</td><td class='n'>{_text(_value(gate['value'], digits=4))}</td>"
-            f"<td class='n'>{_text(bound)}</td><td>{result}</td>"
-            f"<td class='muted'>{_text(gate['note'])}</td></tr>"
+            f"<tr><td>{_text(row['gate'])}</td><td class='n'>{_text(row['value'].replace('inf', '∞'))}</td>"
+            f"<td class='n'>{_text(bound)} {_text(row['unit'])}</td>"
+            f'<td><span class="{row["verdict"]}">{row["verdict"]}</span>{remark}</td>'
+            f"<td class='muted'>{_text(row['what'])}</td></tr>"
         )
     head = "<tr><th>Gate</th><th class='n'>Value</th><th class='n'>Bound</th><th>Result</th><th>Meaning</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
+from gaq.model.state import TRAINED
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
 from gaq.untyped import Calculator
 
@@ -79,7 +80,7 @@ def open_file(
     Args:
         path: the file.
         device: device to run on.
-        trained: whether the model was trained with its rounding; files that record it need no flag.
+        trained: whether the model was trained with its rounding; what the framework's command trained says so itself.
         through_calculator: take every number through the stock calculator, in the precision of the file.
         structures: structures it will be measured on, to refuse unknown elements at once.
 
@@ -109,7 +110,7 @@ def open_file(
         calculator=calculator,
         path=str(path),
         preset=FLOAT if config is None else config.preset,
-        training="qat" if not is_float and (trained or adapter.status(model) == "training") else "ptq",
+        training="qat" if not is_float and (trained or _was_trained(adapter, model)) else "ptq",
         rounds_features=config is not None and (config.rounds_activations or config.attention is not None),
         file_kind=adapter.file_kind(model, path),
         weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
@@ -118,19 +119,23 @@ def open_file(
     )
 
 
-def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None]:
-    """Make `Subject.engine_error`; it returns None in float64 too, where no more precise result exists.
+def _was_trained(adapter: Adapter, model: torch.nn.Module) -> bool:
+    """Whether a model was trained with its rounding; files from before the note say so by their status."""
+    return bool(adapter.notes(model).get(TRAINED)) or adapter.status(model) == "training"
+
+
+def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None] | None:
+    """Make `Subject.engine_error`; None in float64 too, where no more precise result exists.
 
     Both errors are relative to the same model in float64; errors relative to the unquantized model would measure the
     rounding instead of the arithmetic. A ratio of rounding errors needs many atoms, so copies of the structures with
     atoms moved by 0.01 Å are added.
     """
+    first = next(model.parameters(), None)
+    if first is None or first.dtype != torch.float32 or not adapter.is_fused(model):
+        return None
 
     def measure(structures: Sequence[Atoms]) -> float | None:
-        first = next(model.parameters(), None)
-        if first is None or first.dtype != torch.float32 or not adapter.is_fused(model):
-            return None
-
         def forces(model: torch.nn.Module) -> np.ndarray:
             return np.concatenate(adapter.potential(model, batch_size)(samples)[1]).astype(float)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from gaq.reporting.gates import COMPARE, verdict
 from gaq.untyped import ReadOnlyDocument
 
 MISSING = "-"
 
 _METRICS = (
     ("force_mae_mev_per_angstrom", "Force MAE", "meV/Å"),
+    ("force_rmse_mev_per_angstrom", "Force RMSE", "meV/Å"),
     ("energy_mae_mev_per_atom", "Energy MAE", "meV/atom"),
     ("lee_mev_per_angstrom", "Force error under rotations (LEE)", "meV/Å"),
 )
@@ -31,7 +33,7 @@ _COST_METRICS = (
 def metric_rows(
     model: ReadOnlyDocument, reference: ReadOnlyDocument | None = None
 ) -> list[tuple[str, str, object, object]]:
-    """Return label, unit, and the values of model and reference for each metric of a report."""
+    """Return label, unit, and the values of model and reference for each metric that was measured."""
     rows: list[tuple[str, str, object, object]] = []
 
     def add(entries: Sequence[tuple[str, str, str]], left: ReadOnlyDocument, right: ReadOnlyDocument) -> None:
@@ -39,6 +41,10 @@ def metric_rows(
 
     reference = reference or {}
     add(_METRICS, model, reference)
+    difference = model.get("force_difference") or {}
+    rows.append(
+        ("RMS force difference to the reference", "meV/Å", difference.get("rms_mev_per_angstrom"), None),
+    )
     errors = model.get("central_difference_relative_error") or {}
     reference_errors = reference.get("central_difference_relative_error") or {}
     rows.extend(
@@ -48,7 +54,56 @@ def metric_rows(
     if model.get("nve"):
         add(_NVE_METRICS, model["nve"], reference.get("nve") or {})
     add(_COST_METRICS, model, reference)
+    return [row for row in rows if row[2] is not None or row[3] is not None]
+
+
+def gate_rows(gates: Mapping[str, ReadOnlyDocument]) -> list[dict[str, str]]:
+    """Return the texts of each gate that was measured, given gates as in ``report.json``.
+
+    The numbers have the digits that show why the gate passes or fails.
+
+    Returns:
+        Rows of ``gate``, ``value``, ``bound``, ``unit``, ``verdict`` (`gaq.reporting.gates.verdict`), ``enforced``
+        (empty, or the remark that the gate is not) and ``what``.
+    """
+    rows = []
+    for name, gate in gates.items():
+        if gate["passed"] is None:
+            continue
+        value, bound = format_comparison(gate["value"], gate["bound"], gate["comparison"])
+        rows.append(
+            {
+                "gate": name,
+                "value": value,
+                "bound": f"{gate['comparison']} {bound}",
+                "unit": gate["unit"],
+                "verdict": verdict(gate),
+                "enforced": "" if gate["enforced"] else "not enforced for this preset",
+                "what": gate["note"],
+            }
+        )
     return rows
+
+
+def format_comparison(value: float | None, bound: float | None, comparison: str, digits: int = 4) -> tuple[str, str]:
+    """Format a value and its bound with as many digits as it takes for the texts to compare as the numbers do.
+
+    Args:
+        value: None for a value that was not finite and went through JSON.
+        bound: the same.
+        comparison: as in `gaq.reporting.gates.Gate`.
+        digits: significant digits to begin with.
+    """
+    if value is None or bound is None or not (math.isfinite(value) and math.isfinite(bound)):
+        value_text, bound_text = ("not finite" if x is None else format_number(x, digits) for x in (value, bound))
+        return value_text, bound_text
+    holds = COMPARE[comparison]
+    for count in range(digits, 18):
+        texts = format_number(value, count), format_number(bound, count)
+        printed, printed_bound = (float(text.replace(",", "")) for text in texts)
+        if holds(printed, printed_bound) == holds(value, bound):
+            break
+    return texts  # 17 digits tell any two numbers apart
 
 
 def format_number(value: object, digits: int = 3) -> str:

@@ -23,11 +23,22 @@ from torch import Tensor
 from gaq.caches import Cache
 from gaq.kernels import chunks, convolution, gpu, harmonics, product, radial, rounding
 from gaq.model.state import is_kind
+from gaq.quantizers.attention import heads_of_weights
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule, Irreps
+from gaq_nequip.attention import AttentionInteractionBlock
 from gaq_nequip.sites import class_name
 
-__all__ = ["FusedInteractionBlock", "FusedProduct", "Unsupported", "fuse"]
+__all__ = [
+    "BLOCKS",
+    "FusedAttentionBlock",
+    "FusedInteractionBlock",
+    "FusedProduct",
+    "Unsupported",
+    "fuse",
+    "head_of_scale",
+    "refusals",
+]
 
 
 class Unsupported(ValueError):
@@ -56,11 +67,16 @@ class FusedInteractionBlock(InteractionBlock):
         weights = self.chunked.weights(last(coefficients.to(dtype)), self.columns)
         return weights.unflatten(0, (-1, radial.COEFFICIENTS)).permute(2, 0, 1, 3).contiguous()
 
+    def scales(self, data: AtomicDataDict.Type) -> Tensor | None:
+        """Factors of the edges, (edges, scales, channels); None without."""
+        return None
+
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
         if AtomicDataDict.LMP_MLIAP_DATA_KEY in data:
             raise ValueError("the fused convolution is for compiled files, not for ML-IAP")
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         sc = None if self.sc is None else self.sc(x, data[AtomicDataDict.NODE_ATTRS_KEY])
+        scales = self.scales(data)
         data[AtomicDataDict.NODE_FEATURES_KEY] = self.linear_1(x)
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
@@ -70,13 +86,14 @@ class FusedInteractionBlock(InteractionBlock):
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(problem, graph, features, vectors, self.table(x.dtype))
+            message = convolution.convolution(problem, graph, features, vectors, self.table(x.dtype), scales=scales)
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
                 self.table(x.dtype),
+                x.new_empty(0) if scales is None else scales,
                 self.plan_ints,
                 self.plan_reals,
                 edges[1].contiguous(),
@@ -87,6 +104,25 @@ class FusedInteractionBlock(InteractionBlock):
         x = self.linear_2(self.chunked.mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc
         return data
+
+
+class FusedAttentionBlock(FusedInteractionBlock, AttentionInteractionBlock):
+    """The same for `AttentionInteractionBlock`: weights of neighbours are factors of the edges."""
+
+    head_of_scale: Tensor
+
+    def scales(self, data: AtomicDataDict.Type) -> Tensor:
+        weights = self.edge_weights(data).index_select(1, self.head_of_scale)
+        return weights.view(-1, self.chunked.problem.scales, self.chunked.problem.channels)
+
+
+def head_of_scale(chunked: chunks.ChunkedConvolution, heads: int) -> Tensor:
+    """Head of each of an edge's factors, (scales * channels,)."""
+    return torch.cat([heads_of_weights([m], heads)[channels] for m, channels in chunked.scale_channels()])
+
+
+BLOCKS = {"InteractionBlock": FusedInteractionBlock, "AttentionInteractionBlock": FusedAttentionBlock}
+"""Fused class of each class of blocks that the kernels serve."""
 
 
 def before_last(network: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, AnyModule]:
@@ -243,6 +279,7 @@ def _chunked(
         sh,
         r_max,
         chunks.GPU_WIDTHS if device.type == "cuda" else chunks.cpu_widths(multiplicities, dtype),
+        scaled=class_name(block) == "AttentionInteractionBlock",
     )
 
 
@@ -338,24 +375,52 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
     if torch.device(device).type == "cpu":
         _fuse_products(model)
         _fuse_rounding(model)
-    weighted = [name for name, m in model.named_modules() if class_name(m) == "AttentionInteractionBlock"]
-    kept = dict.fromkeys(weighted, "its messages are weighted by attention")
-    blocks = [(name, m) for name, m in model.named_modules() if class_name(m) == "InteractionBlock"]
+    served, kept = _examine(model, torch.device(device))
+    for name, (block, edge, chunked) in served.items():
+        try:
+            _fuse_convolution(block, edge, chunked, torch.device(device), _dtype(model))
+        except ValueError as error:
+            kept[name] = str(error)
+    return kept
+
+
+def refusals(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
+    """Return what `fuse` would return, as far as the architecture tells, and change nothing."""
+    return _examine(model, torch.device(device))[1]
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    dtype = model.model_dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+_Examined = tuple[AnyModule, _EdgePart, chunks.ChunkedConvolution]
+
+
+def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _Examined], dict[str, str]]:
+    """Blocks that the kernels serve, with what describes their convolutions, and why they do not serve the others."""
+    blocks: list[tuple[str, AnyModule]] = [(name, m) for name, m in model.named_modules() if class_name(m) in BLOCKS]
+    served: dict[str, _Examined] = {}
+    kept: dict[str, str] = {}
     if not blocks:
-        return kept
+        return served, kept
     try:
         edge = _edge_part(model)
         sh = _fit_harmonics(edge.harmonics)
     except ValueError as error:
-        return {**kept, **{name: str(error) for name, _ in blocks}}
-    dtype = model.model_dtype
-    assert isinstance(dtype, torch.dtype)
+        return served, {name: str(error) for name, _ in blocks}
+    dtype = _dtype(model)
     for name, block in blocks:
         try:
-            _fuse_convolution(block, edge, sh, torch.device(device), dtype)
+            chunked = _chunked(block, sh, edge.r_max, device, dtype)
+            network = copy.deepcopy(block.edge_mlp.mlp).double()
+            nothing = _embedding(edge, torch.ones(1, dtype=torch.float64))
+            before_last(network, nothing, torch.float64)
+            served[name] = block, edge, chunked
         except ValueError as error:
             kept[name] = str(error)
-    return kept
+    return served, kept
 
 
 def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
@@ -376,14 +441,13 @@ def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
 
 
 def _fuse_convolution(
-    block: AnyModule, edge: _EdgePart, sh: list[Tensor], device: torch.device, dtype: torch.dtype
+    block: AnyModule, edge: _EdgePart, chunked: chunks.ChunkedConvolution, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
 
     Raises:
         ValueError: for a block that the kernels do not serve; the message says why.
     """
-    chunked = _chunked(block, sh, edge.r_max, device, dtype)
     problem = chunked.problem
     network = copy.deepcopy(block.edge_mlp).double()
     with torch.no_grad():
@@ -408,4 +472,6 @@ def _fuse_convolution(
     block.register_buffer("plan_ints", ints, persistent=False)
     block.register_buffer("plan_reals", reals, persistent=False)
     del block.tp_scatter
-    block.__class__ = FusedInteractionBlock
+    block.__class__ = BLOCKS[class_name(block)]
+    if isinstance(block, FusedAttentionBlock):
+        block.register_buffer("head_of_scale", head_of_scale(chunked, block.heads), persistent=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import gaq
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.lee import local_equivariance_error
+from gaq.cli import main
 from gaq.quantizers.weights import largest_code
 
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
@@ -399,6 +401,22 @@ def test_a_truncated_file_is_refused(
     refuse(path, "truncated")
 
 
+def test_inspect_says_what_is_not_fused(
+    case: Case,
+    saved: Callable[[str, str], Path],
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = saved("w8", suffix)
+    adapter = adapter_for_file(path)
+    with adapter.process_state():
+        assert adapter.unfused(adapter.load(path)) == {}
+    monkeypatch.setattr(type(adapter), "unfused", lambda self, model: {"interactions.0": "a reason"})
+    assert main(["inspect", str(path)]) == 0
+    assert "not on the fast path: interactions.0: a reason" in capsys.readouterr().out
+
+
 def test_a_flipped_bit_is_noticed(saved: Callable[[str, str], Path], tmp_path: Path, checked_suffix: str) -> None:
     data = saved("w8", checked_suffix).read_bytes()
     path = tmp_path / f"flipped{checked_suffix}"
@@ -415,6 +433,79 @@ def test_other_files_are_refused(case: Case, tmp_path: Path, suffix: str) -> Non
     other = tmp_path / f"other{suffix}"
     torch.save({"weights": 1}, other)
     refuse(other)
+
+
+# Gates
+
+
+def write_bare(path: Path, count: int) -> Path:
+    """Frames of the trained model's molecule without labels, as calibration data."""
+    frames = trained.ethanol("::4")[:count]
+    for atoms in frames:
+        atoms.calc = None
+        del atoms.info["REF_energy"], atoms.arrays["REF_forces"]
+    ase.io.write(path, frames, format="extxyz")
+    return path
+
+
+RUINED = "weights: {bits: 2, rounding: nearest, compression: null, least_compression: null, sensitive_bits: 2}"
+
+
+@pytest.mark.parametrize("preset", ["gaq", pytest.param("w4", marks=pytest.mark.slow)])
+def test_a_ruined_model_fails_without_labels(
+    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    """The float model's forces are labels enough: exit code 1, and no file."""
+    data, output = write_bare(tmp_path / "data.xyz", 5), tmp_path / f"out{next(iter(case.forms))}"
+    config = f"{{preset: {preset}, {RUINED}, distillation: {{steps: 0}}}}"
+    code = main(["quantize", str(trained_file), "-o", str(output), "--config", config, "--calibration", str(data)])
+    printed = capsys.readouterr()
+    assert code == 1, printed.out
+    assert "force_difference" in printed.err.splitlines()[-1]
+    assert not output.exists()
+    (row,) = (line for line in printed.out.splitlines() if line.startswith("force_difference"))
+    assert "FAIL" in row
+    assert "not measured: force_mae_ratio: needs a reference model and labelled structures" in printed.out
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_sound_model_passes_without_labels(
+    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    """On structures that calibration did not see: some that are held out, or displaced copies of a single one."""
+    data, output = write_bare(tmp_path / "data.xyz", count), tmp_path / f"out{next(iter(case.forms))}"
+    config = "{preset: w8, distillation: {steps: 0}}"
+    code = main(["quantize", str(trained_file), "-o", str(output), "--config", config, "--calibration", str(data)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    gate = adapter_for_file(output).notes(gaq.load(output))["gates"]["force_difference"]
+    assert gate["passed"]
+    assert 0 < gate["value"] < gate["bound"]
+    assert "gates measured, none failed" in printed.out
+
+
+def test_a_single_atom_or_a_label_that_is_no_number_is_refused(
+    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work: exit code 2, one line that names the frame, and no file."""
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("gaq.api.prepare", never)
+    frames = trained.ethanol("::4")[:3]
+    isolated = frames[0][:1]
+    broken = frames[0].copy()
+    broken.arrays["REF_forces"][2, 1] = np.nan
+    for frame, words in ((isolated, "has a single atom"), (broken, "reference forces 'REF_forces'")):
+        ase.io.write(tmp_path / "data.xyz", [*frames, frame], format="extxyz")
+        output = tmp_path / f"out{next(iter(case.forms))}"
+        arguments = ["quantize", str(trained_file), "-o", str(output), "--calibration", str(tmp_path / "data.xyz")]
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "frame 3" in error
+        assert words in error
+        assert [path.name for path in tmp_path.iterdir()] == ["data.xyz"]
 
 
 # Equivariance

@@ -79,7 +79,7 @@ def test_chunks_of_a_path_share_their_coefficients() -> None:
     problem = made((4,)).problem
     assert len(problem.paths) == 5 + 3 + 5 + 3 + 1 + 1
     ints, _ = problem.plan(0)
-    spans = ints[7 : 7 + 11 * len(TRIPLES)].view(-1, 11)[:, 10].tolist()
+    spans = ints[8 : 8 + 12 * len(TRIPLES)].view(-1, 12)[:, 10].tolist()
     assert spans == [5, 3, 5, 3, 1, 1]
 
 

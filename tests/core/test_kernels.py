@@ -59,8 +59,18 @@ def problems(draw: Any) -> tuple[convolution.ConvolutionProblem, torch.Generator
         coefficients[torch.rand(shape, generator=generator) < 0.4] = 0.0
         paths.append(convolution.Path(block, l2, group, coefficients))
     channels = draw(st.sampled_from([1, 3, 8, 10, 16, 33]))
-    problem = convolution.ConvolutionProblem(channels, tuple(blocks), tuple(groups), tuple(paths), SH, R_MAX)
+    rows = draw(st.sampled_from([(), (0,) * len(blocks), tuple(range(1, len(blocks) + 1))]))
+    problem = convolution.ConvolutionProblem(channels, tuple(blocks), tuple(groups), tuple(paths), SH, R_MAX, rows)
     return problem, generator
+
+
+def factors_of(problem: convolution.ConvolutionProblem, edges: int) -> Tensor | None:
+    """Factors of the edges, with a gradient; None for a problem without."""
+    if not problem.scale_rows:
+        return None
+    generator = torch.Generator().manual_seed(edges)
+    factors = torch.randn(edges, problem.scales, problem.channels, generator=generator, dtype=torch.float64)
+    return factors.requires_grad_()
 
 
 def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +104,9 @@ def test_convolution_is_the_reference(
     for function in (convolution.convolution, convolution.reference):
         x, r, w = features.detach().requires_grad_(), vectors.clone().requires_grad_(), weights.clone()
         inputs = [x, r] if tabulated else [x, r, w.requires_grad_()]
-        out = function(problem, graph, x, r, w, tabulated)
+        factors = factors_of(problem, len(vectors))
+        inputs += [] if factors is None else [factors]
+        out = function(problem, graph, x, r, w, tabulated, factors)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
         results.append(
@@ -193,7 +205,7 @@ def test_convolution_with_several_tables_is_the_reference(
     results = []
     for function in (convolution.convolution, convolution.reference):
         x, r = features.clone().requires_grad_(), vectors.clone().requires_grad_()
-        out = function(problem, graph, x, r, weights)
+        out = function(problem, graph, x, r, weights, scales=factors_of(problem, len(vectors)))
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         grads = torch.autograd.grad((out * probe).sum(), [x, r], allow_unused=True)
         results.append(

@@ -21,17 +21,22 @@ from gaq.reporting import (
     evaluate_gates,
     failed_gates,
     format_table,
+    gate_rows,
     hardware,
     markdown_table,
     measure_subject,
     quality,
+    summary,
+    unmeasured,
     versions,
     write_report,
 )
 from gaq.reporting.cost import seconds_per_step
-from gaq.reporting.gates import verdict
+from gaq.reporting.gates import COMPARE, LOWEST_FLOAT_ERROR, passes_all, verdict
+from gaq.reporting.tables import format_comparison, metric_rows
 
 METRICS = {
+    "force_rmse_mev_per_angstrom",
     "force_mae_mev_per_angstrom",
     "energy_mae_mev_per_atom",
     "lee_mev_per_angstrom",
@@ -43,15 +48,27 @@ METRICS = {
     "seconds_per_step",
     "peak_bytes",
 }
-OF_THE_MODEL = {"preset", "training", "rounds_features", "engine_error_ratio", "lee_naive_ratio", "smoothness"}
+OF_THE_MODEL = {
+    "preset",
+    "training",
+    "rounds_features",
+    "not_applicable",
+    "engine_error_ratio",
+    "force_difference",
+    "lee_naive_ratio",
+    "smoothness",
+}
 
 FP32 = {
     "force_mae_mev_per_angstrom": 10.0,
+    "force_rmse_mev_per_angstrom": 15.0,
     "nve": {"drift_mev_per_atom_per_ps": 0.001, "standard_error": 0.002},
     "file_bytes": 4_000_000,
 }
+DIFFERENCE = {"rms_mev_per_angstrom": 2.9, "force_rms_mev_per_angstrom": 1000.0, "structures": 8}
 GOOD = {
     "force_mae_mev_per_angstrom": 10.1,
+    "force_difference": DIFFERENCE,
     "lee_mev_per_angstrom": 0.1,
     "lee_naive_ratio": 174.0,
     "central_difference_relative_error": {"0.1": 0.016, "0.03": 0.0014, "0.01": 0.0002},
@@ -85,7 +102,8 @@ class TestGates:
     def test_a_good_model_passes_everything(self):
         gates = evaluate_gates(GOOD, "gaq", FP32)
         assert {name: gate.passed for name, gate in gates.items()} == dict.fromkeys(gates, True)
-        assert len(gates) == 9
+        assert len(gates) == 11
+        assert summary({name: gate.to_dict() for name, gate in gates.items()}) == "11 of 11 gates measured, none failed"
         assert all(gate.enforced for gate in gates.values())
         assert gates["lee_against_naive"].value == 174.0
         assert gates["central_difference"].value == 0.0002
@@ -98,6 +116,9 @@ class TestGates:
         ("change", "name"),
         [
             ({"force_mae_mev_per_angstrom": 10.21}, "force_mae_ratio"),
+            ({"force_difference": {**DIFFERENCE, "rms_mev_per_angstrom": 3.02}}, "force_difference"),
+            ({"energy_mae_mev_per_atom": math.nan}, "finite"),
+            ({"central_difference_relative_error": {"0.1": math.inf, "0.01": 0.001}}, "finite"),
             ({"lee_mev_per_angstrom": 0.16}, "lee"),
             ({"lee_naive_ratio": 29.0}, "lee_against_naive"),
             ({"central_difference_relative_error": {0.01: 0.011}}, "central_difference"),
@@ -142,9 +163,14 @@ class TestGates:
     def test_unmeasured_is_neither_pass_nor_fail(self):
         gates = evaluate_gates({"lee_mev_per_angstrom": 0.01}, "gaq", None)
         assert gates["lee"].passed is True
-        others = [gate for name, gate in gates.items() if name != "lee"]
+        others = [gate for name, gate in gates.items() if name not in ("lee", "finite")]
         assert all(gate.passed is None and gate.note.startswith("not measured: ") for gate in others)
         assert failed_gates(gates) == []
+        plain = {name: gate.to_dict() for name, gate in gates.items()}
+        assert summary(plain) == "2 of 11 gates measured, none failed"
+        assert set(unmeasured(plain)) == set(gates) - {"lee", "finite"}
+        assert unmeasured(plain)["nve_drift"] == "needs an NVE run (a length above 0 ps)"
+        assert not passes_all(plain)
 
     def test_broken_numbers_fail(self):
         gates = evaluate_gates(
@@ -156,6 +182,32 @@ class TestGates:
         assert gates["nve_drift"].value == math.inf
         assert gates["nve_drift"].passed is False
         assert "not stable" in gates["nve_drift"].note
+        assert gates["finite"].note == "NaN or infinite: model.lee_mev_per_angstrom"
+        assert failed_gates(gates) == ["finite", "lee", "nve_drift", "nve_drift_against_reference"]
+
+    @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+    def test_a_value_that_is_not_finite_never_passes(self, broken):
+        """Each number of the metrics in turn, in either model."""
+
+        def replaced(metrics, path):
+            head, *rest = path
+            return {**metrics, head: replaced(metrics[head], rest) if rest else broken}
+
+        def numbers(metrics, path=()):
+            for key, value in metrics.items():
+                if isinstance(value, dict):
+                    yield from numbers(value, (*path, key))
+                elif isinstance(value, float):
+                    yield (*path, key)
+
+        for preset in ("gaq", "w8a8"):
+            for path in numbers(GOOD):
+                assert "finite" in failed_gates(evaluate_gates(replaced(GOOD, path), preset, FP32)), path
+            for path in numbers(FP32):
+                assert "finite" in failed_gates(evaluate_gates(GOOD, preset, replaced(FP32, path))), path
+        assert failed_gates(evaluate_gates({"force_mae_mev_per_angstrom": broken}, "float")) == ["finite"]
+        gate = evaluate_gates({**GOOD, "lee_naive_ratio": math.inf}, "gaq", FP32)["lee_against_naive"]
+        assert gate.passed is False
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"'w2'.*naive_w8a8"):
@@ -167,6 +219,52 @@ class TestGates:
         gates = evaluate_gates({**GOOD, "engine_error_ratio": 2.1, "rounds_features": True}, "gaq", FP32)
         assert gates["engine"].passed is False
         assert failed_gates(gates) == []
+
+    def test_force_difference_with_labels(self):
+        """0.201 of the float model's own error is what 1.02 allows; elsewhere the bound tells ruin only."""
+
+        def gate(preset, training="ptq", error=15.0, **changes):
+            metrics = {**GOOD, "training": training, "force_difference": {**DIFFERENCE, **changes}}
+            reference = {**FP32, "force_rmse_mev_per_angstrom": error}
+            return evaluate_gates(metrics, preset, reference)["force_difference"]
+
+        assert gate("gaq").bound == pytest.approx(math.sqrt(1.02**2 - 1) * 15.0)
+        assert math.hypot(15.0, gate("gaq").bound) == pytest.approx(1.02 * 15.0)
+        bounds = (gate("w4").bound, gate("gaq", "qat").bound, gate("w8a8").bound)
+        assert bounds == pytest.approx((200.0, 200.0, 205.0))
+        assert gate("gaq", "qat", error=150.0).bound == pytest.approx(300.0)
+        for preset in BOUNDS:
+            ruined = gate(preset, rms_mev_per_angstrom=500.0)
+            assert ruined.passed is False, preset
+            assert ruined.enforced, preset
+
+    @pytest.mark.parametrize("error", [None, 0.0, 0.05])
+    def test_force_difference_without_labels(self, error):
+        """Labels that are the float model's own output, as a simulation writes them, are none."""
+        fp32 = {**FP32, "force_rmse_mev_per_angstrom": error, "force_mae_mev_per_angstrom": error}
+
+        def gates(preset, difference, training="ptq"):
+            metrics = {**GOOD, "training": training, "file_bytes": 500_000}
+            metrics["force_difference"] = {**DIFFERENCE, "rms_mev_per_angstrom": difference}
+            return evaluate_gates(metrics, preset, fp32)
+
+        good = gates("gaq", 1.0)
+        assert good["force_difference"].bound == pytest.approx(0.201 * LOWEST_FLOAT_ERROR * 1000.0, rel=1e-3)
+        assert good["force_difference"].passed
+        assert good["force_mae_ratio"].passed is None
+        assert "RMS force of 1000 meV/Å" in good["force_difference"].note
+        assert failed_gates(good) == []
+        assert failed_gates(gates("gaq", 4.0)) == ["force_difference"]
+        for preset in BOUNDS:
+            for training in ("ptq", "qat"):
+                assert failed_gates(gates(preset, 450.0, training)) == ["force_difference"]
+        assert failed_gates(gates("w4", 100.0)) == []
+
+    def test_what_nothing_can_measure_is_no_gate(self):
+        metrics = {**GOOD, "not_applicable": ["engine", "bond_stretch"]}
+        gates = evaluate_gates(metrics, "gaq", FP32)
+        assert len(gates) == 9
+        assert not {"engine", "bond_stretch"} & set(gates)
 
     def test_no_gates_of_a_float_model(self):
         assert evaluate_gates(FP32, "float") == {}
@@ -229,6 +327,33 @@ class TestTables:
         assert markdown_table(self.ROWS, ["name", "mae"]) == (
             "| name | mae |\n| --- | ---: |\n| FP32 | 11.6 |\n| w8\\|a16 | 1.23e-04 |"
         )
+
+    def test_digits_show_the_verdict(self):
+        """Printed numbers compare as the numbers do: never "1.02 <= 1.02 FAIL"."""
+        assert format_comparison(1.02004, 1.02, "<=") == ("1.02004", "1.02000")
+        assert format_comparison(0.9, 1.0, "<") == ("0.9000", "1.000")
+        assert format_comparison(math.nextafter(1.0, 2.0), 1.0, "<=")[0] == "1.0000000000000002"
+        assert format_comparison(123456.0, 123455.9, "<=") == ("1.234560e+05", "1.234559e+05")
+        assert format_comparison(None, 1.0, "<=") == ("not finite", "1.000")
+        assert format_comparison(3, 0, "<=") == ("3", "0")
+        rng = np.random.default_rng(0)
+        for _ in range(3000):
+            bound = float(10.0 ** rng.uniform(-8, 8))
+            value = bound * (1.0 + float(rng.choice([-1, 0, 1]) * 10.0 ** rng.uniform(-17, 1)))
+            for comparison, holds in COMPARE.items():
+                texts = format_comparison(value, bound, comparison)
+                printed = [float(text.replace(",", "")) for text in texts]
+                assert holds(*printed) == holds(value, bound), (value, bound, comparison, texts)
+
+    def test_only_what_was_measured_is_printed(self):
+        gates = evaluate_gates({**GOOD, "force_mae_mev_per_angstrom": 10.2001, "nve": None}, "gaq", FP32)
+        rows = {row["gate"]: row for row in gate_rows({name: gate.to_dict() for name, gate in gates.items()})}
+        assert set(gates) - set(rows) == {"nve_drift", "nve_drift_against_reference"}
+        row = rows["force_mae_ratio"]
+        assert (row["value"], row["bound"], row["verdict"]) == ("1.02001", "<= 1.02000", "fail")
+        assert [label for label, *_ in metric_rows({"file_bytes": 3, "force_mae_mev_per_angstrom": None})] == [
+            "File size"
+        ]
 
     def test_no_rows(self):
         assert format_table([], ["a", "b"]) == "a  b\n-  -"
@@ -334,6 +459,7 @@ class TestReport:
         failed = {name for name, gate in report["gates"].items() if gate["passed"] is False}
         assert failed == {
             "force_mae_ratio",
+            "force_difference",
             "lee",
             "lee_against_naive",
             "central_difference",
@@ -354,7 +480,8 @@ class TestReport:
         images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
         assert len(images) == 3
         assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-        assert page.count('class="pass">pass') == 9
+        assert page.count('class="pass">pass') == 11
+        assert '<p class="pass">11 of 11 gates measured, none failed.</p>' in page
         # A report read back from disk makes a page too, without figures.
         write_report(data, tmp_path / "again")
         assert "No figure data" in (tmp_path / "again" / "report.html").read_text()
@@ -373,7 +500,12 @@ class TestReport:
         page = html_path.read_text()
         assert "<b>" not in page
         assert "∞" in page
-        assert "Failed: nve_drift" in page
+        assert '<p class="fail">1 of 1 gates measured; failed: nve_drift.</p>' in page
+        data["gates"]["nve_drift"]["enforced"] = False
+        write_report(data, tmp_path)
+        page = html_path.read_text()
+        assert "not finite" in page
+        assert 'class="pass"' not in page
 
     def test_without_matplotlib(self, good_report, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -385,7 +517,54 @@ class TestReport:
         assert report["reference"] is None
         assert report["model"]["force_mae_mev_per_angstrom"] is None
         assert report["gates"]["force_mae_ratio"]["passed"] is None
-        assert "Nothing to plot" in write_report(report, tmp_path)[1].read_text()
+        page = write_report(report, tmp_path)[1].read_text()
+        assert "Nothing to plot" in page
+        # Never green over gates that were not measured, and no rows of theirs.
+        assert '<p class="muted">3 of 10 gates measured, none failed.</p>' in page
+        assert "<td>nve_drift</td>" not in page
+        assert "<li>nve_drift: needs an NVE run" in page
+        assert "Force MAE" not in page
+
+    def test_the_force_difference_needs_no_labels(self, case):
+        """Measured on the structures and on copies with displaced atoms; a model of other forces fails."""
+        subject, _ = case
+        bare = [cluster(seed) for seed in range(3)]
+        reference = subject("fp32.model")
+        same = measure_subject(subject("quantized.model", "gaq"), bare, reference)
+        assert same["model"]["force_difference"]["structures"] == 6
+        assert same["model"]["force_difference"]["rms_mev_per_angstrom"] == 0.0
+        assert same["gates"]["force_difference"]["passed"]
+        other = CalculatorPotential(MorsePotential(epsilon=1.0, r0=2.21, rho0=4.0, rcut1=3.0, rcut2=4.0))
+        for preset in ("gaq", "w4", "naive_w8a8"):
+            report = measure_subject(subject("quantized.model", preset, other), bare, reference)
+            assert report["gates"]["force_difference"]["value"] == pytest.approx(
+                0.5 * report["model"]["force_difference"]["force_rms_mev_per_angstrom"]
+            )
+            assert "force_difference" in failed_gates(report["gates"])
+
+    def test_labels_of_the_reference_itself_are_none(self, case):
+        """As a simulation with the float model writes them."""
+        subject, _ = case
+        structures = [cluster(seed) for seed in range(3)]
+        energies, forces = CalculatorPotential(morse())(structures)
+        for frame, energy, force in zip(structures, energies, forces, strict=True):
+            frame.info["REF_energy"], frame.arrays["REF_forces"] = energy, np.round(force, 8)
+        report = measure_subject(subject("quantized.model", "gaq"), structures, subject("fp32.model"))
+        assert report["gates"]["force_mae_ratio"]["passed"] is None
+        assert report["gates"]["force_difference"]["passed"] is True
+        assert report["model"]["force_difference"]["structures"] == 6
+
+    def test_nan_from_a_model_fails(self, case):
+        class Broken(CalculatorPotential):
+            def __call__(self, structures):
+                energies, forces = super().__call__(structures)
+                return np.where(np.arange(len(energies)) == 1, np.nan, energies), forces
+
+        subject, structures = case
+        report = measure_subject(
+            subject("quantized.model", "naive_w8a8", Broken(morse())), structures, subject("fp32.model")
+        )
+        assert "finite" in failed_gates(report["gates"])
 
     def test_a_float_model_is_reported(self, case, tmp_path):
         subject, structures = case
@@ -393,7 +572,9 @@ class TestReport:
         assert report["gates"] == {}
         assert report["model"]["preset"] == "float"
         assert report["model"]["lee_naive_ratio"] is None
-        assert "no gates apply" in write_report(report, tmp_path)[1].read_text()
+        page = write_report(report, tmp_path)[1].read_text()
+        assert "no gates apply" in page
+        assert 'class="pass"' not in page
 
     def test_plain_operations_are_spared_large_structures(self, case, monkeypatch):
         def never(structures):
@@ -415,8 +596,13 @@ class TestReport:
     def test_bad_input(self, case):
         subject, structures = case
         good = subject("quantized.model", "gaq")
+        lost, unlabelled = cluster(), structures[0].copy()
+        lost.positions[1, 2] = math.nan
+        unlabelled.arrays["REF_forces"][0, 0] = math.nan
         for frames, model, message in (
             ([], good, "no structures"),
+            ([cluster(), lost], good, r"frame 1 \(P4\): the positions hold NaN"),
+            ([structures[1], unlabelled], good, "frame 1: reference forces"),
             (structures, subject("none.model", "gaq"), "none.model does not exist"),
             (structures, subject("quantized.model", "w2"), "'w2'"),
             ([*structures, cluster()], good, "frame 10"),

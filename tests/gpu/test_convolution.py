@@ -54,6 +54,7 @@ def make(
     links: list[tuple[int, int, int]],
     generator: torch.Generator,
     zeros: float = 0.4,
+    scale_rows: tuple[int, ...] = (),
 ) -> ConvolutionProblem:
     """Problem with random coefficients; links are (block, edge degree, group)."""
     paths = []
@@ -62,7 +63,7 @@ def make(
         coefficients = torch.randn(shape, generator=generator, dtype=torch.float64)
         coefficients[torch.rand(shape, generator=generator) < zeros] = 0.0
         paths.append(convolution.Path(block, l2, group, coefficients))
-    return ConvolutionProblem(channels, blocks, groups, tuple(paths), SH, R_MAX)
+    return ConvolutionProblem(channels, blocks, groups, tuple(paths), SH, R_MAX, scale_rows)
 
 
 @st.composite
@@ -73,7 +74,8 @@ def problems(draw: Any) -> tuple[ConvolutionProblem, torch.Generator]:
     link = st.tuples(st.integers(0, len(blocks) - 1), st.integers(0, 3), st.integers(0, len(groups) - 1))
     links = draw(st.lists(link, min_size=1, max_size=3))
     channels = draw(st.sampled_from([1, 3, 8, 10, 33]))
-    return make(channels, blocks, groups, links, generator), generator
+    rows = draw(st.sampled_from([(), (0,) * len(blocks), tuple(range(1, len(blocks) + 1))]))
+    return make(channels, blocks, groups, links, generator, scale_rows=rows), generator
 
 
 def random_edges(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +94,15 @@ def random_edges(atoms: int, degree: int, generator: torch.Generator) -> tuple[T
     return sender, receiver, vectors
 
 
+def factors_of(problem: ConvolutionProblem, edges: int, device: torch.device) -> Tensor | None:
+    """Factors of the edges, with a gradient; None for a problem without."""
+    if not problem.scale_rows:
+        return None
+    generator = torch.Generator().manual_seed(edges)
+    factors = torch.randn(edges, problem.scales, problem.channels, generator=generator, dtype=torch.float64)
+    return factors.to(device).requires_grad_()
+
+
 def compare(
     problem: ConvolutionProblem,
     graph: Graph,
@@ -107,9 +118,11 @@ def compare(
         x = features.detach().to(device).requires_grad_(of_features)
         r, w = vectors.detach().to(device).requires_grad_(), weights.detach().to(device)
         inputs = [r] + ([x] if of_features else []) + ([] if tabulated else [w.requires_grad_()])
+        factors = factors_of(problem, len(vectors), device)
+        inputs += [] if factors is None else [factors]
         tables = None if graph.tables is None else graph.tables.to(device)
         device_graph = Graph(graph.sender.to(device), graph.receiver.to(device), tables)
-        out = function(problem, device_graph, x, r, w, tabulated)
+        out = function(problem, device_graph, x, r, w, tabulated, factors)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out).to(device)
         grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
         derivatives = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
@@ -318,7 +331,7 @@ key = gpu_convolution.register(problem, True)
 def step(features, vectors, table, sender, receiver):
     received = convolution.neighbours(receiver, sender, features.shape[0])
     sent = convolution.neighbours(sender, receiver, features.shape[0])
-    out = gpu_convolution.operation(features * 2, vectors, table, None, *received, *sent, key)
+    out = gpu_convolution.operation(features * 2, vectors, table, None, None, *received, *sent, key)
     return torch.autograd.grad(out.square().sum(), [features, vectors])
 
 
@@ -338,7 +351,7 @@ from torch._functorch.aot_autograd import aot_export_module
 class Module(torch.nn.Module):
     def forward(self, features, vectors, table, sender, receiver):
         received = convolution.neighbours(receiver, sender, features.shape[0])
-        return (gpu_convolution.operation(features, vectors, table, None, *received, None, None, key),)
+        return (gpu_convolution.operation(features, vectors, table, None, None, *received, None, None, key),)
 
 
 exported, _ = aot_export_module(Module(), [t.detach() for t in inputs], trace_joint=False)

@@ -80,7 +80,7 @@ def test_quantize_inspect_report(
     failed = [name for name, gate in gates.items() if gate["enforced"] and gate["passed"] is False]
     assert state.notes["failed_gates"] == failed
     assert code == (1 if failed else 0)
-    assert {name for name, gate in gates.items() if gate["passed"]} >= {"force_mae_ratio", "lee", "file_size_ratio"}
+    assert {name for name, gate in gates.items() if gate["passed"]} >= {"force_difference", "lee", "file_size_ratio"}
     known = structures[:2]  # the molecules of the calibration data
     ours, theirs = evaluate(model, known), evaluate(gaq.load(reference), known)
     assert np.abs(ours[1] - theirs[1]).mean() < 0.05 * np.abs(theirs[1]).mean()
@@ -182,12 +182,19 @@ def test_trained_model_passes_its_gates(
     assert trained_file.stat().st_size >= 4 * output.stat().st_size
 
 
-def test_safetensors_output(folder: Path, tmp_path: Path) -> None:
+def test_safetensors_output(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is calibrated here, but the gates need structures, unless the file may be written unjudged."""
     output = tmp_path / "quantized.safetensors"
     config = tmp_path / "config.yml"
     config.write_text("quantization:\n  preset: w8\n  weights: {rounding: nearest}\n  distillation: {steps: 0}\n")
-    assert main(["quantize", str(folder / "float.model"), "-o", str(output), "--config", str(config)]) == 0
+    arguments = ["quantize", folder / "float.model", "-o", output, "--config", config]
+    assert "gates need structures: give --calibration" in refused(capsys, *arguments)
+    assert not output.exists()
+    assert main([*map(str, arguments), "--force"]) == 0
     assert state_of(gaq.load(output)).config.preset == "w8"
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    assert "MARKED: written with --force and without structures" in capsys.readouterr().out
 
 
 def test_failed_gate(

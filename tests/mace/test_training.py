@@ -29,7 +29,10 @@ from mace_runs import (
     write_data,
 )
 
+import gaq
 from gaq.config.parse import PRESETS
+from gaq.model.state import TRAINED, state_of
+from gaq.reporting import open_file
 from gaq_mace.weights import weight_quantizers
 
 
@@ -39,6 +42,10 @@ def test_scalar_form(train: Any, stock: Run) -> None:
     check(run, stock)
     assert "vectors.start_epoch 10 is not reached in 3 epochs" in run.log
     assert run.log.index("Activation ranges calibrated on 12 training structures") < run.log.index("Epoch 0:")
+    # The file says that it was trained, and a report needs no flag for it.
+    assert state_of(gaq.load(run.model)).notes[TRAINED] is True
+    assert open_file(run.model).training == "qat"
+    assert open_file(stock.model).training == "ptq"
     # MACE does not compress what it writes; that is done with packed models when the run is over.
     for path in (path for path in run.folder.glob("**/*.model") if "compiled" not in path.name):
         with zipfile.ZipFile(path) as archive:

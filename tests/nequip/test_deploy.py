@@ -17,6 +17,7 @@ import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
 from gaq.model.state import state_of
+from gaq.reporting import open_file
 from gaq.reporting.gates import verdict
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import check as deploy_check
@@ -38,6 +39,8 @@ def test_package(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "preset w8a16, frozen" in out
     assert "gaq_folded                   1" in out
     assert "rounded, folded by type" in out
+    # Checkpoint and package say that they were trained, and a report needs no flag for it.
+    assert open_file(trained.best).training == open_file(path).training == "qat"
 
 
 @pytest.mark.smoke
@@ -103,6 +106,8 @@ def test_compiled(
     out = capsys.readouterr().out
     facts = artefact.metadata(path)
     assert facts["gaq_preset"] == "w8a16"
+    assert facts["gaq_trained"] == "1"
+    assert open_file(path).training == "qat" if target == "ase" else True
     assert facts["type_names"] == "H C O"
     assert float(facts["r_max"]) == 4.0
     sizes = artefact.sections(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,16 @@ import numpy as np
 import torch
 from ase import Atoms
 from e3nn import o3
+from nequip_models import build_model, molecules, without_distillation
 
+import gaq
+from gaq.adapter import adapter_for
 from gaq.kernels import convolution, product, shims, signatures
 from gaq.kernels.cpu import native
+from gaq.quantizers.attention import RobustAttention
 from gaq_nequip.engine import fused
-from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse
+from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse, refusals
+from gaq_nequip.freeze import freeze
 from gaq_nequip.sites import class_name
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
@@ -58,22 +64,39 @@ def test_fused_is_the_same_function(
     np.testing.assert_allclose(ours[1], expected[1], atol=tolerance * scale * 10)
 
 
+def with_attention(variant: str) -> Any:
+    """A frozen model in float64 with attention over messages, sharp enough to matter."""
+    spec = without_distillation("w8", attention={"messages": True, "bits": 16}, weights={"rounding": "nearest"})
+    model = gaq.prepare(build_model(variant, "float64"), spec)
+    for module in model.modules():
+        if isinstance(module, RobustAttention):
+            module.set_temperature(4.0)
+    return freeze(gaq.convert(gaq.calibrate(model, molecules(), progress=False)))
+
+
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("variant", ["parity", "unequal"])
-def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str) -> None:
+def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str, attention: bool) -> None:
     """Tensor product and sum over neighbours, with the same radial weights in both: exact to float64."""
-    model = quantized("w8", variant, "float64", "frozen")
+    model = with_attention(variant) if attention else quantized("w8", variant, "float64", "frozen")
     edge = fused._edge_part(model)
     sh = fused._fit_harmonics(edge.harmonics)
     generator = torch.Generator().manual_seed(0)
     sender, receiver = torch.randint(0, 5, (2, 40), generator=generator)
     vectors = torch.randn(40, 3, generator=generator, dtype=torch.float64)
     attributes = edge.run(vectors, vectors.norm(dim=-1))["edge_attrs"]
-    for block in [m for m in model.modules() if class_name(m) == "InteractionBlock"]:
+    for block in [m for m in model.modules() if class_name(m) in fused.BLOCKS]:
         chunked = fused._chunked(block, sh, edge.r_max, torch.device("cpu"), torch.float64)
         product = block.tp_scatter.tp
         x = torch.randn(5, product.irreps_in1.dim, generator=generator, dtype=torch.float64)
         weights = torch.randn(40, product.weight_numel, generator=generator, dtype=torch.float64)
-        expected = block.tp_scatter(x=x, edge_attr=attributes, edge_weight=weights, edge_dst=receiver, edge_src=sender)
+        scaled, scales = weights, None
+        if attention:
+            factors = torch.rand(40, 4, generator=generator, dtype=torch.float64)
+            scaled = weights * factors[:, block.head_of_weight]
+            heads = fused.head_of_scale(chunked, block.heads)
+            scales = factors[:, heads].view(40, chunked.problem.scales, chunked.problem.channels)
+        expected = block.tp_scatter(x=x, edge_attr=attributes, edge_weight=scaled, edge_dst=receiver, edge_src=sender)
         message = convolution.convolution(
             chunked.problem,
             convolution.Graph(sender, receiver),
@@ -81,8 +104,26 @@ def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str)
             vectors,
             chunked.weights(weights, chunked.columns),
             tabulated=False,
+            scales=scales,
         )
         torch.testing.assert_close(chunked.mul_ir(message, 5), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["plain", "parity", "unequal"])
+def test_fused_attention_is_the_same_function(
+    evaluate: Callable[..., Any], structures: list[Atoms], crystal: Atoms, variant: str
+) -> None:
+    all_structures = [*structures, crystal, Atoms("CH", positions=[[0, 0, 0], [0, 0, 30.0]])]
+    model = with_attention(variant)
+    expected = evaluate(copy.deepcopy(model), all_structures)
+    assert refusals(model) == {}
+    assert fuse(model) == {}
+    assert all(isinstance(block, fused.FusedAttentionBlock) for block in blocks(model))
+    ours = evaluate(model, all_structures)
+    # As above; and the logits are rounded to 16 bits.
+    scale = float(np.abs(expected[1]).max())
+    np.testing.assert_allclose(ours[0], expected[0], atol=1e-4 * scale)
+    np.testing.assert_allclose(ours[1], expected[1], atol=1e-4 * scale)
 
 
 def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callable[..., Any]) -> None:
@@ -103,9 +144,6 @@ def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callab
 def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
     from nequip.model import NequIPGNNModel
 
-    import gaq
-    from gaq_nequip.freeze import freeze
-
     model = NequIPGNNModel(
         seed=0,
         model_dtype="float32",
@@ -122,8 +160,10 @@ def test_what_is_not_served_is_left_alone_with_the_reason() -> None:
     gaq.prepare(model, {"preset": "w8", "distillation": {"steps": 0}})
     gaq.convert(model)
     freeze(model)
+    known = refusals(model)
     kept = fuse(model)
     assert len(kept) == 2
+    assert known == kept == adapter_for(model).unfused(model)
     assert all("per_edge_type_cutoff" in reason for reason in kept.values())
     assert not blocks(model)
 
@@ -215,12 +255,15 @@ def test_there_are_kernels_for_two_dtypes() -> None:
 def test_operations_can_be_traced() -> None:
     """`torch.library`'s own checks of schema, fake tensors and gradient."""
     path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
-    problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), (torch.ones(1, 1, dtype=torch.float64),), 4.0)
+    problem = convolution.ConvolutionProblem(
+        4, (0,), (0,), (path,), (torch.ones(1, 1, dtype=torch.float64),), 4.0, (0,)
+    )
     ints, reals = problem.plan(0)
     generator = torch.Generator().manual_seed(0)
     arguments = (
         torch.randn(3, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True),
         torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True),
         torch.randn(5, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True),
         ints,
         reals,

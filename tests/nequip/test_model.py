@@ -38,6 +38,12 @@ VARIANTS = ("plain", "parity", "wide", "readout", "allegro", "spline")
 PRESETS = ("gaq", "w8", "w4", "w4a16", "w8a8", "w4a8", "naive_w8a8")
 
 
+def test_elements_and_heads_are_not_chosen_here(float_model: Callable[..., Any]) -> None:
+    for options in ({"elements": "C,H"}, {"head": "other"}):
+        with pytest.raises(ValueError, match="elements and heads can be chosen in MACE models only"):
+            gaq.select(float_model(), **options)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_is_covered(float_model: Callable[..., Any], variant: str) -> None:
     model = float_model(variant)

@@ -21,7 +21,8 @@ from nequip_runs import prepare_run
 
 import gaq
 from gaq.adapter import adapter_for
-from gaq.model.state import UNFINISHED, feature_quantizers, state_of
+from gaq.model.state import TRAINED, UNFINISHED, feature_quantizers, state_of
+from gaq.reporting import open_file
 from gaq_nequip.evaluate import NequIPPotential
 from gaq_nequip.freeze import freeze
 from gaq_nequip.weights import weight_quantizers
@@ -58,11 +59,13 @@ def test_top_level_key(trained: Any, structures: list[Any]) -> None:
     assert len(weight_quantizers(model)) == 11
     assert len(feature_quantizers(model)) == 5
     assert np.isfinite(NequIPPotential(model)(structures)[0]).all()
+    assert state_of(model).notes[TRAINED] is True
 
 
 def test_float_runs_are_left_alone(trained_float: Any) -> None:
     assert "QUANTIZATION" not in trained_float.text
     assert state_of(gaq.load(trained_float.best)) is None
+    assert open_file(trained_float.best).training == "ptq"
 
 
 def test_key_of_the_model_is_the_same(train: Callable[..., Any], trained: Any, tmp_path: Path) -> None:

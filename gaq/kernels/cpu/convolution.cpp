@@ -22,14 +22,15 @@ constexpr int COEFFICIENTS = GAQ_COEFFICIENTS;  // of the polynomial of an inter
 // Paths that differ in their channels only (`ConvolutionProblem.chunks`): `span` paths from number `first` on, whose
 // inputs and outputs follow each other.
 struct Path {
-  int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, first, span, b_offset;
+  int64_t row_in, d1, l2, group_offset, group_rows, index, stride, d3, cg_begin, cg_end, first, span, scale_row,
+      b_offset;
 
   // Output row of the path's first component for an atom; the other components follow every `stride` rows.
   int64_t row_out(int64_t atoms, int64_t atom) const { return group_offset * atoms + atom * group_rows + index; }
 };
 
 struct Plan {
-  int64_t channels, lmax, paths, rows_in, intervals, tabulated;
+  int64_t channels, lmax, paths, rows_in, intervals, tabulated, scale_rows;
   std::vector<Path> path;
   const int64_t* cg_index;  // (m1, m2, m3) triples
   const double* cg_value;
@@ -45,12 +46,12 @@ struct Plan {
 
   Plan(const int64_t* ints, const double* reals) {
     channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], intervals = ints[4];
-    tabulated = ints[5];
-    const int64_t cg_count = ints[6];
-    const int64_t* p = ints + 7;
+    tabulated = ints[5], scale_rows = ints[6];
+    const int64_t cg_count = ints[7];
+    const int64_t* p = ints + 8;
     b_size = 0;
-    for (int64_t i = 0; i < paths; i += p[10], p += 11) {
-      path.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], i, p[10], b_size});
+    for (int64_t i = 0; i < paths; i += p[10], p += 12) {
+      path.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], i, p[10], p[11], b_size});
       b_size += p[1] * p[7];
     }
     cg_index = p;
@@ -147,12 +148,18 @@ template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, co
   return w;
 }
 
+// Where an edge's factors of a path's weights begin; see `ConvolutionProblem.scale_rows`.
+template <typename T>
+inline int64_t scale_place(const Plan& plan, const Path& path, const Edge<T>& e, int64_t chunk) {
+  return (e.number * plan.scale_rows + path.scale_row + chunk) * plan.channels;
+}
+
 // ---- forward ----
 
-// Message of one atom along one path, from the atom's `count` edges.
+// Message of one atom along one chunk of a path, from the atom's `count` edges. `scales` is null without factors.
 template <typename T, int D1, int D3>
-void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* edges, int64_t count, const T* b,
-                const T* h, const T* table, T* out) {
+void accumulate(const Plan& plan, const Path& path, int64_t chunk, const Edge<T>* edges, int64_t count, const T* b,
+                const T* h, const T* table, const T* scales, T* out) {
   const int64_t C = plan.channels;
   for (int64_t c = 0; c < C; c += Lanes<T>::width) {
     const int64_t left = C - c;
@@ -161,7 +168,8 @@ void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* ed
       const Edge<T>& e = edges[i];
       const T* matrix = b + i * plan.b_size + path.b_offset;
       const T* row = h + (e.sender * plan.rows_in + path.row_in) * C + c;
-      const Vec<T> w = weight(plan, table, e, p, c);
+      Vec<T> w = weight(plan, table, e, path.first + chunk, c);
+      if (scales) w *= load(scales + scale_place(plan, path, e, chunk) + c, left);
       Vec<T> x[D1];
       for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left) * w;
       for (int n = 0; n < D3; ++n)
@@ -174,10 +182,11 @@ void accumulate(const Plan& plan, const Path& path, int64_t p, const Edge<T>* ed
 // ---- backward ----
 
 // Gradients of the edges of one atom along one path: by B, by the length, by node features (null: not asked for), and
-// by the radial weights where these are given for each edge.
+// by the radial weights where these are given for each edge, and by the factors of the edges where there are any.
 template <typename T, int D1, int D3>
 void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int64_t count, const T* b, const T* h,
-                   const T* table, const T* grad_out, T* grad_b, T* grad_length, T* grad_h, T* grad_table) {
+                   const T* table, const T* scales, const T* grad_out, T* grad_b, T* grad_length, T* grad_h,
+                   T* grad_table, T* grad_scales) {
   const int64_t C = plan.channels;
   for (int64_t i = 0; i < count; ++i) {
     const Edge<T>& e = edges[i];
@@ -201,6 +210,10 @@ void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int
         } else {
           w = load(table + (e.number * plan.paths + p) * C + c, left);
         }
+        const int64_t place = scales ? scale_place(plan, path, e, chunk) + c : 0;
+        const Vec<T> scale = scales ? load(scales + place, left) : Vec<T>{} + T(1);
+        const Vec<T> unscaled = w;
+        if (scales) w *= scale, slope *= scale;
         Vec<T> g[D3], x[D1], wx[D1];
         for (int n = 0; n < D3; ++n) g[n] = load(grad_out + (n * path.stride + chunk) * C + c, left);
         for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left), wx[m] = x[m] * w;
@@ -216,10 +229,14 @@ void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int
             store(target, load(target, left) + q * w, left);
           }
         }
+        if (scales) {
+          T* target = grad_scales + place;
+          store(target, load(target, left) + into_weight * unscaled, left);
+        }
         if (plan.tabulated)
           along += into_weight * slope;
         else
-          store(grad_table + (e.number * plan.paths + p) * C + c, into_weight, left);
+          store(grad_table + (e.number * plan.paths + p) * C + c, into_weight * scale, left);
       }
     }
     T* target = grad_b + i * plan.b_size + path.b_offset;
@@ -289,7 +306,8 @@ template <typename T> struct Tile {
 
 template <typename T>
 void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-             const int64_t* tables, const T* vectors, const T* h, const T* table, T* out, int64_t threads) {
+             const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, T* out,
+             int64_t threads) {
   const Plan plan(ints, reals);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
@@ -307,7 +325,7 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
             const Edge<T>* of_atom = tile.edges.data() + begin;
             const T* b = tile.b.data() + begin * plan.b_size;
             T* row = out + (path.row_out(atoms, a) + chunk) * plan.channels;
-            GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, path.first + chunk, of_atom, count, b, x, table, row)
+            GAQ_DISPATCH(accumulate, path.d1, path.d3, plan, path, chunk, of_atom, count, b, x, table, scales, row)
           }
         }
       atom = next;
@@ -317,8 +335,8 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
 
 template <typename T>
 void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* grad_out, T* grad_vectors,
-              T* grad_h, T* grad_table, int64_t threads) {
+              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, const T* grad_out,
+              T* grad_vectors, T* grad_h, T* grad_table, T* grad_scales, int64_t threads) {
   const Plan plan(ints, reals);
   const int64_t size = atoms * plan.rows_in * plan.channels;
   // Each part adds into its own copy of the node features' gradient; the copies are summed in a fixed order.
@@ -342,8 +360,8 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
           const Edge<T>* of_atom = tile.edges.data() + begin;
           const T* b = tile.b.data() + begin * plan.b_size;
           const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, of_atom, count, b, h, table, grad,
-                       grad_b.data() + begin * plan.b_size, grad_length.data() + begin, part_h, grad_table)
+          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, of_atom, count, b, h, table, scales, grad,
+                       grad_b.data() + begin * plan.b_size, grad_length.data() + begin, part_h, grad_table, grad_scales)
         }
       }
       for (int64_t i = 0; i < edge_count; ++i) {
@@ -381,14 +399,14 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                           \
-  GAQ_KERNEL(convolution, NAME, T) {                                                                                  \
-    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights,        \
-               message, threads);                                                                                     \
-  }                                                                                                                   \
-  GAQ_KERNEL(convolution_backward, NAME, T) {                                                                         \
-    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights, grad, \
-                grad_vectors, grad_features, grad_weights, threads);                                                  \
+#define GAQ_EXPORT(NAME, T)                                                                                            \
+  GAQ_KERNEL(convolution, NAME, T) {                                                                                   \
+    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights, scales, \
+               message, threads);                                                                                      \
+  }                                                                                                                    \
+  GAQ_KERNEL(convolution_backward, NAME, T) {                                                                          \
+    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights,        \
+                scales, grad, grad_vectors, grad_features, grad_weights, grad_scales, threads);                        \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

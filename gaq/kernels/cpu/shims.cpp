@@ -55,8 +55,8 @@ struct View {
     }
     return AOTI_TORCH_SUCCESS;
   }
-  // Integers of the tensor; null if it is empty.
-  const int64_t* numbers() const { return sizes[0] == 0 ? nullptr : (const int64_t*)data; }
+  // Data of a tensor that may be left out; null if it is empty.
+  void* optional() const { return sizes[0] == 0 ? nullptr : data; }
   int64_t bytes() const {
     int64_t count = dtype == aoti_torch_dtype_float64() ? 8 : 4;
     for (int64_t i = 0; i < dimensions; ++i) count *= sizes[i];
@@ -77,10 +77,11 @@ AOTITorchError make(int64_t dimensions, const int64_t* sizes, int32_t dtype, Ate
 extern "C" {
 
 GAQ_SHIM(edge_convolution) {
-  View h, r, w, i, d, s, t, k, out;
+  View h, r, w, f, i, d, s, t, k, out;
   GAQ_CHECK(h.read(features));
   GAQ_CHECK(r.read(vectors));
   GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(f.read(scales));
   GAQ_CHECK(i.read(ints));
   GAQ_CHECK(d.read(reals));
   GAQ_CHECK(s.read(sender));
@@ -88,21 +89,23 @@ GAQ_SHIM(edge_convolution) {
   GAQ_CHECK(k.read(tables));
   const int64_t sizes[2] = {rows_out * h.sizes[0], h.sizes[2]};
   GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
-#define GAQ_CALL(NAME, T)                                                                               \
-  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],         \
-                         (const int64_t*)s.data, (const int64_t*)t.data, k.numbers(), (const T*)r.data, \
-                         (const T*)h.data, (const T*)w.data, (T*)out.data, omp_get_max_threads());
+#define GAQ_CALL(NAME, T)                                                                                            \
+  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],                      \
+                         (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),               \
+                         (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), (T*)out.data, \
+                         omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
 }
 
 GAQ_SHIM(edge_convolution_backward) {
-  View g, h, r, w, i, d, s, t, k, gh, gr, gw;
+  View g, h, r, w, f, i, d, s, t, k, gh, gr, gw, gf;
   GAQ_CHECK(g.read(grad));
   GAQ_CHECK(h.read(features));
   GAQ_CHECK(r.read(vectors));
   GAQ_CHECK(w.read(weights));
+  GAQ_CHECK(f.read(scales));
   GAQ_CHECK(i.read(ints));
   GAQ_CHECK(d.read(reals));
   GAQ_CHECK(s.read(sender));
@@ -112,14 +115,17 @@ GAQ_SHIM(edge_convolution_backward) {
   GAQ_CHECK(of_features ? make(h.dimensions, h.sizes, h.dtype, ret0, &gh) : make(1, none, h.dtype, ret0, &gh));
   GAQ_CHECK(make(r.dimensions, r.sizes, r.dtype, ret1, &gr));
   GAQ_CHECK(of_weights ? make(w.dimensions, w.sizes, w.dtype, ret2, &gw) : make(1, none, w.dtype, ret2, &gw));
+  GAQ_CHECK(make(f.dimensions, f.sizes, h.dtype, ret3, &gf));
   if (of_features) std::memset(gh.data, 0, gh.bytes());
   std::memset(gr.data, 0, gr.bytes());
   if (of_weights) std::memset(gw.data, 0, gw.bytes());
-#define GAQ_CALL(NAME, T)                                                                                          \
-  gaq_convolution_backward_##NAME(                                                                                 \
-      (const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0], (const int64_t*)s.data,               \
-      (const int64_t*)t.data, k.numbers(), (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)g.data, \
-      (T*)gr.data, of_features ? (T*)gh.data : nullptr, of_weights ? (T*)gw.data : nullptr, omp_get_max_threads());
+  if (gf.optional()) std::memset(gf.data, 0, gf.bytes());
+#define GAQ_CALL(NAME, T)                                                                                       \
+  gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],        \
+                                  (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(), \
+                                  (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), \
+                                  (const T*)g.data, (T*)gr.data, of_features ? (T*)gh.data : nullptr,           \
+                                  of_weights ? (T*)gw.data : nullptr, (T*)gf.optional(), omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;

@@ -87,6 +87,7 @@ def operation(
     vectors: Tensor,
     weights: Tensor,
     tables: Tensor | None,
+    scales: Tensor | None,
     first: Tensor,
     edges: Tensor,
     first_sent: Tensor | None,
@@ -98,6 +99,7 @@ def operation(
     Args:
         features, vectors, weights: as `gaq.kernels.convolution.convolution` takes them.
         tables: number of each edge's radial table; None where there is one table.
+        scales: factors of the radial weights of each edge; None where there are none.
         first, edges: edges by receiver; see `gaq.kernels.problem.neighbours`.
         first_sent, edges_sent: edges by sender, for the gradient by the features; None where it has none.
         key: name of the kernels; see `register`.
@@ -113,6 +115,7 @@ def operation(
         edges[0],
         edges[1],
         first if tables is None else tables,
+        weights if scales is None else scales,
         message,
         weights.shape[1],
         SEVERAL=tables is not None,
@@ -128,16 +131,18 @@ def _backward(
     vectors: Tensor,
     weights: Tensor,
     tables: Tensor | None,
+    scales: Tensor | None,
     first: Tensor,
     edges: Tensor,
     of_features: bool,
     key: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients by features, vectors and weights; empty where there is none."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients by features, vectors, weights and factors; empty where there is none."""
     kernels = _generated(key)
     atoms, count = features.shape[0], vectors.shape[0]
     grad_features = _empty(features, *features.shape) if of_features else _empty(features, 0)
     grad_weights = _empty(weights, *weights.shape) if weights.dim() == 3 else _empty(weights, 0)
+    grad_scales = _empty(weights, 0) if scales is None else _empty(scales, *scales.shape)
     parts = _empty(vectors, kernels.BLOCKS, count, 3)
     kernel = kernels.gaq_convolution_backward_all if of_features else kernels.gaq_convolution_backward
     tracing.wrapped(kernel)[(atoms, kernels.BLOCKS)](
@@ -149,15 +154,17 @@ def _backward(
         edges[0],
         edges[1],
         first if tables is None else tables,
+        weights if scales is None else scales,
         grad_features,
         parts,
         grad_weights,
+        grad_scales,
         count,
         weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
     )
-    return grad_features, parts.sum(0), grad_weights
+    return grad_features, parts.sum(0), grad_weights, grad_scales
 
 
 def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -167,16 +174,23 @@ def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
-    features, vectors, weights, tables, first, edges, first_sent, edges_sent = ctx.saved_tensors
+    features, vectors, weights, tables, scales, first, edges, first_sent, edges_sent = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]
     if of_weights and weights.dim() == 4:
         raise RuntimeError("a radial table has no gradient")
     if of_features:
         first, edges = first_sent, edges_sent
-    g_features, g_vectors, g_weights = _backward(
-        grad.contiguous(), features, vectors, weights, tables, first, edges, of_features, ctx.key
+    g_features, g_vectors, g_weights, g_scales = _backward(
+        grad.contiguous(), features, vectors, weights, tables, scales, first, edges, of_features, ctx.key
     )
-    return (g_features if of_features else None, g_vectors, g_weights if of_weights else None, *(None,) * 6)
+    return (
+        g_features if of_features else None,
+        g_vectors,
+        g_weights if of_weights else None,
+        None,
+        None if scales is None else g_scales,
+        *(None,) * 5,
+    )
 
 
 operation.register_autograd(_differentiate, setup_context=_setup)
@@ -189,6 +203,7 @@ def convolution(
     vectors: Tensor,
     weights: Tensor,
     tabulated: bool = True,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the messages of all atoms on a GPU; see `gaq.kernels.convolution.convolution`, which calls this."""
     atoms = features.shape[0]
@@ -198,6 +213,7 @@ def convolution(
         vectors.contiguous(),
         weights.contiguous(),
         None if graph.tables is None else graph.tables.contiguous(),
+        None if scales is None else scales.contiguous(),
         *graph.by_receiver(atoms),
         *by_sender,
         register(problem, tabulated),

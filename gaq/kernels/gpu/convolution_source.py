@@ -174,6 +174,7 @@ class _Source:
         channels = self.problem.channels
         if not self.tabulated:
             self.put(f"w = {self.load(self.weight_place('weights', number))}")
+            self.scale(number, slope)
             return
         highest = radial.COEFFICIENTS - 1
         for k in range(highest, -1, -1):
@@ -184,6 +185,23 @@ class _Source:
                 self.put("slope = w")
             elif slope and k:
                 self.put("slope = slope * t + w")
+        self.scale(number, slope)
+
+    def scale_place(self, name: str, row: int) -> str:
+        """Where a row of the factors of edge number e lies."""
+        channels = self.problem.channels
+        return f"{name} + e * {self.problem.scales * channels} + {row * channels} + c"
+
+    def scale(self, number: int, backward: bool) -> None:
+        """Write the product of a path's radial weights, and of their slope, with the factors of edge number e."""
+        if not self.problem.scale_rows:
+            return
+        row = self.problem.scale_rows[self.problem.paths[number].block]
+        if backward:
+            self.put("unscaled = w")
+        self.put(f"scale = {self.load(self.scale_place('scales', row))}", "w = w * scale")
+        if backward and self.tabulated:
+            self.put("slope = slope * scale")
 
     def inputs(self, blocks: Iterable[int], atom: str) -> None:
         """Write the loads of an atom's features, named ``h{block}_{m}``."""
@@ -223,7 +241,8 @@ class _Source:
     def forward(self) -> None:
         """Write the kernel of the messages."""
         self.put("@triton.jit", "def gaq_convolution(")
-        self.put("    features, vectors, weights, first, edge, sender, tables, message, intervals,")
+        self.put("    features, vectors, weights, first, edge, sender, tables, scales, message,")
+        self.put("    intervals,")
         self.put("    SEVERAL: tl.constexpr,", "):")
         self.depth = 1
         self.lanes()
@@ -274,8 +293,9 @@ class _Source:
         """Write the kernel of the derivatives by vectors and weights; by features as well where edges are by sender."""
         problem = self.problem
         self.put("@triton.jit", f"def gaq_convolution_backward{'_all' if by_sender else ''}(")
-        self.put("    grad, features, vectors, weights, first, edge, other, tables, grad_features, grad_vectors,")
-        self.put("    grad_weights, edges, intervals, SEVERAL: tl.constexpr,", "):")
+        self.put("    grad, features, vectors, weights, first, edge, other, tables, scales, grad_features,")
+        self.put("    grad_vectors, grad_weights, grad_scales, edges, intervals,")
+        self.put("    SEVERAL: tl.constexpr,", "):")
         self.depth = 1
         self.lanes()
         self.put("atoms = tl.num_programs(0).to(tl.int64)")
@@ -297,10 +317,11 @@ class _Source:
         for degree in degrees:
             if degree:
                 self.harmonic(degree)
-        into_harmonics: set[str] = set()
+        summed: set[str] = set()
         for p in range(len(problem.paths)):
-            self.backward_path(p, by_sender, into_harmonics)
-        self.backward_vector(into_harmonics)
+            self.backward_path(p, by_sender, summed)
+        self.backward_vector(summed)
+        self.backward_scales(summed)
         self.depth = 2
         self.put("else:")
         self.depth = 3
@@ -320,13 +341,13 @@ class _Source:
             for m in range(2 * l + 1)
         ]
 
-    def backward_path(self, p: int, by_sender: bool, into_harmonics: set[str]) -> None:
+    def backward_path(self, p: int, by_sender: bool, summed: set[str]) -> None:
         """Write the derivatives of one path by its weight, its harmonics and, where edges are by sender, its features.
 
         Args:
             p: number of the path.
             by_sender: whether edges are by sender.
-            into_harmonics: names of the gradients by harmonics written so far; those of the path are added.
+            summed: names of the gradients by harmonics and factors written so far; those of the path are added.
         """
         path = self.problem.paths[p]
         self.weight(p, slope=True)
@@ -347,13 +368,19 @@ class _Source:
             self.put(f"t{m2} = {_terms(products)}")
             into_weight.append(f"t{m2} * y{path.edge_degree}_{m2}")
             name = f"gy{path.edge_degree}_{m2}"
-            self.put(f"{name} {'+' if name in into_harmonics else ''}= t{m2} * w")
-            into_harmonics.add(name)
+            self.put(f"{name} {'+' if name in summed else ''}= t{m2} * w")
+            summed.add(name)
         zero = f"tl.zeros(({self.block},), dtype=features.dtype.element_ty)"
         self.put(f"q = {' + '.join(into_weight) if into_weight else zero}")
+        if self.problem.scale_rows:
+            name = f"gs{self.problem.scale_rows[path.block]}"
+            self.put(f"{name} {'+' if name in summed else ''}= q * unscaled")
+            summed.add(name)
         if self.tabulated:
             self.put(f"along {'+' if p else ''}= q * slope")
         else:
+            if self.problem.scale_rows:
+                self.put("q = q * scale")
             self.put(self.store(self.weight_place("grad_weights", p), "q"))
         if by_sender:
             names = self.put_matrix(p, path)
@@ -361,14 +388,14 @@ class _Source:
                 added = " + ".join(f"g{m3} * {name}" for (m3, m), name in names.items() if m == m1)
                 self.put(f"f{path.block}_{m1} += ({added}) * w")
 
-    def backward_vector(self, into_harmonics: set[str]) -> None:
+    def backward_vector(self, summed: set[str]) -> None:
         """Write the gradient by an edge vector, from those by its harmonics and its length."""
         for axis, name in enumerate("xyz"):
             parts = []
             for degree, row in enumerate(self.sh):
                 for m, polynomial in enumerate(row):
                     slope = _slope(polynomial, axis)
-                    if not slope or f"gy{degree}_{m}" not in into_harmonics:
+                    if not slope or f"gy{degree}_{m}" not in summed:
                         continue
                     if degree == 1:
                         # A literal takes the dtype of its operand; a variable would be float32.
@@ -383,10 +410,18 @@ class _Source:
         for axis, name in enumerate("xyz"):
             self.put(f"tl.store(part + 3 * e + {axis}, u{name} * inverse + ahead * {name}1)")
 
+    def backward_scales(self, summed: set[str]) -> None:
+        """Write the gradients by an edge's factors; zero for rows that no path reads."""
+        for row in range(self.problem.scales):
+            if f"gs{row}" not in summed:
+                self.put(f"gs{row} = tl.zeros(({self.block},), dtype=features.dtype.element_ty)")
+            self.put(self.store(self.scale_place("grad_scales", row), f"gs{row}"))
+
     def backward_beyond(self) -> None:
         """Write the gradients of an edge beyond the cutoff: zero."""
         self.put("nothing = length * 0.0")
         self.put(*(f"tl.store(part + 3 * e + {axis}, nothing)" for axis in range(3)))
+        self.backward_scales(set())
         if not self.tabulated:
             self.put(f"empty = tl.zeros(({self.block},), dtype=features.dtype.element_ty)")
             for p in range(len(self.problem.paths)):

@@ -1,0 +1,259 @@
+"""Train small MACE models of dense periodic matter: an alloy, water, a salt, and one model of 18 elements.
+
+    python benchmarks/dense_models.py --work DIR [--rounds 4] [alloy water salt many]
+
+Data are made here: alloys with ASE's EMT, water, salts and oxides with GFN1-xTB (package tblite). Training is the stock
+``mace_run_train`` in rounds of some epochs. After each round DIR/NAME.model is the model so far, beside
+DIR/NAME_train.xyz and DIR/NAME_test.xyz; the test structures are never trained on. Run the command again to train
+further: data that exist are kept, training resumes from its last checkpoint.
+
+`many` joins both methods. No element occurs in both, so the isolated-atom energies take up what differs between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import CalculationFailed, Calculator
+from ase.calculators.emt import EMT
+from ase.io import write
+
+METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
+CATIONS = {"Li": 0.76, "Na": 1.02, "K": 1.38, "Mg": 0.72, "Ca": 1.00}  # ionic radii in Å (Shannon, six-fold)
+ANIONS = {"F": 1.33, "Cl": 1.81, "Br": 1.96, "O": 1.40, "S": 1.84}
+Rng = np.random.Generator
+
+
+def distorted(atoms: Atoms, rng: Rng, displacement: float, strain: float) -> Atoms:
+    """Strain the cell and displace the atoms; standard deviations in relative length and in Å."""
+    atoms.set_cell(atoms.cell @ (np.eye(3) + rng.normal(0, strain, (3, 3))), scale_atoms=True)
+    atoms.positions += rng.normal(0, displacement, atoms.positions.shape)
+    return atoms
+
+
+def alloy(rng: Rng, repeat: tuple[int, int, int], elements: tuple[str, ...]) -> Atoms:
+    """A random solid solution on a distorted fcc lattice."""
+    atoms = bulk("Cu", "fcc", a=rng.uniform(3.75, 4.1)).repeat(repeat)
+    atoms.symbols[:] = rng.choice(elements, len(atoms))
+    return distorted(atoms, rng, rng.uniform(0.03, 0.15), 0.01)
+
+
+def salt(rng: Rng, repeat: tuple[int, int, int], cations: dict[str, float], anions: dict[str, float]) -> Atoms:
+    """A rocksalt of one or two cations and one or two anions."""
+    some_cations = rng.choice(list(cations), min(2, len(cations)), replace=False)
+    some_anions = rng.choice(list(anions), min(2, len(anions)), replace=False)
+    symbols = [str(rng.choice(some)) for some in (some_cations, some_anions) for _ in range(4 * int(np.prod(repeat)))]
+    radii = {**cations, **anions}
+    spacing = 2 * 2 * np.mean([radii[symbol] for symbol in symbols])
+    atoms = bulk("NaCl", "rocksalt", a=spacing * rng.uniform(0.98, 1.04), cubic=True).repeat(repeat)
+    first = atoms.symbols == "Na"
+    numbers = Atoms(symbols).numbers
+    atoms.numbers[first], atoms.numbers[~first] = np.split(numbers, 2)
+    return distorted(atoms, rng, rng.uniform(0.03, 0.15), 0.01)
+
+
+def water(rng: Rng, repeat: tuple[int, int, int]) -> Atoms:
+    """Water near 1 g/cm³: molecules on a cubic grid, each turned at random, with bent and stretched bonds."""
+    spacing = rng.uniform(3.05, 3.25)
+    box = Atoms(cell=spacing * np.array(repeat), pbc=True)
+    for index in np.ndindex(*repeat):
+        one = molecule("H2O")
+        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        one.translate(spacing * (np.array(index) + 0.5) - one.get_center_of_mass() + rng.normal(0, 0.15, 3))
+        box += one
+    return distorted(box, rng, rng.uniform(0.02, 0.06), 0.01)
+
+
+def xtb() -> Calculator:
+    from tblite.ase import TBLite
+
+    return TBLite(method="GFN1-xTB", accuracy=0.1, verbosity=0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model: how structures are made, who labels them, how it is trained.
+
+    `small` structures are for training: forces are local, so small cells teach as much as large ones. `large` ones,
+    60 to 81 atoms, are held out, and a few are trained on.
+    """
+
+    small: Callable[[Rng], Atoms]
+    large: Callable[[Rng], Atoms]
+    label: Callable[[], Calculator]
+    frames: tuple[int, int, int] = (120, 8, 12)  # small and large for training, large for tests
+    irreps: str = "64x0e + 64x1o"
+    options: dict[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()  # names of kinds whose data this one joins to its own
+
+
+def _cells(*choices: tuple[int, int, int]) -> Callable[[Rng], tuple[int, int, int]]:
+    return lambda rng: choices[rng.integers(len(choices))]
+
+
+BINARY = _cells((3, 3, 3), (2, 3, 4))
+FEW = ("Ni", "Cu", "Pd", "Ag", "Au")
+KINDS = {
+    "alloy": Kind(
+        lambda rng: alloy(rng, BINARY(rng), FEW),
+        lambda rng: alloy(rng, _cells((4, 4, 4), (3, 4, 5), (4, 4, 5))(rng), FEW),
+        EMT,
+        frames=(400, 20, 40),
+    ),
+    "water": Kind(lambda rng: water(rng, (2, 2, 2)), lambda rng: water(rng, _cells((3, 3, 2), (3, 2, 4))(rng)), xtb),
+    "salt": Kind(
+        lambda rng: salt(rng, _cells((1, 1, 2), (1, 2, 2))(rng), {"Na": 1.02, "K": 1.38}, {"Cl": 1.81, "Br": 1.96}),
+        lambda rng: salt(rng, (2, 2, 2), {"Na": 1.02, "K": 1.38}, {"Cl": 1.81, "Br": 1.96}),
+        xtb,
+        options={"r_max": "6.0"},
+    ),
+    "many": Kind(
+        lambda rng: salt(rng, _cells((1, 1, 2), (1, 2, 2))(rng), CATIONS, ANIONS),
+        lambda rng: salt(rng, (2, 2, 2), CATIONS, ANIONS),
+        xtb,
+        frames=(300, 20, 30),
+        irreps="128x0e + 128x1o",
+        options={"r_max": "5.0"},
+        parts=("metals", "water"),
+    ),
+    "metals": Kind(
+        lambda rng: alloy(rng, BINARY(rng), METALS),
+        lambda rng: alloy(rng, (4, 4, 4), METALS),
+        EMT,
+        frames=(400, 20, 30),
+    ),
+}
+TRAINED = ("alloy", "water", "salt", "many")  # `metals` is data for `many`
+
+
+def labelled(make: Callable[[Rng], Atoms], calculator: Calculator, rng: Rng, count: int) -> list[Atoms]:
+    """`count` structures with energy (eV), forces (eV/Å) and stress (eV/Å³).
+
+    What the calculator cannot converge, and what has a force above 15 eV/Å, is made anew.
+    """
+    structures: list[Atoms] = []
+    while len(structures) < count:
+        atoms = make(rng)
+        atoms.calc = calculator
+        try:
+            forces = atoms.get_forces()
+            energy, stress = atoms.get_potential_energy(), atoms.get_stress(voigt=False)
+        except CalculationFailed as error:
+            print(f"left out: {atoms.get_chemical_formula()}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        atoms.calc = None
+        if np.abs(forces).max() > 15.0:
+            continue
+        atoms.info.update(REF_energy=energy, REF_stress=stress, config_type="Default")
+        atoms.arrays["REF_forces"] = forces
+        structures.append(atoms)
+    return structures
+
+
+def make_data(name: str, work: Path) -> None:
+    """Write ``NAME_train.xyz``, ``NAME_valid.xyz`` and ``NAME_test.xyz`` unless they exist."""
+    if (work / f"{name}_test.xyz").is_file():
+        return
+    kind = KINDS[name]
+    rng = np.random.default_rng(sorted(KINDS).index(name))
+    small, large, held_out = kind.frames
+    calculator = kind.label()
+    train = labelled(kind.small, calculator, rng, small) + labelled(kind.large, calculator, rng, large)
+    valid = labelled(kind.small, calculator, rng, max(small // 10, 2))
+    test = labelled(kind.large, calculator, rng, held_out)
+    for part in kind.parts:
+        from ase.io import read
+
+        make_data(part, work)
+        for own, split in ((train, "train"), (valid, "valid"), (test, "test")):
+            own.extend(read(work / f"{part}_{split}.xyz", ":"))
+    for split, structures in (("train", train), ("valid", valid), ("test", test)):
+        write(work / f"{name}_{split}.part", structures, format="extxyz")
+        (work / f"{name}_{split}.part").replace(work / f"{name}_{split}.xyz")
+
+
+def last_epoch(folder: Path, name: str) -> int:
+    """The epoch of the newest checkpoint, -1 without one."""
+    epochs = [int(path.stem.split("-")[-1]) for path in folder.glob(f"{name}_run-*_epoch-*.pt")]
+    return max(epochs, default=-1)
+
+
+def train_round(name: str, work: Path, epochs: int) -> None:
+    """Train for `epochs` more epochs with MACE's own command and publish ``NAME.model``."""
+    kind, folder = KINDS[name], work / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "name": name,
+        "work_dir": str(folder),
+        "train_file": str(work / f"{name}_train.xyz"),
+        "valid_file": str(work / f"{name}_valid.xyz"),
+        "model": "ScaleShiftMACE",
+        "interaction_first": "RealAgnosticResidualInteractionBlock",
+        "hidden_irreps": kind.irreps,
+        "max_ell": "3",
+        "correlation": "3",
+        "num_interactions": "2",
+        "r_max": "4.5",
+        "E0s": "average",
+        "energy_key": "REF_energy",
+        "forces_key": "REF_forces",
+        "stress_key": "REF_stress",
+        "loss": "universal",
+        "energy_weight": "1",
+        "forces_weight": "10",
+        "stress_weight": "1",
+        "compute_stress": "True",
+        "lr": "0.005",
+        "ema_decay": "0.99",
+        "scheduler_patience": "10",
+        "batch_size": "4",
+        "valid_batch_size": "8",
+        "default_dtype": "float32",
+        "max_num_epochs": str(last_epoch(folder / "checkpoints", name) + 1 + epochs),
+        "patience": "100000",
+        "error_table": "PerAtomMAE",
+        "plot": "False",
+        "seed": "1",
+        **kind.options,
+    }
+    command = [sys.executable, "-m", "mace.cli.run_train", "--ema", "--amsgrad", "--restart_latest"]
+    command += [f"--{key}={value}" for key, value in options.items()]
+    with open(folder / "log.txt", "a") as log:
+        subprocess.run(command, check=True, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+    written = folder / f"{name}.model"
+    written.replace(work / f"{name}.model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TRAINED)}; all if none is given")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each model is trained further, in turn")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of a round")
+    arguments = parser.parse_args()
+    names = arguments.names or TRAINED
+    unknown = sorted(set(names) - set(TRAINED))
+    if unknown:
+        parser.error(f"unknown model {unknown[0]!r}; allowed: {', '.join(TRAINED)}")
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    for _ in range(arguments.rounds):
+        for name in names:
+            make_data(name, work)
+            train_round(name, work, arguments.epochs)
+            print(
+                f"{work / name}.model: {last_epoch(work / 'runs' / name / 'checkpoints', name) + 1} epochs", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Which elements of a model are kept: what a user may ask for, and whether the calibration data agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["check_calibration", "checked_elements"]
+
+
+def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> list[str]:
+    """The chemical symbols that a user asked for, each once, in the order of the model.
+
+    Args:
+        elements: symbols, or one text with commas between them.
+        known: symbols of the elements that the model knows.
+
+    Raises:
+        ValueError: for no symbols, one that occurs twice, one that is no element, and one that the model does not
+            know; the message says which are allowed.
+    """
+    from ase.data import chemical_symbols
+
+    asked = [text.strip() for text in (elements.split(",") if isinstance(elements, str) else elements)]
+    if not [symbol for symbol in asked if symbol]:
+        raise ValueError(f"elements: none given; name some of {', '.join(known)}.")
+    if foreign := [symbol for symbol in asked if symbol not in chemical_symbols[1:]]:
+        raise ValueError(
+            f"elements: {foreign[0]!r} is not the symbol of a chemical element; write them as Li,P,S, of "
+            f"{', '.join(known)}."
+        )
+    if twice := sorted({symbol for symbol in asked if asked.count(symbol) > 1}):
+        raise ValueError(f"elements: {', '.join(twice)} named more than once; name each element once.")
+    if unknown := [symbol for symbol in asked if symbol not in known]:
+        raise ValueError(f"elements: the model does not know {', '.join(unknown)}; it knows {', '.join(known)}.")
+    return [symbol for symbol in known if symbol in asked]
+
+
+def check_calibration(elements: Sequence[str], structures: Sequence[Atoms]) -> None:
+    """Refuse elements other than those of the calibration data.
+
+    An element that no structure holds would be rounded unseen, and no gate would measure it.
+
+    Args:
+        elements: symbols that the model shall keep.
+        structures: for calibration; none is right for presets that need none.
+
+    Raises:
+        ValueError: naming the elements that only one side has.
+    """
+    if not structures:
+        return
+    present = {symbol for atoms in structures for symbol in atoms.get_chemical_symbols()}
+    if left_out := sorted(present - set(elements)):
+        raise ValueError(
+            f"elements: the calibration data also hold {', '.join(left_out)}; name these elements too, or leave those "
+            "structures out."
+        )
+    if unseen := [symbol for symbol in elements if symbol not in present]:
+        raise ValueError(
+            f"elements: no calibration structure holds {', '.join(unseen)}; add structures that do, or name only "
+            f"{', '.join(symbol for symbol in elements if symbol in present)}."
+        )
