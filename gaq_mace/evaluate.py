@@ -49,11 +49,12 @@ def make_batches(
     heads = getattr(model, "heads", ["Default"])
     if head is None:
         head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
+    keys = _keys_of(model)
     # A DataLoader draws a seed from torch's random numbers, whether or not it shuffles.
     with default_dtype(first.dtype), torch.random.fork_rng(devices=[]):
         graphs = [
             data.AtomicData.from_config(
-                data.config_from_atoms(atoms, head_name=head),
+                data.config_from_atoms(atoms, key_specification=keys, head_name=head),
                 z_table=table,
                 cutoff=float(model.r_max),  # type: ignore[arg-type]  # a tensor
                 heads=heads,
@@ -67,6 +68,19 @@ def make_batches(
             drop_last=False,
         )
         return [batch.to(first.device).to_dict() for batch in loader]
+
+
+_CALCULATOR_KEYS = {"total_charge": "charge", "total_spin": "spin"}
+
+
+def _keys_of(model: torch.nn.Module) -> data.KeySpecification:
+    """Where structures hold the properties that a model embeds: where `MACECalculator` looks for them."""
+    info: dict[str, str] = {}
+    arrays: dict[str, str] = {}
+    for name, spec in (getattr(model, "embedding_specs", None) or {}).items():
+        place = info if spec["per"] == "graph" else arrays
+        place[name] = _CALCULATOR_KEYS.get(name, spec.get("key", name))
+    return data.KeySpecification(info_keys=info, arrays_keys=arrays)
 
 
 def _symbol(number: int) -> str:

@@ -20,6 +20,7 @@ from gaq_mace.layers import (
     QuantizedDense,
     QuantizedDensity,
     QuantizedDensityResidual,
+    QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedProduct,
@@ -35,6 +36,7 @@ _QUANTIZED = {
     "tensor_product": QuantizedTensorProduct,
     "layer": QuantizedLayer,
     "dense": QuantizedDense,
+    "embedding": QuantizedEmbedding,
 }
 
 _BLOCKS = {original_type(block): block for block in (QuantizedDensity, QuantizedDensityResidual)}

@@ -65,6 +65,13 @@ class QuantizedDense(torch.nn.Linear):
         return torch.nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
+class QuantizedEmbedding(torch.nn.Embedding):
+    """`torch.nn.Embedding` with rounded weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(input, self.weight_quantizer(self.weight))
+
+
 @compile_mode("script")
 class QuantizedContraction(Contraction):
     """MACE's `Contraction` with rounded weights."""
@@ -185,6 +192,7 @@ _ORIGINAL: dict[type, type] = {
     QuantizedTensorProduct: o3.FullyConnectedTensorProduct,
     QuantizedLayer: _Layer,
     QuantizedDense: torch.nn.Linear,
+    QuantizedEmbedding: torch.nn.Embedding,
     QuantizedContraction: Contraction,
     QuantizedDensity: RealAgnosticDensityInteractionBlock,
     QuantizedDensityResidual: RealAgnosticDensityResidualInteractionBlock,

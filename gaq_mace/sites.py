@@ -6,6 +6,7 @@
 ``contraction``     MACE's symmetric contraction: its weights
 ``layer``           a layer of e3nn's `FullyConnectedNet`: the radial networks
 ``dense``           `torch.nn.Linear`
+``embedding``       `torch.nn.Embedding`: charge, spin and other classes of a structure or an atom
 ``product``         no weights of its own; its *output*, the node features that later layers read, is rounded
 ``density``         no weights; the density weights of an interaction block, rounded under the key ``attention``
 ``attention``       no weights; the logits of `gaq.quantizers.attention.RobustAttention`, rounded under that key
@@ -27,11 +28,13 @@ from mace.modules.blocks import (
     RealAgnosticAttResidualInteractionBlock,
     RealAgnosticDensityInteractionBlock,
     RealAgnosticDensityResidualInteractionBlock,
+    RealAgnosticResidualNonLinearInteractionBlock,
 )
+from mace.modules.radial import AgnesiTransform, BesselBasis, GaussianBasis, SoftTransform, ZBLBasis
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 
 from gaq.model.sites import POSITION_FREE, RADIAL, ROUNDED, AttentionSite, Bystander, Site, WeightSite, settle_first
-from gaq.quantizers.attention import RobustAttention
+from gaq.quantizers.attention import LearnedEnvelope, RobustAttention
 from gaq.quantizers.features import FeatureLayout
 from gaq.quantizers.weights import Block, WeightLayout
 from gaq.untyped import AnyModule, Instructions
@@ -76,9 +79,6 @@ _READERS = {
     "linear_up",
     "linear_down",
     "skip_linear",
-    "linear_res",
-    "source_embedding",
-    "target_embedding",
     "linear_query",
     "linear_key",
 }
@@ -97,9 +97,14 @@ def _source_of_node_feats(name: str, model: torch.nn.Module) -> int | None:
     return None
 
 
+def _reads_species(name: str) -> bool:
+    """Whether the input of a linear layer is the one-hot species, which picks a row of its matrix."""
+    return name.startswith("node_embedding") or name.endswith((".source_embedding", ".target_embedding"))
+
+
 def _is_position_free(name: str, model: torch.nn.Module) -> bool:
     """Whether the input of a module is made of species (and global) embeddings only."""
-    if name.startswith(("node_embedding", "joint_embedding", "embedding_readout")):
+    if name.startswith(("joint_embedding", "embedding_readout")) or _reads_species(name):
         return True
     return _source_of_node_feats(name, model) == -1
 
@@ -164,7 +169,7 @@ def _linear(name: str, module: o3.Linear) -> _Tensors | None:
     layout = _path_layout(module, weighted)
     if not layout.blocks:
         return None
-    if name.startswith("node_embedding"):
+    if _reads_species(name):
         # The input picks one row, so a row and not a column is what shares an error.
         layout = WeightLayout(layout.shape, tuple(Block(b.offset, b.shape, 1) for b in layout.blocks))
     features = FeatureLayout(_pieces(module.irreps_in, {ins.i_in for ins in module.instructions if ins.i_in != -1}))
@@ -198,6 +203,10 @@ def _tensors(name: str, module: torch.nn.Module) -> _Tensors | None:
         weight = WeightSite("", "weight", WeightLayout.single(module.weight.shape, 1))
         inputs, outputs = module.in_features, module.out_features
         return _Tensors("dense", (weight,), FeatureLayout(((inputs, 1),)), f"{inputs} -> {outputs}")
+    if isinstance(module, torch.nn.Embedding):
+        # As for species: an input picks a row.
+        weight = WeightSite("", "weight", WeightLayout.single(module.weight.shape, 1))
+        return _Tensors("embedding", (weight,), None, f"{module.num_embeddings} -> {module.embedding_dim}")
     return None
 
 
@@ -286,6 +295,17 @@ _REASONS = {
     "equivariant_nonlin": "no weights",
 }
 
+_KINDS: tuple[tuple[type[torch.nn.Module], str], ...] = (
+    (torch.nn.LayerNorm, "LayerNorm: a few numbers, kept exact"),
+    (RealAgnosticResidualNonLinearInteractionBlock, "two numbers that scale the density, kept exact"),
+    (BesselBasis, "frequencies of the radial basis, kept exact"),
+    (GaussianBasis, "widths of the radial basis, kept exact"),
+    (AgnesiTransform, "constants of the distance transform, kept exact"),
+    (SoftTransform, "constants of the distance transform, kept exact"),
+    (ZBLBasis, "analytic repulsion, kept exact"),
+    (LearnedEnvelope, "a few numbers that weigh the radial basis in the envelope, kept exact"),
+)
+
 
 def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
     """The modules that a user may look for and not find among the sites, each with the reason."""
@@ -301,5 +321,5 @@ def bystanders(model: torch.nn.Module) -> Iterator[Bystander]:
         if leaf in _REASONS and not name.endswith("scale_shift.scale"):
             yield Bystander(name, type(module).__name__, _REASONS[leaf], parameters)
         elif parameters and not isinstance(module, Contraction | torch.nn.ParameterList):
-            reason = "LayerNorm: a few numbers, kept exact" if "Norm" in type(module).__name__ else "not a known kind"
+            reason = next((text for kind, text in _KINDS if isinstance(module, kind)), "not a known kind")
             yield Bystander(name, type(module).__name__, reason, parameters)

@@ -66,7 +66,7 @@ def unit(x: Tensor, epsilon: float = EPSILON) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) + epsilon)
 
 
-def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms: int) -> Tensor:
+def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms: int, enveloped: bool = True) -> Tensor:
     """Compute weights of neighbours, ``u exp(l) / (1 + sum of u exp(l) over the receiver's edges)``; see the module.
 
     Args:
@@ -74,14 +74,16 @@ def neighbour_weights(logits: Tensor, envelope: Tensor, receiver: Tensor, atoms:
         envelope: cutoff function of the edges, shape (edges,), between 0 and 1, zero at the cutoff.
         receiver: atom that each edge points to, shape (edges,).
         atoms: number of atoms.
+        enveloped: whether the weights are multiplied by the envelope; False where something else is.
 
     Returns:
         Shape (edges, heads); the weights of an atom sum to less than 1, and to zero without neighbours.
     """
-    share = envelope.unsqueeze(-1) * torch.exp(logits)
+    exponential = torch.exp(logits)
+    share = envelope.unsqueeze(-1) * exponential
     total = torch.zeros([atoms, share.shape[1]], dtype=share.dtype, device=share.device)
     total = total.index_add(0, receiver, share)
-    return share / (1.0 + total).index_select(0, receiver)
+    return (share if enveloped else exponential) / (1.0 + total).index_select(0, receiver)
 
 
 def heads_of_weights(multiplicities: Iterable[int], heads: int) -> Tensor:

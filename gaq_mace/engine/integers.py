@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gaq import settings
 from gaq.files.packing import PLANES_MAX
-from gaq.kernels import linear as kernel
+from gaq.kernels import linear
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.untyped import AnyModule
+from gaq_mace.engine.linears import LinearLayer
 from gaq_mace.engine.reading import input_quantizer_of, matrices_of, species_matrices_of
 
 __all__ = ["Integers", "integer_linears", "through_integers"]
@@ -54,7 +55,7 @@ class Integers:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernel.linear(x, self.codes, self.scale, None, self.top, self.group_size)
+        return linear.linear(x, self.codes, self.scale, None, self.top, self.group_size)
 
 
 def rounds_all(quantizer: FeatureQuantizer) -> bool:
@@ -72,37 +73,36 @@ def through_integers(layers: torch.nn.ModuleList, model: AnyModule) -> None:
     before: FeatureQuantizer | None = None
     layer: AnyModule  # a `Layer`; a ModuleList knows modules only
     for layer, product in zip(layers, model.products, strict=True):
-        for linear in layer.linears:
-            quantizer = input_quantizer_of(linear.module)
-            if quantizer is None and linear.reads_features:
+        for part in layer.linears:
+            quantizer = input_quantizer_of(part.module)
+            if quantizer is None and part.reads_features:
                 # Node features are rounded once, at the output of the previous layer.
                 quantizer = before
-            weight = codes.get(f"{linear.path}.weight")
+            weight = codes.get(f"{part.path}.weight")
             if weight is not None and quantizer is not None and rounds_all(quantizer):
-                _take_codes(layer, linear, weight, int(quantizer.scalar_top))
+                _take_codes(layer, part, weight, int(quantizer.scalar_top))
         before = input_quantizer_of(product)
 
 
-def _take_codes(layer: AnyModule, linear: AnyModule, weight: QuantizedTensor, top: int) -> None:
+def _take_codes(layer: AnyModule, part: LinearLayer, weight: QuantizedTensor, top: int) -> None:
     """Let a layer compute the products of one module from integer codes, where the codes allow it.
 
     Args:
         layer: of the engine.
-        linear: `gaq_mace.engine.layer.LinearLayer` of the module.
+        part: the module, and how the layer holds its matrices.
         weight: codes and scales of the module's weight.
         top: largest code of its scalar inputs. Components of vectors take two planes: magnitudes have 16 bits at most.
     """
-    name, module = linear.name, linear.module
     index = weight.layout.scale_index(weight.granularity, weight.group_size)
-    scales = weight.scale.double().cpu()[index] / linear.divisor
+    scales = weight.scale.double().cpu()[index] / part.divisor
     device = layer.contraction_coefficients.device
-    tops = [top if ir.l == 0 else PLANES_MAX for _, ir in module.irreps_out]
-    if isinstance(module, o3.TensorProduct):
-        species_steps = species_matrices_of(module, scales)
-        for out, (_, matrices) in species_matrices_of(module, weight.codes, scaled=False).items():
+    tops = [top if ir.l == 0 else PLANES_MAX for _, ir in part.module.irreps_out]
+    if isinstance(part.module, o3.TensorProduct):
+        species_steps = species_matrices_of(part.module, scales)
+        for out, (_, matrices) in species_matrices_of(part.module, weight.codes, scaled=False).items():
             for z, (matrix, step) in enumerate(zip(matrices, species_steps[out][1], strict=True)):
-                layer.take(f"{name}_{out}.{z}", Integers.of(matrix, step, tops[out], device))
+                layer.take(f"{part.name}_{out}.{z}", Integers.of(matrix, step, tops[out], device))
         return
-    steps = matrices_of(module, scales)
-    for out, matrix in matrices_of(module, weight.codes, scaled=False).items():
-        layer.take(f"{name}_{out}", Integers.of(matrix, steps[out], tops[out], device))
+    steps = matrices_of(part.module, scales)
+    for out, matrix in matrices_of(part.module, weight.codes, scaled=False).items():
+        layer.take(f"{part.name}_{out}", Integers.of(matrix, steps[out], tops[out], device))

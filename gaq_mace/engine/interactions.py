@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import mace  # noqa: F401  (before e3nn)
@@ -10,20 +11,25 @@ from e3nn import nn
 from torch import Tensor
 
 from gaq.kernels import convolution, radial
+from gaq.quantizers.attention import heads_of_weights, neighbour_weights
+from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
-from gaq_mace.engine.edges import Edges
-from gaq_mace.engine.layer import Layer, LinearLayer
+from gaq_mace.engine.edges import EdgeFeatures, Edges
+from gaq_mace.engine.layer import Layer
 from gaq_mace.engine.layouts import Rounder, rows_of
+from gaq_mace.engine.linears import LinearLayer, Mixing
 from gaq_mace.engine.radial_networks import RadialNetwork
 from gaq_mace.engine.radial_tables import RadialTables
 from gaq_mace.engine.reading import (
     Unsupported,
     class_name,
     input_quantizer_of,
+    matrices_of,
     multiplicity,
     species_matrices_of,
 )
+from gaq_mace.names import ATTENTION
 
 __all__ = ["INTERACTIONS", "layer_of"]
 
@@ -31,19 +37,25 @@ __all__ = ["INTERACTIONS", "layer_of"]
 class AgnosticLayer(Layer):
     """`RealAgnosticInteractionBlock`, its residual form, and both with a density."""
 
+    network: RadialNetwork | None
+    density: RadialNetwork | None
+    round_density: FeatureQuantizer | None
+
     def _message_divisor(self, block: AnyModule) -> float:
         return 1.0 if hasattr(block, "density_fn") else super()._message_divisor(block)
 
     def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
-        if input_quantizer_of(block) is not None:
-            raise Unsupported(f"the density weights of interactions.{number} are rounded")
+        self.network = self.density = None
         try:
             self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, dtype)
-        except ValueError as error:
-            raise Unsupported(str(error)) from error
-        if self.radial.by_species:
+        except ValueError:  # hidden layers that are rounded, say: a function with steps has no table
+            self.radial = None
+        self.round_density = copy.deepcopy(input_quantizer_of(block))
+        self.reads_edges = self.radial is None or self.round_density is not None
+        if self.radial is None or self.radial.by_species:  # not all pairs of species have tables
             self.network = RadialNetwork(block.conv_tp_weights, dtype)
-            self.density = RadialNetwork(block.density_fn, dtype) if hasattr(block, "density_fn") else None
+        if hasattr(block, "density_fn") and (self.network is not None or self.round_density is not None):
+            self.density = RadialNetwork(block.density_fn, dtype)
         self.residual = "Residual" in class_name(block)
         self._read_skip(block, number, dtype)
 
@@ -72,32 +84,90 @@ class AgnosticLayer(Layer):
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.skip_channels))
         return torch.cat(parts, dim=1)
 
-    def _density_of(self, edges: Edges, atoms: int) -> Tensor | None:
-        """Edge density of each atom, (atoms,); None without one. A message is divided by the density plus one."""
-        if edges.tables is None:
-            return None if self.density is None else self._evaluated_density(self.density, edges, atoms)
+    def _densities(self, edges: Edges) -> Tensor | None:
+        """Density of each edge, (edges,); None for a block without."""
+        if edges.tables is None or self.round_density is not None:
+            if self.density is None:
+                return None
+            assert edges.features is not None
+            density = torch.tanh(self.density(edges.features.radial) ** 2)
+            if self.round_density is not None:
+                density = self.round_density(density)
+            # Before the cutoff function, so that the steps vanish there.
+            return (density if edges.features.cutoff is None else density * edges.features.cutoff)[:, 0]
         table = edges.tables[1]
         if table is None:
             return None
         lengths = edges.vectors.norm(dim=-1)
         if edges.graph.tables is None:
-            edge = radial.evaluate(table, lengths, self.problem.r_max)
-        else:
-            edge = radial.evaluate_several(table, lengths, self.problem.r_max, edges.graph.tables, 1)
-        return edge.new_zeros(atoms).index_add(0, edges.graph.receiver, edge[:, 0, 0])
+            return radial.evaluate(table, lengths, self.problem.r_max)[:, 0, 0]
+        return radial.evaluate_several(table, lengths, self.problem.r_max, edges.graph.tables, 1)[:, 0, 0]
+
+    def _scales(self, features: Tensor, edges: Edges) -> Tensor | None:
+        """Factors of each edge's radial weights, (edges, 1, channels); None without."""
+        return None
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
         sc = self._skip(features, composition) if self.residual else None
+        x, scales = self.mix(self.up, features), self._scales(features, edges)
         tabulated = edges.tables is not None
-        weights = self._evaluated_weights(self.network, edges) if edges.tables is None else edges.tables[0]
-        x = self.mix(self.up, features)
-        message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated)
+        if edges.tables is not None:
+            weights = edges.tables[0]
+        else:
+            assert edges.features is not None
+            assert self.network is not None
+            weights = self.network(edges.features.radial, edges.features.cutoff)
+            weights = weights.view(-1, len(self.problem.paths), self.channels)
+        message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated, scales)
         x = torch.cat(self.mix_messages(message, atoms), dim=1)
-        density = self._density_of(edges, atoms)
+        density = self._densities(edges)
         if density is not None:
-            x = x / (density + 1)[:, None, None]
+            # A message is divided by the density of its atom plus one.
+            x = x / (density.new_ones(atoms).index_add(0, edges.graph.receiver, density))[:, None, None]
         return (x, sc) if self.residual else (self._skip(x, composition), None)
+
+
+class AttentionLayer(AgnosticLayer):
+    """`gaq_mace.attention.GAQAttentionResidualInteractionBlock`."""
+
+    SCALED = True
+    mix_query: Mixing
+    mix_key: Mixing
+    head_of_channel: Tensor
+    radial_key: AnyModule
+    envelope: AnyModule
+    attention: AnyModule
+
+    def _message_divisor(self, block: AnyModule) -> float:
+        return 1.0
+
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
+        super()._read_block(model, block, number, dtype)
+        self.reads_edges = True
+        self.heads = int(block.heads)
+        for name in ("query", "key"):
+            path = f"interactions.{number}.linear_{name}"
+            linear = LinearLayer(name, path, getattr(block, f"linear_{name}"), reads_features=True)
+            setattr(self, f"mix_{name}", self._read_mixing(linear, dtype))
+        for name in ("radial_key", "envelope", "attention"):
+            setattr(self, name, copy.deepcopy(getattr(block, name)).requires_grad_(False))
+        self.register_buffer("head_of_channel", heads_of_weights([self.channels], self.heads))
+
+    def _scales(self, features: Tensor, edges: Edges) -> Tensor:
+        assert edges.features is not None
+        graph, radial_features, cutoff = edges.graph, edges.features.radial, edges.features.cutoff
+        atoms = features.shape[0]
+        query = self.mix(self.mix_query, features)[:, 0]
+        key = self.mix(self.mix_key, features)[:, 0].index_select(0, graph.sender) + self.radial_key(radial_features)
+        heads = (-1, self.heads, query.shape[1] // self.heads)
+        logits = self.attention.logits(query.view(heads), key.view(heads), graph.receiver)
+        envelope = self.envelope(radial_features) if cutoff is None else cutoff[:, 0]
+        # The radial tables contain the cutoff function where MACE hands it over.
+        weights = neighbour_weights(logits, envelope, graph.receiver, atoms, enveloped=cutoff is None)
+        if self.channels % self.heads:
+            return weights.index_select(1, self.head_of_channel)[:, None]
+        return weights[:, :, None].expand(-1, -1, self.channels // self.heads).reshape(-1, 1, self.channels)
 
 
 Activation = Callable[[Tensor], Tensor]
@@ -129,9 +199,12 @@ class NonLinearLayer(Layer):
 
     def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         path = f"interactions.{number}"
-        embeddings = block.source_embedding, block.target_embedding
-        self.network = RadialNetwork(block.conv_tp_weights, dtype, *embeddings)
-        self.density = RadialNetwork(block.density_fn, dtype, *embeddings)
+        species = [matrices_of(linear)[0].to(dtype) for linear in (block.source_embedding, block.target_embedding)]
+        for name, network in (("network", block.conv_tp_weights), ("density", block.density_fn)):
+            networks = RadialNetwork(network, dtype, species[0].shape[1])
+            setattr(self, name, networks)
+            for end, rows in zip(("sender", "receiver"), networks.properties_of(*species), strict=True):
+                self.register_buffer(f"{name}_{end}", rows)
         for name in ("alpha", "beta"):
             self.register_buffer(name, getattr(block, name).detach().to(dtype))
         skip = LinearLayer("skip", f"{path}.skip_tp", block.skip_tp, reads_features=True)
@@ -144,6 +217,21 @@ class NonLinearLayer(Layer):
         if len(gate.irreps_scalars) != 1 or block.linear_1.irreps_out[0].ir.l != 0:
             raise Unsupported(f"{path}.equivariant_nonlin has scalars of several kinds")
 
+    def _of_edges(self, name: str, edges: EdgeFeatures, factor: Tensor | None) -> Tensor:
+        """Outputs of one of the two networks, (edges, outputs), times a factor of each edge."""
+        ends = getattr(self, f"{name}_sender")[edges.sender], getattr(self, f"{name}_receiver")[edges.receiver]
+        outputs: Tensor = getattr(self, name)(edges.radial, factor, ends)
+        return outputs
+
+    def _density(self, edges: Edges, atoms: int) -> Tensor:
+        """Edge density of each atom, (atoms,)."""
+        assert edges.features is not None
+        density = torch.tanh(self._of_edges("density", edges.features, None) ** 2)
+        # Without the cutoff function nothing else would leave out the edges beyond.
+        factor = edges.features.inside if edges.features.cutoff is None else edges.features.cutoff
+        density = density * factor
+        return density.new_zeros(atoms).index_add(0, edges.graph.receiver, density[:, 0])
+
     def _gated(self, blocks: list[Tensor]) -> Tensor:
         """Apply the gate to blocks (atoms, components, channels); the first holds scalars, then gates."""
         channels = blocks[1].shape[2] if len(blocks) > 1 else blocks[0].shape[2]
@@ -154,13 +242,39 @@ class NonLinearLayer(Layer):
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
+        assert edges.features is not None
         sc = self.mix(self.skip, features)
         x = self.mix(self.up, features)
-        weights = self._evaluated_weights(self.network, edges)
+        weights = self._of_edges("network", edges.features, edges.features.cutoff)
+        weights = weights.view(-1, len(self.problem.paths), self.channels)
         message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated=False)
-        scale = (1.0 / (self._evaluated_density(self.density, edges, atoms) * self.beta + self.alpha))[:, None, None]
+        scale = (1.0 / (self._density(edges, atoms) * self.beta + self.alpha))[:, None, None]
         pairs = zip(self.mix_messages(message, atoms), self.mix_blocks(self.residual, x), strict=True)
         return self.mix(self.second, self._gated([mixed * scale + kept for mixed, kept in pairs])), sc
+
+
+class NodeAttentionLayer(Layer):
+    """`RealAgnosticAttResidualInteractionBlock`: MACE's radial network that reads scalars of both atoms."""
+
+    def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
+        path = f"interactions.{number}"
+        down = LinearLayer("down", f"{path}.linear_down", block.linear_down, reads_features=True)
+        self.down = self._read_mixing(down, dtype)
+        skip = LinearLayer("skip", f"{path}.skip_linear", block.skip_linear, reads_features=True)
+        self.skip = self._read_mixing(skip, dtype)
+        self.network = RadialNetwork(block.conv_tp_weights, dtype, self.down.channels[0])
+
+    def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
+        assert edges.features is not None
+        graph = edges.graph
+        scalars = self.mix(self.down, features)[:, 0]
+        sender, receiver = self.network.properties_of(scalars, scalars)
+        ends = sender.index_select(0, graph.sender), receiver.index_select(0, graph.receiver)
+        weights: Tensor = self.network(edges.features.radial, edges.features.cutoff, ends)
+        weights = weights.view(-1, len(self.problem.paths), self.channels)
+        x = self.mix(self.up, features)
+        message = convolution.convolution(self.problem, graph, x, edges.vectors, weights, tabulated=False)
+        return torch.cat(self.mix_messages(message, features.shape[0]), dim=1), self.mix(self.skip, features)
 
 
 _LAYERS: dict[str, type[Layer]] = {
@@ -169,6 +283,8 @@ _LAYERS: dict[str, type[Layer]] = {
     "RealAgnosticDensityInteractionBlock": AgnosticLayer,
     "RealAgnosticDensityResidualInteractionBlock": AgnosticLayer,
     "RealAgnosticResidualNonLinearInteractionBlock": NonLinearLayer,
+    "RealAgnosticAttResidualInteractionBlock": NodeAttentionLayer,
+    ATTENTION: AttentionLayer,
 }
 INTERACTIONS = tuple(_LAYERS)
 """Names of the interaction blocks that the engine serves."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
@@ -15,50 +13,11 @@ from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
-from gaq_mace.engine.radial_networks import RadialNetwork
+from gaq_mace.engine.linears import LinearLayer, Mixing
 from gaq_mace.engine.radial_tables import RadialTables
 from gaq_mace.engine.reading import Unsupported, input_quantizer_of, inputs_of, matrices_of, multiplicity
 
-__all__ = ["Layer", "LinearLayer"]
-
-
-class LinearLayer(NamedTuple):
-    """A linear layer or product with species of the model, whose matrices a `Layer` holds.
-
-    Attributes:
-        name: of the matrices in the layer; each output block's is ``{name}_{block}``.
-        path: of the module in the model.
-        module: of the model.
-        divisor: number by which the layer divides the matrices.
-        reads_features: whether the module reads the node features of the layer before as they are, which are rounded
-            at the output of that layer.
-    """
-
-    name: str
-    path: str
-    module: AnyModule
-    divisor: float = 1.0
-    reads_features: bool = False
-
-
-class Mixing(NamedTuple):
-    """A linear layer whose output blocks have at most one input block each.
-
-    Attributes:
-        name: of its matrices; see `LinearLayer`.
-        inputs: input block of each output block that has one.
-        rows_in: rows of the input blocks.
-        rows_out: rows of the output blocks.
-        channels: multiplicities of the output blocks.
-        round: rounding of its inputs.
-    """
-
-    name: str
-    inputs: dict[int, int]
-    rows_in: list[slice]
-    rows_out: list[slice]
-    channels: list[int]
-    round: Rounder
+__all__ = ["Layer"]
 
 
 def refuse_unsupported(block: AnyModule, number: int, sh: list[Tensor]) -> None:
@@ -90,6 +49,7 @@ class Layer(torch.nn.Module):
 
     Attributes:
         radial: radial tables; None where the radial network is evaluated for each edge.
+        reads_edges: whether the layer reads `Edges.features`.
         linears: linear layers whose matrices the layer holds.
 
     Raises:
@@ -98,8 +58,9 @@ class Layer(torch.nn.Module):
 
     contraction_coefficients: Tensor
     radial: RadialTables | None
-    # Module of the block that mixes the paths of a message.
+    # Module of the block that mixes the paths of a message, and whether edges have factors, the same for all paths.
     MESSAGE_LINEAR = "linear"
+    SCALED = False
 
     def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,6 +74,7 @@ class Layer(torch.nn.Module):
         self._read_message_linear(block, number, dtype)
         self._read_up(block, number, dtype)
         self.radial = None
+        self.reads_edges = True
         self._read_block(model, block, number, dtype)
         self._fold(product, dtype)
         self._read_product(product, number, dtype)
@@ -143,6 +105,7 @@ class Layer(torch.nn.Module):
             tuple(paths),
             tuple(sh),
             r_max,
+            (0,) * len(tp.irreps_in1) if self.SCALED else (),
         )
         self.path_blocks = [ins.i_out for ins in tp.instructions]  # of the e3nn layout of messages
 
@@ -328,21 +291,6 @@ class Layer(torch.nn.Module):
             self._product(g, f"linear_{i}").view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
-
-    def _evaluated_weights(self, network: RadialNetwork, edges: Edges) -> Tensor:
-        """Radial weights of each edge from the network itself, (edges, paths, channels)."""
-        assert edges.features is not None
-        weights: Tensor = network(edges.features, edges.features.cutoff)
-        return weights.view(-1, len(self.problem.paths), self.channels)
-
-    def _evaluated_density(self, network: RadialNetwork, edges: Edges, atoms: int) -> Tensor:
-        """Edge density of each atom from the network itself, (atoms,)."""
-        assert edges.features is not None
-        density = torch.tanh(network(edges.features) ** 2)
-        # Without the cutoff function nothing else would leave out the edges beyond.
-        factor = edges.features.inside if edges.features.cutoff is None else edges.features.cutoff
-        density = density * factor
-        return density.new_zeros(atoms).index_add(0, edges.graph.receiver, density[:, 0])
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         """Compute the interaction block.

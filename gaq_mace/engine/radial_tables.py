@@ -103,13 +103,13 @@ class RadialTables:
     def _hidden(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Inputs of the last radial layer, times the cutoff, for pairs at lengths (n,), (pairs, n, features)."""
         edges = self._edges(pairs, lengths)
-        return self.network.before_last(edges, edges.cutoff).view(len(pairs), lengths.numel(), -1)
+        return self.network.before_last(edges.radial, edges.cutoff).view(len(pairs), lengths.numel(), -1)
 
     def _densities(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Edge densities of pairs at lengths (n,), (pairs, n, 1)."""
         assert self.density is not None
         edges = self._edges(pairs, lengths)
-        density = torch.tanh(self.density(edges) ** 2)
+        density = torch.tanh(self.density(edges.radial) ** 2)
         if edges.cutoff is not None:
             density = density * edges.cutoff
         return density.view(len(pairs), lengths.numel(), 1)

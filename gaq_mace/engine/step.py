@@ -59,6 +59,7 @@ class Engine(torch.nn.Module):
             attributes.irreps_out.lmax,
         )
         self.layers = torch.nn.ModuleList(layer_of(model, i, sh, dtype) for i in range(len(model.interactions)))
+        self.reads_edges = any(layer.reads_edges for layer in self.layers)
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
         embedding = matrices_of(model.node_embedding.linear)[0]
@@ -159,14 +160,13 @@ class Engine(torch.nn.Module):
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition."""
         model: AnyModule = self.__dict__["model"]
-        # A neighbour list with a skin has edges beyond the cutoff.
-        inside = (lengths > 0) & (lengths < self.r_max)
         tables, numbers = self.compositions.tables(composition, edge_index)
-        evaluated = any(of_layer is None for of_layer in tables)
+        evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
         if evaluated and not gpu.chosen(vectors.device):
-            # On a GPU the host would have to wait for their number.
-            kept = inside[:, 0].nonzero()[:, 0]
-            edge_index, vectors, lengths, inside = edge_index[:, kept], vectors[kept], lengths[kept], inside[kept]
+            # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their
+            # number.
+            kept = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
+            edge_index, vectors, lengths = edge_index[:, kept], vectors[kept], lengths[kept]
             numbers = None if numbers is None else numbers[kept]
         sender, receiver = composition.place[edge_index]
         graph = convolution.Graph(sender, receiver, numbers)
@@ -174,7 +174,8 @@ class Engine(torch.nn.Module):
         if evaluated:
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
             first, second = composition.species[edge_index]
-            features = EdgeFeatures(basis, cutoff, inside.to(basis.dtype), first, second)
+            inside = (lengths < self.r_max).to(basis.dtype)
+            features = EdgeFeatures(basis, cutoff, inside, first, second)
         return [Edges(graph, vectors, of_layer, features) for of_layer in tables]
 
     def _start(self, data: dict[str, Tensor], composition: Composition, graphs: int) -> Tensor | None:

@@ -292,12 +292,8 @@ def test_replaced_parts_make_a_new_engine() -> None:
 
 
 def test_what_is_not_served_says_so_and_runs() -> None:
-    model = converted(
-        make("RealAgnosticInteractionBlock", "8x0e", 2, 2, second="RealAgnosticAttResidualInteractionBlock"),
-        "w8",
-        STRUCTURES,
-    )
-    with pytest.warns(UserWarning, match=r"reference path: interactions\.1 is a RealAgnosticAttResidual"):
+    model = converted(make("RealAgnosticInteractionBlock", "8x0e", 2, 2, use_so3=True), "w8", STRUCTURES)
+    with pytest.warns(UserWarning, match=r"reference path: the edge attributes .* are not plain spherical harmonics"):
         model(batch_of(model, STRUCTURES[:1]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
