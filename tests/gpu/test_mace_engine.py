@@ -29,7 +29,7 @@ from gaq.adapter import adapter_for
 from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
-from gaq_mace.engine import compositions, replays
+from gaq_mace.engine import compositions, pair_tables, replays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -336,6 +336,7 @@ def test_structures_of_many_species_look_at_their_edges(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compositions, "MOST_SPECIES", 1)
+    monkeypatch.setattr(pair_tables, "EDGES_OF_AN_INTERVAL", 0)
     small_engine: Any = engine.Engine(small)
     data = batch_of(small, [WATER, LONELY])
     found = small_engine(dict(data), **OPTIONS)
