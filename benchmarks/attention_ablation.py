@@ -10,9 +10,9 @@ Trains with the stock `mace_run_train`, the same data, settings and epochs for e
 * ``attention_dot``: the same without normalised queries and keys (``attention.normalize: false``; no fp32).
 
 The first interaction is MACE's default or, for ``density``, its density form. Quantized presets have the key
-``attention``, with as many bits as the preset has for scalars. Models and a JSON file for each run stay in the working
-directory, so an interrupted script continues where it was. `table` gathers them into results/attention_ablation.json
-and draws the figure.
+``attention``, with as many bits as the preset has for scalars, 16 at most. Models and a JSON file for each run stay in
+the working directory, so an interrupted script continues where it was. `table` gathers them into
+results/attention_ablation.json and draws the figure.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def quantization(block: str, scheme: str, epochs: int) -> Document | None:
     if scheme == "fp32":
         return None
     start = 2 * epochs // 3
+    scalars = PRESETS[scheme].scalars.bits
     return {
         "preset": scheme,
         "vectors": {"start_epoch": start, "anneal_epochs": max(1, (epochs - start) // 2)},
-        "attention": {"bits": PRESETS[scheme].scalars.bits, "normalize": block != "attention_dot"},
+        "attention": {"bits": scalars and min(scalars, 16), "normalize": block != "attention_dot"},
     }
 
 

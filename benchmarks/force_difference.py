@@ -2,10 +2,11 @@
 
     python benchmarks/force_difference.py NAME=MODEL,TRAIN,TEST[,CALIBRATION_FRAMES] ... --name RESULT
 
-Models of the framework that is installed. For each, presets as `gaq quantize` makes them, and worse ones on purpose:
-too few bits, nearest rounding, no distillation. The gate `force_difference` (`gaq.reporting.gates`) follows from the
-result: rounding adds to the float model's error in quadrature (columns `mae_ratio` and `by_quadrature`), and ruined
-models differ by as much as the forces are large.
+Models of the framework that is installed; ``SHARED`` in a path is the folder of models and data beside the repository,
+and the ethanol model is the one that `mace_models.write_trained_model` of ``tests/helpers`` writes. For each, presets
+as `gaq quantize` makes them, and worse ones on purpose: too few bits, nearest rounding, no distillation. The gate
+`force_difference` (`gaq.reporting.gates`) follows from the result: rounding adds to the float model's error in
+quadrature (columns `mae_ratio` and `by_quadrature`), and ruined models differ by as much as the forces are large.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def warm_up(folder: Path) -> None:
     small.mkdir(exist_ok=True)
     files = [small / "float.model", small / "gaq.model"]
     if not files[1].exists():
-        make("MP-0 medium", small, 1, channels=4, side=1)
+        make("MP-0 medium", small, 1, channels=4, side=2)
         spec = {"preset": "gaq", "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
         model = gaq.quantize(gaq.load(files[0]), [read(small / "steps.xyz")], spec, progress=False)
         gaq.save(model, files[1])

@@ -17,7 +17,15 @@ from torch import Tensor
 from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
 from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
-from gaq.model.state import ModelFileError, ModelState, StoredState, check_format, same_grid, state_of
+from gaq.model.state import (
+    ModelFileError,
+    ModelState,
+    StoredState,
+    check_format,
+    keep_earlier_bits,
+    same_grid,
+    state_of,
+)
 from gaq.untyped import Document
 from gaq_mace import packed, packed_pickle
 from gaq_mace.engine.serving import OWN_ENTRIES, RECORD, Served
@@ -118,7 +126,9 @@ def _take_over(model: torch.nn.Module, plain: Document) -> None:
     state = state_of(model)
     if state is None:
         restore(model, stored)
-    elif same_grid(state.config.to_dict(), stored.meta["config"]):
+        return
+    keep_earlier_bits(model, stored.meta["config"])
+    if same_grid(state.config.to_dict(), stored.meta["config"]):
         # A checkpoint of the same run: the quantizers are in place, and only their ranges differ.
         state.resumed = True
         stored.load_ranges(model, weight_quantizers(model))

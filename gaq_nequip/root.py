@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
-from gaq.model.state import TRAINED, ModelState, StoredState, is_kind, require_state, same_grid, settle_codes, state_of
+from gaq.model.state import (
+    TRAINED,
+    ModelState,
+    StoredState,
+    is_kind,
+    keep_earlier_bits,
+    require_state,
+    same_grid,
+    settle_codes,
+    state_of,
+)
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import AnyModule, Options
@@ -83,6 +93,7 @@ class _QuantizedRoot:
         if not text or model_state is None:
             return
         stored = StoredState.from_json(json.loads(text))
+        keep_earlier_bits(model, stored.meta["config"])
         if not same_grid(model_state.config.to_dict(), stored.meta["config"]):
             raise ValueError(
                 "this checkpoint was written with other quantization settings "

@@ -33,6 +33,7 @@ from gaq.config.schema import (
     TrainingConfig,
     VectorConfig,
     WeightConfig,
+    preset_of,
     without_removed,
 )
 from gaq.untyped import Document, ReadOnlyDocument
@@ -222,13 +223,13 @@ def _check_overrides(value: object, path: str) -> Document:
     return dict(value)
 
 
-def _preset(name: object, path: str) -> QuantizationConfig:
-    """Return a preset by name."""
+def _preset(name: object, path: str, version: int) -> QuantizationConfig:
+    """Return a preset by name, as it was in a version of the configuration."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
             f"{path}: {name!r} is not a preset.{_closest(str(name), PRESETS)} Presets: {_options(sorted(PRESETS))}."
         )
-    return PRESETS[name]
+    return preset_of(name, version)
 
 
 def _read_mapping(text: str, path: str) -> object:
@@ -256,13 +257,14 @@ def _read_file(name: str, path: str) -> object:
     return loaded
 
 
-def parse_config(spec: object, path: str = "quantization") -> QuantizationConfig:
+def parse_config(spec: object, path: str = "quantization", version: int = VERSION) -> QuantizationConfig:
     """Validate what a user wrote and resolve it against its preset.
 
     Args:
         spec: a preset name, a mapping, a `QuantizationConfig`, the text of a mapping (as training commands pass it), or
             the path of a YAML file that holds one of these, at the top level or under the key ``quantization``.
         path: key path that error messages start with.
+        version: version whose presets are meant where `spec` does not give one.
 
     Returns:
         The resolved configuration.
@@ -276,27 +278,33 @@ def parse_config(spec: object, path: str = "quantization") -> QuantizationConfig
     if isinstance(spec, str):
         text = spec.strip()
         if text.endswith((".yml", ".yaml")) and not text.startswith("{"):
-            return parse_config(_read_file(text, path), path=path)
+            return parse_config(_read_file(text, path), path, version)
         if not text.startswith("{"):
-            return _preset(text, path)
+            return _preset(text, path, version)
         spec = _read_mapping(text, path)
     if not isinstance(spec, Mapping):
         raise ConfigError(
             f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
         )
-    version = spec.get("version", VERSION)
-    if isinstance(version, int) and version > VERSION:
-        raise ConfigError(
-            f"{path}.version: {version} is later than this gaq reads, which is {VERSION}. Upgrade with: "
-            "pip install -U gaq"
-        )
-    base = _preset(spec.get("preset", "gaq"), f"{path}.preset")
+    if "version" in spec:
+        version = _check_version(spec["version"], f"{path}.version")
+    base = _preset(spec.get("preset", "gaq"), f"{path}.preset", version)
     weights = spec.get("weights")
     if isinstance(weights, Mapping) and any(name in weights for name in ("bits", *_BITS_OF_GROUPS)):
         base = dataclasses.replace(base, weights=dataclasses.replace(base.weights, least_compression=None))
     config: QuantizationConfig = _merge(base, spec, path)
     _check_consistency(config, path)
     return config
+
+
+def _check_version(value: object, path: str) -> int:
+    """Check the version that a configuration gives."""
+    if isinstance(value, int) and value > VERSION:
+        raise ConfigError(
+            f"{path}: {value} is later than this gaq reads, which is {VERSION}. Upgrade with: pip install -U gaq"
+        )
+    field = next(f for f in dataclasses.fields(QuantizationConfig) if f.name == "version")
+    return int(_check_value(path, "version", value, field))
 
 
 def parse_stored(spec: object, finished: bool, path: str = "quantization") -> QuantizationConfig:
@@ -360,14 +368,15 @@ def _override(config: QuantizationConfig, override: object, path: str) -> Quanti
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)
         return changed
-    return parse_config(override, path=path)
+    return parse_config(override, path, config.version)
 
 
 def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -> dict[str, QuantizationConfig | None]:
     """Return the configuration of each module after ``overrides``; None for a module that stays float.
 
-    An override that names a preset starts from that preset. A mapping without a preset changes the configuration that
-    holds it, and weight bits in it apply to all modules it matches. Later patterns win over earlier ones.
+    An override that names a preset starts from that preset, in the version of the configuration. A mapping without a
+    preset changes the configuration that holds it, and weight bits in it apply to all modules it matches. Later
+    patterns win over earlier ones.
 
     Raises:
         ConfigError: if a pattern matches no module, with the names it could have matched.

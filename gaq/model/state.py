@@ -1,6 +1,7 @@
 """State, quantizers and weight codes of a quantized model, the same in every framework."""
 
 import base64
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gaq
-from gaq.config.schema import QuantizationConfig, without_removed
+from gaq.config.schema import MOST_SCALAR_BITS, QuantizationConfig, without_removed
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.species import SpeciesWeightQuantizer
 from gaq.quantizers.weights import QuantizedTensor, WeightLayout, WeightQuantizer, dequantize, largest_code
@@ -32,6 +33,7 @@ __all__ = [
     "finish_features",
     "fixed_codes",
     "is_kind",
+    "keep_earlier_bits",
     "require_state",
     "round_weights",
     "same_grid",
@@ -289,6 +291,32 @@ class StoredState:
                 weight_quantizer.range_ratio.copy_(self.ratios[name].to(weight_quantizer.range_ratio.device))
             if name in self.steps and self.steps[name].numel() == weight_quantizer.groups:
                 weight_quantizer.fix_scale(self.steps[name], scale=self.steps[name])
+
+
+def keep_earlier_bits(model: torch.nn.Module, stored: ReadOnlyDocument) -> None:
+    """Give a model that was built from the name of a preset the scalars which that preset had when it was stored.
+
+    A checkpoint may hold no more than that name. In the versions before, no scalars had more than
+    `gaq.config.schema.MOST_SCALAR_BITS`, so a quantizer with more has them from a preset of today.
+
+    Args:
+        model: quantized model.
+        stored: what `QuantizationConfig.to_dict` gave when the state was written.
+    """
+    state = require_state(model)
+    version = int(stored.get("version", 1))
+    most = MOST_SCALAR_BITS.get(version)
+    if most is None or version >= state.config.version:
+        return
+    wide = [q for q in feature_quantizers(model).values() if q.round_scalars and q.scalar_bits > most]
+    for quantizer in wide:
+        quantizer.set_scalar_bits(most)
+    if wide:
+        logger.info("The state was written when presets rounded scalars to %d bits, which this model keeps.", most)
+    scalars = state.config.scalars
+    if scalars.bits is not None and scalars.bits > most:
+        scalars = dataclasses.replace(scalars, bits=most)
+    state.config = dataclasses.replace(state.config, version=version, scalars=scalars)
 
 
 def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:

@@ -79,12 +79,16 @@ def _summary(dimensions: Sequence[int], scalars: ScalarConfig, vectors: VectorCo
     """How features of these dimensions are rounded, in a few words; empty if they are not."""
     parts = []
     if scalars.bits is not None and 1 in dimensions:
-        parts.append(f"l=0: {scalars.bits} bits")
+        parts.append(_scalar_note(scalars.bits))
     if vectors.magnitude_bits is not None and any(dimension > 1 for dimension in dimensions):
         split = vectors.scheme == "mddq"
         direction = f" + 2x{vectors.direction_bits} {vectors.codebook}" if split else " a component"
         parts.append(f"l>0: {vectors.magnitude_bits} bits{direction}")
     return ", ".join(parts)
+
+
+def _scalar_note(bits: int) -> str:
+    return f"l=0: {bits} bits"
 
 
 class FeatureQuantizer(torch.nn.Module):
@@ -121,7 +125,8 @@ class FeatureQuantizer(torch.nn.Module):
         self.multiplicities, self.dimensions = _merge_scalars(layout)
         self.round_scalars = scalars.bits is not None
         self.round_vectors = vectors.magnitude_bits is not None
-        self.scalar_top = float(largest_code(scalars.bits or 16))
+        self.scalar_bits = scalars.bits or 16
+        self.scalar_top = float(largest_code(self.scalar_bits))
         self.split = vectors.scheme == "mddq"
         self.local_frame = self.split and vectors.frame == "local"
         magnitude_bits = vectors.magnitude_bits or 16
@@ -132,7 +137,7 @@ class FeatureQuantizer(torch.nn.Module):
         self.vector_range_per_tensor = vectors.granularity == "per_tensor"
         self.scalar_range_per_atom = scalars.granularity == "per_atom"
         self.vector_range_per_atom = vectors.granularity == "per_atom"
-        fine_scalars = (scalars.bits or 16) >= FINE_BITS
+        fine_scalars = self.scalar_bits >= FINE_BITS
         fine_vectors = self.split and min(magnitude_bits, vectors.direction_bits) >= FINE_BITS
         scalars_pass = (self.scalar_range_per_atom and fine_scalars) or not self.round_scalars
         vectors_pass = (self.vector_range_per_atom and fine_vectors) or not self.round_vectors
@@ -175,6 +180,14 @@ class FeatureQuantizer(torch.nn.Module):
     def describe(self) -> str:
         """Say how the features are rounded, in a few words."""
         return self.note
+
+    @torch.jit.unused
+    def set_scalar_bits(self, bits: int) -> None:
+        """Change the width of scalars, both of them from `FINE_BITS` on, so that gradients pass as before."""
+        self.note = self.note.replace(_scalar_note(self.scalar_bits), _scalar_note(bits))
+        self.scalar_bits = bits
+        self.scalar_top = float(largest_code(bits))
+        self._pieces = None
 
     @torch.jit.unused
     def start_observing(self) -> None:

@@ -25,6 +25,7 @@ class EdgeFeatures:
         inside: 1 within the cutoff and 0 beyond, (edges, 1).
         sender: species of the senders, (edges,).
         receiver: species of the receivers, (edges,).
+        alike: whether all atoms of a species enter the first layer with the same features.
     """
 
     radial: Tensor
@@ -32,6 +33,7 @@ class EdgeFeatures:
     inside: Tensor
     sender: Tensor
     receiver: Tensor
+    alike: bool
 
 
 @dataclass(frozen=True)

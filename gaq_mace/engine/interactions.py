@@ -10,10 +10,11 @@ import torch
 from e3nn import nn
 from torch import Tensor
 
-from gaq.kernels import convolution, radial
+from gaq.kernels import convolution, gpu, radial
 from gaq.quantizers.attention import heads_of_weights, neighbour_weights
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
+from gaq_mace.engine import first_messages
 from gaq_mace.engine.compositions import Composition
 from gaq_mace.engine.edges import EdgeFeatures, Edges
 from gaq_mace.engine.layer import Layer
@@ -75,11 +76,11 @@ class AgnosticLayer(Layer):
     def _skip(self, x: Tensor, composition: Composition) -> Tensor:
         """Product of features with the species, (atoms, rows, channels)."""
         x = self.round_skip(x)
+        read = x.split([rows.stop - rows.start for rows in self.skip_rows_in], dim=1)
         parts = []
         for out, rows in enumerate(self.skip_rows):
             if out in self.skip_inputs:
-                rows_read = self.skip_rows_in[self.skip_inputs[out]]
-                parts.append(self._species_product(x[:, rows_read], f"skip_{out}", composition))
+                parts.append(self._species_product(read[self.skip_inputs[out]], f"skip_{out}", composition))
             else:  # the block has no input of its degree
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.skip_channels))
         return torch.cat(parts, dim=1)
@@ -191,6 +192,8 @@ class NonLinearLayer(Layer):
     """`RealAgnosticResidualNonLinearInteractionBlock`."""
 
     MESSAGE_LINEAR = "linear_1"
+    network: RadialNetwork
+    density: RadialNetwork
     alpha: Tensor
     beta: Tensor
 
@@ -211,22 +214,21 @@ class NonLinearLayer(Layer):
         self.skip = self._read_mixing(skip, dtype)
         self.residual = self._read_mixing(LinearLayer("res", f"{path}.linear_res", block.linear_res), dtype)
         self.second = self._read_mixing(LinearLayer("second", f"{path}.linear_2", block.linear_2), dtype)
+        self.first = number == 0 and first_messages.serves(self.problem)
         gate = block.equivariant_nonlin
         self.scalar_activation, self.gate_activation = _activations_of(gate, f"{path}.equivariant_nonlin")
         multiplicity(gate.irreps_scalars + gate.irreps_gated, f"messages of {path}.equivariant_nonlin")
         if len(gate.irreps_scalars) != 1 or block.linear_1.irreps_out[0].ir.l != 0:
             raise Unsupported(f"{path}.equivariant_nonlin has scalars of several kinds")
 
-    def _of_edges(self, name: str, edges: EdgeFeatures, factor: Tensor | None) -> Tensor:
-        """Outputs of one of the two networks, (edges, outputs), times a factor of each edge."""
-        ends = getattr(self, f"{name}_sender")[edges.sender], getattr(self, f"{name}_receiver")[edges.receiver]
-        outputs: Tensor = getattr(self, name)(edges.radial, factor, ends)
-        return outputs
+    def _ends(self, name: str, edges: EdgeFeatures) -> tuple[Tensor, Tensor]:
+        """What one of the two networks reads of the species of each edge."""
+        return getattr(self, f"{name}_sender")[edges.sender], getattr(self, f"{name}_receiver")[edges.receiver]
 
     def _density(self, edges: Edges, atoms: int) -> Tensor:
         """Edge density of each atom, (atoms,)."""
         assert edges.features is not None
-        density = torch.tanh(self._of_edges("density", edges.features, None) ** 2)
+        density = torch.tanh(self.density(edges.features.radial, None, self._ends("density", edges.features)) ** 2)
         # Without the cutoff function nothing else would leave out the edges beyond.
         factor = edges.features.inside if edges.features.cutoff is None else edges.features.cutoff
         density = density * factor
@@ -243,14 +245,40 @@ class NonLinearLayer(Layer):
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
         assert edges.features is not None
+        kinds = self._kinds(edges, composition)
+        if kinds is not None:  # one row for all atoms of a species
+            features = features.index_select(0, kinds[0])
         sc = self.mix(self.skip, features)
         x = self.mix(self.up, features)
-        weights = self._of_edges("network", edges.features, edges.features.cutoff)
-        weights = weights.view(-1, len(self.problem.paths), self.channels)
-        message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated=False)
+        kept = self.mix_blocks(self.residual, x)
+        hidden = self.network.before_last(
+            edges.features.radial, edges.features.cutoff, self._ends("network", edges.features)
+        )
+        if kinds is None:
+            weights = (hidden @ self.network.last).view(-1, len(self.problem.paths), self.channels)
+            message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated=False)
+        else:
+            kind, last = kinds[1], self.network.last
+            message = first_messages.messages(self.problem, edges.graph, x, kind, edges.vectors, hidden, last)
+            sc, kept = sc.index_select(0, kind), [block.index_select(0, kind) for block in kept]
         scale = (1.0 / (self._density(edges, atoms) * self.beta + self.alpha))[:, None, None]
-        pairs = zip(self.mix_messages(message, atoms), self.mix_blocks(self.residual, x), strict=True)
-        return self.mix(self.second, self._gated([mixed * scale + kept for mixed, kept in pairs])), sc
+        mixed = [block * scale for block in self.mix_messages(message, atoms)]
+        gated = self._gated([block + rest for block, rest in zip(mixed, kept, strict=True)])
+        return self.mix(self.second, gated), sc
+
+    def _kinds(self, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor] | None:
+        """An atom of each species, (kinds,), and the kind of each atom, (atoms,), where `first_messages` serve.
+
+        None where they do not: after the first layer, and on a GPU, where the host would have to wait.
+        """
+        if edges.features is None or not (self.first and edges.features.alike) or gpu.chosen(edges.vectors.device):
+            return None
+        atoms, count = composition.ordered.shape[0], edges.vectors.shape[0]
+        if not first_messages.pays(self.problem, atoms, len(composition.bounds), count):
+            return None
+        firsts = torch.tensor([begin for _, begin, _ in composition.bounds])
+        sizes = torch.tensor([end - begin for _, begin, end in composition.bounds])
+        return firsts, torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
 
 class NodeAttentionLayer(Layer):

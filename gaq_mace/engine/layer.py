@@ -264,10 +264,12 @@ class Layer(torch.nn.Module):
     def mix_blocks(self, mixing: Mixing, x: Tensor) -> list[Tensor]:
         """Apply a linear layer with its rounding to features; each output block is (atoms, components, channels)."""
         x = mixing.round(x)
+        # The derivative of a split is one tensor; that of as many slices would be a sum of tensors, nearly all zero.
+        parts = x.split([rows.stop - rows.start for rows in mixing.rows_in], dim=1)
         blocks = []
         for out, (rows, channels) in enumerate(zip(mixing.rows_out, mixing.channels, strict=True)):
             if out in mixing.inputs:
-                blocks.append(self._mixed(x[:, mixing.rows_in[mixing.inputs[out]]], f"{mixing.name}_{out}"))
+                blocks.append(self._mixed(parts[mixing.inputs[out]], f"{mixing.name}_{out}"))
             else:  # no input of its degree
                 blocks.append(x.new_zeros(x.shape[0], rows.stop - rows.start, channels))
         return blocks

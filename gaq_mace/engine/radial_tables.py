@@ -18,7 +18,6 @@ from torch import Tensor
 from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
-from gaq_mace.engine.edges import EdgeFeatures
 from gaq_mace.engine.radial_networks import RadialNetwork
 
 __all__ = ["Pair", "RadialTables"]
@@ -92,26 +91,25 @@ class RadialTables:
         numbers = sum(n * c for n, c in zip(self.intervals, columns, strict=False))
         return numbers * radial.COEFFICIENTS * torch.finfo(self.dtype).bits // 8
 
-    def _edges(self, pairs: Sequence[Pair], lengths: Tensor) -> EdgeFeatures:
-        """Edges of all pairs of species and all lengths (n,), pair after pair."""
-        first, second = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
+    def _basis(self, pairs: Sequence[Pair], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs of the radial networks, (pairs * n, basis), and the cutoff where MACE applies it after them."""
+        edges = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
         attributes = torch.eye(self.elements, dtype=torch.float64)
         lengths = lengths.repeat(len(pairs))[:, None]
-        basis, cutoff = self.embedding(lengths, attributes, torch.stack([first, second]), self.numbers)
-        return EdgeFeatures(basis, cutoff, torch.ones_like(lengths), first, second)
+        basis: tuple[Tensor, Tensor | None] = self.embedding(lengths, attributes, edges, self.numbers)
+        return basis
 
     def _hidden(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Inputs of the last radial layer, times the cutoff, for pairs at lengths (n,), (pairs, n, features)."""
-        edges = self._edges(pairs, lengths)
-        return self.network.before_last(edges.radial, edges.cutoff).view(len(pairs), lengths.numel(), -1)
+        return self.network.before_last(*self._basis(pairs, lengths)).view(len(pairs), lengths.numel(), -1)
 
     def _densities(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Edge densities of pairs at lengths (n,), (pairs, n, 1)."""
         assert self.density is not None
-        edges = self._edges(pairs, lengths)
-        density = torch.tanh(self.density(edges.radial) ** 2)
-        if edges.cutoff is not None:
-            density = density * edges.cutoff
+        basis, cutoff = self._basis(pairs, lengths)
+        density = torch.tanh(self.density(basis) ** 2)
+        if cutoff is not None:
+            density = density * cutoff
         return density.view(len(pairs), lengths.numel(), 1)
 
     def make(self, pairs: Sequence[Pair]) -> list[Tensor]:

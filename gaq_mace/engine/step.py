@@ -59,6 +59,8 @@ class Engine(torch.nn.Module):
             attributes.irreps_out.lmax,
         )
         self.layers = torch.nn.ModuleList(layer_of(model, i, sh, dtype) for i in range(len(model.interactions)))
+        specs = getattr(model, "embedding_specs", None) or {}
+        self.embeds_structures = all(spec["per"] == "graph" for spec in specs.values())
         self.reads_edges = any(layer.reads_edges for layer in self.layers)
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
@@ -118,7 +120,8 @@ class Engine(torch.nn.Module):
             # Not a part of the interaction energy: it does not depend on positions.
             global_energy = model.embedding_readout(start, heads)[atoms, heads]
             e0 = e0 + scatter_sum(src=global_energy, index=batch, dim=0, dim_size=graphs)
-        edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition)
+        alike = start is None or (graphs == 1 and self.embeds_structures)
+        edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition, alike)
         node_feats = self._node_feats(start, edges, composition)
         for i, readout in enumerate(model.readouts):
             layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
@@ -156,9 +159,15 @@ class Engine(torch.nn.Module):
         }
 
     def _edges(
-        self, edge_index: Tensor, vectors: Tensor, lengths: Tensor, attributes: Tensor, composition: Composition
+        self,
+        edge_index: Tensor,
+        vectors: Tensor,
+        lengths: Tensor,
+        attributes: Tensor,
+        composition: Composition,
+        alike: bool,
     ) -> list[Edges]:
-        """Edges of a step for each layer, atoms in the order of the composition."""
+        """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`."""
         model: AnyModule = self.__dict__["model"]
         tables, numbers = self.compositions.tables(composition, edge_index)
         evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
@@ -175,7 +184,7 @@ class Engine(torch.nn.Module):
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
             first, second = composition.species[edge_index]
             inside = (lengths < self.r_max).to(basis.dtype)
-            features = EdgeFeatures(basis, cutoff, inside, first, second)
+            features = EdgeFeatures(basis, cutoff, inside, first, second, alike)
         return [Edges(graph, vectors, of_layer, features) for of_layer in tables]
 
     def _start(self, data: dict[str, Tensor], composition: Composition, graphs: int) -> Tensor | None:
@@ -188,7 +197,7 @@ class Engine(torch.nn.Module):
             return None
         features = {name: data[name] for name in model.embedding_specs}
         batch = data["batch"]
-        if all(spec["per"] == "graph" for spec in model.embedding_specs.values()):
+        if self.embeds_structures:
             # Once for each structure, not for each atom.
             embedded = model.joint_embedding(torch.arange(graphs, device=batch.device), features)[batch]
         else:

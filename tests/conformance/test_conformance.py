@@ -362,6 +362,26 @@ def test_a_file_holds_the_model(
     np.testing.assert_allclose(atoms.get_forces(), forces[: len(atoms)], atol=max(form.tolerance, 1e-4))
 
 
+def test_a_file_of_before_keeps_its_scalars(
+    case: Case, trained_file: Path, evaluate: Evaluate, tmp_path: Path, suffix: str
+) -> None:
+    """In version 1 of the configuration the default preset rounded scalars to 16 bits, under `overrides` too."""
+    model = gaq.load(trained_file)
+    names = list(adapter_for(model).feature_quantizers(gaq.prepare(gaq.load(trained_file), "gaq")))
+    model = gaq.prepare(model, without_distillation("gaq", version=1, overrides={names[-1]: "w8a16"}))
+    model = gaq.convert(gaq.calibrate(model, few_frames(), progress=False))
+    gaq.save(model, tmp_path / f"before{suffix}")
+    loaded = gaq.load(tmp_path / f"before{suffix}")
+    config = adapter_for(loaded).config(loaded)
+    assert config is not None
+    assert (config.version, config.scalars.bits) == (1, 16)
+    for name, quantizer in adapter_for(loaded).feature_quantizers(loaded).items():
+        assert (quantizer.scalar_bits, quantizer.scalar_top) == (16, 32639.0), name
+        assert f"l=0: {gaq.PRESETS['gaq'].scalars.bits} bits" not in quantizer.describe()
+    assert "l=0: 16 bits" in str(gaq.summary(loaded))
+    np.testing.assert_allclose(evaluate(loaded, few_frames())[0], evaluate(model, few_frames())[0], rtol=2e-6)
+
+
 def test_a_file_without_quantization_is_not_written(
     case: Case, trained_file: Path, tmp_path: Path, suffix: str
 ) -> None:

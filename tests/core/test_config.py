@@ -57,9 +57,9 @@ def test_presets_are_what_their_names_say() -> None:
     assert parse_config({}) == PRESETS["gaq"]
     widths = {name: (c.weights.bits, c.scalars.bits, c.vectors.magnitude_bits) for name, c in PRESETS.items()}
     assert widths == {
-        "gaq": (8, 16, 16),
-        "w8a16": (8, 16, 16),
-        "w4a16": (4, 16, 16),
+        "gaq": (8, 20, 16),
+        "w8a16": (8, 20, 16),
+        "w4a16": (4, 20, 16),
         "w8": (8, None, None),
         "w4": (4, None, None),
         "w8a8": (8, 8, 8),
@@ -566,6 +566,24 @@ def test_fields_carry_what_is_allowed_in_them() -> None:
     assert fields["granularity"].metadata["choices"] == ("per_tensor", "per_channel", "per_group")
     assert fields["bits"].metadata["bits"] == tuple(range(2, 17))
     assert fields["group_size"].metadata["minimum"] == 2
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_of_version_1_round_scalars_to_at_most_16_bits(preset: str) -> None:
+    """Files hold names of presets, under `overrides` too; they mean what they meant when the file was written."""
+    today = PRESETS[preset]
+    before = parse_config({"preset": preset, "version": 1})
+    bits = today.scalars.bits
+    assert before.scalars.bits == (bits if bits is None else min(bits, 16))
+    assert dataclasses.replace(before, scalars=today.scalars, version=VERSION) == today
+    assert parse_config(preset, version=1) == before
+    assert parse_stored(before.to_dict(), finished=True) == before
+    holder = parse_config({"version": 1, "overrides": {"a": preset, "b": {"preset": preset}, "c": {}}})
+    resolved = resolve_overrides(holder, ["a", "b", "c"])
+    assert resolved["a"] == resolved["b"] == before
+    assert resolved["c"] == dataclasses.replace(parse_config({"version": 1}), overrides={})
+    resolved = resolve_overrides(parse_config({"overrides": {"a": preset, "b": {"preset": preset}}}), ["a", "b"])
+    assert resolved["a"] == resolved["b"] == today
 
 
 def test_versions_of_the_configuration() -> None:

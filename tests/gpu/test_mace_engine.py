@@ -369,7 +369,9 @@ def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
         x = torch.randn(5, layer.channels, generator=generator).to(DEVICE)
         exact = x.double() @ plain.final_0.double()
         # Half a step for each input.
-        step = x.abs().amax(1, keepdim=True).double() / 32639
+        tops = {name.split("_")[1][0]: integers.top for name, integers in layer.by_integers.items()}
+        assert tops in ({}, {"0": 524287}, {"0": 524287, "1": 32639})  # 20 bits: three planes; vectors: two
+        step = x.abs().amax(1, keepdim=True).double() / 524287
         bound = 0.51 * step * plain.final_0.double().abs().sum(0) + 1e-6 * exact.abs().max()
         assert bool(((layer._product(x, "final_0").double() - exact).abs() <= bound).all())
     data = batch_of(model, [WATER], torch.float32)
@@ -377,7 +379,7 @@ def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
     ours = by_integers(dict(data), compute_stress=True)
     for key in ("energy", "forces", "node_feats"):
         scale = max(1.0, float(theirs[key].detach().abs().max()))
-        # Steps of 1/32639 of the largest feature, in a few layers one after the other.
+        # Steps of 1/32639 of the largest component, in a few layers one after the other.
         torch.testing.assert_close(ours[key].detach(), theirs[key].detach(), rtol=0, atol=3e-4 * scale)
     assert not torch.equal(ours["node_feats"], theirs["node_feats"])
     # Layers in float64, or whose features are not rounded to 16 bits, stay with floats.

@@ -15,12 +15,13 @@ from e3nn import nn, o3
 from mace_models import agree, build_model
 
 import gaq
+from gaq.kernels import convolution, harmonics
 from gaq.kernels.cpu import native
 from gaq.model.sites import POSITION_FREE, ROUNDED
 from gaq.model.state import feature_quantizers
 from gaq_mace import engine
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
-from gaq_mace.engine import accelerate
+from gaq_mace.engine import accelerate, first_messages
 from gaq_mace.evaluate import make_batches
 from gaq_mace.sites import bystanders, find_sites
 from gaq_mace.weights import quantized_weights
@@ -189,6 +190,59 @@ def test_energies_without_forces() -> None:
     with torch.no_grad():
         ours, theirs = both(model, STRUCTURES, compute_force=False)
     agree(ours, theirs, 1e-12)
+
+
+def first_layer(species: int) -> tuple[Any, list[torch.Tensor]]:
+    """A convolution of scalars with one path in each group, and tensors of a random structure of 6 atoms."""
+    sh = harmonics.fit(lambda d: o3.spherical_harmonics([0, 1, 2], d, True, "component"), 2)
+    factors = torch.rand(3, dtype=torch.float64)
+    paths = [convolution.Path(0, l, l, f * o3.wigner_3j(0, l, l).double()) for l, f in enumerate(factors)]  # noqa: E741
+    problem = convolution.ConvolutionProblem(5, (0,), (0, 1, 2), tuple(paths), tuple(sh), 10.0)
+    ends = torch.tensor([[i, j] for i in range(6) for j in range(6) if i != j and (i, j) != (5, 0)]).T
+    features, hidden = torch.randn(species, 1, 5).double(), torch.randn(ends.shape[1], 4).double()
+    vectors, last = torch.randn(ends.shape[1], 3).double(), torch.randn(4, 15).double()
+    kind = torch.arange(6) * species // 6
+    return problem, [convolution.Graph(*ends), features, kind, vectors, hidden, last]
+
+
+@pytest.mark.parametrize("padding", [4, 0], ids=["padded", "summed"])
+@pytest.mark.parametrize("species", [1, 3])
+def test_sums_before_channels_are_the_convolution(species: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_messages, "PADDING", padding)
+    torch.manual_seed(0)
+    problem, (graph, features, kind, vectors, hidden, last) = first_layer(species)
+    assert first_messages.serves(problem)
+    results = []
+    for before in (False, True):
+        inputs = [t.clone().requires_grad_() for t in (vectors, hidden)]
+        if before:
+            message = first_messages.messages(problem, graph, features, kind, *inputs, last)
+        else:
+            weights = (inputs[1] @ last).view(-1, 3, 5)
+            message = convolution.reference(problem, graph, features[kind], inputs[0], weights, tabulated=False)
+        factors = torch.linspace(0.5, 1.5, message.numel(), dtype=torch.float64).view_as(message)
+        results.append((message, *torch.autograd.grad((message * factors).sum(), inputs)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["nonlinear", "charge_and_spin"])
+def test_large_structures_of_few_species(shape: str) -> None:
+    """Where each atom has many neighbours, their species are summed first; a batch of charges has no such sums."""
+    atoms = bulk("C", "diamond", a=3.6, cubic=True)
+    atoms.rattle(0.05, seed=0)
+    model = accelerate(made(shape))
+    called = []
+    original = first_messages.messages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_messages, "messages", lambda *a: called.append(1) or original(*a))
+        ours, theirs = both(model, [atoms], compute_stress=True)
+        assert called
+        agree(ours, theirs, 1e-10)
+        called.clear()
+        ours, theirs = both(model, [atoms, atoms])
+        assert bool(called) == (shape == "nonlinear")
+    agree(ours, theirs, 1e-10)
 
 
 def test_gates_of_files_from_before_mace_had_its_own() -> None:

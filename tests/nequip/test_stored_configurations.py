@@ -15,14 +15,47 @@ import torch
 from nequip_models import with_key
 
 import gaq
-from gaq.config.parse import ConfigError
-from gaq.model.state import state_of
+from gaq.config.parse import ConfigError, parse_config
+from gaq.model.state import feature_quantizers, state_of
 
 IDLE = {
     "vectors": {"magnitude": "linear"},
     "distillation": {"features": 0.0},
     "training": {"warm_start": False, "learned_scales": False, "anneal_epochs": 0},
 }
+
+
+def named_only(source: Path, target: Path, version: int) -> None:
+    """Write a checkpoint whose key is the name of a preset, trained when that preset was of a version."""
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    assert isinstance(checkpoint["hyper_parameters"]["model"]["quantization"], str)
+    for name, value in checkpoint["state_dict"].items():
+        if name.endswith("_extra_state") and isinstance(value, torch.Tensor):
+            stored = json.loads(bytes(value.numpy().tobytes()))
+            then = parse_config({"preset": "gaq", "version": version}).to_dict()
+            stored["meta"]["config"] |= {"version": version, "scalars": then["scalars"]}
+            text = bytearray(json.dumps(stored).encode())
+            checkpoint["state_dict"][name] = torch.frombuffer(text, dtype=torch.uint8).clone()
+    torch.save(checkpoint, target)
+
+
+@pytest.mark.parametrize(("version", "bits"), [(1, 16), (2, 20)])
+def test_a_checkpoint_means_the_preset_of_its_time(
+    trained: Any, train: Callable[..., Any], tmp_path: Path, version: int, bits: int
+) -> None:
+    """It is rebuilt from the name; its state says what the name meant. Saved again, it says so itself."""
+    path = tmp_path / "before.ckpt"
+    named_only(trained.best, path, version)
+    for _ in range(2):
+        model = gaq.load(path)
+        state = state_of(model)
+        assert state is not None
+        assert (state.config.version, state.config.scalars.bits) == (version, bits)
+        widths = {q.scalar_bits for q in feature_quantizers(model).values()}
+        assert widths == {bits}
+        assert f"l=0: {bits} bits" in str(gaq.summary(model))
+        path = tmp_path / "again.ckpt"
+        gaq.save(gaq.convert(model) if state.status == "training" else model, path)
 
 
 def of_before(source: Path, target: Path, keys: dict[str, dict[str, Any]]) -> None:
