@@ -4,7 +4,8 @@
 
 For each of `foundation_shapes.SHAPES` (random weights, 64-atom cells, one thread) three processes run one after the
 other: one writes the model and the cells; one is ``gaq quantize`` on the cells; one loads the stock file and ours and
-runs MACE's calculator on both, step by step in turn. A row that DIR holds is not measured again.
+runs MACE's calculator on both, step by step in turn. A row that DIR holds is not measured again. The energy scale of
+the random models is set to forces of 1 eV/Å.
 
 Times are of the processor, with the wall clock's beside them in the result file: other work on the machine changes them
 less. Memory is the peak of the process (ru_maxrss). With random weights the force difference shows what rounding does
@@ -32,6 +33,7 @@ from common import load_json, write_result
 from foundation_shapes import SHAPES, cells
 
 from gaq.reporting.tables import markdown_table
+from gaq_mace.evaluate import energy_and_forces, make_batches
 
 COLUMNS = [
     "shape",
@@ -48,13 +50,23 @@ COLUMNS = [
     "speed-up",
     "force difference",
 ]
+FORCE = 1.0
+"""Root mean square of a force component on a distorted cell, eV/Å: what trained models give."""
+
 STAGES = ("make", "quantize", "measure")
 
 
 def make(name: str, folder: Path, count: int, channels: int | None = None, side: int = 4) -> None:
-    """Write ``float.model``, ``cells.xyz`` to calibrate on and ``steps.xyz`` to time."""
-    torch.save(foundation_shapes.build(SHAPES[name], channels), folder / "float.model")
+    """Write ``float.model``, ``cells.xyz`` to calibrate on and ``steps.xyz`` to time.
+
+    The model's energy scale is set so that its forces are `FORCE` on the cells: some bounds of gates are absolute.
+    """
     made = cells(name, count + 1, side)
+    model = foundation_shapes.build(SHAPES[name], channels)
+    batch = make_batches(model, made[-1:], 1)[0]
+    forces = energy_and_forces(model, batch)[1]
+    model.scale_shift.scale *= FORCE / forces.pow(2).mean().sqrt()
+    torch.save(model, folder / "float.model")
     write(folder / "cells.xyz", made[:-1])
     write(folder / "steps.xyz", made[-1])
 
