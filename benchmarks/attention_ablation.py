@@ -115,7 +115,7 @@ def measure(path: Path, test: list[Any], frames: int) -> Document:
         open_model(adapter, model), chosen, rotated=spaced(chosen, 10), displaced=spaced(chosen, 5), components=8
     )
     double = adapter.in_float64(model)
-    potential = adapter.potential(double, 20)
+    potential = adapter.potential(double)
     sample = spaced(chosen, 20)
     forces = np.concatenate(potential(sample)[1])
     with adapter.unquantized(double):

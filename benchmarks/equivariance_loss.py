@@ -67,8 +67,8 @@ def train(args: argparse.Namespace, variant: str, weight: float, seed: int) -> D
     model = gaq.load(folder / f"{name}.model")
     adapter = adapter_for(model)
     test = read(args.test, ":")
-    errors = force_and_energy_mae(adapter.potential(model, 50), spaced(test, args.frames))
-    double = adapter.potential(adapter.in_float64(model), 20)
+    errors = force_and_energy_mae(adapter.potential(model), spaced(test, args.frames))
+    double = adapter.potential(adapter.in_float64(model))
     lee = local_equivariance_error(double, spaced(test, 20), rotations=4)
     return {
         "variant": variant,

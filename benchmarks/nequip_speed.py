@@ -14,9 +14,9 @@ Times are wall times of the model alone, without neighbour list, on azobenzene a
 else may run on the machine, unless `--processor-time` counts the processor's time instead, on one thread.
 `--architecture` makes a checkpoint of the size of a general model with the stock command, by a few steps of training,
 because values do not matter for time. NequIP has l_max 2, 4 layers, 64 features; `unequal` l_max 2, 3 layers, 64
-scalars, 32 vectors and 16 features of l = 2 of each parity; `attention` is the same with robust attention over
-messages, in float, which stock NequIP compiles from our block; Allegro l_max 2, 2 layers, 64 scalar and 32 tensor
-features.
+scalars, 32 vectors and 16 features of l = 2 of each parity; `attention` l_max 1, 2 layers, 64 scalars and 32 vectors of
+each parity and robust attention over messages, which stock NequIP compiles from our block in float; Allegro l_max 2, 2
+layers, 64 scalar and 32 tensor features.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
 WARM_UP = 3
 """First steps of each file, which are not counted."""
 
-UNEQUAL: Document = {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 3, "num_features": [64, 32, 16]}
 ARCHITECTURES: dict[str, Document] = {
     "nequip": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 4, "num_features": 64},
-    "unequal": UNEQUAL,
-    "attention": UNEQUAL,
+    "unequal": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 3, "num_features": [64, 32, 16]},
+    "attention": {"_target_": "nequip.model.NequIPGNNModel", "num_layers": 2, "l_max": 1, "num_features": [64, 32]},
     "allegro": {
         "_target_": "allegro.model.AllegroModel",
         "num_layers": 2,

@@ -88,12 +88,12 @@ def measure(model: torch.nn.Module, reference: torch.nn.Module, test: list[Any],
         components=8,
     )
     double = adapter.in_float64(model)
-    potential = adapter.potential(double, 20)
+    potential = adapter.potential(double)
     sample = spaced(test, 40)
     forces = np.concatenate(potential(sample)[1])
     with adapter.unquantized(double):
         smooth = np.concatenate(potential(sample)[1])
-    ideal = np.concatenate(adapter.potential(adapter.in_float64(reference), 20)(sample)[1])
+    ideal = np.concatenate(adapter.potential(adapter.in_float64(reference))(sample)[1])
     return {
         **measured.metrics,
         "test_structures": min(frames, len(test)),

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,9 +78,9 @@ class Case:
 
 
 def random_alloy(elements: list[int], seed: int = 0) -> Atoms:
-    """A rattled fcc cell of 32 atoms of these elements."""
+    """A rattled fcc cell of 16 atoms of these elements."""
     rng = np.random.default_rng(seed)
-    cell = bulk("Cu", "fcc", a=4.0, cubic=True) * (2, 2, 2)
+    cell = bulk("Cu", "fcc", a=4.0, cubic=True) * (2, 2, 1)
     cell.numbers = rng.choice(elements, size=len(cell))
     cell.positions += rng.normal(scale=0.1, size=cell.positions.shape)
     return cell
@@ -102,7 +104,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, Callable[[], Case | None]]
         if not path.is_file() or not test.is_file():
             return None
         frames = [atoms for atoms in read(test, ":") if 50 <= len(atoms) <= 200]
-        return Case(kind, gaq.load(path), spaced(frames, STRUCTURES))
+        return Case(kind, gaq.load(path), spaced(frames, arguments.structures))
 
     def foundation() -> Case:
         from mace_speed import big_model
@@ -110,7 +112,7 @@ def cases(arguments: argparse.Namespace) -> dict[str, Callable[[], Case | None]]
         elements = [*range(1, 84), *range(89, 95)]
         structures = [random_alloy([13, 22, 26, 28, 29, 47, 79])]
         few = ((16, 16), (20, 16), (24, 16), (20, 18))
-        return Case("foundation", big_model(elements).eval(), structures, 6, 31, few, (16, 20, 24), 8)
+        return Case("foundation", big_model(elements).eval(), structures, 6, 31, few, (16, 20), 8)
 
     periodic = {kind: functools.partial(dense, kind) for kind in ("alloy", "water", "salt")}
     return {"molecule": molecule, **periodic, "foundation": foundation}
@@ -135,7 +137,7 @@ def with_bits(adapter: Adapter, model: torch.nn.Module, scalars: int | None, vec
         if vectors is not None:
             quantizer.magnitude_top = float(2**vectors - 1)
             quantizer.levels = 2 ** (vectors - 1) - 1  # as `gaq.codebooks.direction_levels`, beyond 16 bits
-    return adapter.potential(model, batch_size=4)
+    return adapter.potential(model)
 
 
 def displaced(structures: list[Atoms], count: int) -> list[Atoms]:
@@ -157,7 +159,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     atoms = [len(s) for s in case.structures]
     with adapter.process_state():
         converted = adapter.in_float64(quantized(case.model, case.structures))
-        floating = adapter.potential(adapter.in_float64(case.model), batch_size=4)
+        floating = adapter.potential(adapter.in_float64(case.model))
         smooth = with_bits(adapter, converted, None, None)
         points = displaced(case.structures, case.displacements)
         energies = np.asarray(smooth(points)[0])
@@ -165,6 +167,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
         float_forces = np.concatenate(floating(case.structures)[1])
         size = float(np.sqrt((float_forces**2).mean()))
         scanned: list[Any] = []
+        span = (SPAN[0], SPAN[0] + (SPAN[1] - SPAN[0]) * (case.points - 1) / (POINTS - 1))
 
         def reference(structures: Any) -> Any:
             """The float model along the scan, which is the same for every width."""
@@ -179,7 +182,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
             difference = noise[::2] - noise[1::2]
             rounded = np.concatenate(potential(case.structures)[1])
             errors = central_difference_error(potential, case.structures, steps=(STEP,))
-            scan = bond_stretch_scan(potential, case.structures[0], reference, span=SPAN, points=case.points)
+            scan = bond_stretch_scan(potential, case.structures[0], reference, span=span, points=case.points)
             rows.append(
                 {
                     "kind": case.kind,
@@ -269,6 +272,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, default=Path("dense"), help="folder of the models of periodic cells")
     parser.add_argument("--cases", nargs="*", default=["molecule", "alloy", "water", "salt", "foundation"])
+    parser.add_argument("--structures", type=int, default=STRUCTURES, help="of a periodic kind")
+    parser.add_argument("--points", type=int, default=POINTS, help="of the bond scan, 5 mÅ apart")
+    parser.add_argument("--settings", nargs="*", default=[], help="bits of scalars and vectors to measure: 16,16 20,16")
+    parser.add_argument("--repeats", type=int, default=None, help="timed steps; 0: none")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -279,7 +286,14 @@ def main() -> None:
         if case is None:
             print(f"left out: {name}", flush=True)
             continue
-        rows = [row for row in rows if row["kind"] != case.kind] + measure(case)
+        if arguments.settings:
+            pairs = (setting.split(",") for setting in arguments.settings)
+            case.settings = [(int(scalars), int(vectors)) for scalars, vectors in pairs]
+        case.points = min(case.points, arguments.points)
+        case.repeats = case.repeats if arguments.repeats is None else arguments.repeats
+        command = shlex.join(sys.argv[1:]).replace(str(arguments.dense), "DIR")
+        measured = [{**row, "arguments": command} for row in measure(case)]
+        rows = [row for row in rows if row["kind"] != case.kind] + measured
         write_result(NAME, rows, work=arguments.dense)
     print(table(rows))
 

@@ -28,7 +28,7 @@ from gaq.reporting.tables import markdown_table
 def difference(model: Any, frames: list[Any], bits: int, together: bool) -> float:
     """Mean absolute force difference to the float model, meV/Å."""
     adapter = adapter_for(model)
-    exact = np.concatenate(adapter.potential(model, 20)(frames)[1])
+    exact = np.concatenate(adapter.potential(model)(frames)[1])
     species_bits = bits if together else None
     weights = {
         "bits": bits,
@@ -42,7 +42,7 @@ def difference(model: Any, frames: list[Any], bits: int, together: bool) -> floa
         quantizer.enabled = name.endswith(".sc.weight")
         if quantizer.enabled and together != isinstance(quantizer, SpeciesWeightQuantizer):
             raise SystemExit(f"{name}: its model has too many types for codes chosen together.")
-    return float(1000 * np.abs(np.concatenate(adapter.potential(rounded, 20)(frames)[1]) - exact).mean())
+    return float(1000 * np.abs(np.concatenate(adapter.potential(rounded)(frames)[1]) - exact).mean())
 
 
 def main() -> None:

@@ -88,7 +88,13 @@ class Adapter(Protocol):
 
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]: ...
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]: ...
+    def sizes(self, structures: Sequence[Atoms]) -> list[int]:
+        """Return the number of atoms of each structure."""
+        ...
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
+        """Return the graphs of structures, in batches of at most so many atoms (see `gaq.training.sampling`)."""
+        ...
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
@@ -97,7 +103,10 @@ class Adapter(Protocol):
         ...
 
     def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
-        """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none."""
+        """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none.
+
+        Changes of the inputs with the positions count as inputs too (`gaq.model.moments`).
+        """
         ...
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -115,11 +124,17 @@ class Adapter(Protocol):
         """
         ...
 
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Let a float model run through fused kernels where they serve it, in place; elsewhere it stays as it is."""
+        ...
+
     def reference_path(self) -> AbstractContextManager[None]:
         """Return a context in which models run through plain operations."""
         ...
 
-    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential: ...
+    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
+        """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
+        ...
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         """Return the framework's ASE calculator of a file."""

@@ -20,7 +20,7 @@ from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
 from gaq.training.sampling import choose
-from gaq.untyped import Document
+from gaq.untyped import Document, Options
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -129,9 +129,11 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
     if result is not None:
+        logger.info(result.describe())
         adapter.notes(model)["distillation"] = {
             "force_rms_before_mev_per_angstrom": result.before,
             "force_rms_after_mev_per_angstrom": result.after,
+            "force_rms_target_mev_per_angstrom": result.target,
             "steps": result.steps,
             "structures": result.structures,
         }
@@ -223,6 +225,7 @@ def report(
     progress: bool = True,
     device: str = "cpu",
     trained: bool = False,
+    gates_only: bool = False,
 ) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
@@ -235,10 +238,12 @@ def report(
         device: device to run on.
         trained: judge the model as trained with its rounding. Models trained with the key ``quantization`` say so
             themselves; those of a training loop of your own do not.
+        gates_only: leave out what no gate judges: the time of a step, most of the reference's metrics.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.
     """
     from gaq.reporting import measure_file
 
-    return measure_file(path, structures, reference, trained=trained, device=device, nve_ps=nve_ps, progress=progress)
+    options: Options = {"nve_ps": nve_ps, "progress": progress, "gates_only": gates_only}
+    return measure_file(path, structures, reference, trained=trained, device=device, **options)

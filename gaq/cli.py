@@ -227,7 +227,9 @@ def _write_judged(
         adapter.save(quantized, trial)
         gates: dict[str, Document] = {}
         if structures:
-            measured = api.report(trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device)
+            measured = api.report(
+                trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device, gates_only=True
+            )
             gates = measured["gates"]
             print(_gate_lines(gates))
         failed = failed_gates(gates)

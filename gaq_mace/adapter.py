@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.kernels.cpu import native
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
@@ -100,10 +101,13 @@ class MACEAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]:
+    def sizes(self, structures: Sequence[Atoms]) -> list[int]:
+        return [len(structure) for structure in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
         heads = getattr(model, "heads", None) or [None]
-        return [batch for head in heads for batch in make_batches(model, structures, batch_size, head)]
+        return [batch for head in heads for batch in make_batches(model, structures, atoms, head)]
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
@@ -125,11 +129,19 @@ class MACEAdapter:
         reason = serving.record_of(model, warn=False).reason
         return {} if reason is None else {"model": reason}
 
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        if serving.switched_off():
+            return model
+        try:
+            return engine.accelerate(model)
+        except (engine.Unsupported, native.CompilerError):  # the reference path gives the same numbers
+            return model
+
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()
 
-    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
-        return MACEPotential(model, batch_size)
+    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
+        return MACEPotential(model, atoms)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
         from gaq_mace.calculator import Calculator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mace  # noqa: F401  (before e3nn)
 import numpy as np
@@ -13,22 +13,30 @@ from mace.tools import torch_geometric, utils
 from torch import Tensor
 
 from gaq.process import default_dtype
+from gaq.training.sampling import by_atoms
+from gaq_mace.engine.serving import Served, engine_for
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["MACEPotential", "energy_and_forces", "make_batches"]
+__all__ = ["MACEPotential", "collated", "energy_and_forces", "make_batches"]
+
+FUSED_ATOMS = 512
+"""Atoms in a batch for the fused kernels, from which on larger batches are no faster."""
+
+REFERENCE_ATOMS = 128
+"""Atoms in a batch for the reference path, which holds the features of every edge: about 2 GB for 128x0e+128x1o."""
 
 
 def make_batches(
-    model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int, head: str | None = None
+    model: torch.nn.Module, structures: Sequence[Atoms], atoms: int, head: str | None = None
 ) -> list[dict[str, Tensor]]:
     """Make the graphs of structures, in batches, on the device and in the dtype of the model.
 
     Args:
         model: any MACE model.
         structures: at least one.
-        batch_size: structures in a batch.
+        atoms: most atoms in a batch; a larger structure is a batch of its own.
         head: for a model with several; by default the one called ``default``, or else the last.
 
     Raises:
@@ -38,36 +46,39 @@ def make_batches(
         raise ValueError("no structures were given.")
     numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]  # a tensor
     table = utils.AtomicNumberTable(numbers)
-    for i, atoms in enumerate(structures):
-        unknown = sorted(set(atoms.get_chemical_symbols()) - {_symbol(z) for z in numbers})
+    known = {_symbol(z) for z in numbers}
+    for i, structure in enumerate(structures):
+        unknown = sorted(set(structure.get_chemical_symbols()) - known)
         if unknown:
             raise ValueError(
-                f"structure {i} ({atoms.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
-                f"know; its elements are {', '.join(_symbol(z) for z in numbers)}."
+                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
+                f"not know; its elements are {', '.join(_symbol(z) for z in numbers)}."
             )
     first = next(model.parameters())
     heads = getattr(model, "heads", ["Default"])
     if head is None:
         head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
     keys = _keys_of(model)
-    # A DataLoader draws a seed from torch's random numbers, whether or not it shuffles.
-    with default_dtype(first.dtype), torch.random.fork_rng(devices=[]):
+    with default_dtype(first.dtype):
         graphs = [
             data.AtomicData.from_config(
-                data.config_from_atoms(atoms, key_specification=keys, head_name=head),
+                data.config_from_atoms(structure, key_specification=keys, head_name=head),
                 z_table=table,
                 cutoff=float(model.r_max),  # type: ignore[arg-type]  # a tensor
                 heads=heads,
             )
-            for atoms in structures
+            for structure in structures
         ]
-        loader = torch_geometric.dataloader.DataLoader(
-            graphs,  # type: ignore[arg-type]  # MACE's graphs are of a class of its own
-            batch_size=batch_size,
-            shuffle=False,
-            drop_last=False,
-        )
-        return [batch.to(first.device).to_dict() for batch in loader]
+        return collated(graphs, atoms, first.device)
+
+
+def collated(graphs: Sequence[Any], atoms: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Join MACE's graphs to batches of at most so many atoms, on a device."""
+    batches = []
+    for span in by_atoms([int(graph.num_nodes) for graph in graphs], atoms):
+        batch: Any = torch_geometric.Batch.from_data_list(list(graphs[span]), [None], [None])
+        batches.append(batch.to(device).to_dict())
+    return batches
 
 
 _CALCULATOR_KEYS = {"total_charge": "charge", "total_spin": "spin"}
@@ -104,18 +115,21 @@ class MACEPotential:
 
     Args:
         model: any MACE model.
-        batch_size: structures in a batch.
+        atoms: most atoms in a batch; by default `FUSED_ATOMS`, or `REFERENCE_ATOMS` on the reference path.
     """
 
-    def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:
+    def __init__(self, model: torch.nn.Module, atoms: int | None = None) -> None:
         self.model = model
-        self.batch_size = batch_size
+        self.atoms = atoms
 
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
         energies: list[np.ndarray] = []
         forces: list[np.ndarray] = []
+        atoms = self.atoms
+        if atoms is None:
+            atoms = FUSED_ATOMS if isinstance(self.model, Served) and engine_for(self.model, {}) else REFERENCE_ATOMS
         with default_dtype(next(self.model.parameters()).dtype):
-            for batch in make_batches(self.model, structures, self.batch_size):
+            for batch in make_batches(self.model, structures, atoms):
                 energy, force, counts = energy_and_forces(self.model, batch)
                 energies.append(energy.detach().cpu().numpy())
                 forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))

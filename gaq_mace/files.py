@@ -11,6 +11,7 @@ import glob
 import pickle
 import zipfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import mace  # noqa: F401  (before e3nn)
@@ -21,6 +22,7 @@ from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_form
 from gaq.process import default_dtype
 from gaq.third_party_warnings import known_hidden
 from gaq.untyped import Document
+from gaq_mace.deferred import constructing, mark
 from gaq_mace.names import PACKED
 from gaq_mace.packed import WRITTEN, check_sites, take_apart, verify
 from gaq_mace.root import is_quantized, restore
@@ -45,6 +47,7 @@ def restore_from_pickle(model: torch.nn.Module, payload: Document) -> None:
     weights = {name: FixedWeight(b, g, n, scale) for name, (b, g, n, scale) in payload["weights"].items()}
     restore(model, StoredState(meta, payload["ranges"], weights))
     check_sites(model, meta, payload["ranges"], complete=True)
+    mark(model)
 
 
 def is_packed(path: str | Path | None) -> bool:
@@ -167,10 +170,16 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path).to(device)
-        if is_packed(path):
+        packed = is_packed(path)
+        if packed:
             _check_archive(path)
         # A packed pickle sets dtype and random state and puts them back, except where MACE's constructor raises.
-        with torch.random.fork_rng(devices=[]), default_dtype(torch.get_default_dtype()), known_hidden():
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(default_dtype(torch.get_default_dtype()))
+            stack.enter_context(known_hidden())
+            if packed:
+                stack.enter_context(constructing())
             model = torch.load(path, map_location=device, weights_only=False)
             if (payload := getattr(model, "__dict__", {}).pop(PACKED, None)) is not None:
                 restore_from_pickle(model, payload)  # the hook has not done so: it is not installed

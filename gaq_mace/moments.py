@@ -8,6 +8,7 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
+from gaq.model.moments import add_moments
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
 from gaq.untyped import AnyModule, Batch
@@ -26,17 +27,15 @@ def _rows(x: Tensor, span: slice, multiplicity: int) -> Tensor:
     return x[:, span].reshape(x.shape[0], multiplicity, -1).transpose(1, 2)
 
 
-def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..., None]:
-    """A forward pre-hook that adds the moments of a site's input to the store."""
-    key = f"{site.name}.{site.weights[0].path}"
+def _adder(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
+    """A function that adds the moments of a site's input, one entry per weight block."""
     module: AnyModule = site.module
 
     def add(index: int, moment: Tensor) -> None:
-        total = store[key][index]
-        store[key][index] = moment if total is None else total + moment
+        total = moments[index]
+        moments[index] = moment if total is None else total + moment
 
-    def collect(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].detach().double()
+    def add_input(x: Tensor, *rest: Tensor) -> None:
         if site.kind == "layer":
             add(0, x.T @ x)
         elif site.kind == "linear":
@@ -46,33 +45,48 @@ def _collector(site: Site, store: dict[str, list[Tensor | None]]) -> Callable[..
                 rows = rows.reshape(-1, instruction.path_shape[0])
                 add(index, rows.T @ rows)
         elif site.kind == "tensor_product":
-            species = arguments[1].detach().double()
+            species = rest[0].double()
             active = [i for i in module.instructions if i.has_weight]
             for index, instruction in enumerate(active):
                 rows = _rows(x, _slices(module)[instruction.i_in1], instruction.path_shape[0])
-                add(index, torch.einsum("bcu,bcv,bs->suv", rows, rows, species))
+                add(index, _by_species(rows, species))
 
-    return collect
+    return add_input
+
+
+def _by_species(rows: Tensor, species: Tensor) -> Tensor:
+    """Moments (species, inputs, inputs) of rows (atoms, components, inputs), of the few species that are present."""
+    inputs = rows.shape[2]
+    moments = rows.new_zeros(species.shape[1], inputs, inputs)
+    for z in species.any(0).nonzero().flatten().tolist():
+        atoms = species[:, z].nonzero().flatten()
+        flat = rows[atoms].reshape(-1, inputs)
+        weights = species[atoms, z].repeat_interleave(rows.shape[1])[:, None]
+        moments[z] = flat.T @ (weights * flat)
+    return moments
 
 
 def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
-    """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block.
+    """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block; see `gaq.model.moments`.
 
     Returns:
         By parameter name, a list in the order of the blocks of its layout: shape (inputs, inputs), or
         (species, inputs, inputs) for the skip tensor product, whose block is one matrix a species.
     """
-    store: dict[str, list[Tensor | None]] = {}
-    handles = []
-    for site in find_sites(model):
-        if site.kind in ("layer", "linear", "tensor_product"):
-            store[f"{site.name}.{site.weights[0].path}"] = [None] * len(site.weights[0].layout.blocks)
-            handles.append(site.module.register_forward_pre_hook(_collector(site, store)))
-    try:
-        with unquantized(model), torch.no_grad():
-            for batch in batches:
-                model(dict(batch), training=False, compute_force=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return store
+    sites = {
+        f"{site.name}.{site.weights[0].path}": site
+        for site in find_sites(model)
+        if site.kind in ("layer", "linear", "tensor_product")
+    }
+    moments: dict[str, list[Tensor | None]] = {
+        name: [None] * len(site.weights[0].layout.blocks) for name, site in sites.items()
+    }
+    with unquantized(model), torch.no_grad():
+        add_moments(
+            {name: site.module for name, site in sites.items()},
+            {name: _adder(site, moments[name]) for name, site in sites.items()},
+            lambda batch: model(batch, training=False, compute_force=False),
+            batches,
+            "positions",
+        )
+    return moments

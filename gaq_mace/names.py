@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["ATTENTION", "PACKED", "PATCHED", "RUN_TRAIN", "TARGETS"]
+__all__ = ["ATTENTION", "CONSTRUCTOR", "PACKED", "PATCHED", "RUN_TRAIN", "TARGETS"]
 
 ATTENTION = "GAQAttentionResidualInteractionBlock"
 """Name under which MACE knows the interaction block of `gaq_mace.attention`."""
+
+CONSTRUCTOR = "gaq_packed_constructor"
+"""Attribute of ``mace.modules.models`` with which a packed pickle constructs its model, where this package is."""
 
 PACKED = "gaq_packed"
 """Attribute of a model in which a packed pickle leaves the description of the quantization."""

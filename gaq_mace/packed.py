@@ -21,6 +21,7 @@ from gaq.process import default_dtype
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.third_party_warnings import known_hidden
 from gaq.untyped import AnyModule, Document, ReadOnlyDocument
+from gaq_mace.deferred import construct
 from gaq_mace.layers import original_type
 from gaq_mace.weights import quantized_weights, weight_quantizers
 
@@ -72,9 +73,12 @@ def model_config(model: torch.nn.Module) -> Document:
 
 
 def build(config: Document, dtype: torch.dtype) -> torch.nn.Module:
-    """Build a plain MACE model of a configuration; the default dtype and the random state stay as they are."""
+    """Build a plain MACE model of a configuration; the default dtype and the random state stay as they are.
+
+    Its generated code is compiled when something asks for it (`gaq_mace.deferred`).
+    """
     with torch.random.fork_rng(devices=[]), default_dtype(dtype), known_hidden():
-        return mace_models.ScaleShiftMACE(**config)
+        return construct(mace_models.ScaleShiftMACE, **config)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:

@@ -30,7 +30,7 @@ from torch import Tensor
 from gaq.files.packing import pack
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.untyped import Document
-from gaq_mace.names import PACKED
+from gaq_mace.names import CONSTRUCTOR, PACKED
 from gaq_mace.packed import other_mace, take_apart
 
 __all__ = ["reduce_packed", "reduce_stock"]
@@ -45,6 +45,9 @@ class Call:
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.function = function
         self.arguments = arguments
+
+    def __call__(self, *arguments: object, **options: object) -> object:
+        raise TypeError("a call is made by the reader of the pickle; it can be called so that a partial may hold it")
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return self.function, self.arguments
@@ -177,8 +180,10 @@ def reduce_packed(model: torch.nn.Module) -> tuple[object, ...]:
     # In this order: the model is made in its own dtype, and then the reader's dtype and random numbers are put back.
     reader_dtype = Call(torch.get_default_dtype)
     reader_random = Call(torch.get_rng_state)
-    constructor = functools.partial(mace_models.ScaleShiftMACE, **arguments)  # type: ignore[arg-type]  # some are calls
-    built = Call(constructor)
+    # With this package the reader's MACE has a constructor that leaves the compilation of generated code for later.
+    models = Call(importlib.import_module, mace_models.__name__)
+    constructor = Call(getattr, models, CONSTRUCTOR, mace_models.ScaleShiftMACE)
+    built = Call(functools.partial(constructor, **arguments))
     built_state = Call(_method("state_dict"), built)
     steps = (
         reader_dtype,

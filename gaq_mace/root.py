@@ -28,6 +28,7 @@ from gaq.model.state import (
 )
 from gaq.untyped import Document
 from gaq_mace import packed, packed_pickle
+from gaq_mace.deferred import settle
 from gaq_mace.engine.serving import OWN_ENTRIES, RECORD, Served
 from gaq_mace.insertion import configure_attention, insert
 from gaq_mace.sites import find_sites
@@ -43,6 +44,7 @@ class ScaleShiftMACE(Served, mace_models.ScaleShiftMACE):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         if state_of(self) is not None:
             return packed_pickle.reduce_packed(self)
+        settle(self)
         entries = {key: value for key, value in self.__dict__.items() if key not in OWN_ENTRIES}
         return packed_pickle.reduce_stock(mace_models.ScaleShiftMACE, entries)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import mace  # noqa: F401  (before e3nn)
 import torch
-from mace.tools import torch_geometric
 from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
@@ -19,11 +18,12 @@ from gaq.model.state import TRAINED, feature_quantizers, require_state, round_we
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
-from gaq.training.ptq import round_at_end
+from gaq.training.ptq import RANGE_ATOMS, round_at_end
 from gaq.training.sampling import choose
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.untyped import Batch, Loader, Patched, Structure
 from gaq_mace.adapter import MACEAdapter
+from gaq_mace.evaluate import collated
 from gaq_mace.files import compress_packed
 from gaq_mace.model import prepare, search_ranges
 from gaq_mace.root import is_quantized
@@ -80,7 +80,7 @@ def calibrate_on_dataset(
     with unquantized(model):
         for quantizer in quantizers:
             quantizer.start_observing()
-        for batch in _TrainingData(device).batches(model, chosen, 8):
+        for batch in _TrainingData(device).batches(model, chosen, RANGE_ATOMS):
             model(batch, training=False, compute_force=False)
     for quantizer in quantizers:
         quantizer.observing = False
@@ -94,14 +94,11 @@ class _TrainingData(MACEAdapter):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], batch_size: int) -> list[Batch]:
-        loader = torch_geometric.dataloader.DataLoader(
-            dataset=list(structures),  # type: ignore[arg-type]  # MACE's graphs are of a class of its own
-            batch_size=batch_size,
-            shuffle=False,
-            drop_last=False,
-        )
-        return [batch.to(self.device).to_dict() for batch in loader]
+    def sizes(self, structures: Sequence[Structure]) -> list[int]:
+        return [int(graph.num_nodes) for graph in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], atoms: int) -> list[Batch]:
+        return collated(structures, atoms, self.device)
 
 
 def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: Loader, device: torch.device) -> int:

@@ -102,8 +102,11 @@ class NequIPAdapter:
     def unquantized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return unquantized(model)
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Batch]:
-        return make_batches(model, structures, batch_size)
+    def sizes(self, structures: Sequence[Atoms]) -> list[int]:
+        return [len(structure) for structure in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
+        return make_batches(model, structures, atoms)
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
@@ -126,13 +129,16 @@ class NequIPAdapter:
     def unfused(self, model: torch.nn.Module) -> dict[str, str]:
         return {} if isinstance(model, files.CompiledModel) else refusals(model)
 
+    def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def potential(self, model: torch.nn.Module, batch_size: int = 16) -> Potential:
+    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         if isinstance(model, files.CompiledModel):
             return CalculatorPotential(model.calculator())
-        return NequIPPotential(model, batch_size)
+        return NequIPPotential(model, atoms)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
         if str(path).endswith(files.COMPILED):

@@ -15,11 +15,15 @@ from nequip.utils.global_dtype import _GLOBAL_DTYPE
 from torch import Tensor
 
 from gaq.process import default_dtype
+from gaq.training.sampling import by_atoms
 
 if TYPE_CHECKING:
     from ase import Atoms
 
 __all__ = ["NequIPPotential", "device_of", "energy_and_forces", "make_batches"]
+
+REFERENCE_ATOMS = 128
+"""Atoms in a batch: the features of every edge are in memory."""
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -29,13 +33,13 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[dict[str, Tensor]]:
+def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[dict[str, Tensor]]:
     """Convert structures to graphs, in batches, on the model's device.
 
     Args:
         model: a complete NequIP model; its type names are taken for chemical symbols.
         structures: at least one.
-        batch_size: structures per batch.
+        atoms: most atoms in a batch; a larger structure is a batch of its own.
 
     Raises:
         ValueError: if there are no structures, or one has an element that the model does not know.
@@ -44,25 +48,25 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], batch_size
         raise ValueError("no structures were given.")
     metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
     names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
-    for i, atoms in enumerate(structures):
-        unknown = sorted(set(atoms.get_chemical_symbols()) - set(names))
+    for i, structure in enumerate(structures):
+        unknown = sorted(set(structure.get_chemical_symbols()) - set(names))
         if unknown:
             raise ValueError(
-                f"structure {i} ({atoms.get_chemical_formula()}) has {', '.join(unknown)}, which the model does not "
-                f"know; its types are {', '.join(names)}."
+                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
+                f"not know; its types are {', '.join(names)}."
             )
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
     graphs = []
     with default_dtype(_GLOBAL_DTYPE):
-        for atoms in structures:
-            data = from_ase(atoms)
+        for structure in structures:
+            data = from_ase(structure)
             for transform in transforms:
                 data = transform(data)
             graphs.append(data)
     device = device_of(model)
-    spans = range(0, len(graphs), batch_size)
-    batches = [AtomicDataDict.batched_from_list(graphs[i : i + batch_size]) for i in spans]
+    spans = by_atoms([len(structure) for structure in structures], atoms)
+    batches = [AtomicDataDict.batched_from_list(graphs[span]) for span in spans]
     return [AtomicDataDict.to_(batch, device) for batch in batches]
 
 
@@ -99,17 +103,17 @@ class NequIPPotential:
 
     Args:
         model: a complete NequIP model.
-        batch_size: structures per batch.
+        atoms: most atoms in a batch.
     """
 
-    def __init__(self, model: torch.nn.Module, batch_size: int = 16) -> None:
+    def __init__(self, model: torch.nn.Module, atoms: int | None = None) -> None:
         self.model = model
-        self.batch_size = batch_size
+        self.atoms = REFERENCE_ATOMS if atoms is None else atoms
 
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
         energies: list[np.ndarray] = []
         forces: list[np.ndarray] = []
-        for batch in make_batches(self.model, structures, self.batch_size):
+        for batch in make_batches(self.model, structures, self.atoms):
             energy, force, counts = energy_and_forces(self.model, batch)
             energies.append(energy.detach().cpu().numpy())
             forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))

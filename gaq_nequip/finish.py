@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gaq.model.state import UNFINISHED, require_state
 from gaq.training.ptq import round_at_end
+from gaq.training.sampling import by_atoms
 from gaq.untyped import Batch, Document, Structure, Trainer, TrainingModule
 from gaq_nequip.adapter import NequIPAdapter
 from gaq_nequip.model import quantized_models, search_ranges
@@ -35,9 +36,13 @@ class _TrainingData(NequIPAdapter):
         self.collate = collate
         self.device = device
 
-    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], batch_size: int) -> list[Batch]:
-        spans = range(0, len(structures), batch_size)
-        batches = [self.collate([dict(graph) for graph in structures[i : i + batch_size]]) for i in spans]
+    def sizes(self, structures: Sequence[Structure]) -> list[int]:
+        return [len(graph[AtomicDataDict.POSITIONS_KEY]) for graph in structures]
+
+    def batches(self, model: torch.nn.Module, structures: Sequence[Structure], atoms: int) -> list[Batch]:
+        graphs = [dict(graph) for graph in structures]
+        spans = by_atoms(self.sizes(graphs), atoms)
+        batches = [self.collate(graphs[span]) for span in spans]
         return [AtomicDataDict.to_(batch, self.device) for batch in batches]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from nequip.data import AtomicDataDict
 from torch import Tensor
 
+from gaq.model.moments import add_moments
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
 from gaq.untyped import AnyModule, Batch
@@ -15,16 +17,15 @@ from gaq_nequip.sites import find_sites
 __all__ = ["input_moments"]
 
 
-def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
-    """A forward pre-hook that adds ``x^T x`` of a layer's input to `moments`, one entry per weight block."""
+def _adder(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
+    """A function that adds ``x^T x`` of a layer's input to `moments`, one entry per weight block."""
     module: AnyModule = site.module
 
     def add(index: int, moment: Tensor) -> None:
         total = moments[index]
         moments[index] = moment if total is None else total + moment
 
-    def collect(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].detach().double()
+    def add_input(x: Tensor, *_: Tensor) -> None:
         if site.kind == "scalar_linear":
             add(0, x.T @ x)
             return
@@ -35,29 +36,31 @@ def _collector(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
             rows = x[:, slices[instruction.i_in]].reshape(x.shape[0], inputs, -1).transpose(1, 2).reshape(-1, inputs)
             add(index, rows.T @ rows)
 
-    return collect
+    return add_input
 
 
 def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
-    """``sum x x^T`` over atoms (or edges) and components: one matrix for each weight block.
+    """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block; see `gaq.model.moments`.
 
     Self-connections have none: their input is the product of features and embedding, which is too wide for a matrix.
 
     Returns:
         By parameter name, one matrix of shape (inputs, inputs) for each block of the weight's layout, in its order.
     """
-    moments_by_name: dict[str, list[Tensor | None]] = {}
-    handles = []
-    for site in find_sites(model):
-        if site.kind in ("linear", "scalar_linear"):
-            moments: list[Tensor | None] = [None] * len(site.weights[0].layout.blocks)
-            moments_by_name[f"{site.name}.{site.weights[0].path}"] = moments
-            handles.append(site.module.register_forward_pre_hook(_collector(site, moments)))
-    try:
-        with unquantized(model):
-            for batch in batches:
-                model(dict(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return moments_by_name
+    sites = {
+        f"{site.name}.{site.weights[0].path}": site
+        for site in find_sites(model)
+        if site.kind in ("linear", "scalar_linear")
+    }
+    moments: dict[str, list[Tensor | None]] = {
+        name: [None] * len(site.weights[0].layout.blocks) for name, site in sites.items()
+    }
+    with unquantized(model):
+        add_moments(
+            {name: site.module for name, site in sites.items()},
+            {name: _adder(site, moments[name]) for name, site in sites.items()},
+            model,
+            batches,
+            AtomicDataDict.POSITIONS_KEY,
+        )
+    return moments

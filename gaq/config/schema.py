@@ -210,18 +210,19 @@ class CalibrationConfig:
 class DistillationConfig:
     """Post-training self-distillation: reproduce the float model's forces on the calibration data.
 
-    No reference labels are used. ``steps: 0`` turns it off.
+    No reference labels are used. It runs only where calibrated rounding leaves the forces too far from the float
+    model's, and ends where they are near (`gaq.training.distillation.TARGET`). ``steps: 0`` turns it off.
 
     Attributes:
-        steps: optimiser steps.
-        batch_size: structures per step.
+        steps: most optimiser steps.
+        batch_atoms: most atoms of a step; a larger structure is a step of its own.
         learning_rate: Adam's learning rate of the weights, relative to their root mean square; it holds from 8 bits on
             and doubles for every bit less.
         max_structures: most structures that the float model labels.
     """
 
     steps: int = _at_least(0, 300)
-    batch_size: int = _at_least(1, 5)
+    batch_atoms: int = _at_least(1, 120)
     learning_rate: float = _at_least(0.0, 3e-4)
     max_structures: int = _at_least(1, 1000)
 
@@ -380,6 +381,9 @@ _AT_END = (
 )
 REMOVED: dict[str, RemovedKey] = {
     "vectors.magnitude": RemovedKey("leave it out; steps of the magnitude are linear", "linear"),
+    "distillation.batch_size": RemovedKey(
+        "write distillation.batch_atoms, the most atoms of a step", 5, "until_rounded"
+    ),
     "distillation.features": RemovedKey("leave it out; distillation fits forces and energies", 0.0, "until_rounded"),
     "training.warm_start": RemovedKey(_AT_END, False, "throughout"),
     "training.learned_scales": RemovedKey(_AT_END, False, "throughout"),

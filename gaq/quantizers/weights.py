@@ -353,8 +353,9 @@ class WeightQuantizer(torch.nn.Module):
 def gptq_round(matrix: Tensor, hessian: Tensor, scale: Tensor, bits: int, damping: float = 0.01) -> Tensor:
     """Round a matrix so that its *product* with the observed inputs changes least.
 
-    Rows are rounded one after the other, and the rows not yet rounded compensate the error of each (Frantar et al.
-    2023, GPTQ, arXiv 2210.17323, equations 2 to 4, with a Cholesky factor of the inverse).
+    Rows are rounded one after the other, those of the largest inputs first, and the rows not yet rounded compensate
+    the error of each (Frantar et al. 2023, GPTQ, arXiv 2210.17323, equations 2 to 4, by a Cholesky factor of the
+    inverse).
 
     Args:
         matrix: weights, shape (inputs, outputs).
@@ -367,9 +368,12 @@ def gptq_round(matrix: Tensor, hessian: Tensor, scale: Tensor, bits: int, dampin
         Integer codes, int32, shape (inputs, outputs).
     """
     top = largest_code(bits)
-    work = matrix.detach().double().clone()
-    step = scale.double().expand_as(work)
-    h = hessian.double().clone()
+    # On the CPU: the rows are thousands of small steps, each of them a launch on a GPU.
+    matrix, hessian = matrix.detach().cpu().double(), hessian.cpu().double()
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    work = matrix[order]
+    step = scale.cpu().double().expand_as(matrix)[order]
+    h = hessian[order][:, order]
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = 1.0
     h.diagonal().add_(damping * h.diagonal().mean())
@@ -381,4 +385,4 @@ def gptq_round(matrix: Tensor, hessian: Tensor, scale: Tensor, bits: int, dampin
         codes[i] = code.to(torch.int32)
         error = (work[i] - code * step[i]) / factor[i, i]
         work[i + 1 :] -= factor[i, i + 1 :, None] * error[None, :]
-    return codes
+    return codes[torch.argsort(order)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+from gaq.checks.accuracy import ERROR_GROWTH, LOWEST_FLOAT_ERROR, difference_of_growth
 from gaq.untyped import Document, ReadOnlyDocument
 
 Metrics = ReadOnlyDocument
@@ -60,9 +61,9 @@ class _Bounds:
 # Presets with no first bound need training: post-training quantization is compared with the second bound, and a
 # failure is printed but not enforced; the bound on the force difference, which ruined models exceed, is.
 BOUNDS: dict[str, _Bounds] = {
-    "gaq": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
-    "w8a16": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
-    "w8": _Bounds(1.02, 1.00, 4.0, physics_enforced=True),
+    "gaq": _Bounds(ERROR_GROWTH, 1.00, 4.0, physics_enforced=True),
+    "w8a16": _Bounds(ERROR_GROWTH, 1.00, 4.0, physics_enforced=True),
+    "w8": _Bounds(ERROR_GROWTH, 1.00, 4.0, physics_enforced=True),
     "w4a16": _Bounds(None, 1.00, 7.0, physics_enforced=True),
     "w4": _Bounds(None, 1.00, 7.0, physics_enforced=True),
     "w8a8": _Bounds(None, 1.05, 4.0, physics_enforced=False),
@@ -73,9 +74,6 @@ BOUNDS: dict[str, _Bounds] = {
 
 CENTRAL_DIFFERENCE_STEP = 0.01
 """Step (Å) at which the central-difference gate is judged."""
-
-LOWEST_FLOAT_ERROR = 0.013
-"""RMS force error over RMS force of the most accurate float model in ``benchmarks/results/force_difference_*.json``."""
 
 HIGHEST_FLOAT_ERROR = 0.1
 """RMS force error over RMS force that a float model in use may have: twice that of the least accurate one there."""
@@ -257,7 +255,7 @@ def _difference_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training:
         return _gate("force_difference", None, None, "", missing, unit="meV/Å")
     error, force = float_error(difference, fp32), difference["force_rms_mev_per_angstrom"]
     if bounds.force_mae_ptq is not None and training == "ptq":
-        factor, share, only_ruin = math.sqrt(bounds.force_mae_ptq**2 - 1.0), LOWEST_FLOAT_ERROR, False
+        factor, share, only_ruin = difference_of_growth(bounds.force_mae_ptq), LOWEST_FLOAT_ERROR, False
     else:
         factor, share, only_ruin = 1.0 + bounds.force_mae_qat, HIGHEST_FLOAT_ERROR, True
     if error is None or (only_ruin and error < share * force):

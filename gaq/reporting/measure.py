@@ -18,7 +18,7 @@ from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_sc
 from gaq.checks.structures import check_labels, check_structures, rattled
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
-from gaq.reporting.gates import BOUNDS, FLOAT, evaluate_gates, float_error, quotient
+from gaq.reporting.gates import BOUNDS, CENTRAL_DIFFERENCE_STEP, FLOAT, evaluate_gates, float_error, quotient
 from gaq.reporting.subject import Subject, open_file
 from gaq.untyped import Document
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 __all__ = ["Quality", "measure_file", "measure_subject", "quality"]
+
+PLAIN_ATOMS = 128
+"""Most atoms of the structures together on which fused kernels and naive rounding are compared with the model."""
 
 MAX_REFERENCE_PATH_ATOMS = 500
 """Most atoms of a structure for the reference path, which holds the features of every edge in memory."""
@@ -54,6 +57,7 @@ def quality(
     displaced: Sequence[Atoms] = (),
     rotations: int = 4,
     components: int = 6,
+    steps: Sequence[float] = (0.1, 0.03, 0.01),
     seed: int = 0,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
@@ -67,6 +71,7 @@ def quality(
         displaced: structures for central differences.
         rotations: random rotations per structure.
         components: force components per structure.
+        steps: displacements of central differences, Å.
         seed: seed of rotations and components.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
@@ -85,7 +90,7 @@ def quality(
         error = local_equivariance_error(subject.exact, rotated, rotations=rotations, seed=seed)
         metrics["lee_mev_per_angstrom"] = error.mean_mev_per_angstrom
     if len(displaced):
-        errors = central_difference_error(subject.exact, displaced, components_per_structure=components, seed=seed)
+        errors = central_difference_error(subject.exact, displaced, steps, components, seed)
         metrics["central_difference_relative_error"] = {f"{h:g}": e.relative_error for h, e in errors.items()}
     return Quality(metrics, labels)
 
@@ -129,6 +134,7 @@ def measure_subject(
     seed: int = 0,
     progress: bool = False,
     checked_structures: int = 8,
+    gates_only: bool = False,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
 ) -> Document:
@@ -147,6 +153,8 @@ def measure_subject(
         seed: seed of rotations, components, velocities.
         progress: show progress bars.
         checked_structures: number of structures for rotations and central differences.
+        gates_only: measure what the gates judge and no more: not the time of a step, and of the reference only its
+            errors and NVE run.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
 
@@ -172,14 +180,20 @@ def measure_subject(
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
     for name, measured in subjects.items():
+        checks = () if gates_only and measured is reference else checked
+        steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
         result = quality(
-            measured, structures, checked, checked, seed=seed, energy_key=energy_key, forces_key=forces_key
+            measured, structures, checks, checks, steps=steps, seed=seed, energy_key=energy_key, forces_key=forces_key
         )
         if result.labels is not None:
             labels[name] = result.labels
         if nve_ps > 0:
             runs[name] = nve_drift(measured.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
-        file_metrics = _file_metrics(measured, structures[0], runs.get(name), seed)
+        file_metrics = _file_metrics(measured, runs.get(name))
+        if not gates_only:
+            file_metrics["seconds_per_step"], file_metrics["peak_bytes"] = cost(
+                measured.calculator, structures[0], seed
+            )
         metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
     comparison, scan = _against_reference(subject, reference, checked, labels, metrics, (energy_key, forces_key), seed)
     metrics["model"] |= {
@@ -209,17 +223,14 @@ def _label_errors(
     return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
 
 
-def _file_metrics(subject: Subject, atoms: Atoms, run: NVEResult | None, seed: int) -> Document:
-    """Drift of the NVE run, sizes, seconds per step and peak memory."""
+def _file_metrics(subject: Subject, run: NVEResult | None) -> Document:
+    """Drift of the NVE run, and sizes."""
     drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
-    seconds, peak = cost(subject.calculator, atoms, seed)
     return {
         "nve": run and {name: _unless_nan(getattr(run, name)) for name in drift},
         "file_kind": subject.file_kind,
         "file_bytes": subject.file_bytes,
         "weight_bytes": subject.weight_bytes,
-        "seconds_per_step": seconds,
-        "peak_bytes": peak,
     }
 
 
@@ -278,19 +289,21 @@ def _against_plain_operations(
     subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int
 ) -> dict[str, float | None]:
     """Compare the errors of fused kernels and reference path, and the rotation errors of naive rounding and model."""
-    small = [atoms for atoms in checked if len(atoms) <= MAX_REFERENCE_PATH_ATOMS][:4]
+    small = [atoms for atoms in checked if len(atoms) <= MAX_REFERENCE_PATH_ATOMS]
+    # A difference of powers of ten shows on a few atoms, and the reference path is slow.
+    few = [atoms for n, atoms in enumerate(small) if n == 0 or sum(map(len, small[: n + 1])) <= PLAIN_ATOMS][:4]
     ratios: dict[str, float | None] = {"engine_error_ratio": None, "lee_naive_ratio": None}
-    if subject.preset == FLOAT or not small:
+    if subject.preset == FLOAT or not few:
         return ratios
     if subject.engine_error is not None:
-        ratios["engine_error_ratio"] = subject.engine_error(small)
+        ratios["engine_error_ratio"] = subject.engine_error(few)
     if reference is not None and reference.naive is not None:
         try:
-            twin = reference.naive(small)
+            twin = reference.naive(few)
         except ValueError:  # a model that cannot be quantized: the gate reads "not measured"
             return ratios
         naive_error, subject_error = (
-            local_equivariance_error(potential, small, seed=seed).mean_mev_per_angstrom
+            local_equivariance_error(potential, few, seed=seed).mean_mev_per_angstrom
             for potential in (twin, subject.exact)
         )
         ratios["lee_naive_ratio"] = quotient(naive_error, max(subject_error, LEAST_ROTATION_ERROR))

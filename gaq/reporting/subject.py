@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Subject:
         potential: the model in the precision of its file.
         exact: the model in float64 where possible: in float32, energy differences at 0.01 Å and the rotation error of a
             correct model are rounding noise.
-        calculator: the stock ASE calculator of the file; None without one.
+        make_calculator: makes the stock ASE calculator of the file, which loads it anew; None without one.
         path: the file; None for a model in memory.
         preset: preset of a quantized model; `gaq.reporting.gates.FLOAT` for any other.
         training: ``"qat"`` for a model that was trained with its rounding, else ``"ptq"``.
@@ -47,7 +48,7 @@ class Subject:
 
     potential: Potential
     exact: Potential
-    calculator: Calculator = None
+    make_calculator: Callable[[], Calculator] | None = None
     path: str | None = None
     preset: str = FLOAT
     training: str = "ptq"
@@ -56,6 +57,11 @@ class Subject:
     weight_bytes: int | None = None
     engine_error: Callable[[Sequence[Atoms]], float | None] | None = None
     naive: Callable[[Sequence[Atoms]], Potential] | None = None
+
+    @functools.cached_property
+    def calculator(self) -> Calculator:
+        """The stock ASE calculator of the file; None without one."""
+        return None if self.make_calculator is None else self.make_calculator()
 
     @property
     def file_bytes(self) -> int | None:
@@ -98,16 +104,19 @@ def open_file(
     first = next(model.parameters(), None)
     # Passed on, because MACE's calculator warns if it has to find the dtype itself.
     dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
-    calculator = adapter.calculator(path, device, dtype)
-    potential: Potential = CalculatorPotential(calculator)
-    exact = potential
-    if not through_calculator:
-        potential, exact = adapter.potential(model), adapter.potential(adapter.in_float64(model))
     is_float = config is None
+    if is_float:
+        model = adapter.accelerate(model)
+    if through_calculator:
+        calculator = adapter.calculator(path, device, dtype)
+        potential: Potential = CalculatorPotential(calculator)
+        exact = potential
+    else:
+        potential, exact = adapter.potential(model), adapter.potential(adapter.in_float64(model))
     return Subject(
         potential=potential,
         exact=exact,
-        calculator=calculator,
+        make_calculator=(lambda: calculator) if through_calculator else lambda: adapter.calculator(path, device, dtype),
         path=str(path),
         preset=FLOAT if config is None else config.preset,
         training="qat" if not is_float and (trained or _was_trained(adapter, model)) else "ptq",
@@ -137,11 +146,9 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
 
     def measure(structures: Sequence[Atoms]) -> float | None:
         def forces(model: torch.nn.Module) -> np.ndarray:
-            return np.concatenate(adapter.potential(model, batch_size)(samples)[1]).astype(float)
+            return np.concatenate(adapter.potential(model)(samples)[1]).astype(float)
 
         samples = _with_copies(structures, atoms=200)
-        # Small batches, because the reference path holds the features of every edge in memory.
-        batch_size = max(1, 200 // max(map(len, samples)))
         fused = forces(model)
         with adapter.reference_path():
             exact, plain = forces(adapter.in_float64(model)), forces(model)

@@ -2,12 +2,16 @@
 
 The float weights beneath the rounding are trained (straight-through estimator), and the scales with them (Esser et al.
 2020, LSQ, arXiv 1902.08153).
+
+It is a repair: it runs only where calibrated rounding leaves the forces further from the float model's than `TARGET`,
+and ends where they are as near.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,16 +21,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
+from gaq.checks.accuracy import ERROR_GROWTH, LOWEST_FLOAT_ERROR, difference_of_growth
 from gaq.config.schema import DistillationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.weights import WeightQuantizer
-from gaq.training.sampling import choose
-from gaq.untyped import Batch, Document
+from gaq.training.sampling import by_atoms, choose, first_atoms
+from gaq.untyped import Batch, Document, Structure
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["DistillationResult", "Labelled", "distill", "force_rms", "label"]
+__all__ = ["TARGET", "DistillationResult", "Labelled", "distill", "force_rms", "label"]
+
+TARGET = difference_of_growth(1.0 + (ERROR_GROWTH - 1.0) / 10.0) * LOWEST_FLOAT_ERROR
+"""RMS force difference to the float model, relative to its RMS force, that is near enough: it makes the force error of
+a very accurate model grow by a tenth of what the accuracy gate allows."""
+
+VALIDATION_ATOMS = 768
+"""Most atoms of the held-out structures together; the error of so many force components is known to 2 %."""
+
+CHECK_INTERVAL = 10
+"""Steps between two measurements on the held-out structures."""
+
+EVALUATION_ATOMS = 128
+"""Atoms in a batch that is evaluated without second derivatives, through the reference path."""
 
 ENERGY_WEIGHT = 0.1
 """Weight of the squared energy difference per atom (eV²) relative to that of the forces (eV²/Å²): forces dominate."""
@@ -38,15 +56,33 @@ class DistillationResult:
 
     Attributes:
         before: RMS force difference to the float model, meV/Å, on the held-out structures.
-        after: RMS force difference at the end, meV/Å, on the same structures.
-        steps: optimiser steps taken.
-        structures: number of training structures, without the held-out ones.
+        after: RMS force difference at the end, meV/Å, on the same structures; never larger.
+        steps: optimiser steps taken; 0 where `before` met the target.
+        structures: number of training structures that were labelled, without the held-out ones.
+        target: RMS force difference that is near enough, meV/Å.
     """
 
     before: float
     after: float
     steps: int
     structures: int
+    target: float
+
+    def describe(self) -> str:
+        """What was done, in a line."""
+        text = f"RMS force difference to the float model {_digits(self.before)} meV/Å after rounding"
+        if self.steps == 0:
+            relation = "within" if self.before <= self.target else "above"
+            return f"{text}, {relation} the target of {_digits(self.target)}; no self-distillation"
+        return (
+            f"{text}, {_digits(self.after)} after {self.steps} steps of self-distillation on {self.structures} "
+            f"structures, target {_digits(self.target)}"
+        )
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent for large values."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 @dataclass
@@ -58,11 +94,11 @@ class Labelled:
     forces: Tensor
 
 
-def label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int) -> list[Labelled]:
-    """Make batches of the structures, with the energies and forces of the model without rounding."""
+def label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Labelled]:
+    """Make batches of the structures, of at most so many atoms, with energies and forces of the unrounded model."""
     labelled = []
     with adapter.unquantized(model):
-        for batch in adapter.batches(model, structures, batch_size):
+        for batch in adapter.batches(model, structures, atoms):
             energy, forces, _ = adapter.energy_and_forces(model, batch)
             labelled.append(Labelled(batch, energy.detach(), forces.detach()))
     return labelled
@@ -70,13 +106,16 @@ def label(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms],
 
 def force_rms(adapter: Adapter, model: torch.nn.Module, labelled: Sequence[Labelled]) -> float:
     """Return the RMS difference between a model's forces and the labels, meV/Å."""
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for item in labelled:
-        _, forces, _ = adapter.energy_and_forces(model, item.batch)
-        total += ((forces.detach() - item.forces) ** 2).sum().double().cpu()
-        count += forces.numel()
-    return 1000.0 * math.sqrt(float(total) / max(count, 1))
+    return _rms(adapter.energy_and_forces(model, item.batch)[1].detach() - item.forces for item in labelled)
+
+
+def _rms(forces: Iterable[Tensor]) -> float:
+    """Root mean square of forces in eV/Å, in meV/Å."""
+    total, count = 0.0, 0
+    for force in forces:
+        total += float((force.double() ** 2).sum())
+        count += force.numel()
+    return 1000.0 * math.sqrt(total / max(count, 1))
 
 
 def distill(
@@ -95,13 +134,15 @@ def distill(
     and coarse activations would saturate, because their ranges were observed on weights that still change much. Weights
     whose rounding is ``negligible`` are not rounded either while they are trained.
 
-    One structure in ten is held out, and the weights with the smallest error on these are kept.
+    One structure in ten is held out. Where the forces on these are within `TARGET` at once, nothing is trained; where
+    they come within it, training ends. The weights with the smallest error are kept, those of the start if no others
+    were better.
 
     Args:
         adapter: adapter of the model's framework.
         model: a prepared model, not converted.
         structures: structures like those the model will be used on; a few hundred suffice.
-        config: steps, batch size, learning rate.
+        config: most steps, atoms of a batch, learning rate.
         seed: seed of the order of structures.
         progress: whether to show a progress bar.
         teacher: copy of the model with the original float weights, if calibrated rounding has changed those of `model`.
@@ -111,18 +152,60 @@ def distill(
     """
     chosen = choose(structures, config.max_structures, seed)
     held_out = max(1, len(chosen) // 10) if len(chosen) > 1 else 0
-    source = model if teacher is None else teacher
-    training = label(adapter, source, chosen[held_out:], config.batch_size)
-    validation = label(adapter, source, chosen[:held_out] or chosen, 16)
+    # A copy, because labels are made as they are needed, when the weights have changed.
+    source = copy.deepcopy(model) if teacher is None else teacher
+    held = first_atoms(adapter, chosen[:held_out] or chosen, VALIDATION_ATOMS)
+    validation = label(adapter, source, held, EVALUATION_ATOMS)
+    target = TARGET * _rms(item.forces for item in validation)
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
     for name, quantizer in quantizers.items():
         if not quantizer.scale_is_fixed:
             quantizer.fix_scale(parameters[name])
     with exact_features(adapter.feature_quantizers(model).values()):
+        before = force_rms(adapter, model, validation)
+        if config.steps == 0 or before <= target:
+            return DistillationResult(before, before, 0, 0, target)
+        training = _Training(adapter, source, chosen[held_out:], config.batch_atoms, seed)
         descent = _Descent(adapter, model, quantizers, config)
-        before, after = descent.run(training, validation, seed, progress)
-    return DistillationResult(before, after, config.steps, len(chosen) - held_out)
+        after, steps = descent.run(training, validation, before, target, progress)
+    return DistillationResult(before, after, steps, training.structures, target)
+
+
+class _Training:
+    """Batches in random order without end, each labelled when it is first drawn; every batch comes once per pass.
+
+    Args:
+        adapter: adapter of the model's framework.
+        source: the float model.
+        structures: to train on.
+        atoms: most atoms of a batch.
+        seed: seed of the order.
+
+    Attributes:
+        structures: number of structures that were labelled.
+    """
+
+    def __init__(
+        self, adapter: Adapter, source: torch.nn.Module, structures: Sequence[Structure], atoms: int, seed: int
+    ) -> None:
+        self.adapter = adapter
+        self.source = source
+        self.atoms = atoms
+        self.seed = seed
+        self.groups = [list(structures[span]) for span in by_atoms(adapter.sizes(structures), atoms)]
+        self.labelled: dict[int, list[Labelled]] = {}
+        self.structures = 0
+
+    def __iter__(self) -> Iterator[Labelled]:
+        generator = np.random.default_rng(self.seed)
+        while True:
+            for index in reversed(generator.permutation(len(self.groups)).tolist()):
+                if index not in self.labelled:
+                    self.labelled[index] = label(self.adapter, self.source, self.groups[index], self.atoms)
+                    self.structures += len(self.groups[index])
+                # A model with several heads has a batch for each.
+                yield from self.labelled[index]
 
 
 class _Descent:
@@ -184,6 +267,7 @@ class _Descent:
             quantizer.fixed_step = start * (factor / mean)
 
     def _snapshot(self) -> list[Tensor]:
+        """Copy the weights and the factors of their scales."""
         return [tensor.detach().clone() for tensor in (*self.weights, *self.factors)]
 
     def _step(self, item: Labelled) -> None:
@@ -199,29 +283,55 @@ class _Descent:
         self.schedule.step()
 
     def run(
-        self, training: Sequence[Labelled], validation: Sequence[Labelled], seed: int, progress: bool
-    ) -> tuple[float, float]:
-        """Take the steps, keep the best weights, and return the RMS force difference before and after, meV/Å."""
-        before = force_rms(self.adapter, self.model, validation)
+        self,
+        training: Iterable[Labelled],
+        validation: Sequence[Labelled],
+        before: float,
+        target: float,
+        progress: bool,
+    ) -> tuple[float, int]:
+        """Take steps until the target is met, and keep the best weights, or those of the start.
+
+        Args:
+            training: batches without end.
+            validation: batches that decide.
+            before: RMS force difference at the start, meV/Å.
+            target: RMS force difference at which to stop, meV/Å.
+            progress: whether to show a progress bar with the remaining time.
+
+        Returns:
+            The RMS force difference at the end, meV/Å, and the number of steps.
+        """
+        start, start_steps = self._snapshot(), {name: q.fixed_step.clone() for name, q in self.negligible.items()}
         for quantizer in self.negligible.values():
             quantizer.enabled = False
         best = force_rms(self.adapter, self.model, validation) if self.negligible else before
-        kept = self._snapshot()
-        interval = max(20, self.config.steps // 10)
-        items = _shuffled(training, seed)
-        bar = tqdm(range(self.config.steps), desc="self-distillation", disable=not progress, unit="step")
+        kept, taken = start, 0
+        items = iter(training)
+        bar = tqdm(range(self.config.steps), desc="self-distillation (at most)", disable=not progress, unit="step")
         try:
             for step in bar:
                 self._step(next(items))
-                if (step + 1) % interval == 0 or step + 1 == self.config.steps:
+                taken = step + 1
+                if taken % CHECK_INTERVAL == 0 or taken == self.config.steps:
                     self._apply_scales()
                     error = force_rms(self.adapter, self.model, validation)
-                    bar.set_postfix_str(f"force difference {error:.2f} meV/Å (from {before:.2f})")
+                    bar.set_postfix_str(f"{_digits(error)} meV/Å (from {_digits(before)}, target {_digits(target)})")
                     if error < best:
                         best, kept = error, self._snapshot()
+                    if error <= target:
+                        break
         finally:
+            bar.close()
             self._finish(kept)
-        return before, force_rms(self.adapter, self.model, validation) if self.negligible else best
+        after = force_rms(self.adapter, self.model, validation) if self.negligible else best
+        if not after <= before:
+            # Training went well without the negligible rounding, which then cost more than training had gained.
+            self._finish(start)
+            for name, quantizer in self.negligible.items():
+                quantizer.fix_scale(self.parameters[name], start_steps[name])
+            after = before
+        return after, taken
 
     def _finish(self, kept: Sequence[Tensor]) -> None:
         """Restore the best weights and scales, and the flags of a prepared model."""
@@ -236,10 +346,3 @@ class _Descent:
             quantizer.refresh_scale(self.parameters[name])
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(self.requires_grad[name])
-
-
-def _shuffled(training: Sequence[Labelled], seed: int) -> Iterator[Labelled]:
-    """Yield batches in random order without end; every batch comes once per pass."""
-    generator = np.random.default_rng(seed)
-    while True:
-        yield from (training[index] for index in reversed(generator.permutation(len(training)).tolist()))

@@ -22,8 +22,8 @@ from gaq.config.schema import QuantizationConfig
 from gaq.model.state import exact_features
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import WeightQuantizer, gptq_round
-from gaq.training.distillation import DistillationResult, distill, label
-from gaq.training.sampling import choose
+from gaq.training.distillation import EVALUATION_ATOMS, DistillationResult, distill, label
+from gaq.training.sampling import choose, first_atoms
 from gaq.untyped import Structure
 
 if TYPE_CHECKING:
@@ -41,33 +41,50 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def observe_ranges(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> None:
+RANGE_ATOMS = 128
+"""Atoms in a batch where ranges and moments are observed: it runs through the reference path, which holds the features
+of every edge."""
+
+MOMENT_ATOMS = 768
+"""Most atoms whose inputs calibrated rounding sees: more make no difference."""
+
+
+def observe_ranges(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int = RANGE_ATOMS
+) -> None:
     """Set the activation ranges to the largest sizes observed on the structures.
 
-    Features are not rounded meanwhile; weights are.
+    Features are not rounded meanwhile; weights are. Where all ranges are those of the atom at hand, nothing is run.
+
+    Args:
+        adapter: adapter of the model's framework.
+        model: a prepared model, not converted.
+        structures: structures like those the model will be used on.
+        atoms: most atoms of a batch.
     """
     quantizers = adapter.feature_quantizers(model).values()
-    if not quantizers:
+    if not any(q.needs_ranges for q in quantizers):
         return
     with exact_features(quantizers):
         for q in quantizers:
             q.start_observing()
-        for batch in adapter.batches(model, structures, batch_size):
+        for batch in adapter.batches(model, structures, atoms):
             adapter.energy_and_forces(model, batch)
     for q in quantizers:
         q.observing = False
         q.decay = OBSERVER_DECAY
 
 
-def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], batch_size: int = 8) -> int:
+def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int = RANGE_ATOMS) -> int:
     """Round weights so that each layer's outputs change least (`gptq_round`), in place.
 
-    Layers that are not a matrix product of their inputs (symmetric contractions) keep nearest rounding.
+    Layers that are not a matrix product of their inputs (symmetric contractions) keep nearest rounding, and so do
+    matrices of species that the structures lack.
 
     Returns:
         Number of weight blocks rounded this way.
     """
-    moments = adapter.input_moments(model, adapter.batches(model, structures, batch_size))
+    moments = adapter.input_moments(model, adapter.batches(model, structures, atoms))
     parameters = dict(model.named_parameters())
     rounded_blocks = 0
     for name, quantizer in adapter.weight_quantizers(model).items():
@@ -86,6 +103,8 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
             # A block over (inputs, species, outputs) is one matrix per species.
             for g in range(groups):
                 hessian = moment[g] if moment.dim() == 3 else moment
+                if not bool(hessian.any()):
+                    continue
                 matrix = columns.view(rows, groups, -1)[:, g]
                 matrix_steps = steps.view(rows, groups, -1)[:, g]
                 codes = gptq_round(matrix, hessian, matrix_steps, quantizer.bits)
@@ -121,7 +140,7 @@ def calibrate_weights(
     teacher = copy.deepcopy(model) if calibrated and distilled else None
     if calibrated:
         sample = choose(structures, config.calibration.frames, config.calibration.seed)
-        blocks = gptq(adapter, model, sample)
+        blocks = gptq(adapter, model, first_atoms(adapter, sample, MOMENT_ATOMS))
         logger.info("calibrated rounding of %d weight blocks", blocks)
     if not distilled:
         return None
@@ -158,11 +177,7 @@ def round_at_end(
             quantizer.refresh_scale(parameters[name])
     if result is None:
         return []
-    return [
-        f"Weights rounded: RMS force difference to the float model {result.before:.2f} meV/Å after calibrated "
-        f"rounding, {result.after:.2f} after {result.steps} steps of self-distillation on {result.structures} training "
-        f"structures ({time.perf_counter() - start:.0f} s, no labels; the float model: as trained)"
-    ]
+    return [f"Weights rounded: {result.describe()} ({time.perf_counter() - start:.0f} s, no labels)"]
 
 
 @dataclass(frozen=True)
@@ -213,7 +228,7 @@ def sensitivity_scan(
     """
     quantizers = adapter.weight_quantizers(model)
     parameters = dict(model.named_parameters())
-    labelled = label(adapter, model, structures, 16)
+    labelled = label(adapter, model, structures, EVALUATION_ATOMS)
     costs = {}
     with exact_features(adapter.feature_quantizers(model).values()):
         for name in tqdm(quantizers, desc="sensitivity", disable=not progress, unit="tensor"):

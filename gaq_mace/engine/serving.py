@@ -19,6 +19,7 @@ from gaq import settings
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
 from gaq.untyped import AnyModule, Options
+from gaq_mace.deferred import DEFERRED, settle
 from gaq_mace.engine.integers import integer_linears
 from gaq_mace.engine.reading import Unsupported, python_modules
 from gaq_mace.engine.step import Engine
@@ -69,6 +70,8 @@ class Served:
                 return engine(*args, **{k: v for k, v in kwargs.items() if k != "training"})
             except Unsupported as error:
                 give_up(self, error)
+        if DEFERRED in self.__dict__:
+            settle(self)  # type: ignore[arg-type]  # a module, by its other base
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the next base, MACE's class
 
 

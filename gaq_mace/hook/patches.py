@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from gaq.untyped import AnyModule, Batch, Calculator, Document, Patched
 from gaq_mace.hook import targets
-from gaq_mace.names import ATTENTION, PACKED, PATCHED, RUN_TRAIN, TARGETS
+from gaq_mace.names import ATTENTION, CONSTRUCTOR, PACKED, PATCHED, RUN_TRAIN, TARGETS
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -302,7 +302,13 @@ def _patch_models(module: Patched) -> None:
 
             restore_from_pickle(self, payload)
 
+    def construct(**options: Any) -> AnyModule:
+        from gaq_mace import deferred
+
+        return deferred.construct(module.ScaleShiftMACE, **options)
+
     module.MACE.__setstate__ = __setstate__
+    setattr(module, CONSTRUCTOR, construct)
 
 
 def _patch_calculator(module: Patched) -> None:

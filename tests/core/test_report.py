@@ -14,6 +14,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.morse import MorsePotential
 
+from gaq.checks.accuracy import LOWEST_FLOAT_ERROR
 from gaq.checks.potential import CalculatorPotential
 from gaq.reporting import (
     BOUNDS,
@@ -32,7 +33,7 @@ from gaq.reporting import (
     write_report,
 )
 from gaq.reporting.cost import seconds_per_step
-from gaq.reporting.gates import COMPARE, LOWEST_FLOAT_ERROR, passes_all, verdict
+from gaq.reporting.gates import COMPARE, passes_all, verdict
 from gaq.reporting.tables import format_comparison, metric_rows
 
 METRICS = {
@@ -404,7 +405,7 @@ def case(tmp_path_factory):
     def subject(name, preset="float", potential=None, **changes):
         """A Morse potential in a file of that name."""
         sound = CalculatorPotential(morse())
-        return Subject(potential or sound, potential or sound, morse(), str(folder / name), preset, **changes)
+        return Subject(potential or sound, potential or sound, morse, str(folder / name), preset, **changes)
 
     return subject, structures
 

@@ -19,7 +19,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
-from mace_models import agree
+from mace_models import agree, build_model
 from recorded import Playback
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +29,7 @@ from gaq.adapter import adapter_for
 from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
+from gaq_mace.attention import GAQAttentionResidualInteractionBlock
 from gaq_mace.engine import compositions, pair_tables, replays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +79,7 @@ def converted(model: torch.nn.Module, preset: str, structures: list[Atoms]) -> t
 
 
 def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    batch: Any = next(iter(adapter_for(model).batches(model, structures, len(structures))))
+    batch: Any = next(iter(adapter_for(model).batches(model, structures, 1000)))
     plain = batch if isinstance(batch, dict) else batch.to_dict()
     found = {key: value.clone().to(DEVICE) if torch.is_tensor(value) else value for key, value in plain.items()}
     return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in found.items()}
@@ -106,6 +107,22 @@ def test_the_engine_is_the_reference(
         torch.testing.assert_close(
             ours[key].detach(), theirs[key].detach(), rtol=0, atol=2e-6 * scale, msg=lambda m, k=key: f"{k}: {m}"
         )
+    assert float(theirs["forces"].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "block", ["RealAgnosticResidualNonLinearInteractionBlock", GAQAttentionResidualInteractionBlock.__name__]
+)
+def test_blocks_that_compute_on_edges(block: str) -> None:
+    """Radial weights, or factors of them, that differ from edge to edge."""
+    small = {"max_ell": 1, "hidden_irreps": "3x0e+3x1o", "r_max": 3.0, "radial_MLP": [8]}
+    model = build_model("plain", torch.float64, interaction_cls=block, interaction_cls_first=block, **small)
+    model = engine.accelerate(model.to(DEVICE))
+    assert engine.serves(model, {})
+    ours = model(batch_of(model, [WATER, LONELY]), compute_stress=True)
+    with engine.disabled():
+        theirs = model(batch_of(model, [WATER, LONELY]), compute_stress=True)
+    agree(ours, theirs, 1e-10)
     assert float(theirs["forces"].abs().max()) > 1e-3
 
 

@@ -54,7 +54,7 @@ BASE: Document = {
     "plot": False,
 }
 # Steps of self-distillation at the end of a run cost more than all its epochs: as few as show that they are made.
-BRIEF: Document = {"distillation": {"steps": 4, "batch_size": 2}}
+BRIEF: Document = {"distillation": {"steps": 4, "batch_atoms": 16}}
 GAQ: Document = {"preset": "gaq", "vectors": {"start_epoch": 1, "anneal_epochs": 1}, **BRIEF}
 THROUGHOUT = {"round_weights": "throughout"}
 

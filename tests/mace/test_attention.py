@@ -266,7 +266,7 @@ def test_torchscript(evaluate: Callable[..., Any]) -> None:
     # MACE's own attention block cannot be scripted: the type it promises is not the one it returns.
     for block in ("ours", "density"):
         model = gaq.convert(calibrated(block, with_attention("gaq")))
-        (batch,) = make_batches(model, molecules(), 4)
+        (batch,) = make_batches(model, molecules(), 1000)
         expected = model(copy.deepcopy(batch), compute_force=True)["forces"]
         scripted = jit.compile(copy.deepcopy(model))
         forces = scripted(copy.deepcopy(batch), compute_force=True)["forces"]

@@ -19,7 +19,7 @@ from gaq.cli import main
 from gaq.model.state import state_of
 
 SUBJECTS = ("model", "reference")
-TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_size: 2}}"
+TINY = "{preset: gaq, calibration: {frames: 3}, distillation: {steps: 2, batch_atoms: 16}}"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,11 @@ def test_quantize_inspect_report(
     state = state_of(model)
     assert state.status == "converted"
     assert state.config.distillation.steps == 2
-    assert state.notes["distillation"]["steps"] == 2
+    distilled = state.notes["distillation"]
+    names = [f"force_rms_{name}_mev_per_angstrom" for name in ("before", "after", "target")]
+    before, after, target = (distilled[name] for name in names)
+    assert after <= before
+    assert (distilled["steps"] == 0) == (before <= target)
     gates = state.notes["gates"]
     failed = [name for name, gate in gates.items() if gate["enforced"] and gate["passed"] is False]
     assert state.notes["failed_gates"] == failed

@@ -71,7 +71,7 @@ def structures() -> list[Any]:
 
 
 def results(model: Any, head: str) -> tuple[Any, Any]:
-    batch = make_batches(model, structures(), 2, head)[0]
+    batch = make_batches(model, structures(), 1000, head)[0]
     energy, forces, _ = energy_and_forces(model, batch)
     return energy, forces
 

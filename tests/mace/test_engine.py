@@ -119,7 +119,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def batch_of(model: torch.nn.Module, structures: list[Atoms]) -> dict[str, torch.Tensor]:
     from gaq.adapter import adapter_for
 
-    batch = next(iter(adapter_for(model).batches(model, structures, len(structures))))
+    batch = next(iter(adapter_for(model).batches(model, structures, 1000)))
     plain = batch if isinstance(batch, dict) else batch.to_dict()
     return {key: value.clone() if torch.is_tensor(value) else value for key, value in plain.items()}
 

@@ -201,7 +201,7 @@ def test_torchscript(
     torch.jit.save(script, file)
     file.seek(0)
     loaded = torch.jit.load(file)
-    (batch,) = make_batches(model, structures, 8)
+    (batch,) = make_batches(model, structures, 1000)
     got, got_forces, _ = energy_and_forces(loaded, batch)
     np.testing.assert_allclose(got.detach().numpy(), energy, rtol=1e-10)
     np.testing.assert_allclose(got_forces.detach().numpy(), forces, atol=1e-6)

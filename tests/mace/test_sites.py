@@ -114,7 +114,7 @@ def test_inputs_depend_on_positions_as_declared(
         # What is rounded within a density block is a function of what its density network reads.
         module: Any = site.module.density_fn if site.kind == "density" else site.module
         module.register_forward_pre_hook(watch(site.name), with_kwargs=True)
-    (batch,) = make_batches(model, structures, 8)
+    (batch,) = make_batches(model, structures, 1000)
     model(batch, compute_force=True)
     assert set(depends) == {site.name for site in sites}, "every site is reached"
     for site in sites:

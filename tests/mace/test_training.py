@@ -225,7 +225,7 @@ def test_stress(train: Any) -> None:
 
 @pytest.mark.slow
 def test_two_stages_are_each_rounded_at_the_end(train: Any, stock: Run) -> None:
-    spec = {"preset": "w4", "distillation": {"steps": 10, "batch_size": 2}}
+    spec = {"preset": "w4", "distillation": {"steps": 10, "batch_atoms": 16}}
     run = train(quantization=spec, swa=True, start_swa=2, max_num_epochs=4, ema=True)
     check(run, stock, activations=False)
     assert run.log.count("Weights rounded: RMS") == 2

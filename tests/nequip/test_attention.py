@@ -262,7 +262,7 @@ def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for mode in ("eager", "compile"):
         model = gaq.prepare(build_model("plain", "float64", compile_mode=mode, **sizes), spec)
-        (batch,) = make_batches(model, molecules(), 4)
+        (batch,) = make_batches(model, molecules(), 1000)
         calibrate_on(model, [batch])
         forces = model.train()(dict(batch))["forces"]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

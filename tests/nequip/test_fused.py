@@ -64,14 +64,15 @@ def test_fused_is_the_same_function(
     np.testing.assert_allclose(ours[1], expected[1], atol=tolerance * scale * 10)
 
 
-def with_attention(variant: str) -> Any:
-    """A frozen model in float64 with attention over messages, sharp enough to matter."""
+def with_attention(variant: str, frozen: bool = True, **changes: Any) -> Any:
+    """A frozen or converted model in float64 with attention over messages, sharp enough to matter."""
     spec = without_distillation("w8", attention={"messages": True, "bits": 16}, weights={"rounding": "nearest"})
-    model = gaq.prepare(build_model(variant, "float64"), spec)
+    model = gaq.prepare(build_model(variant, "float64", **changes), spec)
     for module in model.modules():
         if isinstance(module, RobustAttention):
             module.set_temperature(4.0)
-    return freeze(gaq.convert(gaq.calibrate(model, molecules(), progress=False)))
+    converted = gaq.convert(gaq.calibrate(model, molecules(), progress=False))
+    return freeze(converted) if frozen else converted
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -124,6 +125,26 @@ def test_fused_attention_is_the_same_function(
     scale = float(np.abs(expected[1]).max())
     np.testing.assert_allclose(ours[0], expected[0], atol=1e-4 * scale)
     np.testing.assert_allclose(ours[1], expected[1], atol=1e-4 * scale)
+
+
+@pytest.mark.slow
+def test_compiled_file(evaluate: Callable[..., Any], crystal: Atoms, tmp_path: Path) -> None:
+    """Features whose number differs by l, with attention, in a file: forces are those of the model."""
+    from gaq_nequip.deploy.compile import compile_model, frozen_copy
+    from gaq_nequip.evaluate import make_batches
+    from gaq_nequip.files import CompiledModel
+
+    model = with_attention("plain", frozen=False, num_features=[20, 9])
+    # NequIP's tracing leaves atoms out, and a graph of one atom would be another one.
+    crystal = crystal.repeat(2)
+    expected = evaluate(model, [crystal])
+    (example,) = make_batches(model, [crystal], 1)
+    path = tmp_path / "model.nequip.pt2"
+    compile_model(frozen_copy(model, to_compile=True), example, path, "ase", "cpu", fused=True, tolerance=1.0)
+    crystal.calc = CompiledModel(path, "cpu").calculator()
+    scale = float(np.abs(expected[1]).max())
+    assert crystal.get_potential_energy() == pytest.approx(float(expected[0][0]), abs=1e-4 * scale)
+    np.testing.assert_allclose(crystal.get_forces(), expected[1], atol=1e-4 * scale)
 
 
 def test_forces_are_the_gradient(quantized: Callable[..., Any], evaluate: Callable[..., Any]) -> None:

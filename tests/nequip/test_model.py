@@ -211,7 +211,7 @@ def test_second_derivatives_of_training(quantized: Callable[..., Any], structure
     from gaq_nequip.evaluate import energy_and_forces, make_batches
 
     model = quantized("w8", variant, "float64", "training").train()
-    (batch,) = make_batches(model, structures[:2], 2)
+    (batch,) = make_batches(model, structures[:2], 1000)
 
     def loss() -> Any:
         _, forces, _ = energy_and_forces(model, batch, create_graph=True)
@@ -376,7 +376,7 @@ def test_distillation_and_calibrated_rounding(
         spec = {
             "preset": "w4",
             "weights": {"rounding": rounding},
-            "distillation": {"steps": steps, "batch_size": 4, "learning_rate": 3e-3},
+            "distillation": {"steps": steps, "batch_atoms": 60, "learning_rate": 3e-3},
         }
         model = gaq.prepare(float_model("plain"), spec)
         gaq.calibrate(model, structures * 5, progress=False)

@@ -1,0 +1,205 @@
+"""Models whose generated code is compiled when something asks for it.
+
+e3nn writes code for each of its layers, optimizes it and compiles it to TorchScript, MACE does the same for its
+contractions. That is most of the time its constructor takes, and for nothing where the fused kernels serve the model.
+In a model that `constructing` made, a `Deferred` stands for each piece of generated code, with the same buffers under
+the same names. The reference path, TorchScript and pickles get the compiled code; see `settle`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import mace  # noqa: F401  (before e3nn)
+import opt_einsum_fx
+import torch
+from e3nn.o3 import _linear as e3nn_linear
+from e3nn.o3._tensor_product import _codegen as e3nn_product
+from e3nn.util.codegen import CodeGenMixin
+from mace.tools import cg
+from opt_einsum_fx import jitable
+from torch import Tensor, fx
+
+__all__ = ["DEFERRED", "Deferred", "construct", "constructing", "mark", "settle"]
+
+DEFERRED = "gaq_deferred"
+"""Entry in the ``__dict__`` of a model's root that has code yet to be compiled."""
+
+_optimize: Callable[..., fx.GraphModule] = opt_einsum_fx.optimize_einsums_full
+_active: ContextVar[bool] = ContextVar("gaq_mace.deferred.active", default=False)
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to compile a piece of code.
+
+    Attributes:
+        graph: the code as it was written.
+        inputs: examples for the optimization of its einsums; None where it is not optimized.
+        scripted: whether it becomes TorchScript.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[Tensor, ...] | None
+    scripted: bool
+
+    def compile(self) -> torch.nn.Module:
+        graph = self.graph if self.inputs is None else _optimize(self.graph, self.inputs)
+        if self.scripted:
+            return torch.jit.script(jitable(graph))
+        return copy.deepcopy(graph) if graph is self.graph else graph
+
+
+class Deferred(torch.nn.Module):
+    """A piece of generated code, compiled when it is called, scripted or pickled.
+
+    Args:
+        recipe: how to compile it. Copies share it.
+    """
+
+    def __init__(self, recipe: _Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.made: list[torch.nn.Module] = []  # in a list, because it is no child of this module
+        for name, buffer in recipe.graph.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def compiled(self) -> torch.nn.Module:
+        """Compile the code, with this module's buffers."""
+        with _lock:
+            if not self.made:
+                made = self.recipe.compile()
+                for name, buffer in self.named_buffers():
+                    made.to(buffer.device, buffer.dtype)
+                    getattr(made, name).copy_(buffer)
+                self.made.append(made)
+            return self.made[0]
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.compiled()(*arguments)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Deferred:
+        self.made.clear()
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return self.compiled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deferred:
+        new = Deferred(self.recipe)
+        memo[id(self)] = new
+        for name, buffer in self.named_buffers():
+            new.register_buffer(name, buffer.detach().clone())
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        compiled = self.compiled()
+        if not isinstance(compiled, torch.jit.ScriptModule):
+            return compiled.__reduce_ex__(protocol)
+        content = io.BytesIO()
+        torch.jit.save(compiled, content)
+        return torch.jit.load, (io.BytesIO(content.getvalue()),)
+
+
+def construct(kind: Callable[..., torch.nn.Module], **options: Any) -> torch.nn.Module:
+    """Construct a model whose generated code is compiled later."""
+    with constructing():
+        model = kind(**options)
+    mark(model)
+    return model
+
+
+def mark(model: torch.nn.Module) -> None:
+    """Note in a model that it has code yet to be compiled, if it has."""
+    if any(isinstance(module, Deferred) for module in model.modules()):
+        model.__dict__[DEFERRED] = True
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Compile all code of a model that waits for it, in place. The model then is as its constructor makes it."""
+    if not model.__dict__.pop(DEFERRED, False):
+        return
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, Deferred):
+                module._modules[name] = child.compiled()
+                if isinstance(module, CodeGenMixin) and child.recipe.scripted:
+                    module.__codegen__.append(name)
+
+
+def _optimize_later(model: fx.GraphModule, example_inputs: tuple[Tensor, ...]) -> Any:
+    """Stand for `opt_einsum_fx.optimize_einsums_full`: the graph as it is, with a note of the optimization."""
+    if not _active.get():
+        return _optimize(model, example_inputs)
+    model.__dict__["gaq_inputs"] = tuple(example_inputs)
+    return model
+
+
+def _defer_contraction(model: fx.GraphModule, example_inputs: tuple[Tensor, ...]) -> Any:
+    """Stand for `opt_einsum_fx.optimize_einsums_full` where MACE's contractions call it."""
+    if not _active.get():
+        return _optimize(model, example_inputs)
+    return Deferred(_Recipe(model, tuple(example_inputs), scripted=False))
+
+
+def _register_later(original: Callable[..., None]) -> Callable[..., None]:
+    """Stand for e3nn's ``CodeGenMixin._codegen_register``."""
+
+    def register(self: Any, funcs: Mapping[str, fx.GraphModule]) -> None:
+        import e3nn
+
+        if not _active.get():
+            return original(self, funcs)
+        if not hasattr(self, "__codegen__"):
+            self.__codegen__ = []
+        scripted = bool(e3nn.get_optimization_defaults()["jit_script_fx"])
+        for name, graph in funcs.items():
+            setattr(self, name, Deferred(_Recipe(graph, graph.__dict__.pop("gaq_inputs", None), scripted)))
+        return None
+
+    return register
+
+
+def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stand for MACE's ``_wigner_nj``, which computes the same products anew for each output and correlation."""
+    results: dict[Any, Any] = {}
+
+    def products(irrepss: Any, normalization: str = "component", filter_ir_mid: Any = None, dtype: Any = None) -> Any:
+        if not _active.get():
+            return original(irrepss, normalization, filter_ir_mid, dtype)
+        key = (tuple(map(str, irrepss)), normalization, str(filter_ir_mid), dtype)
+        if key not in results:
+            results[key] = original(irrepss, normalization, filter_ir_mid, dtype)
+        return list(results[key])
+
+    return products
+
+
+@contextmanager
+def constructing() -> Iterator[None]:
+    """Context in which constructors of MACE and e3nn leave the compilation of generated code for later.
+
+    Other threads, which may construct models meanwhile, are not affected.
+    """
+    with _lock, ExitStack() as stack:
+        for target, name, stand_in in (
+            (e3nn_linear, "optimize_einsums_full", _optimize_later),
+            (e3nn_product, "optimize_einsums_full", _optimize_later),
+            (opt_einsum_fx, "optimize_einsums_full", _defer_contraction),
+            (CodeGenMixin, "_codegen_register", _register_later(CodeGenMixin._codegen_register)),
+            (cg, "_wigner_nj", _remembering(cg._wigner_nj)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        token = _active.set(True)
+        stack.callback(_active.reset, token)
+        yield
