@@ -4,8 +4,8 @@
     python benchmarks/cpu_languages.py [--repeats 11]
 
 The second convolution of the benchmark model (128x0e+128x1o, l <= 3) on a box of 192 atoms, forward, float32, one
-thread; the implementations alternate in one run. Numba gets the matrices B of the edges and the Hermite weights of the
-spline precomputed, and one specialised function for each shape of path; C++ computes both. Inductor gets the reference,
+thread; the implementations alternate in one run. Numba gets the matrices B of the edges and their places in the radial
+table precomputed, and one specialised function for each shape of path; C++ computes both. Inductor gets the reference,
 which gathers, multiplies and scatters. The table also has the time of the first call, compilation included.
 """
 
@@ -37,7 +37,7 @@ def path_function(d1: int, d3: int) -> Callable[..., None]:
     """The channel loops of one shape of path; d1 and d3 are constants of the compiled code."""
 
     @numba.njit(fastmath=True, cache=False)
-    def accumulate(first, sender, row_in, b, h, table, knots, hermite, path, out):  # type: ignore[no-untyped-def]
+    def accumulate(first, sender, row_in, b, h, table, intervals, t, path, out):  # type: ignore[no-untyped-def]
         channels = h.shape[2]
         sums = np.zeros((d3, channels), dtype=np.float32)
         w = np.empty(channels, dtype=np.float32)
@@ -45,16 +45,12 @@ def path_function(d1: int, d3: int) -> Callable[..., None]:
         for atom in range(first.shape[0] - 1):
             sums[:] = 0.0
             for e in range(first[atom], first[atom + 1]):
-                k = knots[e]
+                k, s = intervals[e], t[e]
                 for c in range(channels):
-                    w[c] = (
-                        table[path, k, 0, c] * hermite[e, 0]
-                        + table[path, k, 1, c] * hermite[e, 1]
-                        + table[path, k, 2, c] * hermite[e, 2]
-                        + table[path, k + 1, 0, c] * hermite[e, 3]
-                        + table[path, k + 1, 1, c] * hermite[e, 4]
-                        + table[path, k + 1, 2, c] * hermite[e, 5]
-                    )
+                    value = table[path, k, radial.COEFFICIENTS - 1, c]
+                    for i in range(radial.COEFFICIENTS - 2, -1, -1):
+                        value = value * s + table[path, k, i, c]
+                    w[c] = value
                 for m in range(d1):
                     for c in range(channels):
                         x[c] = w[c] * h[sender[e], row_in + m, c]
@@ -81,15 +77,9 @@ class Numba:
         self.sender = graph.sender[keep].numpy()
         counts = torch.bincount(graph.receiver[keep], minlength=int(graph.receiver.max()) + 1)
         self.first = np.concatenate([[0], counts.cumsum(0).numpy()]).astype(np.int64)
-        step = problem.r_max / (table.shape[1] - 1)
-        knot = (lengths / step).long().clamp(max=table.shape[1] - 2)
-        self.knots = knot.numpy()
-        # One basis function at a time through the spline gives its weight.
-        basis = torch.zeros(1, 2, 3, 6)
-        for i in range(6):
-            basis[0, i // 3, i % 3, i] = 1.0
-        t = (lengths / step - knot).clamp(max=1 - 1e-7)
-        self.hermite = radial.evaluate(basis, t * step, step)[:, 0].contiguous().numpy()
+        position = lengths / (problem.r_max / table.shape[1])
+        interval = position.long().clamp(max=table.shape[1] - 1)
+        self.intervals, self.t = interval.numpy(), (position - interval).numpy()
         self.table = table.numpy()
         self.paths = []
         starts = np.cumsum([0] + [2 * l + 1 for l in problem.blocks])  # noqa: E741
@@ -103,15 +93,16 @@ class Numba:
     def __call__(self, features: torch.Tensor) -> list[np.ndarray]:
         h = features.numpy()
         for number, row, b, function, out in self.paths:
-            function(self.first, self.sender, row, b, h, self.table, self.knots, self.hermite, number, out)
+            function(self.first, self.sender, row, b, h, self.table, self.intervals, self.t, number, out)
         return [out for *_, out in self.paths]
 
 
 def second_layer(model: Any) -> tuple[Any, torch.Tensor]:
-    """The convolution of the second layer, a `ConvolutionProblem`, and the knots of its radial table."""
-    layer = Engine(model).layers[1]
-    table, _ = layer.radial.tables((0,), torch.float32)
-    return layer.problem, table
+    """The convolution of the second layer, a `ConvolutionProblem`, and its radial table."""
+    engine = Engine(model)
+    pairs = engine.compositions.pairs
+    assert pairs is not None
+    return engine.layers[1].problem, pairs.made.tables[1][0]
 
 
 def compare(

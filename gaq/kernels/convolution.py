@@ -15,8 +15,8 @@ Layouts, channels always last:
 - node features: (atoms, rows, channels), where the rows are the components of all input blocks, block after block;
 - messages: a matrix for each output group, (atoms * (2 l3 + 1), paths of the group * channels), flattened and end to
   end in one tensor, ready for the linear layer that mixes the paths of a group;
-- radial weights: `RadialTable.knots`, of several tables end to end, or a row for each edge, (edges, paths, channels),
-  cutoff included.
+- radial weights: `RadialTable.coefficients`, of several tables end to end, or a row for each edge, (edges, paths,
+  channels), cutoff included.
 
 `reference` is the same in plain torch; the tests compare with it in float64.
 """
@@ -165,7 +165,7 @@ def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, vectors, weights, *rest = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]
     if of_weights and weights.dim() == 4:
-        raise RuntimeError("the knots of a radial table have no gradient")
+        raise RuntimeError("a radial table has no gradient")
     g_features, g_vectors, g_weights, g_scales = _convolution_backward(
         grad.contiguous(), features, vectors, weights, *rest, of_features, of_weights or weights.dim() == 3
     )
@@ -193,7 +193,7 @@ def _check(
         raise ValueError(
             f"features of shape (atoms, {problem.rows_in}, {problem.channels}), not {tuple(features.shape)}"
         )
-    last = (3, problem.channels) if tabulated else (len(problem.paths), problem.channels)
+    last = (radial.COEFFICIENTS, problem.channels) if tabulated else (len(problem.paths), problem.channels)
     paths = len(problem.paths)
     fits = weights.shape[0] > 0 and weights.shape[0] % paths == 0 if tabulated else len(weights) == len(vectors)
     if not fits or weights.shape[-2:] != last or weights.dim() != (4 if tabulated else 3):
@@ -224,9 +224,10 @@ def convolution(
         features: of nodes, (atoms, rows, channels).
         vectors: of edges, (edges, 3) in Å, from sender to receiver or back, in the direction that the harmonics expect.
             Edges of length zero, and of `r_max` or more, contribute nothing.
-        weights: knots of a `RadialTable`, or of several (`Graph.tables` numbers them), or weights of each edge,
-            (edges, paths, channels); in the dtype of the features.
-        tabulated: whether the weights are knots.
+        weights: coefficients of a `RadialTable`, (paths, intervals, COEFFICIENTS, channels), or of several, end to end
+            (`Graph.tables` numbers them), or weights of each edge, (edges, paths, channels); in the dtype of the
+            features.
+        tabulated: whether the weights are tables.
 
         scales: factors of the radial weights, different for each edge, (edges, scales, channels) with the rows that
             `ConvolutionProblem.scale_rows` numbers: the weights of attention. None where it is empty.

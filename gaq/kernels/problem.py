@@ -55,8 +55,9 @@ class ConvolutionProblem:
     harmonics: tuple[Tensor, ...]
     r_max: float
     scale_rows: tuple[int, ...] = ()
-    # Plain dictionaries, because compilers trace through them: a plan for each possible number of knots (8), and the
-    # name of the generated kernels for each kind of weights (2). Threads that write at the same time write the same.
+    # Plain dictionaries, because compilers trace through them: a plan for each number of intervals that was needed,
+    # and the name of the generated kernels for each kind of weights (2). Threads that write at the same time write the
+    # same.
     plans: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     sources: dict[bool, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -128,9 +129,9 @@ class ConvolutionProblem:
                 spans.append((number, 1))
         return spans
 
-    def plan(self, knots: int) -> tuple[Tensor, Tensor]:
-        """The problem as the C++ code reads it, integers and reals; `knots` is 0 for weights of each edge."""
-        if knots not in self.plans:
+    def plan(self, intervals: int) -> tuple[Tensor, Tensor]:
+        """The problem as the C++ code reads it, integers and reals; `intervals` is 0 for weights of each edge."""
+        if intervals not in self.plans:
             starts = [sum(2 * l + 1 for l in self.blocks[:i]) for i in range(len(self.blocks))]  # noqa: E741
             rows = self.group_rows()
             offsets = [sum(rows[:g]) for g in range(len(rows))]
@@ -147,7 +148,8 @@ class ConvolutionProblem:
                 ints += [offsets[path.group], rows[path.group], group_paths.index(number), len(group_paths)]
                 ints += [2 * self.groups[path.group] + 1, begin, len(values), span]
                 ints.append(self.scale_rows[path.block] if self.scale_rows else 0)
-            head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in, knots, int(knots > 0)]
+            head = [self.channels, len(self.harmonics) - 1, len(self.paths), self.rows_in]
+            head += [intervals, int(intervals > 0)]
             head.append(self.scales)
             reals = torch.cat(
                 [
@@ -155,8 +157,8 @@ class ConvolutionProblem:
                     *[c.double().flatten() for c in self.harmonics],
                 ]
             )
-            self.plans[knots] = torch.tensor([*head, len(values), *ints, *indices], dtype=torch.int64), reals
-        return self.plans[knots]
+            self.plans[intervals] = torch.tensor([*head, len(values), *ints, *indices], dtype=torch.int64), reals
+        return self.plans[intervals]
 
 
 @dataclass(frozen=True)

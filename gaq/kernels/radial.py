@@ -1,19 +1,24 @@
-"""Radial functions as tables: quintic Hermite interpolation of value, slope and curvature.
+"""Radial functions as tables: a polynomial in each interval, interpolated from the function's values alone.
 
-The weights that a radial network gives to an edge depend on its length alone, so they are tabulated at equal steps of r
-and interpolated by the C2 spline that has the network's values, slopes and curvatures at the knots. Forces are
-derivatives of the spline: they are smooth, and the exact gradient of the energy that is computed.
+The weights that a radial network gives to an edge depend on its length alone. The range from 0 to the cutoff is divided
+into equal intervals. In each of them the network is evaluated at the Chebyshev-Lobatto nodes (Trefethen, Approximation
+Theory and Approximation Practice, chapter 2), and the polynomial through these values is kept as its coefficients, made
+in float64 and rounded once to the dtype of the model. Neighbouring intervals share the node between them, so the
+weights, and the energy, are continuous; forces are the exact gradient of the energy that is computed. The slope jumps
+at an end of an interval by at most twice its error.
 
-The error of the value is h^6/46080 max|f^(6)|. The errors of value and slope are measured between the knots, and the
-step is halved until they are below `TOLERANCE` and `SLOPE_TOLERANCE`, relative to the largest value and slope, which is
-less than float32 resolves. With three numbers at a knot the steps are so long that the used part of a table stays in
-cache.
+Coefficients make slopes as exact as values. Values at knots would not: there a slope in float32 is a difference of two
+rounded values over a short step.
+
+The error of the value is measured in every interval where atoms are (`NEAREST`), half-way between two nodes. The error
+of the slope follows from it, because both are multiples of the same next coefficient. Where an error is too large, the
+number of intervals grows as the errors ask for.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,151 +26,224 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "COEFFICIENTS",
     "DOUBLE_TOLERANCE",
-    "SLOPE_TOLERANCE",
+    "FEWEST",
+    "NEAREST",
+    "SLOPE_FACTOR",
     "TOLERANCE",
     "RadialTable",
-    "derivatives",
+    "check_lengths",
     "evaluate",
     "evaluate_several",
-    "knot_lengths",
+    "finer",
+    "interpolate",
+    "inverse",
+    "node_lengths",
+    "polynomials",
     "tabulate",
 ]
 
+DEGREE = 5
+COEFFICIENTS = DEGREE + 1
+"""Numbers that the polynomial of an interval has for each path and channel."""
 TOLERANCE = 3e-8
-SLOPE_TOLERANCE = 3e-7
+"""Bound of the error of the values, relative to the largest value."""
+SLOPE_FACTOR = 30.0
+"""Bound of the error of the slopes, relative to the largest slope, in units of the bound for the values."""
 DOUBLE_TOLERANCE = 1e-11
-"""For models in float64, whose users may take differences of forces."""
-FEWEST, MOST = 33, 4097
+"""`TOLERANCE` for models in float64, whose users may take differences of forces."""
+NEAREST = 0.5
+"""Length in Å above which errors are measured: atoms do not come closer, and there the network may give anything."""
+FEWEST, MOST = 16, 4096
 
 
 @dataclass(frozen=True)
 class RadialTable:
-    """A radial function as a table.
+    """Radial functions as a table.
 
     Attributes:
-        knots: values, slopes (1/Å) and curvatures (1/Å²), shape (paths, knots, 3, channels), float64.
-        r_max: cutoff in Å; knots lie at equal steps from 0 to the cutoff.
-        error: largest error of the value between knots, relative to the largest value.
-        slope_error: largest error of the slope between knots, relative to the largest slope.
+        coefficients: of the polynomials in the position 0 <= t <= 1 within an interval, the constant first, shape
+            (..., paths, intervals, COEFFICIENTS, channels), float64.
+        r_max: cutoff in Å; the intervals are equal, from 0 to the cutoff.
+        error: largest error of the value, relative to the largest value of the same function.
+        slope_error: largest error of the slope, relative to the largest slope of the same function.
     """
 
-    knots: Tensor
+    coefficients: Tensor
     r_max: float
     error: float
     slope_error: float
 
 
-# torch has one stack of forward-differentiation levels in a process, and does not protect it from threads.
-_forward_differentiation = threading.Lock()
+@functools.cache
+def _nodes(degree: int) -> tuple[tuple[float, ...], float, float]:
+    """Chebyshev-Lobatto nodes in [0, 1], where to measure, and by how much the error of a slope is larger there."""
+    nodes = [(1 - math.cos(math.pi * k / degree)) / 2 for k in range(degree + 1)]
+    between = (1 - math.cos(math.pi * (degree // 2 + 0.5) / degree)) / 2
+    # The error is c * prod(t - t_k), with the same c for value and slope; the slope's is largest at a node.
+    products = [math.prod(t - other for other in nodes if other != t) for t in nodes]
+    largest_slope = max(abs(p) for p in products)
+    return tuple(nodes), between, largest_slope / abs(math.prod(between - t for t in nodes))
 
 
-def derivatives(function: Callable[[Tensor], Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, slope and curvature of a radial function at lengths (n,), each (n, paths, channels)."""
-    ones = torch.ones_like(lengths)
-
-    def slope(r: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent = torch.func.jvp(function, (r,), (ones,))  # type: ignore[misc]  # two values without has_aux
-        return tangent, value
-
-    # Outside grad mode torch uses formulas that are differentiable only once, also in forward differentiation.
-    with _forward_differentiation, torch.enable_grad():
-        results = torch.func.jvp(slope, (lengths,), (ones,), has_aux=True)
-        first, second, value = results  # type: ignore[misc]  # three values with has_aux
-    return value.detach(), first.detach(), second.detach()
-
-
-def knot_lengths(r_max: float, count: int) -> Tensor:
-    """Lengths at the knots, (count,), float64; the first is a little above 0."""
-    lengths = torch.linspace(0.0, r_max, count, dtype=torch.float64)
+def node_lengths(r_max: float, intervals: int) -> Tensor:
+    """Lengths at the nodes, (intervals * DEGREE + 1,), float64; the first is a little above 0."""
+    nodes = torch.tensor(_nodes(DEGREE)[0], dtype=torch.float64)
+    starts = torch.arange(intervals, dtype=torch.float64)[:, None]
+    lengths = torch.cat([(starts + nodes[:-1]).flatten(), torch.tensor([float(intervals)])]) * (r_max / intervals)
+    lengths[-1] = r_max
     # Bessel functions are regular at 0, but written as sin(x)/x, which float64 cannot evaluate there.
-    lengths[0] = 1e-3 * lengths[1]
+    lengths[0] = 1e-5 * lengths[1]
     return lengths
 
 
-def _interpolated(knots: Tensor, r_max: float, lengths: Tensor) -> Tensor:
-    return evaluate(knots, lengths, r_max)
+def check_lengths(r_max: float, intervals: int) -> Tensor:
+    """Lengths at which errors are measured, one in each interval above `NEAREST`."""
+    lengths = (torch.arange(intervals, dtype=torch.float64) + _nodes(DEGREE)[1]) * (r_max / intervals)
+    return lengths[lengths > min(NEAREST, 0.5 * r_max)]
+
+
+@functools.cache
+def inverse() -> Tensor:
+    """Matrix from values at the nodes of an interval to coefficients, (COEFFICIENTS, COEFFICIENTS), float64."""
+    nodes = torch.tensor(_nodes(DEGREE)[0], dtype=torch.float64)
+    matrix = torch.linalg.inv(torch.stack([nodes**k for k in range(COEFFICIENTS)], dim=1))
+    matrix[0] = torch.eye(COEFFICIENTS, dtype=torch.float64)[0]  # the constant is the value at the first node
+    return matrix
+
+
+def polynomials(values: Tensor, matrix: Tensor | None = None) -> Tensor:
+    """Coefficients of the polynomials through values at the nodes.
+
+    Args:
+        values: (..., intervals * DEGREE + 1, columns), float64.
+        matrix: what `inverse` returns, for a graph that has to hold it.
+
+    Returns:
+        (..., intervals, COEFFICIENTS, columns).
+    """
+    # Windows of one interval each, which share the values at their ends.
+    windows = values.unfold(-2, COEFFICIENTS, DEGREE).transpose(-1, -2)
+    lower = ((inverse() if matrix is None else matrix) @ windows)[..., :-1, :]
+    # To the last bit the value at the end is that of the next interval's beginning.
+    return torch.cat([lower, windows[..., -1:, :] - lower.sum(-2, keepdim=True)], dim=-2)
+
+
+def interpolate(
+    function: Callable[[Tensor], Tensor], r_max: float, intervals: int, last: Tensor | None = None
+) -> RadialTable:
+    """Tabulate radial functions with a number of intervals, and measure the errors.
+
+    Args:
+        function: lengths (n,) in Å, float64, to (..., n, features); called once.
+        r_max: cutoff in Å.
+        intervals: from 0 to the cutoff.
+        last: last layer of a radial network, which is linear, so that it can be applied to coefficients instead of
+            values: (paths, features, channels), float64. Without it, the features are the channels of one path.
+    """
+    nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals)
+    at_nodes, exact = function(torch.cat([nodes, checks])).split([nodes.numel(), checks.numel()], dim=-2)
+    coefficients = polynomials(at_nodes)
+    _, between, slope_factor = _nodes(DEGREE)
+    powers = torch.tensor([between**k for k in range(COEFFICIENTS)], dtype=torch.float64)
+    missed = torch.einsum("...kc,k->...c", coefficients[..., intervals - checks.numel() :, :, :], powers) - exact
+    missed, exact = missed.unsqueeze(-3), exact.unsqueeze(-3)
+    table = coefficients.flatten(-3, -2).unsqueeze(-3)
+    if last is not None:
+        table = table @ last
+        # Their sizes are all that matters.
+        missed, exact = missed.float() @ last.float(), exact.float() @ last.float()
+    table = table.unflatten(-2, (intervals, COEFFICIENTS))
+    largest = missed.abs().amax(dim=(-3, -2, -1))
+    slopes = table[..., intervals - checks.numel() :, 1, :]
+    # Both errors and slopes for intervals of length 1: the ratio is the same.
+    slope_error = slope_factor * largest / slopes.abs().amax(dim=(-3, -2, -1))
+    error = largest / exact.abs().amax(dim=(-3, -2, -1))
+    return RadialTable(table, r_max, float(error.max()), float(slope_error.max()))
+
+
+def finer(table: RadialTable, tolerance: float) -> int | None:
+    """Number of intervals with which a table would be exact enough; None if it is.
+
+    Raises:
+        ValueError: if 4096 intervals do not suffice: the function is not smooth.
+    """
+    intervals = table.coefficients.shape[-3]
+    value, slope = table.error / tolerance, table.slope_error / (SLOPE_FACTOR * tolerance)
+    if value <= 1 and slope <= 1:
+        return None
+    if intervals >= MOST or not math.isfinite(value + slope):
+        raise ValueError(f"the radial function cannot be tabulated: error {table.error:.1e} with {intervals} intervals")
+    # Errors fall as the powers DEGREE + 1 and DEGREE of the interval, once it is short enough.
+    growth = 1.05 * max(value ** (1 / (DEGREE + 1)), slope ** (1 / DEGREE))
+    return min(MOST, max(intervals + 8, 8 * math.ceil(intervals * min(growth, 4.0) / 8)))
 
 
 def tabulate(
-    function: Callable[[Tensor], Tensor], r_max: float, tolerance: float = TOLERANCE, fewest: int = FEWEST
+    function: Callable[[Tensor], Tensor],
+    r_max: float,
+    tolerance: float = TOLERANCE,
+    fewest: int = FEWEST,
+    last: Tensor | None = None,
 ) -> RadialTable:
-    """Tabulate a radial function as finely as the tolerance asks for.
+    """Tabulate radial functions as finely as the tolerance asks for.
 
     Args:
-        function: lengths (n,) in Å, float64, to weights (n, paths, channels).
+        function: as `interpolate` takes it.
         r_max: cutoff in Å.
-        tolerance: largest error between knots, relative to the largest value.
-        fewest: number of knots to begin with.
+        tolerance: bound of the error of the values, relative to the largest value; see `SLOPE_FACTOR` for the slopes.
+        fewest: number of intervals to begin with.
+        last: as `interpolate` takes it.
 
     Raises:
-        ValueError: if 4097 knots do not suffice: the function is not smooth.
+        ValueError: if 4096 intervals do not suffice: the function is not smooth.
     """
-    count = fewest
-    while True:
-        lengths = knot_lengths(r_max, count)
-        knots = torch.stack(derivatives(function, lengths), dim=1).permute(2, 0, 1, 3).contiguous()
-        between = (torch.arange(count - 1, dtype=torch.float64) + 0.5) * (r_max / (count - 1))
-        # Å: atoms do not come closer, and there the network may give anything.
-        between = between[between > 0.3]
-        exact, exact_slope, _ = derivatives(function, between)
-        value, slope, _ = derivatives(functools.partial(_interpolated, knots, r_max), between)
-        error = float((value - exact).abs().max() / exact.abs().max())
-        slope_error = float((slope - exact_slope).abs().max() / exact_slope.abs().max())
-        if error <= tolerance and slope_error <= tolerance * SLOPE_TOLERANCE / TOLERANCE:
-            return RadialTable(knots, r_max, error, slope_error)
-        if count >= MOST:
-            raise ValueError(f"the radial function cannot be tabulated: error {error:.1e} with {count} knots")
-        count = 2 * count - 1
+    table = interpolate(function, r_max, fewest, last)
+    while (intervals := finer(table, tolerance)) is not None:
+        table = interpolate(function, r_max, intervals, last)
+    return table
 
 
-def evaluate(knots: Tensor, lengths: Tensor, r_max: float) -> Tensor:
+def evaluate(coefficients: Tensor, lengths: Tensor, r_max: float) -> Tensor:
     """Interpolate in plain torch, shape (edges, paths, channels); zero from `r_max` on.
 
     Args:
-        knots: as in `RadialTable`.
+        coefficients: (paths, intervals, COEFFICIENTS, channels).
         lengths: (edges,).
         r_max: cutoff in Å.
     """
-    step = r_max / (knots.shape[1] - 1)
-    position = lengths / step
-    index = position.detach().long().clamp(0, knots.shape[1] - 2)
-    low, high = knots[:, index].transpose(0, 1), knots[:, index + 1].transpose(0, 1)
-    return _between(low, high, position - index, step) * (lengths < r_max)[:, None, None]
+    index, t = _located(coefficients, lengths, r_max)
+    return _polynomial(coefficients[:, index].transpose(0, 1), t) * (lengths < r_max)[:, None, None]
 
 
-def _between(low: Tensor, high: Tensor, t: Tensor, step: float) -> Tensor:
-    """Spline between the knots below and above, (edges, paths, 3, channels), at 0 <= t <= 1, (edges,)."""
-    weights = hermite(t[:, None, None], step)
-    terms = [weights[k] * low[:, :, k] + weights[3 + k] * high[:, :, k] for k in range(3)]
-    return terms[0] + terms[1] + terms[2]
-
-
-def evaluate_several(knots: Tensor, lengths: Tensor, r_max: float, tables: Tensor, paths: int) -> Tensor:
-    """Interpolate like `evaluate`, where each edge has one of several tables, which lie end to end in `knots`.
+def evaluate_several(coefficients: Tensor, lengths: Tensor, r_max: float, tables: Tensor, paths: int) -> Tensor:
+    """Interpolate like `evaluate`, where each edge has one of several tables, which lie end to end.
 
     Args:
-        knots: (tables * paths, knots, 3, channels).
+        coefficients: (tables * paths, intervals, COEFFICIENTS, channels).
         lengths: (edges,).
         r_max: cutoff in Å.
         tables: number of each edge's table, (edges,).
         paths: number of paths in one table.
     """
     # Not table by table: to find the edges of a table the host would have to wait for the GPU.
-    several = knots.view(-1, paths, *knots.shape[1:])
-    step = r_max / (knots.shape[1] - 1)
-    position = lengths / step
-    index = position.detach().long().clamp(0, knots.shape[1] - 2)
-    low, high = several[tables, :, index], several[tables, :, index + 1]
-    return _between(low, high, position - index, step) * (lengths < r_max)[:, None, None]
+    several = coefficients.view(-1, paths, *coefficients.shape[1:])
+    index, t = _located(coefficients, lengths, r_max)
+    return _polynomial(several[tables, :, index], t) * (lengths < r_max)[:, None, None]
 
 
-def hermite(t: Tensor, step: float) -> list[Tensor]:
-    """Weights of value, slope and curvature at the lower, then at the upper knot, for 0 <= t <= 1 between them."""
-    s = 1 - t
+def _located(coefficients: Tensor, lengths: Tensor, r_max: float) -> tuple[Tensor, Tensor]:
+    """Interval of each edge, and the position within it, each (edges,)."""
+    intervals = coefficients.shape[1]
+    position = lengths / (r_max / intervals)
+    index = position.detach().long().clamp(0, intervals - 1)
+    return index, position - index
 
-    def lower(u: Tensor, v: Tensor) -> list[Tensor]:
-        return [v**3 * (1 + 3 * u + 6 * u * u), v**3 * u * (1 + 3 * u) * step, v**3 * u * u * (0.5 * step * step)]
 
-    upper = lower(s, t)
-    return [*lower(t, s), upper[0], -upper[1], upper[2]]
+def _polynomial(coefficients: Tensor, t: Tensor) -> Tensor:
+    """Values of polynomials, (edges, paths, COEFFICIENTS, channels), at t, (edges,)."""
+    value = coefficients[:, :, -1]
+    for k in range(COEFFICIENTS - 2, -1, -1):
+        value = coefficients[:, :, k] + t[:, None, None] * value
+    return value

@@ -13,6 +13,8 @@ import ctypes
 import re
 from typing import Any
 
+from gaq.kernels import radial
+
 __all__ = ["DTYPES", "KERNELS", "OPERATIONS", "argument_types", "c_name", "c_shim", "header"]
 
 DTYPES = {"float32": "float", "float64": "double"}
@@ -103,6 +105,7 @@ def header() -> str:
         "// Written by gaq/kernels/signatures.py.",
         "#pragma once",
         "#include <cstdint>",
+        f"#define GAQ_COEFFICIENTS {radial.COEFFICIENTS}",
         "#define GAQ_KERNEL(KERNEL, NAME, T) GAQ_KERNEL_##KERNEL(NAME, T)",
         "#define GAQ_SHIM(OPERATION) GAQ_SHIM_##OPERATION",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from gaq.caches import Cache
 from gaq.kernels import gpu
 from gaq.untyped import AnyModule
-from gaq_mace.engine.radial_tables import Knots, RadialTables
+from gaq_mace.engine.edges import Tables
+from gaq_mace.engine.pair_tables import PairTables
+from gaq_mace.engine.reading import Unsupported
 
 __all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions"]
 
@@ -21,6 +24,9 @@ COMPOSITIONS = 8
 MOST_SPECIES = 8
 """Most species for which, on a GPU, the radial tables of all pairs are made at once. With more species, each step looks
 up the pairs that its edges join."""
+
+
+Found = tuple[list[Tables], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,10 @@ class Composition:
         place: position of each atom in the sorted order, (atoms,).
         ordered: species in the sorted order, (atoms,).
         bounds: species, first atom and end of each slice of equal species.
-        tables: number of the radial table of a pair of species, (species, species); None where there is only one
+        places: number of the radial table of a pair of species, (species, species); None where there is only one
             table, or where it depends on the edges which tables are needed.
-        knots: radial tables of each layer, None for one without tables; None where it depends on the edges which tables
-            are needed.
+        tables: radial tables of each layer, None for one without tables; None where it depends on the edges which
+            tables are needed.
     """
 
     key: bytes
@@ -46,8 +52,8 @@ class Composition:
     place: Tensor
     ordered: Tensor
     bounds: list[tuple[int, int, int]]
-    tables: Tensor | None
-    knots: list[Knots | None] | None
+    places: Tensor | None
+    tables: list[Tables | None] | None
 
 
 class Compositions:
@@ -55,11 +61,17 @@ class Compositions:
 
     Args:
         layers: of the engine, for their radial tables.
+        device: of the tables.
+
+    Attributes:
+        pairs: radial tables of all layers; None where no layer has any.
     """
 
-    def __init__(self, layers: torch.nn.ModuleList) -> None:
+    def __init__(self, layers: AnyModule, device: torch.device) -> None:
         self.layers = layers
         self.kept: Cache[tuple[bytes, torch.device], Composition] = Cache(COMPOSITIONS)
+        tabulated = [layer.radial for layer in layers if layer.radial is not None]
+        self.pairs = PairTables(tabulated, device) if tabulated else None
         self.last: tuple[weakref.ref[Tensor], int, Composition] | None = None
 
     def __call__(self, attributes: Tensor) -> Composition:
@@ -93,54 +105,49 @@ class Compositions:
             if count:
                 bounds.append((z, start, start + count))
             start += count
-        radial_tables = self._radial_tables()
-        pairs: tuple[int, ...] | None = (0,)
-        tables = None
-        if radial_tables is not None and radial_tables.by_species:
-            present = [z for z, _, _ in bounds]
-            pairs = None
-            # On the CPU nothing has to wait for a look at the edges, and only the pairs that occur need tables.
-            if gpu.chosen(species.device) and 0 < len(present) <= MOST_SPECIES:
-                pairs = tuple(sorted({radial_tables.code(a, b) for a in present for b in present}))
-                numbers = torch.zeros(radial_tables.elements, radial_tables.elements, dtype=torch.int64)
-                for first in present:
-                    for second in present:
-                        numbers[first, second] = pairs.index(radial_tables.code(first, second))
-                tables = numbers.to(species.device)
-        knots = None if pairs is None else self._knots(pairs, like)
-        return Composition(key, species, by_species, place, species[by_species], bounds, tables, knots)
+        places, tables = None, None
+        if self.pairs is None or not self.pairs.by_species:
+            tables = self._of_layers(None if self.pairs is None else self.pairs.made.tables)
+        # On the CPU nothing has to wait for a look at the edges, and only the pairs that occur need tables.
+        elif gpu.chosen(species.device) and 0 < len(bounds) <= MOST_SPECIES:
+            found = self._found(self.pairs.of_species, [z for z, _, _ in bounds])
+            if found is not None:
+                tables, places = self._of_layers(found[0]), found[1]
+        return Composition(key, species, by_species, place, species[by_species], bounds, places, tables)
 
-    def tables(self, composition: Composition, edges: Tensor, like: Tensor) -> tuple[list[Knots | None], Tensor | None]:
+    def tables(self, composition: Composition, edges: Tensor) -> tuple[list[Tables | None], Tensor | None]:
         """Radial tables of a step.
 
         Args:
             composition: species of the atoms.
             edges: sender and receiver, (2, edges), in the order of the structure.
-            like: has the dtype and device of the tables.
 
         Returns:
-            The tables of each layer, None for one without tables, and the number of each edge's table; None where there
-            is only one table.
+            The tables of each layer, None for one whose radial network is to be evaluated for each edge, and the
+            number of each edge's table; None where there is at most one table.
+
+        Raises:
+            Unsupported: if the radial functions of a pair cannot be tabulated.
         """
         species = composition.species
-        if composition.knots is not None:
-            if composition.tables is None:
-                return composition.knots, None
-            return composition.knots, composition.tables[species[edges[0]], species[edges[1]]]
-        radial_tables = self._radial_tables()
-        assert radial_tables is not None
-        first, second = species[edges[0]], species[edges[1]]
-        codes = torch.minimum(first, second) * radial_tables.elements + torch.maximum(first, second)
-        occurring, numbers = torch.unique(codes, return_inverse=True)
-        # Without edges any table will do.
-        pairs = tuple(occurring.tolist()) or (0,)
-        return self._knots(pairs, like), numbers
+        if composition.tables is not None:
+            if composition.places is None:
+                return composition.tables, None
+            return composition.tables, composition.places[species[edges[0]], species[edges[1]]]
+        assert self.pairs is not None
+        found = self._found(self.pairs.of_edges, species[edges[0]], species[edges[1]])
+        return (self._of_layers(None), None) if found is None else (self._of_layers(found[0]), found[1])
 
-    def _radial_tables(self) -> RadialTables | None:
-        """Radial tables of the first layer that has any: all layers number the pairs of species alike."""
-        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
-        return next((layer.radial for layer in layers if layer.radial is not None), None)
+    @staticmethod
+    def _found(look_up: Callable[..., Found], *args: AnyModule) -> Found:
+        """Tables that a function of `PairTables` finds or makes."""
+        try:
+            return look_up(*args)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
 
-    def _knots(self, pairs: tuple[int, ...], like: Tensor) -> list[Knots | None]:
+    def _of_layers(self, tables: list[Tables] | None) -> list[Tables | None]:
+        """Put tables in the places of the layers that have some."""
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
-        return [layer.tables(pairs, like) for layer in layers]
+        remaining = iter(tables or ())
+        return [None if layer.radial is None else next(remaining, None) for layer in layers]

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gaq.kernels import convolution
-from gaq_mace.engine.radial_tables import Knots
 
-__all__ = ["EdgeFeatures", "Edges"]
+__all__ = ["EdgeFeatures", "Edges", "Tables"]
+
+Tables = tuple[Tensor, "Tensor | None"]
+"""Tables of a layer's radial weights, (pairs * paths, intervals, COEFFICIENTS, channels), and of its edge density where
+it has one, (pairs, intervals, COEFFICIENTS, 1); see `gaq.kernels.radial`."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class Edges:
     Attributes:
         graph: senders and receivers.
         vectors: (edges, 3) in Å.
-        tables: radial tables of the layer; None for a layer without tables.
+        tables: radial tables of the layer; None where its radial network is evaluated for each edge.
         features: inputs of radial networks; None where no layer reads them.
     """
 
     graph: convolution.Graph
     vectors: Tensor
-    tables: Knots | None
+    tables: Tables | None
     features: EdgeFeatures | None

@@ -46,18 +46,17 @@ class AgnosticLayer(Layer):
         return 1.0 if hasattr(block, "density_fn") else super()._message_divisor(block)
 
     def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
-        self.reads_edges = False
         self.network = self.density = None
-        tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         try:
-            self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, tolerance)
+            self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, dtype)
         except ValueError:  # hidden layers that are rounded, say: a function with steps has no table
-            self.network = RadialNetwork(block.conv_tp_weights, dtype)
-            self.reads_edges = True
+            self.radial = None
         self.round_density = copy.deepcopy(input_quantizer_of(block))
-        if hasattr(block, "density_fn") and (self.radial is None or self.round_density is not None):
+        self.reads_edges = self.radial is None or self.round_density is not None
+        if self.radial is None or self.radial.by_species:  # not all pairs of species have tables
+            self.network = RadialNetwork(block.conv_tp_weights, dtype)
+        if hasattr(block, "density_fn") and (self.network is not None or self.round_density is not None):
             self.density = RadialNetwork(block.density_fn, dtype)
-            self.reads_edges = True
         self.residual = "Residual" in class_name(block)
         self._read_skip(block, number, dtype)
 
@@ -88,20 +87,22 @@ class AgnosticLayer(Layer):
 
     def _densities(self, edges: Edges) -> Tensor | None:
         """Density of each edge, (edges,); None for a block without."""
-        if self.density is not None:
+        if edges.tables is None or self.round_density is not None:
+            if self.density is None:
+                return None
             assert edges.features is not None
             density = torch.tanh(self.density(edges.features.radial) ** 2)
             if self.round_density is not None:
                 density = self.round_density(density)
             # Before the cutoff function, so that the steps vanish there.
             return (density if edges.features.cutoff is None else density * edges.features.cutoff)[:, 0]
-        knots = None if edges.tables is None else edges.tables[1]
-        if knots is None:
+        table = edges.tables[1]
+        if table is None:
             return None
         lengths = edges.vectors.norm(dim=-1)
         if edges.graph.tables is None:
-            return radial.evaluate(knots, lengths, self.problem.r_max)[:, 0, 0]
-        return radial.evaluate_several(knots, lengths, self.problem.r_max, edges.graph.tables, 1)[:, 0, 0]
+            return radial.evaluate(table, lengths, self.problem.r_max)[:, 0, 0]
+        return radial.evaluate_several(table, lengths, self.problem.r_max, edges.graph.tables, 1)[:, 0, 0]
 
     def _scales(self, features: Tensor, edges: Edges) -> Tensor | None:
         """Factors of each edge's radial weights, (edges, 1, channels); None without."""
@@ -111,14 +112,14 @@ class AgnosticLayer(Layer):
         atoms = features.shape[0]
         sc = self._skip(features, composition) if self.residual else None
         x, scales = self.mix(self.up, features), self._scales(features, edges)
-        if self.network is None:
-            assert edges.tables is not None
+        tabulated = edges.tables is not None
+        if edges.tables is not None:
             weights = edges.tables[0]
         else:
             assert edges.features is not None
+            assert self.network is not None
             weights = self.network(edges.features.radial, edges.features.cutoff)
             weights = weights.view(-1, len(self.problem.paths), self.channels)
-        tabulated = self.network is None
         message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated, scales)
         x = torch.cat(self.mix_messages(message, atoms), dim=1)
         density = self._densities(edges)

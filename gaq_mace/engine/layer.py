@@ -14,7 +14,7 @@ from gaq_mace.engine.edges import Edges
 from gaq_mace.engine.integers import Integers
 from gaq_mace.engine.layouts import Rounder, rows_of
 from gaq_mace.engine.linears import LinearLayer, Mixing
-from gaq_mace.engine.radial_tables import Knots, RadialTables
+from gaq_mace.engine.radial_tables import RadialTables
 from gaq_mace.engine.reading import Unsupported, input_quantizer_of, inputs_of, matrices_of, multiplicity
 
 __all__ = ["Layer"]
@@ -293,19 +293,6 @@ class Layer(torch.nn.Module):
             self._product(g, f"linear_{i}").view(atoms, 2 * l + 1, -1)
             for i, (g, l) in enumerate(zip(groups, self.problem.groups, strict=True))  # noqa: E741
         ]
-
-    def tables(self, pairs: tuple[int, ...], like: Tensor) -> Knots | None:
-        """Radial tables of the given pairs of species, end to end; None for a layer without tables.
-
-        Raises:
-            Unsupported: if the radial functions of a pair cannot be tabulated.
-        """
-        if self.radial is None:
-            return None
-        try:
-            return self.radial.tables(pairs, like.dtype, like.device)
-        except ValueError as error:
-            raise Unsupported(str(error)) from error
 
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         """Compute the interaction block.

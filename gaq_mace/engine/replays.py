@@ -75,7 +75,7 @@ def replayed(
     atoms, edges = data["positions"].shape[0], data["edge_index"].shape[1]
     device = data["positions"].device
     inputs: dict[str, Tensor] = {name: data[name] for name in names if data.get(name) is not None}
-    if composition.knots is None or not atoms or not graphs.serves(device, edges):
+    if composition.tables is None or not atoms or not graphs.serves(device, edges):
         return None
     # A caller who differentiates by anything but the positions, or further, needs an autograd graph.
     inputs_have_graph = data.get("displacement") is not None or any(t.grad_fn is not None for t in inputs.values())
@@ -96,7 +96,7 @@ def replayed(
         "compute_virials": stress or options.get("compute_virials", False),
     }
 
-    def prepare() -> tuple[Callable[[dict[str, Tensor]], Outputs], dict[str, Tensor]]:
+    def prepare() -> tuple[AnyModule, dict[str, Tensor]]:
         return (lambda held: step({k: v.detach() for k, v in held.items()}, composition, inside)), padded(inputs, size)
 
     # A graph reads these tensors where they lay when it was recorded.

@@ -72,7 +72,7 @@ class Engine(torch.nn.Module):
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
         self.inputs, self.rest = inputs_of(model), held_by(model)
         self.graphs = Graphs()
-        self.compositions = Compositions(self.layers)
+        self.compositions = Compositions(self.layers, device)
 
     def rounds_as_deployed(self) -> bool:
         """Whether all quantizers of the model are switched on, as they were when the engine was made."""
@@ -169,21 +169,23 @@ class Engine(torch.nn.Module):
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`."""
         model: AnyModule = self.__dict__["model"]
-        if self.reads_edges and not gpu.chosen(vectors.device):
+        tables, numbers = self.compositions.tables(composition, edge_index)
+        evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
+        if evaluated and not gpu.chosen(vectors.device):
             # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their
             # number.
             kept = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
             edge_index, vectors, lengths = edge_index[:, kept], vectors[kept], lengths[kept]
-        knots, tables = self.compositions.tables(composition, edge_index, vectors)
+            numbers = None if numbers is None else numbers[kept]
         sender, receiver = composition.place[edge_index]
-        graph = convolution.Graph(sender, receiver, tables)
+        graph = convolution.Graph(sender, receiver, numbers)
         features = None
-        if self.reads_edges:
+        if evaluated:
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
             first, second = composition.species[edge_index]
             inside = (lengths < self.r_max).to(basis.dtype)
             features = EdgeFeatures(basis, cutoff, inside, first, second, alike)
-        return [Edges(graph, vectors, layer_knots, features) for layer_knots in knots]
+        return [Edges(graph, vectors, of_layer, features) for of_layer in tables]
 
     def _start(self, data: dict[str, Tensor], composition: Composition, graphs: int) -> Tensor | None:
         """Node features before the first layer, (atoms, channels), where they depend on more than the species.

@@ -3,8 +3,8 @@
 `fuse` changes the class of every interaction block that the kernels serve. Its tensor product, radial weights,
 spherical harmonics and sum over neighbours become one operation (`gaq.kernels.convolution`), which a compiled file
 carries as a static library or, for a GPU, as compiled Triton. The radial network of a block is evaluated at a few
-hundred lengths instead of at every edge, with first and second derivatives, and interpolated: the file keeps the
-network's integer codes and no table. On the CPU, Allegro's tensor product (`gaq.kernels.product`) and the rounding of
+hundred lengths instead of at every edge, and interpolated (`gaq.kernels.radial`): the file keeps the network's integer
+codes and no table. On the CPU, Allegro's tensor product (`gaq.kernels.product`) and the rounding of
 vectors (`gaq.kernels.rounding`) become one operation each. Scalar networks and the rounding of scalars do not change.
 
 Only for `nequip-deploy`: a NequIP package has to run where GAQ is not installed.
@@ -13,7 +13,6 @@ Only for `nequip-deploy`: a NequIP package has to run where GAQ is not installed
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +40,6 @@ __all__ = [
     "refusals",
 ]
 
-TABLE_TOLERANCE = 3e-7
-"""Error of a radial table, relative to the largest weight. NequIP accepts 5e-5 between compiled and plain float32."""
-
 
 class Unsupported(ValueError):
     """The kernels cannot compute this block; the message says why. NequIP's own operations can."""
@@ -54,16 +50,22 @@ class FusedInteractionBlock(InteractionBlock):
 
     chunked: chunks.ChunkedConvolution
     columns: Tensor
-    knots: Tensor
+    nodes: Tensor
+    to_coefficients: Tensor
     plan_ints: Tensor
     plan_reals: Tensor
     table_error: float
 
-    def table(self) -> Tensor:
-        """Evaluate values, slopes and curvatures of the radial weights, (paths, knots, 3, channels)."""
-        value, slope, curvature = jet(self.edge_mlp.mlp, *self.knots.unbind(0))
-        stacked = torch.stack([value, slope, curvature], dim=1)
-        return self.chunked.weights(stacked, self.columns).permute(2, 0, 1, 3).contiguous()
+    def table(self, dtype: torch.dtype) -> Tensor:
+        """Tables of the radial weights, (paths, intervals, COEFFICIENTS, channels).
+
+        Hidden layers are evaluated in float64, because slopes are differences of their values. The last layer, which
+        is most of the work, multiplies coefficients in the dtype of the model.
+        """
+        hidden, last = before_last(self.edge_mlp.mlp, self.nodes, dtype)
+        coefficients = radial.polynomials(hidden, self.to_coefficients).flatten(0, 1)
+        weights = self.chunked.weights(last(coefficients.to(dtype)), self.columns)
+        return weights.unflatten(0, (-1, radial.COEFFICIENTS)).permute(2, 0, 1, 3).contiguous()
 
     def scales(self, data: AtomicDataDict.Type) -> Tensor | None:
         """Factors of the edges, (edges, scales, channels); None without."""
@@ -84,13 +86,13 @@ class FusedInteractionBlock(InteractionBlock):
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(problem, graph, features, vectors, self.table(), scales=scales)
+            message = convolution.convolution(problem, graph, features, vectors, self.table(x.dtype), scales=scales)
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
-                self.table(),
+                self.table(x.dtype),
                 x.new_empty(0) if scales is None else scales,
                 self.plan_ints,
                 self.plan_reals,
@@ -123,26 +125,37 @@ BLOCKS = {"InteractionBlock": FusedInteractionBlock, "AttentionInteractionBlock"
 """Fused class of each class of blocks that the kernels serve."""
 
 
-def jet(network: torch.nn.Module, value: Tensor, slope: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Propagate values, slopes and curvatures through a radial network, each (n, features).
+def before_last(network: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, AnyModule]:
+    """Propagate the inputs of a radial network, (n, features) in float64, to its last layer.
+
+    Args:
+        network: in any dtype.
+        x: its inputs.
+        dtype: of the network.
+
+    Returns:
+        The inputs of the last layer, in float64, and that layer.
 
     Raises:
         Unsupported: for layers other than SiLU and unbiased linear ones, and where hidden layers are rounded.
     """
-    rows = value.shape[0]
-    for layer in network.children():
-        if class_name(layer) == "SiLU":
-            s = torch.sigmoid(value)
-            first = s * (1 + value * (1 - s))
-            second = s * (1 - s) * (2 + value * (1 - 2 * s))
-            value, slope, curvature = value * s, first * slope, second * slope * slope + first * curvature
-        elif class_name(layer) == "ScalarLinearLayer" and layer.bias is None:
+    *hidden, last = network.children()
+    for layer in (*hidden, last):
+        if class_name(layer) == "ScalarLinearLayer":
+            if layer.bias is not None:
+                raise Unsupported("the radial network has biases")
             if not isinstance(getattr(layer, "input_quantizer", torch.nn.Identity()), torch.nn.Identity):
                 raise Unsupported("the hidden layers of the radial network are rounded")
-            value, slope, curvature = layer(torch.cat([value, slope, curvature])).split(rows)
-        else:
+        elif class_name(layer) != "SiLU" or layer is last:
             raise Unsupported(f"the radial network has a {class_name(layer)}")
-    return value, slope, curvature
+    for layer in hidden:
+        if class_name(layer) == "SiLU":
+            x = torch.nn.functional.silu(x)
+        else:
+            # The layer knows how its weight is stored: on the identity it gives that weight.
+            identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
+            x = x @ layer(identity).double()
+    return x, last
 
 
 def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
@@ -217,11 +230,6 @@ def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
     """Inputs of the radial network at the given lengths, (edges, basis)."""
     vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
     return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
-
-
-def _weights(network: torch.nn.Module, edge: _EdgePart, chunked: chunks.ChunkedConvolution, lengths: Tensor) -> Tensor:
-    """Radial weights at the given lengths, (edges, paths, channels)."""
-    return chunked.weights(network(_embedding(edge, lengths)), chunked.columns)
 
 
 def _chunked(
@@ -408,7 +416,7 @@ def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _E
             chunked = _chunked(block, sh, edge.r_max, device, dtype)
             network = copy.deepcopy(block.edge_mlp.mlp).double()
             nothing = _embedding(edge, torch.ones(1, dtype=torch.float64))
-            jet(network, nothing, nothing, nothing)
+            before_last(network, nothing, torch.float64)
             served[name] = block, edge, chunked
         except ValueError as error:
             kept[name] = str(error)
@@ -442,24 +450,24 @@ def _fuse_convolution(
     """
     problem = chunked.problem
     network = copy.deepcopy(block.edge_mlp).double()
-    table = radial.tabulate(
-        functools.partial(_weights, network, edge, chunked), problem.r_max, tolerance=TABLE_TOLERANCE
-    )
-    lengths = radial.knot_lengths(problem.r_max, table.knots.shape[1])
-    knots = torch.stack(radial.derivatives(functools.partial(_embedding, edge), lengths))
-    propagated = torch.stack(jet(network.mlp, *knots.unbind(0)), dim=1)
-    propagated = chunked.weights(propagated, chunked.columns).permute(2, 0, 1, 3)
-    if not torch.allclose(propagated, table.knots, rtol=1e-9, atol=1e-9 * float(table.knots.abs().max())):
-        raise Unsupported("the derivatives of the radial network are not what they should be")
+    with torch.no_grad():
+        table = radial.tabulate(lambda r: network(_embedding(edge, r)), problem.r_max)
+        intervals = table.coefficients.shape[1]
+        nodes = _embedding(edge, radial.node_lengths(problem.r_max, intervals))
+        hidden, last = before_last(network.mlp, nodes, torch.float64)
+        propagated = last(radial.polynomials(hidden).flatten(0, 1)).view_as(table.coefficients)
+    if not torch.allclose(propagated, table.coefficients, rtol=0, atol=1e-9 * float(table.coefficients.abs().max())):
+        raise Unsupported("the layers of the radial network are not what they should be")
     block.chunked, block.table_error = chunked, table.error
     if device.type == "cuda":
         # Now, because coefficients cannot be read while a graph is traced.
         from gaq.kernels.gpu.convolution import register
 
         register(problem, True)
-    ints, reals = problem.plan(table.knots.shape[1])
-    block.register_buffer("knots", knots.to(dtype).contiguous(), persistent=False)
+    ints, reals = problem.plan(intervals)
     # In buffers, which a compiled file keeps on its device.
+    block.register_buffer("nodes", nodes.contiguous(), persistent=False)
+    block.register_buffer("to_coefficients", radial.inverse(), persistent=False)
     block.register_buffer("columns", chunked.columns, persistent=False)
     block.register_buffer("plan_ints", ints, persistent=False)
     block.register_buffer("plan_reals", reals, persistent=False)

@@ -96,7 +96,7 @@ def test_convolution_is_the_reference(
     problem, generator = drawn
     sender, receiver, vectors = random_graph(atoms, degree, generator)
     graph = convolution.Graph(sender, receiver)
-    shape = (len(problem.paths), 17, 3) if tabulated else (vectors.shape[0], len(problem.paths))
+    shape = (len(problem.paths), 17, radial.COEFFICIENTS) if tabulated else (vectors.shape[0], len(problem.paths))
     weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
     # Every other row of a larger tensor: not contiguous.
     features = torch.randn(2 * atoms, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)[::2]
@@ -200,12 +200,12 @@ def test_convolution_with_several_tables_is_the_reference(
     sender, receiver, vectors = random_graph(6, degree, generator)
     graph = convolution.Graph(sender, receiver, torch.randint(0, tables, sender.shape, generator=generator))
     rows = tables * len(problem.paths)
-    knots = torch.randn(rows, 17, 3, problem.channels, generator=generator, dtype=torch.float64)
+    weights = torch.randn(rows, 17, radial.COEFFICIENTS, problem.channels, generator=generator, dtype=torch.float64)
     features = torch.randn(6, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)
     results = []
     for function in (convolution.convolution, convolution.reference):
         x, r = features.clone().requires_grad_(), vectors.clone().requires_grad_()
-        out = function(problem, graph, x, r, knots, scales=factors_of(problem, len(vectors)))
+        out = function(problem, graph, x, r, weights, scales=factors_of(problem, len(vectors)))
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out)
         grads = torch.autograd.grad((out * probe).sum(), [x, r], allow_unused=True)
         results.append(
@@ -223,7 +223,7 @@ def test_convolution_threads_and_float32() -> None:
     sender, receiver, vectors = random_graph(40, 20, generator)
     graph = convolution.Graph(sender, receiver)
     features = torch.randn(40, 3, 24, generator=generator, dtype=torch.float64)
-    weights = torch.randn(1, 33, 3, 24, generator=generator, dtype=torch.float64)
+    weights = torch.randn(1, 33, radial.COEFFICIENTS, 24, generator=generator, dtype=torch.float64)
     before = torch.get_num_threads()
     results = {}
     try:
@@ -247,7 +247,11 @@ def test_convolution_is_differentiable_once_only() -> None:
     graph = convolution.Graph(torch.tensor([0, 1]), torch.tensor([1, 0]))
     vectors = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64, requires_grad=True)
     out = convolution.convolution(
-        problem, graph, torch.ones(2, 1, 4, dtype=torch.float64), vectors, torch.ones(1, 9, 3, 4, dtype=torch.float64)
+        problem,
+        graph,
+        torch.ones(2, 1, 4, dtype=torch.float64),
+        vectors,
+        torch.ones(1, 9, radial.COEFFICIENTS, 4, dtype=torch.float64),
     )
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(out.sum(), vectors, create_graph=True)
@@ -258,7 +262,7 @@ def test_convolution_refuses_what_does_not_fit(wrong: str) -> None:
     path = convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=torch.float64))
     problem = convolution.ConvolutionProblem(4, (0,), (0,), (path,), SH, R_MAX)
     graph = convolution.Graph(torch.tensor([0]), torch.tensor([1]))
-    features, weights = torch.ones(2, 1, 4), torch.ones(1, 9, 3, 4)
+    features, weights = torch.ones(2, 1, 4), torch.ones(1, 9, radial.COEFFICIENTS, 4)
     if wrong == "features":
         features = features[:, :, :3]
     elif wrong == "weights":
@@ -327,43 +331,100 @@ def test_contraction_refuses_unknown_species() -> None:
 
 
 def smooth(lengths: Tensor) -> Tensor:
-    x = lengths[:, None, None] * torch.arange(1, 7, dtype=lengths.dtype).view(2, 3)
-    return torch.sin(x) / x * (1 - lengths[:, None, None] / R_MAX) ** 3
+    x = lengths[:, None] * torch.arange(1, 7, dtype=lengths.dtype)
+    return torch.sin(x) / x * (1 - lengths[:, None] / R_MAX) ** 3
 
 
-def test_radial_table_states_its_error() -> None:
-    table = radial.tabulate(smooth, R_MAX)
-    assert table.error <= radial.TOLERANCE
-    assert table.slope_error <= radial.SLOPE_TOLERANCE
-    lengths = torch.linspace(0.35, R_MAX - 1e-6, 4001, dtype=torch.float64)
-    exact = smooth(lengths)
-    interpolated = radial.evaluate(table.knots, lengths, R_MAX)
-    # The stated error is taken half-way between knots, where it is largest.
-    assert float((interpolated - exact).abs().max() / exact.abs().max()) <= 1.5 * table.error
-    assert (
-        float(radial.evaluate(table.knots, torch.tensor([R_MAX, 7.0], dtype=torch.float64), R_MAX).abs().max()) == 0.0
+# Six functions as three channels of two paths.
+AS_THEY_ARE = torch.eye(6, dtype=torch.float64).view(6, 2, 3).transpose(0, 1)
+
+
+def value_and_slope(coefficients: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all paths and channels, (lengths, 6)."""
+    ones = torch.ones_like(lengths)
+    value, slope = torch.func.jvp(lambda r: radial.evaluate(coefficients, r, R_MAX), (lengths,), (ones,))
+    return value.flatten(1), slope.flatten(1)
+
+
+@pytest.mark.parametrize("tolerance", [radial.TOLERANCE, radial.DOUBLE_TOLERANCE, 1e-4])
+def test_radial_table_states_its_error(tolerance: float) -> None:
+    table = radial.tabulate(smooth, R_MAX, tolerance, last=AS_THEY_ARE)
+    assert table.coefficients.shape[::2] == (2, radial.COEFFICIENTS)
+    assert table.error <= tolerance
+    assert table.slope_error <= radial.SLOPE_FACTOR * tolerance
+    lengths = torch.linspace(radial.NEAREST, R_MAX - 1e-6, 4001, dtype=torch.float64)
+    exact, exact_slope = torch.func.jvp(smooth, (lengths,), (torch.ones_like(lengths),))
+    value, slope = value_and_slope(table.coefficients, lengths)
+    # The error is measured at one place in each interval, where it is as large as anywhere.
+    assert float((value - exact).abs().max() / exact.abs().max()) <= 1.2 * table.error
+    # The slope's is not measured, but follows from it.
+    slope_error = float((slope - exact_slope).abs().max() / exact_slope.abs().max())
+    assert 0.6 * table.slope_error <= slope_error <= 1.2 * table.slope_error
+
+
+def test_radial_table_in_float32_is_as_exact_as_float32() -> None:
+    table = radial.tabulate(smooth, R_MAX, last=AS_THEY_ARE)
+    lengths = torch.linspace(radial.NEAREST, R_MAX - 1e-6, 4001)
+    exact, exact_slope = torch.func.jvp(smooth, (lengths.double(),), (torch.ones(4001, dtype=torch.float64),))
+    value, slope = value_and_slope(table.coefficients.float(), lengths)
+    assert float((value - exact).abs().max() / exact.abs().max()) <= 5e-7
+    assert float((slope - exact_slope).abs().max() / exact_slope.abs().max()) <= 1.5e-6
+    # With more intervals the slope gets no worse: it is not a difference of rounded values.
+    fine = radial.interpolate(smooth, R_MAX, 1024, AS_THEY_ARE)
+    _, slope = value_and_slope(fine.coefficients.float(), lengths)
+    assert float((slope - exact_slope).abs().max() / exact_slope.abs().max()) <= 1e-6
+
+
+def test_radial_table_is_continuous_and_ends_at_the_cutoff() -> None:
+    table = radial.tabulate(smooth, R_MAX, last=AS_THEY_ARE)
+    intervals = table.coefficients.shape[1]
+    for dtype, jump in ((torch.float64, 5e-15), (torch.float32, 2e-7)):
+        coefficients = table.coefficients.to(dtype)
+        # (paths, inner ends, channels), from the interval below and from the one above.
+        below, above = coefficients[:, :-1].sum(2), coefficients[:, 1:, 0]
+        assert float((below - above).abs().max() / above.abs().max()) <= jump
+    powers = torch.arange(radial.COEFFICIENTS, dtype=torch.float64)
+    below, above = torch.einsum("pikc,k->pic", table.coefficients[:, :-1], powers), table.coefficients[:, 1:, 1]
+    # At ends of two intervals above `NEAREST`, where the error of the slope is measured.
+    far = torch.arange(intervals - 1) * R_MAX / intervals > radial.NEAREST
+    largest = float(
+        value_and_slope(table.coefficients, torch.linspace(0.5, 4.0, 99, dtype=torch.float64))[1].abs().max()
     )
+    jump = float((below - above)[:, far].abs().max()) * intervals / R_MAX
+    assert jump <= 2.2 * table.slope_error * largest
+    assert float(table.coefficients[:, -1].sum(1).abs().max()) <= 1e-15
+    lengths = torch.tensor([R_MAX, 7.0], dtype=torch.float64)
+    assert float(radial.evaluate(table.coefficients, lengths, R_MAX).abs().max()) == 0.0
 
 
-def test_radial_table_is_twice_continuously_differentiable() -> None:
-    table = radial.tabulate(smooth, R_MAX, tolerance=1e-3)
-    step = R_MAX / (table.knots.shape[1] - 1)
-    sides = []
-    for side in (-1e-9, 1e-9):
-        r = torch.tensor([3 * step + side], dtype=torch.float64, requires_grad=True)
-        value = radial.evaluate(table.knots, r, R_MAX)[0, 0, 0]
-        (slope,) = torch.autograd.grad(value, r, create_graph=True)
-        (curvature,) = torch.autograd.grad(slope.sum(), r)
-        sides.append([float(value.detach()), float(slope.detach()), float(curvature)])
-    assert sides[0] == pytest.approx(sides[1], rel=1e-5)
+def test_radial_tables_of_several_functions_at_once() -> None:
+    """The tables are those of each function alone, and the errors the largest."""
+
+    def several(lengths: Tensor) -> Tensor:
+        return torch.stack([smooth(lengths), 100 * smooth(lengths).square()])
+
+    both = radial.interpolate(several, R_MAX, 40, AS_THEY_ARE)
+    alone = [radial.interpolate(lambda r, i=i: several(r)[i], R_MAX, 40, AS_THEY_ARE) for i in range(2)]  # type: ignore[misc]
+    torch.testing.assert_close(both.coefficients, torch.stack([table.coefficients for table in alone]))
+    assert both.error == pytest.approx(max(table.error for table in alone), rel=1e-3)
+    # Without a last layer, the functions are the channels of one path.
+    plain = radial.interpolate(smooth, R_MAX, 40)
+    torch.testing.assert_close(plain.coefficients[0], alone[0].coefficients.permute(1, 2, 0, 3).flatten(2))
+    lengths = torch.tensor([0.7, 1.3, 3.9], dtype=torch.float64)
+    numbers = torch.tensor([1, 0, 1])
+    found = radial.evaluate_several(both.coefficients.flatten(0, 1), lengths, R_MAX, numbers, 2)
+    expected = [radial.evaluate(both.coefficients[n], lengths, R_MAX)[i] for i, n in enumerate(numbers.tolist())]
+    assert torch.equal(found, torch.stack(expected))
 
 
 def test_radial_table_refuses_a_jump() -> None:
     def step(lengths: Tensor) -> Tensor:
-        return torch.sigmoid((lengths[:, None, None] - 2.0) * 1e5).expand(-1, 1, 1)
+        return torch.sigmoid((lengths[:, None] - 2.0) * 1e5)
 
     with pytest.raises(ValueError, match="cannot be tabulated"):
         radial.tabulate(step, R_MAX)
+    with pytest.raises(ValueError, match="cannot be tabulated"):
+        radial.tabulate(lambda lengths: lengths[:, None].log() * math.nan, R_MAX)
 
 
 def test_harmonics_fit_refuses_other_functions() -> None:

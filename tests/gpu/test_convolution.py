@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from traced import printed
 
-from gaq.kernels import convolution, harmonics
+from gaq.kernels import convolution, harmonics, radial
 from gaq.kernels.convolution import ConvolutionProblem, Graph, neighbours
 
 R_MAX = 4.0
@@ -147,7 +147,7 @@ def test_the_reference_over_random_problems(
 ) -> None:
     problem, generator = drawn
     sender, receiver, vectors = random_edges(atoms, degree, generator)
-    shape = (len(problem.paths), 9, 3) if tabulated else (vectors.shape[0], len(problem.paths))
+    shape = (len(problem.paths), 9, radial.COEFFICIENTS) if tabulated else (vectors.shape[0], len(problem.paths))
     weights = torch.randn(*shape, problem.channels, generator=generator, dtype=torch.float64)
     # Every other row of a larger tensor: not contiguous.
     features = torch.randn(2 * atoms, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)[::2]
@@ -167,7 +167,7 @@ def test_blocks_of_channels_and_several_programs_of_paths(channels: int, tabulat
     assert problem.rows_out > 48
     assert "part == 1" in source(problem, tabulated)
     sender, receiver, vectors = random_edges(4, 3, generator)
-    shape = (len(links), 9, 3) if tabulated else (vectors.shape[0], len(links))
+    shape = (len(links), 9, radial.COEFFICIENTS) if tabulated else (vectors.shape[0], len(links))
     weights = torch.randn(*shape, channels, generator=generator, dtype=torch.float64)
     features = torch.randn(4, 4, channels, generator=generator, dtype=torch.float64)
     compare(problem, Graph(sender, receiver), features, vectors, weights, tabulated)
@@ -179,9 +179,11 @@ def test_several_tables(drawn: tuple[ConvolutionProblem, torch.Generator], table
     problem, generator = drawn
     sender, receiver, vectors = random_edges(4, degree, generator)
     graph = Graph(sender, receiver, torch.randint(0, tables, sender.shape, generator=generator))
-    knots = torch.randn(tables * len(problem.paths), 5, 3, problem.channels, generator=generator, dtype=torch.float64)
+    table = torch.randn(
+        tables * len(problem.paths), 5, radial.COEFFICIENTS, problem.channels, generator=generator, dtype=torch.float64
+    )
     features = torch.randn(4, problem.rows_in, problem.channels, generator=generator, dtype=torch.float64)
-    compare(problem, graph, features, vectors, knots, True)
+    compare(problem, graph, features, vectors, table, True)
 
 
 @pytest.mark.parametrize("of_features", [True, False])
@@ -193,8 +195,8 @@ def test_one_atom_of_many_neighbours(of_features: bool) -> None:
     sender, receiver = sender[receiver == 0], receiver[receiver == 0]
     assert receiver.numel() == 200
     features = torch.randn(3, 3, 4, generator=generator, dtype=torch.float64)
-    knots = torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64)  # one interval only
-    compare(problem, Graph(sender, receiver), features, vectors, knots, True, of_features)
+    table = torch.randn(1, 1, radial.COEFFICIENTS, 4, generator=generator, dtype=torch.float64)  # one interval only
+    compare(problem, Graph(sender, receiver), features, vectors, table, True, of_features)
 
 
 @pytest.mark.parametrize("tabulated", [True, False])
@@ -204,7 +206,9 @@ def test_no_edges_and_one_atom(tabulated: bool) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     for atoms in (1, 3):
         features = torch.randn(atoms, 4, 5, generator=generator, dtype=torch.float64)
-        weights = torch.randn(*((2, 9, 3) if tabulated else (0, 2)), 5, generator=generator, dtype=torch.float64)
+        weights = torch.randn(
+            *((2, 9, radial.COEFFICIENTS) if tabulated else (0, 2)), 5, generator=generator, dtype=torch.float64
+        )
         vectors = torch.zeros(0, 3, dtype=torch.float64)
         compare(problem, Graph(none, none), features, vectors, weights, tabulated)
 
@@ -216,7 +220,7 @@ def test_a_path_without_coefficients() -> None:
     sender, receiver, vectors = random_edges(3, 3, generator)
     features = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
     for tabulated in (True, False):
-        shape = (3, 9, 3) if tabulated else (vectors.shape[0], 3)
+        shape = (3, 9, radial.COEFFICIENTS) if tabulated else (vectors.shape[0], 3)
         weights = torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
         compare(problem, Graph(sender, receiver), features, vectors, weights, tabulated)
 
@@ -227,11 +231,11 @@ def test_float32() -> None:
     sender, receiver, vectors = random_edges(5, 6, generator)
     graph = Graph(sender.to(DEVICE), receiver.to(DEVICE))
     features = torch.randn(5, 4, 24, generator=generator, dtype=torch.float64)
-    knots = torch.randn(4, 17, 3, 24, generator=generator, dtype=torch.float64)
+    table = torch.randn(4, 17, radial.COEFFICIENTS, 24, generator=generator, dtype=torch.float64)
     results = {}
     for dtype in (torch.float32, torch.float64):
         x, r = (t.to(DEVICE, dtype).requires_grad_() for t in (features, vectors))
-        out = convolution.convolution(problem, graph, x, r, knots.to(DEVICE, dtype))
+        out = convolution.convolution(problem, graph, x, r, table.to(DEVICE, dtype))
         assert out.dtype == dtype
         results[dtype] = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, r])]
     for ours, theirs in zip(results[torch.float32], results[torch.float64], strict=True):
@@ -246,9 +250,11 @@ def test_the_jacobian_of_the_force_is_symmetric(lmax: int) -> None:
     links = [(0, 0, 0), *((0, l, 1) for l in range(1, lmax + 1)), (1, lmax, 0), (1, lmax - 1, 1)]  # noqa: E741
     problem = make(3, (0, 1), (0, 1), links, generator, zeros=0.0)
     features = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64).to(DEVICE)
-    knots = (0.2 * torch.randn(len(links), 5, 3, 3, generator=generator, dtype=torch.float64)).to(DEVICE)
+    table = 0.2 * torch.randn(len(links), 4, radial.COEFFICIENTS, 3, generator=generator, dtype=torch.float64)
+    # Coefficients fall as those of smooth functions do, so that differences of forces are exact enough.
+    table = (table * 0.2 ** torch.arange(radial.COEFFICIENTS)[:, None]).to(DEVICE)
     sender, receiver = torch.tensor([1, 2, 0, 2, 0, 1]).to(DEVICE), torch.tensor([0, 0, 1, 1, 2, 2]).to(DEVICE)
-    # Far from the knots (at 0, 1, 2, 3 and 4), where the third derivative jumps.
+    # Far from the ends of intervals (at 0, 1, 2, 3 and 4), where these tables are not continuous.
     start = torch.tensor([[0.0, 0, 0], [1.2, 0.6, 0.5], [-0.6, 1.1, 1.0]], dtype=torch.float64).to(DEVICE)
     mix = torch.randn(problem.rows_out, 4, generator=generator, dtype=torch.float64).to(DEVICE)
 
@@ -257,7 +263,7 @@ def test_the_jacobian_of_the_force_is_symmetric(lmax: int) -> None:
         vectors = positions[sender] - positions[receiver]
         x = features
         for _ in range(2):
-            message = convolution.convolution(problem, Graph(sender, receiver), x, vectors, knots)
+            message = convolution.convolution(problem, Graph(sender, receiver), x, vectors, table)
             x = torch.tanh(torch.einsum("rac,rk->akc", message.view(problem.rows_out, 3, 3), mix))
         (grad,) = torch.autograd.grad(x.square().sum(), positions)
         return -grad.flatten()
@@ -273,17 +279,17 @@ def test_the_jacobian_of_the_force_is_symmetric(lmax: int) -> None:
     torch.testing.assert_close(jacobian, jacobian.T, rtol=0, atol=1e-6 * float(jacobian.abs().max()))
 
 
-def test_once_differentiable_and_no_gradient_of_knots() -> None:
+def test_once_differentiable_and_no_gradient_of_tables() -> None:
     generator = torch.Generator().manual_seed(8)
     problem = make(4, (0,), (0,), [(0, 0, 0)], generator, zeros=0.0)
     graph = Graph(torch.tensor([0, 1]).to(DEVICE), torch.tensor([1, 0]).to(DEVICE))
     vectors = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64, device=DEVICE, requires_grad=True)
-    features, knots = torch.ones(2, 1, 4).to(vectors), torch.ones(1, 9, 3, 4).to(vectors)
-    out = convolution.convolution(problem, graph, features, vectors, knots)
+    features, table = torch.ones(2, 1, 4).to(vectors), torch.ones(1, 9, radial.COEFFICIENTS, 4).to(vectors)
+    out = convolution.convolution(problem, graph, features, vectors, table)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(out.sum(), vectors, create_graph=True)
-    out = convolution.convolution(problem, graph, features, vectors, knots.requires_grad_())
-    with pytest.raises(RuntimeError, match="have no gradient"):
+    out = convolution.convolution(problem, graph, features, vectors, table.requires_grad_())
+    with pytest.raises(RuntimeError, match="has no gradient"):
         out.sum().backward()
 
 
@@ -322,17 +328,17 @@ problem = convolution.ConvolutionProblem(
 key = gpu_convolution.register(problem, True)
 
 
-def step(features, vectors, knots, sender, receiver):
+def step(features, vectors, table, sender, receiver):
     received = convolution.neighbours(receiver, sender, features.shape[0])
     sent = convolution.neighbours(sender, receiver, features.shape[0])
-    out = gpu_convolution.operation(features * 2, vectors, knots, None, None, *received, *sent, key)
+    out = gpu_convolution.operation(features * 2, vectors, table, None, None, *received, *sent, key)
     return torch.autograd.grad(out.square().sum(), [features, vectors])
 
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-inputs = [torch.ones(3, 1, 4, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.ones(1, 9, 3, 4)]
+inputs = [torch.ones(3, 1, 4, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.ones(1, 9, 6, 4)]
 inputs += [torch.zeros(5, dtype=torch.int64)] * 2
 graph = make_fx(step, tracing_mode="symbolic")(*inputs)
 names = [str(node.target) for node in graph.graph.nodes]
@@ -343,9 +349,9 @@ from torch._functorch.aot_autograd import aot_export_module
 
 
 class Module(torch.nn.Module):
-    def forward(self, features, vectors, knots, sender, receiver):
+    def forward(self, features, vectors, table, sender, receiver):
         received = convolution.neighbours(receiver, sender, features.shape[0])
-        return (gpu_convolution.operation(features, vectors, knots, None, None, *received, None, None, key),)
+        return (gpu_convolution.operation(features, vectors, table, None, None, *received, None, None, key),)
 
 
 exported, _ = aot_export_module(Module(), [t.detach() for t in inputs], trace_joint=False)

@@ -30,7 +30,7 @@ from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
-from gaq_mace.engine import compositions, replays
+from gaq_mace.engine import compositions, pair_tables, replays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -353,12 +353,13 @@ def test_structures_of_many_species_look_at_their_edges(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compositions, "MOST_SPECIES", 1)
+    monkeypatch.setattr(pair_tables, "EDGES_OF_AN_INTERVAL", 0)
     small_engine: Any = engine.Engine(small)
     data = batch_of(small, [WATER, LONELY])
     found = small_engine(dict(data), **OPTIONS)
     agree(found, engine.engine_of(small)(dict(data), **OPTIONS), 1e-13)
     by_species = small_engine.layers[0].radial.by_species
-    assert (small_engine.compositions(data["node_attrs"]).knots is None) == by_species
+    assert (small_engine.compositions(data["node_attrs"]).tables is None) == by_species
 
 
 def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int MAX_L = 6;
 constexpr int MAX_SH = (MAX_L + 1) * (MAX_L + 1);
+constexpr int COEFFICIENTS = GAQ_COEFFICIENTS;  // of the polynomial of an interval of a radial table
 
 // Paths that differ in their channels only (`ConvolutionProblem.chunks`): `span` paths from number `first` on, whose
 // inputs and outputs follow each other.
@@ -29,7 +30,7 @@ struct Path {
 };
 
 struct Plan {
-  int64_t channels, lmax, paths, rows_in, knots, tabulated, scale_rows;
+  int64_t channels, lmax, paths, rows_in, intervals, tabulated, scale_rows;
   std::vector<Path> path;
   const int64_t* cg_index;  // (m1, m2, m3) triples
   const double* cg_value;
@@ -37,11 +38,14 @@ struct Plan {
   const double* harmonics;  // for each l: (2l+1) x monomials of degree l
   int64_t b_size;
 
-  // Row (of `channels` numbers) of the radial tables with the value at a knot; slope and curvature follow.
-  int64_t table_row(int64_t table, int64_t p, int64_t knot) const { return ((table * paths + p) * knots + knot) * 3; }
+  // Row (of `channels` numbers) of the radial tables with the constants of an interval's polynomials; the other
+  // coefficients follow.
+  int64_t table_row(int64_t table, int64_t p, int64_t interval) const {
+    return ((table * paths + p) * intervals + interval) * COEFFICIENTS;
+  }
 
   Plan(const int64_t* ints, const double* reals) {
-    channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], knots = ints[4];
+    channels = ints[0], lmax = ints[1], paths = ints[2], rows_in = ints[3], intervals = ints[4];
     tabulated = ints[5], scale_rows = ints[6];
     const int64_t cg_count = ints[7];
     const int64_t* p = ints + 8;
@@ -100,14 +104,13 @@ template <typename T> struct Harmonics {
 
 // Data of an edge that the loops over channels read.
 template <typename T> struct Edge {
-  int64_t number, sender, knot;
+  int64_t number, sender, interval;
   int64_t table;  // number of the table its weights come from
   T length, direction[3];
-  T h[6];  // Hermite weights of value, slope and curvature at the lower knot, then at the upper one
-  T d[6];  // their derivatives with respect to the length
+  T t;  // position in the interval, from 0 to 1
 };
 
-// Length, direction and Hermite weights of an edge vector; false if the edge contributes nothing.
+// Length, direction and place in the radial table of an edge vector; false if the edge contributes nothing.
 template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e) {
   const T x = vector[0], y = vector[1], z = vector[2];
   e.length = std::sqrt(x * x + y * y + z * z);
@@ -116,19 +119,9 @@ template <typename T> bool locate(const Plan& plan, const T* vector, Edge<T>& e)
   const T inverse = 1 / e.length;
   e.direction[0] = x * inverse, e.direction[1] = y * inverse, e.direction[2] = z * inverse;
   if (!plan.tabulated) return true;
-  const T step = T(plan.r_max) / T(plan.knots - 1);
-  const T position = e.length / step;
-  e.knot = std::min<int64_t>(int64_t(position), plan.knots - 2);
-  const T t = position - T(e.knot);
-  const auto side = [step](T u, T v, T sign, T* h, T* d) {
-    // v = 1 - u; the derivatives are with respect to u, then to the length.
-    const T v2 = v * v, v3 = v2 * v, u2 = u * u;
-    h[0] = v3 * (1 + 3 * u + 6 * u2), h[1] = sign * v3 * u * (1 + 3 * u) * step, h[2] = v3 * u2 * step * step / 2;
-    d[0] = sign * -30 * u2 * v2 / step, d[1] = v2 * (1 + 2 * u - 15 * u2);
-    d[2] = sign * v2 * u * (2 - 5 * u) * step / 2;
-  };
-  side(t, 1 - t, T(1), e.h, e.d);
-  side(1 - t, t, T(-1), e.h + 3, e.d + 3);
+  const T position = e.length / (T(plan.r_max) / T(plan.intervals));
+  e.interval = std::min<int64_t>(int64_t(position), plan.intervals - 1);
+  e.t = position - T(e.interval);
   return true;
 }
 
@@ -149,9 +142,9 @@ template <typename T> void coefficients(const Plan& plan, const T* sh, T* b) {
 template <typename T> inline Vec<T> weight(const Plan& plan, const T* values, const Edge<T>& e, int64_t p, int64_t c) {
   const int64_t left = plan.channels - c;
   if (!plan.tabulated) return load(values + (e.number * plan.paths + p) * plan.channels + c, left);
-  const T* row = values + plan.table_row(e.table, p, e.knot) * plan.channels + c;
-  Vec<T> w = load(row, left) * e.h[0];
-  for (int k = 1; k < 6; ++k) w += load(row + k * plan.channels, left) * e.h[k];
+  const T* row = values + plan.table_row(e.table, p, e.interval) * plan.channels + c;
+  Vec<T> w = load(row + (COEFFICIENTS - 1) * plan.channels, left);
+  for (int k = COEFFICIENTS - 2; k >= 0; --k) w = w * e.t + load(row + k * plan.channels, left);
   return w;
 }
 
@@ -207,12 +200,13 @@ void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int
         const T* row = h + (e.sender * plan.rows_in + row_in) * C + c;
         Vec<T> w, slope = {};
         if (plan.tabulated) {
-          const T* knot = table + plan.table_row(e.table, p, e.knot) * C + c;
-          w = load(knot, left) * e.h[0], slope = load(knot, left) * e.d[0];
-          for (int k = 1; k < 6; ++k) {
-            const Vec<T> v = load(knot + k * C, left);
-            w += v * e.h[k], slope += v * e.d[k];
+          const T* values = table + plan.table_row(e.table, p, e.interval) * C + c;
+          slope = w = load(values + (COEFFICIENTS - 1) * C, left);
+          for (int k = COEFFICIENTS - 2; k > 0; --k) {
+            w = w * e.t + load(values + k * C, left);
+            slope = slope * e.t + w;
           }
+          w = w * e.t + load(values, left);
         } else {
           w = load(table + (e.number * plan.paths + p) * C + c, left);
         }
@@ -248,7 +242,7 @@ void differentiate(const Plan& plan, const Path& path, const Edge<T>* edges, int
     T* target = grad_b + i * plan.b_size + path.b_offset;
     for (int n = 0; n < D3; ++n)
       for (int m = 0; m < D1; ++m) target[n * D1 + m] = sum<T>(dots[n][m]);
-    grad_length[i] += sum<T>(along);
+    grad_length[i] += sum<T>(along) * T(double(plan.intervals) / plan.r_max);
   }
 }
 

@@ -117,7 +117,7 @@ def operation(
         first if tables is None else tables,
         weights if scales is None else scales,
         message,
-        weights.shape[1] - 1,
+        weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
     )
@@ -160,7 +160,7 @@ def _backward(
         grad_weights,
         grad_scales,
         count,
-        weights.shape[1] - 1,
+        weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
     )
@@ -177,7 +177,7 @@ def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, vectors, weights, tables, scales, first, edges, first_sent, edges_sent = ctx.saved_tensors
     of_features, _, of_weights = ctx.needs_input_grad[:3]
     if of_weights and weights.dim() == 4:
-        raise RuntimeError("the knots of a radial table have no gradient")
+        raise RuntimeError("a radial table has no gradient")
     if of_features:
         first, edges = first_sent, edges_sent
     g_features, g_vectors, g_weights, g_scales = _backward(

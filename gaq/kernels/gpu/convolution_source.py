@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gaq.kernels import harmonics
+from gaq.kernels import harmonics, radial
 from gaq.kernels.problem import ConvolutionProblem, Path
 
 __all__ = ["source"]
@@ -66,7 +66,7 @@ class _Source:
 
     Args:
         problem: the tensor product.
-        tabulated: whether radial weights are knots of tables, or given for each edge.
+        tabulated: whether radial weights are tables, or given for each edge.
     """
 
     def __init__(self, problem: ConvolutionProblem, tabulated: bool) -> None:
@@ -105,8 +105,8 @@ class _Source:
         tail = ", mask=kept" if self.problem.channels % self.block else ""
         return f"tl.store({place}, {value}{tail})"
 
-    def geometry(self, slopes: bool) -> None:
-        """Write the geometry of edge number e: its length, direction, and Hermite weights if within the cutoff."""
+    def geometry(self) -> None:
+        """Write the geometry of edge number e: its length, direction, and place in the table if within the cutoff."""
         self.put("vx = tl.load(vectors + 3 * e)", "vy = tl.load(vectors + 3 * e + 1)")
         self.put("vz = tl.load(vectors + 3 * e + 2)", "length = tl.sqrt(vx * vx + vy * vy + vz * vz)")
         self.put(f"if (length > 0.0) & (length < {float(self.problem.r_max)!r}):")
@@ -116,37 +116,17 @@ class _Source:
         if not self.tabulated:
             return
         r_max = float(self.problem.r_max)
+        paths, row = len(self.problem.paths), radial.COEFFICIENTS * self.problem.channels
         self.put(
             f"step = tl.full((), {r_max!r}, dtype=vectors.dtype.element_ty) / intervals",
             "position = length / step",
-            "knot = tl.minimum(position.to(tl.int32), intervals - 1)",
-            "t = position - knot",
-            "s = 1.0 - t",
-            "t2 = t * t",
-            "s2 = s * s",
-            "half = 0.5 * step * step",
-            "w0 = s2 * s * (1.0 + 3.0 * t + 6.0 * t2)",
-            "w1 = s2 * s * t * (1.0 + 3.0 * t) * step",
-            "w2 = s2 * s * t2 * half",
-            "w3 = t2 * t * (1.0 + 3.0 * s + 6.0 * s2)",
-            "w4 = -t2 * t * s * (1.0 + 3.0 * s) * step",
-            "w5 = t2 * t * s2 * half",
-        )
-        if slopes:
-            self.put(
-                "d3 = 30.0 * t2 * s2 / step",
-                "d1 = s2 * (1.0 + 2.0 * t - 15.0 * t2)",
-                "d2 = s2 * t * (2.0 - 5.0 * t) * (0.5 * step)",
-                "d4 = t2 * (1.0 + 2.0 * s - 15.0 * s2)",
-                "d5 = -t2 * s * (2.0 - 5.0 * s) * (0.5 * step)",
-            )
-        paths = len(self.problem.paths)
-        self.put(
-            "row = knot.to(tl.int64)",
+            "interval = tl.minimum(position.to(tl.int32), intervals - 1)",
+            "t = position - interval",
+            "row = interval.to(tl.int64)",
             "if SEVERAL:",
-            f"    row += tl.load(tables + e).to(tl.int64) * {paths} * (intervals + 1)",
-            f"values = weights + row * {3 * self.problem.channels} + c",
-            f"span = tl.full((), intervals + 1, dtype=tl.int64) * {3 * self.problem.channels}",
+            f"    row += tl.load(tables + e).to(tl.int64) * {paths} * intervals",
+            f"values = weights + row * {row} + c",
+            f"span = tl.full((), intervals, dtype=tl.int64) * {row}",
         )
 
     def powers(self, degree: int) -> None:
@@ -190,19 +170,21 @@ class _Source:
         return f"{name} + e * {paths * channels} + {number * channels} + c"
 
     def weight(self, number: int, slope: bool) -> None:
-        """Write the radial weights ``w`` of a path, and their ``slope``."""
+        """Write the radial weights ``w`` of a path, and their ``slope`` by the position in the interval."""
         channels = self.problem.channels
         if not self.tabulated:
             self.put(f"w = {self.load(self.weight_place('weights', number))}")
             self.scale(number, slope)
             return
-        for k in range(6):
+        highest = radial.COEFFICIENTS - 1
+        for k in range(highest, -1, -1):
             place = f"values + {number} * span + {k * channels}" if number else f"values + {k * channels}"
-            self.put(f"k{k} = {self.load(place)}")
-        self.put("w = " + " + ".join(f"k{k} * w{k}" for k in range(6)))
-        if slope:
-            # The slopes of the values' weights are opposite numbers: large values enter by their difference only.
-            self.put("slope = (k3 - k0) * d3 + k1 * d1 + k2 * d2 + k4 * d4 + k5 * d5")
+            coefficient = self.load(place)
+            self.put(f"w = {coefficient}" if k == highest else f"w = w * t + {coefficient}")
+            if slope and k == highest:
+                self.put("slope = w")
+            elif slope and k:
+                self.put("slope = slope * t + w")
         self.scale(number, slope)
 
     def scale_place(self, name: str, row: int) -> str:
@@ -285,7 +267,7 @@ class _Source:
         self.put("for k in range(begin, end):")
         self.depth += 1
         self.put("e = tl.load(edge + k).to(tl.int64)", "j = tl.load(sender + k).to(tl.int64)")
-        self.geometry(slopes=False)
+        self.geometry()
         self.inputs((problem.paths[p].block for p in paths), "j")
         self.powers(degrees[-1])
         for degree in degrees:
@@ -327,7 +309,7 @@ class _Source:
         self.put("for k in range(begin, end):")
         self.depth = 2
         self.put("e = tl.load(edge + k).to(tl.int64)", "j = tl.load(other + k).to(tl.int64)")
-        self.geometry(slopes=True)
+        self.geometry()
         if not by_sender:
             self.inputs(used, "j")
         degrees = sorted({path.edge_degree for path in problem.paths})
@@ -423,7 +405,7 @@ class _Source:
                     parts.append(f"gy{degree}_{m} * slope_{degree}_{m}")
             self.put(f"u{name} = " + (f"tl.sum({' + '.join(parts)}, axis=0)" if parts else "0.0 * length"))
         self.put("radial = ux * x1 + uy * y1 + uz * z1")
-        ahead = "tl.sum(along, axis=0) - radial * inverse" if self.tabulated else "-radial * inverse"
+        ahead = "tl.sum(along, axis=0) / step - radial * inverse" if self.tabulated else "-radial * inverse"
         self.put(f"ahead = {ahead}")
         for axis, name in enumerate("xyz"):
             self.put(f"tl.store(part + 3 * e + {axis}, u{name} * inverse + ahead * {name}1)")
@@ -474,6 +456,6 @@ def source(problem: ConvolutionProblem, tabulated: bool) -> str:
 
     Args:
         problem: the tensor product.
-        tabulated: whether radial weights are knots of tables, or given for each edge.
+        tabulated: whether radial weights are tables, or given for each edge.
     """
     return _Source(problem, tabulated).text()
