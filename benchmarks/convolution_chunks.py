@@ -66,12 +66,11 @@ def step_times(multiplicities: tuple[int, ...], widths: tuple[int, ...], rounds:
         case = made(multiplicities, width)
         frequency = 1.0 + torch.arange(case.columns.max() + 1, dtype=torch.float64).remainder(7)
 
-        def weights(
-            lengths: torch.Tensor, case: chunks.ChunkedConvolution = case, frequency: torch.Tensor = frequency
-        ) -> torch.Tensor:
-            return case.weights(torch.cos(0.3 * lengths[:, None] * frequency), case.columns)
+        def weights(lengths: torch.Tensor, frequency: torch.Tensor = frequency) -> torch.Tensor:
+            return torch.cos(0.3 * lengths[:, None] * frequency)
 
-        table = radial.tabulate(weights, R_MAX).knots.float()
+        coefficients = radial.tabulate(weights, R_MAX).coefficients[0]
+        table = case.weights(coefficients, case.columns).permute(2, 0, 1, 3).float().contiguous()
         dimension = sum(m * (2 * l + 1) for m, l in zip(case.multiplicities, case.degrees, strict=True))  # noqa: E741
         features = torch.randn(ATOMS, dimension, generator=torch.Generator().manual_seed(1))
         cases[width] = case.problem, case.rows(features).contiguous(), table
