@@ -25,7 +25,6 @@ import gaq
 from gaq.model.state import feature_quantizers
 
 COMMON: dict[str, Any] = {
-    "seed": 123,
     "type_names": ["H", "C", "O"],
     "r_max": 4.0,
     "avg_num_neighbors": 20.0,
@@ -69,6 +68,7 @@ class QuantizedModelTests(BaseEnergyModelTests):
     """The suite on models that are quantized once they are built."""
 
     preset: str
+    seed = 123
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -105,7 +105,7 @@ class QuantizedModelTests(BaseEnergyModelTests):
     def quantized(cls, model: dict[str, Any]) -> dict[str, Any]:
         """The configuration for `gaq_nequip.quantized`."""
         spec = {"preset": cls.preset, "distillation": {"steps": 0}}
-        return {"_target_": "gaq_nequip.quantized", **COMMON, "quantization": spec, "model": model}
+        return {"_target_": "gaq_nequip.quantized", "seed": cls.seed, **COMMON, "quantization": spec, "model": model}
 
 
 class NequIPTests(QuantizedModelTests):
@@ -136,6 +136,9 @@ class TestNequIPW8(NequIPTests):
 
 class TestNequIPW4(NequIPTests):
     preset = "w4"
+    # With seed 123 rounding changes the force of oxygen on hydrogen's energy by 2.5e-3 eV/Å, by chance to 1e-5: the tests
+    # of smoothness ask for a force that is there before they move the atoms apart.
+    seed = 124
 
 
 @needs_allegro
