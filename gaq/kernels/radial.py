@@ -17,13 +17,14 @@ number of intervals grows as the errors ask for.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gaq.caches import cached
 
 __all__ = [
     "COEFFICIENTS",
@@ -76,7 +77,7 @@ class RadialTable:
     slope_error: float
 
 
-@functools.cache
+@cached(4)
 def _nodes(degree: int) -> tuple[tuple[float, ...], float, float]:
     """Chebyshev-Lobatto nodes in [0, 1], where to measure, and by how much the error of a slope is larger there."""
     nodes = [(1 - math.cos(math.pi * k / degree)) / 2 for k in range(degree + 1)]
@@ -104,7 +105,7 @@ def check_lengths(r_max: float, intervals: int) -> Tensor:
     return lengths[lengths > min(NEAREST, 0.5 * r_max)]
 
 
-@functools.cache
+@cached(1)
 def inverse() -> Tensor:
     """Matrix from values at the nodes of an interval to coefficients, (COEFFICIENTS, COEFFICIENTS), float64."""
     nodes = torch.tensor(_nodes(DEGREE)[0], dtype=torch.float64)

@@ -134,11 +134,14 @@ class TestNequIPW8(NequIPTests):
     preset = "w8"
 
 
+# With seed 123 four bits change the force of oxygen on hydrogen's energy by 2.5e-3 eV/Å, by chance to 1e-5: the tests
+# of smoothness ask for a force that is there before they move the atoms apart.
+SEED_AT_FOUR_BITS = 124
+
+
 class TestNequIPW4(NequIPTests):
     preset = "w4"
-    # With seed 123 rounding changes the force of oxygen on hydrogen's energy by 2.5e-3 eV/Å, by chance to 1e-5: the tests
-    # of smoothness ask for a force that is there before they move the atoms apart.
-    seed = 124
+    seed = SEED_AT_FOUR_BITS
 
 
 @needs_allegro
@@ -174,8 +177,12 @@ class TestNequIPW8A8(Staircase, NequIPTests):
 
 class TestNequIPW4A8(Staircase, NequIPTests):
     preset = "w4a8"
+    seed = SEED_AT_FOUR_BITS
 
 
 @needs_allegro
 class TestAllegroW8A8(Staircase, AllegroTests):
     preset = "w8a8"
+    # With seed 123 a value of the crystal lies so near a step of 8 bits that float32's rounding decides, and rotations
+    # change features of its edges by a step (3e-3).
+    seed = 125
