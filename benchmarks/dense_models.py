@@ -174,8 +174,8 @@ def make_data(name: str, work: Path) -> None:
         from ase.io import read
 
         make_data(part, work)
-        for own, split in ((train, "train"), (valid, "valid"), (test, "test")):
-            own.extend(read(work / f"{part}_{split}.xyz", ":"))
+        for structures, split in ((train, "train"), (valid, "valid"), (test, "test")):
+            structures.extend(read(work / f"{part}_{split}.xyz", ":"))
     for split, structures in (("train", train), ("valid", valid), ("test", test)):
         write(work / f"{name}_{split}.part", structures, format="extxyz")
         (work / f"{name}_{split}.part").replace(work / f"{name}_{split}.xyz")
