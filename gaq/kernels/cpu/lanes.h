@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 namespace {
 
@@ -49,5 +51,27 @@ template <typename T> inline T sum(Vec<T> v) {
   std::memcpy(flat, &v, sizeof(v));
   return halved<T, Lanes<T>::width>(flat);
 }
+
+// Memory of registers, aligned. It keeps its size: to touch fresh pages in each call costs as much as to compute.
+template <typename V> class Registers {
+  V* data = nullptr;
+  size_t size = 0;
+
+ public:
+  Registers() = default;
+  Registers(const Registers&) = delete;
+  ~Registers() { ::operator delete(data, std::align_val_t(64)); }
+
+  // At least `count` values, of which nothing is known.
+  V* reserve(size_t count) {
+    if (count > size) {
+      ::operator delete(data, std::align_val_t(64));
+      data = nullptr, size = 0;
+      data = static_cast<V*>(::operator new(count * sizeof(V), std::align_val_t(64)));
+      size = count;
+    }
+    return data;
+  }
+};
 
 }  // namespace
