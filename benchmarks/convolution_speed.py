@@ -145,9 +145,7 @@ def measure(layer: str, atoms: int, processes: dict[str, subprocess.Popen[str]],
             row[f"{direction}_microseconds_per_edge"] = float(1e6 * np.median(values[:, k]) / edges)
             if "before" in kept:
                 row[f"{direction}_before_over_this"] = float(np.median(kept["before"][:, k] / values[:, k]))
-        row["largest_difference"] = max(
-            abs(a - b) / abs(b) for a, b in zip(results[name], results["now"], strict=True)
-        )
+        row["largest_difference"] = max(abs(a - b) / abs(b) for a, b in zip(results[name], results["now"], strict=True))
         rows.append(row)
     return rows
 

@@ -58,53 +58,50 @@ template <typename T> struct Harmonics {
 template <typename T> struct Batch {
   static constexpr int W = Lanes<T>::width;
 
-  int64_t count;               // of edges
+  int64_t count = 0;           // of edges
   std::vector<int64_t> begin;  // first edge of each atom
-  // Of each edge: number, sender, row of the radial tables of a path (times COEFFICIENTS), position in the interval.
+  // Of each edge: number, sender, row of the radial tables of a path, and position in the interval from 0 to 1. Lengths
+  // and directions are those of whole registers.
   std::vector<int64_t> number, sender, row;
-  std::vector<T> t;
-  // Length and direction, filled up to whole registers.
-  std::vector<T> length, direction[3];
-  // Matrices B, for each W edges b_size registers; an edge is a lane.
-  Registers<Vec<T>> b;
+  std::vector<T> t, length, direction[3];
 
   // Fills the batch from `atom` on, and returns the first atom that is not in it.
   int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* senders, const int64_t* tables, const T* vectors,
                int64_t atom, int64_t last, int64_t most) {
     const std::vector<int64_t>&first = sorted.first, &order = sorted.order;
-    const T r_max = T(plan.r_max), step = T(plan.r_max) / T(std::max<int64_t>(plan.intervals, 1));
-    begin.clear(), number.clear(), sender.clear(), row.clear(), t.clear(), length.clear();
-    for (std::vector<T>& component : direction) component.clear();
-    int64_t next = atom;
-    while (next < last && (next == atom || int64_t(number.size()) + first[next + 1] - first[next] <= most)) {
-      begin.push_back(number.size());
-      for (int64_t k = first[next]; k < first[next + 1]; ++k) {
-        const T* vector = vectors + 3 * order[k];
-        const T r = std::sqrt(vector[0] * vector[0] + vector[1] * vector[1] + vector[2] * vector[2]);
+    int64_t next = atom + 1;
+    while (next < last && first[next + 1] - first[atom] <= most) ++next;
+    reserve(first[next] - first[atom]);
+    const T most_squared = T(plan.r_max) * T(plan.r_max);
+    begin.clear();
+    count = 0;
+    for (int64_t a = atom; a < next; ++a) {
+      begin.push_back(count);
+      for (int64_t k = first[a]; k < first[a + 1]; ++k) {
+        const T* v = vectors + 3 * order[k];
+        const T squared = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
         // Beyond the cutoff (a neighbour list may have a skin) the weights are zero. An edge of length 0 has no
         // direction.
-        if (!(r > 0) || !(r < r_max)) continue;
-        number.push_back(order[k]), sender.push_back(senders[order[k]]), length.push_back(r);
-        const T inverse = 1 / r;
-        for (int i = 0; i < 3; ++i) direction[i].push_back(vector[i] * inverse);
-        if (!plan.tabulated) continue;
-        const T position = r / step;
-        const int64_t interval = std::min<int64_t>(int64_t(position), plan.intervals - 1);
-        row.push_back(plan.table_row(tables ? tables[order[k]] : 0, 0, interval));
-        t.push_back(position - T(interval));
+        if (!(squared > 0) || !(squared < most_squared)) continue;
+        number[count] = order[k], sender[count] = senders[order[k]];
+        for (int i = 0; i < 3; ++i) direction[i][count] = v[i];
+        length[count++] = squared;
       }
-      ++next;
     }
-    begin.push_back(number.size());
-    count = number.size();
-    length.resize(groups() * W, T(1));
-    for (std::vector<T>& component : direction) component.resize(groups() * W, T(0));
+    begin.push_back(count);
+    for (int64_t i = count; i < groups() * W; ++i)
+      length[i] = 1, direction[0][i] = direction[1][i] = direction[2][i] = 0;
+    for (int64_t i = 0; i < groups() * W; ++i) length[i] = std::sqrt(length[i]);
+    for (std::vector<T>& component : direction)
+      for (int64_t i = 0; i < groups() * W; ++i) component[i] /= length[i];
+    if (plan.tabulated) place(plan, tables);
     couple(plan);
     return next;
   }
 
-  // Registers that hold a number for each edge.
+  // Number of registers that hold a number for each edge.
   int64_t groups() const { return (count + W - 1) / W; }
+  // Matrices B of an edge; their elements follow every W numbers.
   const T* matrix(const Plan& plan, int64_t edge) const {
     return reinterpret_cast<const T*>(b_data + edge / W * plan.b_size) + edge % W;
   }
@@ -135,7 +132,26 @@ template <typename T> struct Batch {
   }
 
  private:
+  Registers<Vec<T>> b;  // for each W edges b_size of them; an edge is a lane
   Vec<T>* b_data = nullptr;
+
+  void reserve(int64_t most) {
+    const size_t size = most + W;
+    if (number.size() >= size) return;
+    for (std::vector<int64_t>* of : {&number, &sender, &row}) of->resize(size);
+    for (std::vector<T>* of : {&t, &length, &direction[0], &direction[1], &direction[2]}) of->resize(size);
+  }
+
+  // Finds the places in the radial table.
+  void place(const Plan& plan, const int64_t* tables) {
+    const T step = T(plan.r_max) / T(plan.intervals);
+    for (int64_t i = 0; i < count; ++i) {
+      const T position = length[i] / step;
+      const int64_t interval = std::min<int64_t>(int64_t(position), plan.intervals - 1);
+      t[i] = position - T(interval);
+      row[i] = plan.table_row(tables ? tables[number[i]] : 0, 0, interval);
+    }
+  }
 
   // Makes the matrices B of all paths.
   void couple(const Plan& plan) {
@@ -153,6 +169,34 @@ template <typename T> struct Batch {
           matrix[m[2] * p.d1 + m[0]] += T(plan.cg_value[i]) * y.value[p.l2 * p.l2 + m[1]];
         }
       }
+    }
+  }
+};
+
+// Edges of a batch in the order of the intervals of the radial table that they read.
+template <typename T> struct Runs {
+  struct Run {
+    int64_t row, end;  // row of the radial tables of a path, and the end of its edges; they begin where others end
+  };
+  std::vector<Run> runs;
+  std::vector<int64_t> edge, next;
+  std::vector<T> t;  // position in the interval
+
+  void sort(const Plan& plan, const Batch<T>& batch) {
+    edge.resize(batch.count), t.resize(batch.count);
+    next.assign(plan.intervals + 1, 0);
+    const auto interval = [&](int64_t i) { return batch.row[i] / COEFFICIENTS % plan.intervals; };
+    for (int64_t i = 0; i < batch.count; ++i) ++next[interval(i) + 1];
+    for (int64_t k = 0; k < plan.intervals; ++k) next[k + 1] += next[k];
+    for (int64_t i = 0; i < batch.count; ++i) {
+      const int64_t to = next[interval(i)]++;
+      edge[to] = i, t[to] = batch.t[i];
+    }
+    runs.clear();
+    for (int64_t i = 0; i < batch.count; ++i) {
+      const int64_t row = batch.row[edge[i]];
+      if (runs.empty() || runs.back().row != row) runs.push_back({row, i});
+      runs.back().end = i + 1;
     }
   }
 };

@@ -1,5 +1,8 @@
 // Derivative of the fused equivariant convolution on the CPU, by edge vectors, node features and weights; see
 // convolution.cpp.
+//
+// The edges of a batch are taken in the order of the radial table: what they read of it stays in the first cache. For
+// each edge, the dot products that make the gradient by its matrices B are summed over all channels in registers.
 
 #include <algorithm>
 #include <cstdint>
@@ -9,139 +12,205 @@
 #include "batch.h"
 #include "edges.h"
 #include "lanes.h"
+#include "passes.h"
 #include "plan.h"
 #include "signatures.h"
 
 namespace {
 
-// Gradients of the edges of one atom along one path: by B, by the length, by node features (null: not asked for), and
-// by the radial weights where these are given for each edge, and by the factors of the edges where there are any.
-template <typename T, int D1, int D3>
-void differentiate(const Plan& plan, const Path& path, const Batch<T>& batch, int64_t begin, int64_t end, const T* h,
-                   const T* table, const T* scales, const T* grad_out, T* grad_b, T* grad_length, T* grad_h,
-                   T* grad_table, T* grad_scales) {
-  constexpr int W = Lanes<T>::width;
-  const int64_t C = plan.channels;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t number = batch.number[i], sender = batch.sender[i];
-    const T t = plan.tabulated ? batch.t[i] : T(0);
-    const T* matrix = batch.matrix(plan, i) + path.b_offset * W;
-    Vec<T> dots[D3][D1] = {};
-    Vec<T> along = {};
-    for (int64_t chunk = 0; chunk < path.span; ++chunk) {
-      const int64_t p = path.first + chunk, row_in = path.row_in + chunk * D1;
-      for (int64_t c = 0; c < C; c += Lanes<T>::width) {
-        const int64_t left = C - c;
-        const T* row = h + (sender * plan.rows_in + row_in) * C + c;
-        Vec<T> w, slope = {};
-        if (plan.tabulated) {
-          const T* values = table + (batch.row[i] + plan.table_row(0, p, 0)) * C + c;
-          slope = w = load(values + (COEFFICIENTS - 1) * C, left);
-          for (int k = COEFFICIENTS - 2; k > 0; --k) {
-            w = w * t + load(values + k * C, left);
-            slope = slope * t + w;
-          }
-          w = w * t + load(values, left);
-        } else {
-          w = load(table + (number * plan.paths + p) * C + c, left);
-        }
-        const int64_t place = scales ? (number * plan.scale_rows + path.scale_row + chunk) * C + c : 0;
-        const Vec<T> scale = scales ? load(scales + place, left) : Vec<T>{} + T(1);
-        const Vec<T> unscaled = w;
-        if (scales) w *= scale, slope *= scale;
-        Vec<T> g[D3], x[D1], wx[D1];
-        for (int n = 0; n < D3; ++n) g[n] = load(grad_out + (n * path.stride + chunk) * C + c, left);
-        for (int m = 0; m < D1; ++m) x[m] = load(row + m * C, left), wx[m] = x[m] * w;
-        for (int n = 0; n < D3; ++n)
-          for (int m = 0; m < D1; ++m) dots[n][m] += g[n] * wx[m];
-        Vec<T> into_weight = {};
-        for (int m = 0; m < D1; ++m) {
-          Vec<T> q = g[0] * matrix[m * W];
-          for (int n = 1; n < D3; ++n) q += g[n] * matrix[(n * D1 + m) * W];
-          into_weight += q * x[m];
-          if (grad_h) {
-            T* target = grad_h + (sender * plan.rows_in + row_in + m) * C + c;
-            store(target, load(target, left) + q * w, left);
-          }
-        }
-        if (scales) {
-          T* target = grad_scales + place;
-          store(target, load(target, left) + into_weight * unscaled, left);
-        }
-        if (plan.tabulated)
-          along += into_weight * slope;
-        else
-          store(grad_table + (number * plan.paths + p) * C + c, into_weight * scale, left);
-      }
+// Most edges of a batch: many for the order of the radial table, few for the gradients of messages that they read.
+constexpr int64_t EDGES_AT_ONCE = 1024;
+
+// What the call reads and writes. Not asked for is what is null; `grad_weights` is of weights of each edge.
+template <typename T> struct Arrays {
+  int64_t atoms;
+  const T *h, *weights, *scales, *grad_out;
+  T *grad_vectors, *grad_h, *grad_weights, *grad_scales;
+};
+
+// An edge as all paths read it.
+template <typename T> struct Edge {
+  int64_t number, row;
+  T t;
+  const T* h;  // features of its sender, from the first component of the input block on
+  T* grad_h;
+};
+
+// Radial weights, and their slope in the position within the interval, for some channels.
+template <typename T, bool FULL>
+inline void weigh(const Plan& plan, const Arrays<T>& arrays, const Edge<T>& e, int64_t p, int64_t c, Vec<T>& w,
+                  Vec<T>& slope) {
+  const int64_t left = FULL ? Lanes<T>::width : plan.channels - c;
+  if (plan.tabulated) {
+    const T* values = arrays.weights + (e.row + plan.table_row(0, p, 0)) * plan.channels + c;
+    slope = w = load(values + (COEFFICIENTS - 1) * plan.channels, left);
+#pragma GCC unroll 8
+    for (int k = COEFFICIENTS - 2; k > 0; --k) {
+      w = w * e.t + load(values + k * plan.channels, left);
+      slope = slope * e.t + w;
     }
-    T* target = grad_b + (i / W * plan.b_size + path.b_offset) * W + i % W;
-    for (int n = 0; n < D3; ++n)
-      for (int m = 0; m < D1; ++m) target[(n * D1 + m) * W] = sum<T>(dots[n][m]);
-    grad_length[i] += sum<T>(along) * T(double(plan.intervals) / plan.r_max);
+    w = w * e.t + load(values, left);
+  } else {
+    w = load(arrays.weights + (e.number * plan.paths + p) * plan.channels + c, left);
+    slope = Vec<T>{};
   }
 }
 
-#define GAQ_CASE(FUNCTION, A, B, ...) \
-  case (A) * 16 + (B): FUNCTION<T, A, B>(__VA_ARGS__); break;
-#define GAQ_ROW(FUNCTION, A, ...)       \
-  GAQ_CASE(FUNCTION, A, 1, __VA_ARGS__) \
-  GAQ_CASE(FUNCTION, A, 3, __VA_ARGS__) \
-  GAQ_CASE(FUNCTION, A, 5, __VA_ARGS__) \
-  GAQ_CASE(FUNCTION, A, 7, __VA_ARGS__) \
-  GAQ_CASE(FUNCTION, A, 9, __VA_ARGS__)
-#define GAQ_DISPATCH(FUNCTION, A, B, ...) \
-  switch ((A) * 16 + (B)) {               \
-    GAQ_ROW(FUNCTION, 1, __VA_ARGS__)     \
-    GAQ_ROW(FUNCTION, 3, __VA_ARGS__)     \
-    GAQ_ROW(FUNCTION, 5, __VA_ARGS__)     \
-    GAQ_ROW(FUNCTION, 7, __VA_ARGS__)     \
-    GAQ_ROW(FUNCTION, 9, __VA_ARGS__)     \
+// Gradients of an edge along a path for some channels. `dots` are by B, `along` by the position in the interval,
+// `into_x` by the features of the sender.
+template <typename T, bool FULL, int D1, int D3>
+inline void along_path(const Plan& plan, const Arrays<T>& arrays, const Edge<T>& e, const Path& path, int64_t chunk,
+                       int64_t c, const Vec<T>* x, const T* matrix, const T* grad_out, Vec<T>* dots, Vec<T>& along,
+                       Vec<T>* into_x) {
+  constexpr int W = Lanes<T>::width;
+  const int64_t left = FULL ? W : plan.channels - c, p = path.first + chunk;
+  Vec<T> w, slope, scale = {}, unscaled = {};
+  weigh<T, FULL>(plan, arrays, e, p, c, w, slope);
+  const int64_t place = (e.number * plan.scale_rows + path.scale_row + chunk) * plan.channels + c;
+  if (arrays.scales) {
+    scale = load(arrays.scales + place, left), unscaled = w;
+    w *= scale, slope *= scale;
   }
+  Vec<T> wx[D1], q[D1] = {};
+#pragma GCC unroll 16
+  for (int m = 0; m < D1; ++m) wx[m] = x[m] * w;
+#pragma GCC unroll 16
+  for (int n = 0; n < D3; ++n) {
+    const Vec<T> g = load(grad_out + (n * path.stride + chunk) * plan.channels + c, left);
+#pragma GCC unroll 16
+    for (int m = 0; m < D1; ++m) dots[n * D1 + m] += g * wx[m], q[m] += g * matrix[(n * D1 + m) * W];
+  }
+  Vec<T> into_weight = q[0] * x[0];
+#pragma GCC unroll 16
+  for (int m = 1; m < D1; ++m) into_weight += q[m] * x[m];
+#pragma GCC unroll 16
+  for (int m = 0; m < D1; ++m) into_x[m] += q[m] * w;
+  if (arrays.scales) {
+    T* target = arrays.grad_scales + place;
+    store(target, load(target, left) + into_weight * unscaled, left);
+    if (!plan.tabulated) into_weight *= scale;
+  }
+  if (plan.tabulated)
+    along += into_weight * slope;
+  else
+    store(arrays.grad_weights + (e.number * plan.paths + p) * plan.channels + c, into_weight, left);
+}
 
-// Most edges of a batch: few enough for what is kept of them to stay in cache.
-constexpr int64_t EDGES_AT_ONCE = 512;
+// Gradients of an edge along the paths of a pass. `grad_out` are those of its receiver, path after path.
+template <typename T, int D1, int... D3>
+void differentiate(const Plan& plan, const Arrays<T>& arrays, const Edge<T>& e, const Path* path,
+                   const T* const* grad_out, const T* matrix, T* grad_b, Vec<T>* along_edge) {
+  constexpr int W = Lanes<T>::width, ROWS = (D3 + ...);
+  Vec<T> dots[ROWS * D1] = {}, along = *along_edge;
+  for (int64_t chunk = 0; chunk < path->span; ++chunk) {
+    const auto tile = [&](int64_t c, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      const int64_t left = FULL ? W : plan.channels - c, begin = chunk * D1 * plan.channels + c;
+      Vec<T> x[D1], into_x[D1] = {};
+#pragma GCC unroll 16
+      for (int m = 0; m < D1; ++m) x[m] = load(e.h + begin + m * plan.channels, left);
+      int j = 0, row = 0;
+      ((along_path<T, FULL, D1, D3>(plan, arrays, e, path[j], chunk, c, x, matrix + row * D1 * W, grad_out[j],
+                                    dots + row * D1, along, into_x),
+        ++j, row += D3),
+       ...);
+      if (e.grad_h)
+#pragma GCC unroll 16
+        for (int m = 0; m < D1; ++m) {
+          T* target = e.grad_h + begin + m * plan.channels;
+          store(target, load(target, left) + into_x[m], left);
+        }
+    };
+    int64_t c = 0;
+    for (; c + W <= plan.channels; c += W) tile(c, std::true_type());
+    if (c < plan.channels) tile(c, std::false_type());
+  }
+  sums<T, ROWS * D1>(dots, grad_b, W);
+  *along_edge = along;
+}
+
+template <typename T>
+using Differentiate = void (*)(const Plan&, const Arrays<T>&, const Edge<T>&, const Path*, const T* const*, const T*,
+                               T*, Vec<T>*);
+// Kinds of passes, those with more paths first. Dot products have to fit into the registers.
+template <typename T> const std::vector<Kind<Differentiate<T>>>& kinds() {
+  static const std::vector<Kind<Differentiate<T>>> made = {
+      GAQ_KIND(differentiate, 1, 1, 3, 5, 7), GAQ_KIND(differentiate, 1, 1, 3, 5), GAQ_KIND(differentiate, 1, 1, 3),
+      GAQ_KIND(differentiate, 3, 1, 3),       GAQ_SINGLES(differentiate),
+  };
+  return made;
+}
 
 template <typename T> struct Worker {
+  static constexpr int W = Lanes<T>::width;
   Batch<T> batch;
-  Registers<Vec<T>> grad_b;
+  Runs<T> runs;
+  std::vector<int64_t> receiver;
+  Registers<Vec<T>> grad_b, along;
   std::vector<T> grad_length;
+
+  // Gradients of the batch's edges, whose first receiver is `atom`.
+  void compute(const Plan& plan, const std::vector<Pass<Differentiate<T>>>& all, const Arrays<T>& arrays,
+               int64_t atom) {
+    prepare(plan, atom);
+    Vec<T>* by_b = grad_b.reserve(batch.groups() * plan.b_size);
+    Vec<T>* by_length = along.reserve(batch.count);
+    std::fill(by_length, by_length + batch.count, Vec<T>{});
+    // Lanes beyond the last edge are read, too.
+    if (batch.groups())
+      std::fill(by_b + (batch.groups() - 1) * plan.b_size, by_b + batch.groups() * plan.b_size, Vec<T>{});
+    for (const Pass<Differentiate<T>>& pass : all) {
+      const Path* path = plan.path.data() + pass.first;
+      for (int64_t place = 0; place < batch.count; ++place) {
+        const int64_t i = plan.tabulated ? runs.edge[place] : place;
+        const int64_t row = (batch.sender[i] * plan.rows_in + path->row_in) * plan.channels;
+        const Edge<T> e{batch.number[i], plan.tabulated ? batch.row[i] : 0, plan.tabulated ? batch.t[i] : T(0),
+                        arrays.h + row, arrays.grad_h ? arrays.grad_h + row : nullptr};
+        const T* grad_out[MOST_PATHS];
+        for (int64_t j = 0; j < pass.paths; ++j)
+          grad_out[j] = arrays.grad_out + path[j].row_out(arrays.atoms, receiver[i]) * plan.channels;
+        T* to = reinterpret_cast<T*>(by_b + i / W * plan.b_size + path->b_offset) + i % W;
+        pass.function(plan, arrays, e, path, grad_out, batch.matrix(plan, i) + path->b_offset * W, to, by_length + i);
+      }
+    }
+    grad_length.resize(batch.groups() * W);
+    for (int64_t i = 0; i < batch.count; ++i)
+      grad_length[i] = sum<T>(by_length[i]) * T(double(plan.intervals) / plan.r_max);
+    batch.differentiate(plan, by_b, grad_length.data(), arrays.grad_vectors);
+  }
+
+ private:
+  void prepare(const Plan& plan, int64_t atom) {
+    if (plan.tabulated) runs.sort(plan, batch);
+    receiver.resize(batch.count);
+    for (size_t a = 0; a + 1 < batch.begin.size(); ++a)
+      std::fill(receiver.begin() + batch.begin[a], receiver.begin() + batch.begin[a + 1], atom + a);
+  }
 };
 
 template <typename T>
-void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
-              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, const T* grad_out,
-              T* grad_vectors, T* grad_h, T* grad_table, T* grad_scales, int64_t threads) {
+void backward(const int64_t* ints, const double* reals, const Sorted& edges, const int64_t* sender,
+              const int64_t* tables, const T* vectors, const Arrays<T>& arrays, int64_t threads) {
   const Plan plan(ints, reals);
-  const int64_t size = atoms * plan.rows_in * plan.channels;
+  const std::vector<Pass<Differentiate<T>>> all = passes(plan, kinds<T>());
+  const int64_t size = arrays.atoms * plan.rows_in * plan.channels;
   // Each part adds into its own copy of the node features' gradient; the copies are summed in a fixed order.
-  std::vector<T> extra(grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
+  std::vector<T> extra(arrays.grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
-    static thread_local Worker<T> worker;
-    Batch<T>& batch = worker.batch;
-    T* part_h = grad_h ? (part == 0 ? grad_h : extra.data() + (part - 1) * size) : nullptr;
+    Worker<T>& worker = *of_thread<Worker<T>>();
+    Arrays<T> of_part = arrays;
+    if (arrays.grad_h && part > 0) of_part.grad_h = extra.data() + (part - 1) * size;
     const Share share(edges.first, part, threads);
     for (int64_t atom = share.begin, next; atom < share.end; atom = next) {
-      next = batch.fill(plan, edges, sender, tables, vectors, atom, share.end, EDGES_AT_ONCE);
-      Vec<T>* grad_b = worker.grad_b.reserve(batch.groups() * plan.b_size);
-      // Lanes beyond the last edge are read, too.
-      if (batch.groups()) std::fill(grad_b + (batch.groups() - 1) * plan.b_size, grad_b + batch.groups() * plan.b_size, Vec<T>{});
-      worker.grad_length.assign(batch.groups() * Lanes<T>::width, T(0));
-      for (const Path& path : plan.path) {
-        for (int64_t a = atom; a < next; ++a) {
-          const int64_t begin = batch.begin[a - atom], end = batch.begin[a - atom + 1];
-          const T* grad = grad_out + path.row_out(atoms, a) * plan.channels;
-          GAQ_DISPATCH(differentiate, path.d1, path.d3, plan, path, batch, begin, end, h, table, scales, grad,
-                       reinterpret_cast<T*>(grad_b), worker.grad_length.data(), part_h, grad_table, grad_scales)
-        }
-      }
-      batch.differentiate(plan, grad_b, worker.grad_length.data(), grad_vectors);
+      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, EDGES_AT_ONCE);
+      worker.compute(plan, all, of_part, atom);
     }
   }
   if (!extra.empty()) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < size; ++i)
-      for (int64_t part = 1; part < threads; ++part) grad_h[i] += extra[(part - 1) * size + i];
+      for (int64_t part = 1; part < threads; ++part) arrays.grad_h[i] += extra[(part - 1) * size + i];
   }
 }
 
@@ -149,10 +218,11 @@ void backward(const int64_t* ints, const double* reals, int64_t atoms, const Sor
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                     \
-  GAQ_KERNEL(convolution_backward, NAME, T) {                                                                   \
-    backward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights, \
-                scales, grad, grad_vectors, grad_features, grad_weights, grad_scales, threads);                 \
+#define GAQ_EXPORT(NAME, T)                                                                             \
+  GAQ_KERNEL(convolution_backward, NAME, T) {                                                           \
+    const Arrays<T> arrays{atoms,        features,      weights,      scales,     grad,                 \
+                           grad_vectors, grad_features, grad_weights, grad_scales};                     \
+    backward<T>(ints, reals, Sorted(edges, atoms, receiver), sender, tables, vectors, arrays, threads); \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

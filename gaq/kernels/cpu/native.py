@@ -39,7 +39,7 @@ __all__ = [
 
 SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "contraction.cpp", "rounding.cpp")
 SHIM_SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
-HEADERS = ("batch.h", "edges.h", "lanes.h", "plan.h")
+HEADERS = ("batch.h", "edges.h", "lanes.h", "passes.h", "plan.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),

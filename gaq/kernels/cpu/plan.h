@@ -29,7 +29,7 @@ struct Path {
 
 struct Plan {
   int64_t channels, lmax, paths, rows_in, intervals, tabulated, scale_rows;
-  std::vector<Path> path;  // those of an input block one after the other, by their number of output components
+  std::vector<Path> path;   // those of an input block one after the other, by their number of output components
   const int64_t* cg_index;  // (m1, m2, m3) triples
   const double* cg_value;
   double r_max;
