@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import ase.data
 import mace  # noqa: F401  (before e3nn)
@@ -24,12 +25,12 @@ __all__ = ["Pair", "RadialTables"]
 
 Pair = tuple[int, int]
 """Numbers of two species."""
-AT_ONCE = 2**23
-"""Bytes of coefficients that are made at once: more would not stay in cache."""
+AT_ONCE = 2**21
+"""Bytes of the values of a hidden layer that are computed at once: more would not stay in cache."""
 
 
 class RadialTables:
-    """Makes tables of one layer's radial weights, and of its edge density where it has one.
+    """Make tables of one layer's radial weights, and of its edge density where it has one.
 
     Args:
         model: MACE model.
@@ -79,7 +80,7 @@ class RadialTables:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
             if not torch.equal(*self._hidden([(first, last), (last, first)], lengths)):
                 raise ValueError("the radial functions tell sender from receiver")
-        self.make([max(((z, z) for z in (first, last)), key=self._size)])
+        self.prepare([max(((z, z) for z in (first, last)), key=self._size)])
 
     def _size(self, pair: Pair) -> float:
         """Sum of the covalent radii of a pair in Å. Functions of smaller atoms need more intervals."""
@@ -87,9 +88,7 @@ class RadialTables:
 
     def bytes_of_pair(self) -> int:
         """Memory that the tables of one pair take."""
-        columns = (self.last.shape[0] * self.last.shape[2], 1)
-        numbers = sum(n * c for n, c in zip(self.intervals, columns, strict=False))
-        return numbers * radial.COEFFICIENTS * torch.finfo(self.dtype).bits // 8
+        return sum(map(math.prod, self.shapes())) * self.dtype.itemsize
 
     def _basis(self, pairs: Sequence[Pair], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs of the radial networks, (pairs * n, basis), and the cutoff where MACE applies it after them."""
@@ -112,45 +111,52 @@ class RadialTables:
             density = density * cutoff
         return density.view(len(pairs), lengths.numel(), 1)
 
-    def make(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Tables of pairs of species: of the weights, and of the density where there is one.
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of a pair's tables, of the weights and of the density, (paths, intervals, COEFFICIENTS, channels)."""
+        sizes = ((self.last.shape[0], self.last.shape[2]), (1, 1))
+        return [(p, n, radial.COEFFICIENTS, c) for n, (p, c) in zip(self.intervals, sizes, strict=False)]
+
+    def prepare(self, pairs: Sequence[Pair]) -> None:
+        """Find the number of intervals that pairs of species need, as far as the most demanding of them tells.
+
+        Raises:
+            ValueError: if the functions of a pair cannot be tabulated.
+        """
+        demanding = [min(pairs, key=self._size)]
+        with torch.no_grad():
+            for part in range(len(self.intervals)):
+                while not self._fill(part, demanding, None):
+                    pass
+
+    def make(self, pairs: Sequence[Pair], out: Sequence[Tensor]) -> bool:
+        """Make tables of pairs of species: of the weights, and of the density where there is one.
+
+        Args:
+            pairs: at least one.
+            out: memory for the tables on the CPU, each (pairs, paths, intervals, COEFFICIENTS, channels); see `shapes`.
 
         Returns:
-            Each (pairs, paths, intervals, COEFFICIENTS, channels) on the CPU, with the numbers of `intervals`, which
-            may have grown.
+            False if a pair needs more intervals than the memory has; `intervals` have then grown.
 
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
         with torch.no_grad():
-            if len(pairs) > 1:
-                self.make([min(pairs, key=self._size)])
-            made = [self._make(0, self._hidden, self.last, pairs)]
-            if self.density is not None:
-                made.append(self._make(1, self._densities, None, pairs))
-            return made
+            return all(self._fill(part, pairs, memory) for part, memory in enumerate(out))
 
-    def _make(
-        self,
-        part: int,
-        function: Callable[[Sequence[Pair], Tensor], Tensor],
-        last: Tensor | None,
-        pairs: Sequence[Pair],
-    ) -> Tensor:
-        """Tables of one kind, with the number of intervals that the pair with the largest error needs."""
-        paths, channels = (1, 1) if last is None else (last.shape[0], last.shape[2])
-        while True:
-            intervals = self.intervals[part]
-            tables = torch.empty(len(pairs), paths, intervals, radial.COEFFICIENTS, channels, dtype=self.dtype)
-            at_once = max(1, AT_ONCE // (8 * tables[0].numel()))
-            for begin in range(0, len(pairs), at_once):
-                of_pairs = functools.partial(function, pairs[begin : begin + at_once])
-                table = radial.interpolate(of_pairs, self.r_max, intervals, last)
-                finer = radial.finer(table, self.tolerance)
-                if finer is not None:
-                    self.intervals[part] = finer
-                    break
-                self.error = max(self.error, table.error)
-                tables[begin : begin + at_once] = table.coefficients
-            else:
-                return tables
+    def _fill(self, part: int, pairs: Sequence[Pair], out: Tensor | None) -> bool:
+        """Make the tables of one kind; if a pair needs more intervals, say no, and count them."""
+        function, last = ((self._hidden, self.last), (self._densities, None))[part]
+        intervals = self.intervals[part]
+        features = 1 if last is None else last.shape[1]
+        at_once = max(1, AT_ONCE // (8 * radial.COEFFICIENTS * intervals * features))
+        for begin in range(0, len(pairs), at_once):
+            some = pairs[begin : begin + at_once]
+            memory = None if out is None else out[begin : begin + at_once]
+            table = radial.interpolate(functools.partial(function, some), self.r_max, intervals, last, memory)
+            finer = radial.finer(table, self.tolerance)
+            if finer is not None:
+                self.intervals[part] = finer
+                return False
+            self.error = max(self.error, table.error)
+        return True

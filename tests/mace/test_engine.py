@@ -388,7 +388,7 @@ def test_a_pair_without_a_table_ends_in_the_reference_path(monkeypatch: pytest.M
         expected = model(batch_of(model, STRUCTURES[:1]))["energy"].detach()
     tables = engine.engine_of(model).layers[1].radial
 
-    def refuse(pairs: object) -> None:
+    def refuse(pairs: object, out: object) -> bool:
         raise ValueError("the radial function cannot be tabulated")
 
     monkeypatch.setattr(tables, "make", refuse)
