@@ -99,10 +99,10 @@ def node_lengths(r_max: float, intervals: int) -> Tensor:
     return lengths
 
 
-def check_lengths(r_max: float, intervals: int) -> Tensor:
-    """Lengths at which errors are measured, one in each interval above `NEAREST`."""
+def check_lengths(r_max: float, intervals: int, nearest: float = NEAREST) -> Tensor:
+    """Lengths at which errors are measured, one in each interval above `nearest`."""
     lengths = (torch.arange(intervals, dtype=torch.float64) + _nodes(DEGREE)[1]) * (r_max / intervals)
-    return lengths[lengths > min(NEAREST, 0.5 * r_max)]
+    return lengths[lengths > min(nearest, 0.5 * r_max)]
 
 
 @cached(1)
@@ -137,6 +137,7 @@ def interpolate(
     intervals: int,
     last: Tensor | None = None,
     out: Tensor | None = None,
+    nearest: float = NEAREST,
 ) -> RadialTable:
     """Tabulate radial functions with a number of intervals, and measure the errors.
 
@@ -148,8 +149,9 @@ def interpolate(
             values: (paths, features, channels), float64. Without it, the features are the channels of one path.
         out: memory for the coefficients, contiguous, (..., paths, intervals, COEFFICIENTS, channels), in float64 or in
             float32; None for new memory in float64.
+        nearest: length in Å above which errors are measured.
     """
-    nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals)
+    nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals, nearest)
     at_nodes, exact = function(torch.cat([nodes, checks])).split([nodes.numel(), checks.numel()], dim=-2)
     coefficients = polynomials(at_nodes)
     first = intervals - checks.numel()

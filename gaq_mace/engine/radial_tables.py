@@ -1,7 +1,9 @@
 """Radial functions of a MACE layer as tables, for one pair of species or for several at once.
 
 With ``distance_transform`` (Agnesi, Soft) the radial network reads a distance that is scaled by the covalent radii of
-both atoms, so each pair of species has a table; otherwise one table serves all.
+both atoms, so each pair of species has a table; otherwise one table serves all. With ``apply_cutoff: False`` the cutoff
+function does not enter the network, which is then a function of the transformed distance alone, and one table over
+that distance serves all pairs (`RadialTables.transformed`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.radial_networks import RadialNetwork
+from gaq_mace.engine.reading import class_name
 
 __all__ = ["Pair", "RadialTables"]
 
@@ -27,6 +30,19 @@ Pair = tuple[int, int]
 """Numbers of two species."""
 AT_ONCE = 2**21
 """Bytes of the values of a hidden layer that are computed at once: more would not stay in cache."""
+
+
+def _end_of(embedding: AnyModule) -> float | None:
+    """Upper bound of the transformed distances within the cutoff, where they are all that a radial network reads."""
+    transform = getattr(embedding, "distance_transform", None)
+    if transform is None or getattr(embedding, "apply_cutoff", True):
+        return None
+    if class_name(transform) == "AgnesiTransform" and float(transform.a) > 0:
+        return 1.0  # that of distance 0
+    if class_name(transform) == "SoftTransform":
+        # Between the distance and 3/4 of the sum of the covalent radii.
+        return max(float(embedding.cutoff_fn.r_max), 1.5 * float(transform.covalent_radii.max()))
+    return None
 
 
 class RadialTables:
@@ -40,7 +56,9 @@ class RadialTables:
         dtype: of the tables.
 
     Attributes:
-        by_species: whether the functions depend on the species of both atoms.
+        transformed: whether the tables are over the transformed distance, without the cutoff function.
+        by_species: whether there is a table for each pair of species.
+        r_max: upper end of the tables, in Å or in the unit of the transformed distance.
         elements: number of species.
         intervals: of the tables of the weights, and of the density. It grows when a pair needs more.
         error: largest error of the tables made so far, relative to the largest value of the same function.
@@ -56,12 +74,15 @@ class RadialTables:
         self.last = self.network.last.view(-1, paths, channels).transpose(0, 1).contiguous()
         density = getattr(block, "density_fn", None)
         self.density = None if density is None else self._exact(density)
-        self.r_max = float(model.r_max)
+        end = _end_of(self.embedding)
+        self.transformed = end is not None
+        # A transformed distance that is rounded up must not lie beyond the table.
+        self.r_max = float(model.r_max) if end is None else 1.001 * end
         self.dtype = dtype
         self.tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
-        self.by_species = hasattr(model.radial_embedding, "distance_transform")
+        self.by_species = hasattr(model.radial_embedding, "distance_transform") and not self.transformed
         self.intervals = [radial.FEWEST] * (1 if density is None else 2)
         self.error = 0.0
         self._probe()
@@ -91,7 +112,9 @@ class RadialTables:
         return sum(map(math.prod, self.shapes())) * self.dtype.itemsize
 
     def _basis(self, pairs: Sequence[Pair], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs of the radial networks, (pairs * n, basis), and the cutoff where MACE applies it after them."""
+        """Inputs of the radial networks, (pairs * n, basis), and the cutoff where only tables contain it."""
+        if self.transformed:
+            return self.embedding.bessel_fn(lengths.repeat(len(pairs))[:, None]), None
         edges = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
         attributes = torch.eye(self.elements, dtype=torch.float64)
         lengths = lengths.repeat(len(pairs))[:, None]
@@ -153,7 +176,9 @@ class RadialTables:
         for begin in range(0, len(pairs), at_once):
             some = pairs[begin : begin + at_once]
             memory = None if out is None else out[begin : begin + at_once]
-            table = radial.interpolate(functools.partial(function, some), self.r_max, intervals, last, memory)
+            # The transformed distance may be the smaller, the further away the atoms are.
+            nearest = 0.0 if self.transformed else radial.NEAREST
+            table = radial.interpolate(functools.partial(function, some), self.r_max, intervals, last, memory, nearest)
             finer = radial.finer(table, self.tolerance)
             if finer is not None:
                 self.intervals[part] = finer
