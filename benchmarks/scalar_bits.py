@@ -11,8 +11,8 @@ the model or what is measured on it has changed. Models of `foundation_shapes` h
 All numbers but times are taken in float64 through the fused kernels, on `STRUCTURES` structures; of periodic ones the
 last is doubled along its first axis. Weights are rounded to nearest; they do not move with the atoms and add no noise.
 "Noise" is what the rounding of features adds to the energy between positions 0.01 Å apart: standard deviation of
-rounded minus exact features, of the same weights, where central differences are taken. Times are processor time of energy
-and forces of one structure in float32, neighbour lists included, the widths in turn, as ratios to 16 bits.
+rounded minus exact features, of the same weights, where central differences are taken. Times are processor time of
+energy and forces of one structure in float32, neighbour lists included, the widths in turn, as ratios to 16 bits.
 """
 
 from __future__ import annotations
