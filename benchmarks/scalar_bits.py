@@ -160,7 +160,7 @@ class Measurement:
 
     @functools.cached_property
     def float_potential(self) -> Potential:
-        return self.adapter.potential(self.adapter.in_float64(self.float_model))
+        return self.adapter.potential(self.adapter.accelerate(self.adapter.in_float64(self.float_model)))
 
     @functools.cached_property
     def exact(self) -> tuple[float, Recorded]:
