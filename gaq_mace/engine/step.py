@@ -65,7 +65,8 @@ class Engine(torch.nn.Module):
         self.embeds_structures = all(spec["per"] == "graph" for spec in specs.values())
         self.reads_edges = any(layer.reads_edges for layer in self.layers)
         # Layers whose radial tables are over the transformed distance; the others read the distance itself.
-        self.transformed = [layer.radial is not None and layer.radial.transformed for layer in self.layers]
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+        self.transformed = [layer.radial is not None and layer.radial.transformed for layer in layers]
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
         embedding = matrices_of(model.node_embedding.linear)[0]
