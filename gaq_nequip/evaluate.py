@@ -16,11 +16,13 @@ from torch import Tensor
 
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
+from gaq.untyped import AnyModule
+from gaq_nequip.sites import class_name
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["NequIPPotential", "device_of", "energy_and_forces", "make_batches"]
+__all__ = ["NequIPPotential", "device_of", "energies", "energy_and_forces", "make_batches", "without_derivatives"]
 
 REFERENCE_ATOMS = 128
 """Atoms in a batch: the features of every edge are in memory."""
@@ -98,6 +100,28 @@ def energy_and_forces(
     return energy, output[AtomicDataDict.FORCE_KEY], counts
 
 
+@contextmanager
+def without_derivatives(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context a model computes energies alone, and keeps no graph of them."""
+    outputs: list[AnyModule] = [m for m in model.modules() if class_name(m) == "ForceStressOutput"]
+    before = [output.do_derivatives for output in outputs]
+    try:
+        for output in outputs:
+            output.do_derivatives = False
+        with torch.no_grad():
+            yield
+    finally:
+        for output, flag in zip(outputs, before, strict=True):
+            output.do_derivatives = flag
+
+
+def energies(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Energies alone, (graphs,) in eV."""
+    with default_dtype(_GLOBAL_DTYPE), _mode(model, False), without_derivatives(model):
+        output: dict[str, Tensor] = model(dict(batch))
+    return output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
+
+
 class NequIPPotential:
     """A NequIP model as a `gaq.checks.potential.Potential`, evaluated in batches.
 
@@ -110,11 +134,16 @@ class NequIPPotential:
         self.model = model
         self.atoms = REFERENCE_ATOMS if atoms is None else atoms
 
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """Energies alone, shape (len(structures),), eV."""
+        batches = make_batches(self.model, structures, self.atoms)
+        return torch.cat([energies(self.model, batch) for batch in batches]).cpu().numpy()
+
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-        energies: list[np.ndarray] = []
+        energy_arrays: list[np.ndarray] = []
         forces: list[np.ndarray] = []
         for batch in make_batches(self.model, structures, self.atoms):
             energy, force, counts = energy_and_forces(self.model, batch)
-            energies.append(energy.detach().cpu().numpy())
+            energy_arrays.append(energy.detach().cpu().numpy())
             forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))
-        return np.concatenate(energies), forces
+        return np.concatenate(energy_arrays), forces
