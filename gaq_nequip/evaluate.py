@@ -14,6 +14,7 @@ from nequip.nn import graph_model
 from nequip.utils.global_dtype import _GLOBAL_DTYPE
 from torch import Tensor
 
+from gaq.model.elements import check_known
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
 from gaq.untyped import AnyModule
@@ -22,7 +23,15 @@ from gaq_nequip.sites import class_name
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["NequIPPotential", "device_of", "energies", "energy_and_forces", "make_batches", "without_derivatives"]
+__all__ = [
+    "NequIPPotential",
+    "device_of",
+    "energies",
+    "energy_and_forces",
+    "make_batches",
+    "type_names",
+    "without_derivatives",
+]
 
 REFERENCE_ATOMS = 128
 """Atoms in a batch: the features of every edge are in memory."""
@@ -33,6 +42,12 @@ def device_of(model: torch.nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def type_names(model: torch.nn.Module) -> list[str]:
+    """The type names of a model or a compiled file, which are taken for chemical symbols."""
+    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
+    return metadata[graph_model.TYPE_NAMES_KEY].split(" ")
 
 
 def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[dict[str, Tensor]]:
@@ -49,14 +64,8 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int
     if not structures:
         raise ValueError("no structures were given.")
     metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
-    names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
-    for i, structure in enumerate(structures):
-        unknown = sorted(set(structure.get_chemical_symbols()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
-                f"not know; its types are {', '.join(names)}."
-            )
+    names = type_names(model)
+    check_known(names, structures)
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
     graphs = []
