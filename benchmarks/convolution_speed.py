@@ -239,7 +239,7 @@ def main() -> None:
         process.wait()
     print(f"float32 matrix product: {np.median(rates):.0f} GFLOP/s")
     if not args.no_result:
-        write_result("convolution_speed", rows, steps=steps, matrix_product_gflops=float(np.median(rates)))
+        write_result("convolution_speed", rows, args.before, steps=steps, matrix_product_gflops=float(np.median(rates)))
 
 
 if __name__ == "__main__":
