@@ -21,21 +21,26 @@ SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, rows: list[Document], work: Path | None = None, **extra: Any) -> Path:
-    """Write ``results/<name>.json``: the rows, hardware, versions, command and date.
+def recorded_command(work: Path | None = None) -> str:
+    """The command of this process as result files have it.
 
-    The command has DIR in place of `work`, and MODEL in place of the folder of a model elsewhere on this machine.
+    It has DIR in place of `work`, and MODEL in place of the folder of a model elsewhere on this machine.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     command = shlex.join([Path(sys.executable).name, *sys.argv]).replace(str(ROOT) + "/", "")
     if work is not None:
         command = command.replace(str(work), "DIR")
+    return re.sub(r"--model /\S*/", "--model MODEL/", command.replace(str(SHARED), "../shared"))
+
+
+def write_result(name: str, rows: list[Document], work: Path | None = None, **extra: Any) -> Path:
+    """Write ``results/<name>.json``: the rows, hardware, versions, command (`recorded_command`) and date."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
     content = {
         "rows": rows,
         "hardware": hardware(),
         "versions": versions(),
-        "command": re.sub(r"--model /\S*/", "--model MODEL/", command.replace(str(SHARED), "../shared")),
+        "command": recorded_command(work),
         "date": datetime.date.today().isoformat(),
         **extra,
     }

@@ -5,7 +5,8 @@
 Data are made here: alloys with ASE's EMT, water, salts and oxides with GFN1-xTB (package tblite). Training is the stock
 ``mace_run_train`` in rounds of some epochs. After each round DIR/NAME.model is the model so far, beside
 DIR/NAME_train.xyz and DIR/NAME_test.xyz; the test structures are never trained on. Run the command again to train
-further: data that exist are kept, training resumes from its last checkpoint.
+further: data that exist are kept, training resumes from its last checkpoint. results/dense_models.json says how far
+each model has come; ``--rounds 0`` only writes that.
 
 `many` joins both methods. No element occurs in both, so the isolated-atom energies take up what differs between them.
 """
@@ -13,12 +14,14 @@ further: data that exist are kept, training resumes from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -26,6 +29,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import CalculationFailed, Calculator
 from ase.calculators.emt import EMT
 from ase.io import write
+from common import write_result
 
 METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 CATIONS = {"Li": 0.76, "Na": 1.02, "K": 1.38, "Mg": 0.72, "Ca": 1.00}  # ionic radii in Å (Shannon, six-fold)
@@ -233,6 +237,30 @@ def train_round(name: str, work: Path, epochs: int) -> None:
     written.replace(work / f"{name}.model")
 
 
+def progress(name: str, work: Path) -> dict[str, Any] | None:
+    """Epochs, hours of training by the wall clock and errors on the validation structures; None before an epoch."""
+    log = work / "runs" / name / "results" / f"{name}_run-1_train.txt"
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    epochs = [entry for entry in entries if entry["mode"] == "eval" and entry["epoch"] is not None]
+    if not epochs:
+        return None
+    return {
+        "model": name,
+        "irreps": KINDS[name].irreps,
+        "epochs": epochs[-1]["epoch"] + 1,
+        "hours_of_training": sum(entry["time"] for entry in entries if entry["mode"] == "opt") / 3600,
+        "force_mae_mev_per_angstrom": 1e3 * epochs[-1]["mae_f"],
+        "force_rmse_mev_per_angstrom": 1e3 * epochs[-1]["rmse_f"],
+        "force_rmse_over_force_rms": epochs[-1]["rel_rmse_f"] / 100,
+        "energy_mae_mev_per_atom": 1e3 * epochs[-1]["mae_e_per_atom"],
+    }
+
+
+def report(work: Path) -> None:
+    rows = [row for name in TRAINED if (row := progress(name, work)) is not None]
+    write_result("dense_models", rows, work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TRAINED)}; all if none is given")
@@ -253,6 +281,8 @@ def main() -> None:
             print(
                 f"{work / name}.model: {last_epoch(work / 'runs' / name / 'checkpoints', name) + 1} epochs", flush=True
             )
+            report(work)
+    report(work)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """How far rounding moves forces from the float model's, beside that model's own error and the size of the forces.
 
-    python benchmarks/force_difference.py NAME=MODEL,TRAIN,TEST[,CALIBRATION_FRAMES] ... --name RESULT
+    python benchmarks/force_difference.py NAME=MODEL,TRAIN,TEST[,CALIBRATION_FRAMES] ... --name RESULT [--work DIR]
 
 Models of the framework that is installed; ``SHARED`` in a path is the folder of models and data beside the repository,
-and the ethanol model is the one that `mace_models.write_trained_model` of ``tests/helpers`` writes. For each, presets
-as `gaq quantize` makes them, and worse ones on purpose: too few bits, nearest rounding, no distillation. The gate
+``DIR`` that of ``--work``. The ethanol model is the one that `mace_models.write_trained_model` of ``tests/helpers``
+writes, those of dense matter are made by `benchmarks/dense_models.py`. Rows of other models in the result file stay,
+each with the command that measured it. For each model, presets as `gaq quantize` makes them, and worse ones on
+purpose: too few bits, nearest rounding, no distillation. The gate
 `force_difference` (`gaq.reporting.gates`) follows from the result: rounding adds to the float model's error in
 quadrature (columns `mae_ratio` and `by_quadrature`), and ruined models differ by as much as the forces are large.
 """
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase.io import read
-from common import SHARED, write_result
+from common import RESULTS, SHARED, load_json, recorded_command, write_result
 
 import gaq
 from gaq.adapter import adapter_for
@@ -81,6 +83,7 @@ def measure(case: str, frames: int) -> list[dict[str, Any]]:
                 "by_quadrature": math.hypot(1.0, difference / error),
                 "calibration_structures": len(calibration),
                 "test_structures": len(structures),
+                "atoms": sum(map(len, structures)),
             }
         )
         print(rows[-1], flush=True)
@@ -92,13 +95,18 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", metavar="NAME=MODEL,TRAIN,TEST[,FRAMES]")
     parser.add_argument("--frames", type=int, default=50, help="test structures")
     parser.add_argument("--name", required=True, help="of the result file")
+    parser.add_argument("--work", type=Path, default=Path.cwd(), help="folder that DIR in a path stands for")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = []
+    before = load_json(RESULTS / f"{args.name}.json")
+    rows: list[dict[str, Any]] = [{"command": before["command"], **row} for row in before.get("rows", [])]
+    command = recorded_command(args.work)
     for case in args.cases:
-        rows += measure(case.replace("SHARED", str(SHARED)), args.frames)
-        path = write_result(args.name, rows, work=Path.cwd())
+        name = case.split("=", 1)[0]
+        measured = measure(case.replace("SHARED", str(SHARED)).replace("DIR", str(args.work)), args.frames)
+        rows = [row for row in rows if row["model"] != name] + [{**row, "command": command} for row in measured]
+        path = write_result(args.name, rows, work=args.work)
     columns = ("model", "configuration", "difference_over_force", "difference_over_float_error", "mae_ratio")
     print(markdown_table(rows, [*columns, "by_quadrature"]))
     print(path)

@@ -1,15 +1,18 @@
 """How many bits scalar features need: energy noise, central differences, bond scan, forces and time of a step.
 
-    python benchmarks/scalar_bits.py [--dense DIR] [--cases molecule alloy water salt foundation]
+    python benchmarks/scalar_bits.py DIR [--cases molecule alloy water salt many "MP-0 small" "MP-0 medium"]
 
-Run it in MACE's environment, then in NequIP's: the rows of the cases measured replace those in the result file. DIR
-holds trained models of periodic cells, ``KIND.model`` with ``KIND_test.xyz``; `benchmarks/dense_models.py` makes them.
-Cases whose files are not there are left out, and named.
+Run it in MACE's environment, then in NequIP's. DIR holds trained models of periodic cells, ``KIND.model`` with
+``KIND_test.xyz``; `benchmarks/dense_models.py` makes them. A case whose files are not there is left out, and named.
+Finished rows are kept in DIR/scalar_bits: the command goes on where it was stopped, and a row is measured again only if
+the model or what is measured on it has changed. Models of `foundation_shapes` have random weights, scaled to forces of
+1 eV/Å.
 
-All numbers but times are taken in float64 through the fused kernels. Weights are rounded to nearest; they do not move
-with the atoms and add no noise. "Noise" is what the rounding of features adds to the energy between positions 0.01 Å
-apart: standard deviation of rounded minus exact features, of the same weights. Times are processor time of a step of
-MACE's calculator in float32, alternating, as ratios to 16 bits.
+All numbers but times are taken in float64 through the fused kernels, on `STRUCTURES` structures; of periodic ones the
+last is doubled along its first axis. Weights are rounded to nearest; they do not move with the atoms and add no noise.
+"Noise" is what the rounding of features adds to the energy between positions 0.01 Å apart: standard deviation of
+rounded minus exact features, of the same weights, where central differences are taken. Times are processor time of
+energy and forces of one structure in float32, neighbour lists included, the widths in turn, as ratios to 16 bits.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import shlex
-import sys
-import tempfile
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk
 from ase.io import read
-from common import RESULTS, SHARED, load_json, write_result
+from common import SHARED, load_json, write_result
 
 import gaq
 from gaq.adapter import Adapter, adapter_for, adapters
@@ -40,82 +41,74 @@ from gaq.checks.errors import spaced
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import bond_stretch_scan
 from gaq.quantizers.weights import largest_code
+from gaq.reporting.environment import versions
 from gaq.reporting.tables import markdown_table
 
 NAME = "scalar_bits"
 WIDTHS = (16, 18, 20, 22, 24)
-SETTINGS = [*((scalars, 16) for scalars in WIDTHS), (20, 18), (24, 18), (None, 16)]
+EXACT = (None, None)
+SETTINGS = [*((scalars, 16) for scalars in WIDTHS), (20, 18), (None, 16), EXACT]
 """Bits of scalars and of vectors (magnitude, and each angle); None: exact."""
 STEP = 0.01  # Å
-STRUCTURES = 3
-SPAN, POINTS = (-0.2, 0.1), 61
-"""Part of the scan of `gaq report` where a bond is stiffest, with its spacing of 5 mÅ."""
+STRUCTURES, COMPONENTS = 3, 8
+SPAN, POINTS = (-0.2, -0.05), 31
+"""The part of the scan of `gaq report` where a bond is stiffest, with its spacing of 5 mÅ."""
+PERIODIC = ("alloy", "water", "salt", "many")
+SHAPES = ("MP-0 small", "MP-0 medium")
 
 
 @dataclass
 class Case:
-    """A model with the structures it is measured on.
+    """A float model with the structures it is measured on.
 
     Attributes:
         kind: name in the tables.
-        model: the float model.
-        structures: of this model's kind, away from equilibrium.
-        displacements: of random atoms, for the noise, in each structure.
-        points: of the bond-stretch scan.
-        settings: of `SETTINGS`, those that are measured.
-        timed: widths of scalars whose step is timed, 16 among them.
-        repeats: timed steps; 0: none.
+        path: file of the model.
+        structures: away from equilibrium; with labels if the model is trained.
     """
 
     kind: str
-    model: torch.nn.Module
+    path: Path
     structures: list[Atoms]
-    displacements: int = 6
-    points: int = POINTS
-    settings: Sequence[tuple[int | None, int | None]] = tuple(SETTINGS)
-    timed: Sequence[int] = WIDTHS
-    repeats: int = 25
+
+    @property
+    def trained(self) -> bool:
+        return "REF_forces" in self.structures[0].arrays
 
 
-def random_alloy(elements: list[int], seed: int = 0) -> Atoms:
-    """A rattled fcc cell of 16 atoms of these elements."""
-    rng = np.random.default_rng(seed)
-    cell = bulk("Cu", "fcc", a=4.0, cubic=True) * (2, 2, 1)
-    cell.numbers = rng.choice(elements, size=len(cell))
-    cell.positions += rng.normal(scale=0.1, size=cell.positions.shape)
-    return cell
+def periodic(frames: Sequence[Atoms]) -> list[Atoms]:
+    """Cells of 50 to 200 atoms; the last of them is doubled."""
+    cells = spaced([atoms for atoms in frames if 50 <= len(atoms) <= 200], STRUCTURES)
+    return [*cells[:-1], cells[-1].repeat((2, 1, 1))]
 
 
-def cases(arguments: argparse.Namespace) -> dict[str, Callable[[], Case | None]]:
-    """Makers of the cases that this environment can measure, by name."""
-    name, path = "molecule", SHARED / "models/mace_azobenzene.model"
-    if "nequip" in adapters():
-        name, path = "nequip molecule", SHARED / "models/nequip_azobenzene.ckpt"
+def cases(work: Path) -> dict[str, Callable[[], Case]]:
+    """Makers of the cases that this environment can measure and whose files exist, by name."""
+    nequip = "nequip" in adapters()
+    model = SHARED / "models" / ("nequip_azobenzene.ckpt" if nequip else "mace_azobenzene.model")
+    test = SHARED / "data/rmd17/azobenzene_test_01.xyz"
 
     def molecule() -> Case:
-        frames = read(SHARED / "data/rmd17/azobenzene_test_01.xyz", ":")
-        return Case(name, gaq.load(path), spaced(frames, STRUCTURES))
+        return Case("nequip molecule" if nequip else "molecule", model, spaced(read(test, ":"), STRUCTURES))
 
-    if "nequip" in adapters():
-        return {"molecule": molecule}
+    def dense(kind: str) -> Case:
+        return Case(kind, work / f"{kind}.model", periodic(read(work / f"{kind}_test.xyz", ":")))
 
-    def dense(kind: str) -> Case | None:
-        path, test = arguments.dense / f"{kind}.model", arguments.dense / f"{kind}_test.xyz"
-        if not path.is_file() or not test.is_file():
-            return None
-        frames = [atoms for atoms in read(test, ":") if 50 <= len(atoms) <= 200]
-        return Case(kind, gaq.load(path), spaced(frames, arguments.structures))
+    def shape(name: str) -> Case:
+        import foundation
 
-    def foundation() -> Case:
-        from mace_speed import big_model
+        folder = work / NAME / name.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "steps.xyz").exists():
+            foundation.make(name, folder, STRUCTURES)
+        return Case(f"{name}, random weights", folder / "float.model", periodic(read(folder / "cells.xyz", ":")))
 
-        elements = [*range(1, 84), *range(89, 95)]
-        structures = [random_alloy([13, 22, 26, 28, 29, 47, 79])]
-        few = ((16, 16), (20, 16), (24, 16), (20, 18))
-        return Case("foundation", big_model(elements).eval(), structures, 6, 31, few, (16, 20), 8)
-
-    periodic = {kind: functools.partial(dense, kind) for kind in ("alloy", "water", "salt")}
-    return {"molecule": molecule, **periodic, "foundation": foundation}
+    makers: dict[str, Callable[[], Case]] = {"molecule": molecule} if model.is_file() and test.is_file() else {}
+    if nequip:
+        return makers
+    there = [kind for kind in PERIODIC if all((work / f"{kind}{end}").is_file() for end in (".model", "_test.xyz"))]
+    makers |= {kind: functools.partial(dense, kind) for kind in there}
+    return makers | {name: functools.partial(shape, name) for name in SHAPES}
 
 
 def quantized(model: torch.nn.Module, structures: list[Atoms], scalars: int = 16) -> torch.nn.Module:
@@ -140,105 +133,146 @@ def with_bits(adapter: Adapter, model: torch.nn.Module, scalars: int | None, vec
     return adapter.potential(model)
 
 
-def displaced(structures: list[Atoms], count: int) -> list[Atoms]:
-    """Pairs of structures with one atom moved by plus and minus `STEP` in a random direction."""
-    rng = np.random.default_rng(0)
-    pairs = []
-    for atoms in structures:
-        for _ in range(count):
-            moved, direction = int(rng.integers(len(atoms))), rng.normal(size=3)
-            for sign in (1.0, -1.0):
-                pair = atoms.copy()
-                pair.positions[moved] += sign * STEP * direction / np.linalg.norm(direction)
-                pairs.append(pair)
-    return pairs
+class Recorded:
+    """A potential that keeps what it returned last."""
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self.energies, self.forces = np.zeros(0), [np.zeros(0)]
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        self.energies, self.forces = self.potential(structures)
+        return self.energies, self.forces
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
-    adapter = adapter_for(case.model)
-    atoms = [len(s) for s in case.structures]
-    with adapter.process_state():
-        converted = adapter.in_float64(quantized(case.model, case.structures))
-        floating = adapter.potential(adapter.in_float64(case.model))
-        smooth = with_bits(adapter, converted, None, None)
-        points = displaced(case.structures, case.displacements)
-        energies = np.asarray(smooth(points)[0])
-        forces = np.concatenate(smooth(case.structures)[1])
-        float_forces = np.concatenate(floating(case.structures)[1])
-        size = float(np.sqrt((float_forces**2).mean()))
-        scanned: list[Any] = []
-        span = (SPAN[0], SPAN[0] + (SPAN[1] - SPAN[0]) * (case.points - 1) / (POINTS - 1))
+class Measurement:
+    """What all settings of a case share: the rounded weights, exact features and the float model."""
 
-        def reference(structures: Any) -> Any:
-            """The float model along the scan, which is the same for every width."""
-            if not scanned:
-                scanned.append(floating(structures))
-            return scanned[0]
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.float_model = gaq.load(case.path)
+        self.adapter = adapter_for(self.float_model)
 
-        rows = []
-        for scalars, vectors in [*case.settings, (None, None)]:
-            potential = with_bits(adapter, converted, scalars, vectors)
-            noise = np.asarray(potential(points)[0]) - energies
-            difference = noise[::2] - noise[1::2]
-            rounded = np.concatenate(potential(case.structures)[1])
-            errors = central_difference_error(potential, case.structures, steps=(STEP,))
-            scan = bond_stretch_scan(potential, case.structures[0], reference, span=span, points=case.points)
-            rows.append(
-                {
-                    "kind": case.kind,
-                    "atoms": atoms,
-                    "scalar_bits": scalars,
-                    "vector_bits": vectors,
-                    "noise_mev": 1e3 * float(difference.std() / np.sqrt(2)),
-                    "noise_mev_per_atom": 1e3 * float(difference.std() / np.sqrt(2) / np.mean(atoms)),
-                    "noise_of_central_differences": float(np.sqrt((difference**2).mean()) / (2 * STEP) / size),
-                    "central_difference_error": errors[STEP].relative_error,
-                    "scan_jump_mev": scan.largest_jump_mev,
-                    "scan_allowed_mev": scan.allowed_mev,
-                    "force_rms_mev_per_angstrom": 1e3 * size,
-                    "force_change_by_features_mev_per_angstrom": 1e3 * float(np.abs(rounded - forces).mean()),
-                    "force_change_mev_per_angstrom": 1e3 * float(np.abs(rounded - float_forces).mean()),
-                }
-            )
-            print(rows[-1], flush=True)
-    ratios = step_times(case) if case.repeats and adapter.name == "mace" else {}
-    for row in rows:
-        if row["vector_bits"] == 16 and row["scalar_bits"] in ratios:
-            row |= ratios[row["scalar_bits"]]
-    return rows
+    @functools.cached_property
+    def converted(self) -> torch.nn.Module:
+        with self.adapter.process_state():
+            return self.adapter.in_float64(quantized(self.float_model, self.case.structures))
 
+    @functools.cached_property
+    def float_potential(self) -> Potential:
+        return self.adapter.potential(self.adapter.accelerate(self.adapter.in_float64(self.float_model)))
 
-def step_times(case: Case) -> dict[int, dict[str, float]]:
-    """Processor time of a step in float32 for each width of scalars, and its ratio to 16 bits in the same round."""
-    from mace.calculators import MACECalculator
+    @functools.cached_property
+    def exact(self) -> tuple[float, Recorded]:
+        """Central differences with exact features."""
+        return self.central_difference(*EXACT)
 
-    calculators = {}
-    atoms = max(case.structures, key=len).copy()
-    with tempfile.TemporaryDirectory() as folder:
-        for bits in case.timed:
-            path = Path(folder) / f"{bits}.model"
-            gaq.save(quantized(case.model, case.structures, bits), path)
-            calculators[bits] = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float32")
-    rng = np.random.default_rng(0)
-    times: dict[int, list[float]] = {bits: [] for bits in case.timed}
-    start_positions = atoms.positions.copy()
-    for repeat in range(case.repeats + 2):
-        atoms.positions = start_positions + rng.normal(scale=0.005, size=start_positions.shape)
-        # The order turns, so that no width always follows the same one.
-        first = repeat % len(case.timed)
-        for bits in (*case.timed[first:], *case.timed[:first]):
-            start = time.process_time()
-            calculators[bits].calculate(atoms, ["energy", "forces"])
-            if repeat >= 2:
-                times[bits].append(time.process_time() - start)
-    base = np.array(times[16])
-    return {
-        bits: {
-            "seconds_per_step": float(np.median(values)),
-            "ratio_to_16_bits": float(np.median(np.array(values) / base)),
+    @functools.cached_property
+    def float_forces(self) -> np.ndarray:
+        return np.concatenate(self.float_potential(self.case.structures)[1])
+
+    def reference(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The float model along the scan, which is the same for every setting."""
+        if not hasattr(self, "scanned"):
+            self.scanned = self.float_potential(structures)
+        return self.scanned
+
+    def central_difference(self, scalars: int | None, vectors: int | None) -> tuple[float, Recorded]:
+        """The relative error, and energies and forces: of the structures, then of the pairs of displaced ones."""
+        recorded = Recorded(with_bits(self.adapter, self.converted, scalars, vectors))
+        errors = central_difference_error(recorded, self.case.structures, (STEP,), COMPONENTS)
+        return errors[STEP].relative_error, recorded
+
+    def row(self, scalars: int | None, vectors: int | None) -> dict[str, Any]:
+        structures = self.case.structures
+        count, atoms = len(structures), np.array([len(one) for one in structures])
+        error, recorded = self.exact if (scalars, vectors) == EXACT else self.central_difference(scalars, vectors)
+        noise = (recorded.energies - self.exact[1].energies)[count:]
+        difference = noise[::2] - noise[1::2]
+        forces, exact = (np.concatenate(one.forces[:count]) for one in (recorded, self.exact[1]))
+        size = float(np.sqrt((self.float_forces**2).mean()))
+        scan = bond_stretch_scan(recorded.potential, structures[0], self.reference, span=SPAN, points=POINTS)
+        row = {
+            "kind": self.case.kind,
+            "atoms": atoms.tolist(),
+            "scalar_bits": scalars,
+            "vector_bits": vectors,
+            "noise_mev": 1e3 * float(difference.std() / np.sqrt(2)),
+            "noise_mev_per_atom": 1e3 * float((difference / np.repeat(atoms, COMPONENTS)).std() / np.sqrt(2)),
+            "noise_of_central_differences": float(np.sqrt((difference**2).mean()) / (2 * STEP) / size),
+            "central_difference_error": error,
+            "scan_jump_mev": scan.largest_jump_mev,
+            "scan_allowed_mev": scan.allowed_mev,
+            "force_rms_mev_per_angstrom": 1e3 * size,
+            "force_change_by_features_mev_per_angstrom": 1e3 * float(np.abs(forces - exact).mean()),
+            "force_change_mev_per_angstrom": 1e3 * float(np.abs(forces - self.float_forces).mean()),
         }
-        for bits, values in times.items()
-    }
+        if self.case.trained:
+            labels = np.concatenate([one.arrays["REF_forces"] for one in structures])
+            row["force_mae_mev_per_angstrom"] = 1e3 * float(np.abs(forces - labels).mean())
+            row["float_force_mae_mev_per_angstrom"] = 1e3 * float(np.abs(self.float_forces - labels).mean())
+        return row
+
+    def step_times(self, repeats: int) -> dict[str, dict[str, float]]:
+        """Processor time of a step for each width of scalars, and its ratio to 16 bits in the same round."""
+        with self.adapter.process_state():
+            potentials = {
+                bits: self.adapter.potential(quantized(self.float_model, self.case.structures, bits)) for bits in WIDTHS
+            }
+            atoms = self.case.structures[0].copy()
+            rng = np.random.default_rng(0)
+            times: dict[int, list[float]] = {bits: [] for bits in WIDTHS}
+            start_positions = atoms.positions.copy()
+            for repeat in range(repeats + 2):
+                atoms.positions = start_positions + rng.normal(scale=0.005, size=start_positions.shape)
+                # The order turns, so that no width always follows the same one.
+                first = repeat % len(WIDTHS)
+                for bits in (*WIDTHS[first:], *WIDTHS[:first]):
+                    start = time.process_time()
+                    potentials[bits]([atoms])
+                    if repeat >= 2:
+                        times[bits].append(time.process_time() - start)
+        base = np.array(times[16])
+        return {
+            str(bits): {
+                "seconds_per_step": float(np.median(values)),
+                "ratio_to_16_bits": float(np.median(np.array(values) / base)),
+                "timed_steps": repeats,
+            }
+            for bits, values in times.items()
+        }
+
+
+def measure(case: Case, folder: Path, repeats: int) -> None:
+    """Measure what ``folder`` does not hold yet of a case."""
+    path = folder / f"{case.kind.replace(' ', '_')}.json"
+    digest = hashlib.sha256(case.path.read_bytes()).hexdigest()[:12]
+    of = f"{digest}, {STRUCTURES} x {COMPONENTS}, scan {SPAN} {POINTS}"
+    held = load_json(path)
+    if held.get("of") != of:
+        held = {"of": of, "kind": case.kind, "rows": {}, "times": {}}
+    measurement = Measurement(case)
+    for scalars, vectors in SETTINGS:
+        key = f"{scalars},{vectors}"
+        if key not in held["rows"]:
+            held["rows"][key] = {**measurement.row(scalars, vectors), "versions": versions()}
+            path.write_text(json.dumps(held, indent=1))
+            print(case.kind, key, json.dumps(held["rows"][key]), flush=True)
+    if not held["times"] and repeats:
+        held["times"] = measurement.step_times(repeats)
+        path.write_text(json.dumps(held, indent=1))
+
+
+def gathered(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all cases, each with its time."""
+    order = [*(f"{prefix}molecule" for prefix in ("", "nequip ")), *PERIODIC, *(f"{s}, random weights" for s in SHAPES)]
+    held = {one["kind"]: one for one in map(load_json, folder.glob("*.json"))}
+    rows = []
+    for kind in (kind for kind in order if kind in held):
+        for row in held[kind]["rows"].values():
+            timed = held[kind]["times"].get(str(row["scalar_bits"]), {}) if row["vector_bits"] == 16 else {}
+            rows.append({**row, **timed})
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -250,7 +284,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             if row["kind"] != kind:
                 continue
             bits = ["exact" if row[key] is None else str(row[key]) for key in ("scalar_bits", "vector_bits")]
-            ratio = row.get("ratio_to_16_bits")
+            ratio, label = row.get("ratio_to_16_bits"), row.get("force_mae_mev_per_angstrom")
+            float_label = row.get("float_force_mae_mev_per_angstrom")
             shown.append(
                 {
                     "scalars": bits[0],
@@ -259,7 +294,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     "central differences, %": f"{100 * row['central_difference_error']:.3f}",
                     "bond scan, meV": f"{row['scan_jump_mev']:.3f} of {row['scan_allowed_mev']:.3f}",
                     "forces by features, meV/Å": f"{row['force_change_by_features_mev_per_angstrom']:.4f}",
-                    "forces against float, meV/Å": f"{row['force_change_mev_per_angstrom']:.3f}",
+                    "force error (float), meV/Å": "" if label is None else f"{label:.2f} ({float_label:.2f})",
                     "step / 16 bits": "" if ratio is None else f"{ratio:.3f}",
                 }
             )
@@ -270,31 +305,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", type=Path, default=Path("dense"), help="folder of the models of periodic cells")
-    parser.add_argument("--cases", nargs="*", default=["molecule", "alloy", "water", "salt", "foundation"])
-    parser.add_argument("--structures", type=int, default=STRUCTURES, help="of a periodic kind")
-    parser.add_argument("--points", type=int, default=POINTS, help="of the bond scan, 5 mÅ apart")
-    parser.add_argument("--settings", nargs="*", default=[], help="bits of scalars and vectors to measure: 16,16 20,16")
-    parser.add_argument("--repeats", type=int, default=None, help="timed steps; 0: none")
+    parser.add_argument("work", type=Path, metavar="DIR", help="folder of the models of periodic cells, and of rows")
+    parser.add_argument("--cases", nargs="*", default=["molecule", *PERIODIC, *SHAPES])
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps; 0: none")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    makers = cases(arguments)
-    rows: list[dict[str, Any]] = load_json(RESULTS / f"{NAME}.json").get("rows", [])
+    work = arguments.work.resolve()
+    (work / NAME).mkdir(parents=True, exist_ok=True)
+    makers = cases(work)
     for name in arguments.cases:
-        case = makers[name]() if name in makers else None
-        if case is None:
+        if name in makers:
+            measure(makers[name](), work / NAME, arguments.repeats)
+        else:
             print(f"left out: {name}", flush=True)
-            continue
-        if arguments.settings:
-            pairs = (setting.split(",") for setting in arguments.settings)
-            case.settings = [(int(scalars), int(vectors)) for scalars, vectors in pairs]
-        case.points = min(case.points, arguments.points)
-        case.repeats = case.repeats if arguments.repeats is None else arguments.repeats
-        command = shlex.join(sys.argv[1:]).replace(str(arguments.dense), "DIR")
-        measured = [{**row, "arguments": command} for row in measure(case)]
-        rows = [row for row in rows if row["kind"] != case.kind] + measured
-        write_result(NAME, rows, work=arguments.dense)
+    rows = gathered(work / NAME)
+    write_result(NAME, rows, work=arguments.work)
     print(table(rows))
 
 
