@@ -60,6 +60,7 @@ class FusedInteractionBlock(InteractionBlock):
         Hidden layers are evaluated in float64, because slopes are differences of their values. The last layer, which
         is most of the work, multiplies coefficients in the dtype of the model.
         """
+        # Evaluated, because the inputs would be the largest constant of a small model's file.
         hidden, last = before_last(self.edge_mlp.mlp, self.embedding(self.nodes), dtype)
         coefficients = radial.polynomials(hidden, self.to_coefficients).flatten(0, 1)
         weights = self.chunked.weights(last(coefficients.to(dtype)), self.columns)
@@ -79,18 +80,18 @@ class FusedInteractionBlock(InteractionBlock):
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
-        problem = self.chunked.problem
+        problem, table = self.chunked.problem, self.table(x.dtype)
         features = self.chunked.rows(x).contiguous()
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(problem, graph, features, vectors, self.table(x.dtype), scales=scales)
+            message = convolution.convolution(problem, graph, features, vectors, table, scales=scales)
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
-                self.table(x.dtype),
+                table,
                 x.new_empty(0) if scales is None else scales,
                 self.plan_ints,
                 self.plan_reals,
@@ -267,10 +268,9 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
         _fuse_products(model)
         _fuse_rounding(model)
     served, kept = _examine(model, torch.device(device))
-    intervals = _shared_intervals(served, kept)
     for name, examined in served.items():
         try:
-            _fuse_convolution(examined, intervals, torch.device(device))
+            _fuse_convolution(examined, torch.device(device))
         except ValueError as error:
             kept[name] = str(error)
     return kept
@@ -315,36 +315,17 @@ def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _E
     return served, kept
 
 
-def _shared_intervals(served: dict[str, _Examined], kept: dict[str, str]) -> int:
-    """Number of intervals of the finest table that a block needs.
-
-    All blocks have it, so that a compiled file evaluates the inputs of their radial networks once. A block whose radial
-    functions cannot be tabulated moves from `served` to `kept`.
-    """
-    intervals = radial.FEWEST
-    for name, (block, embedding, chunked) in list(served.items()):
-        try:
-            with torch.no_grad():
-                table = radial.tabulate(_radial_function(block, embedding), chunked.problem.r_max, fewest=intervals)
-            intervals = table.coefficients.shape[1]
-        except ValueError as error:
-            kept[name] = str(error)
-            del served[name]
-    return intervals
-
-
 def _radial_function(block: AnyModule, embedding: Embedding) -> Callable[[Tensor], Tensor]:
     """Radial weights of a block as a function of the edge length, in float64."""
     network = copy.deepcopy(block.edge_mlp).double()
     return lambda lengths: network(embedding(lengths))
 
 
-def _fuse_convolution(examined: _Examined, intervals: int, device: torch.device) -> None:
+def _fuse_convolution(examined: _Examined, device: torch.device) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
 
     Args:
         examined: the block, with what describes its convolution.
-        intervals: of its radial table.
         device: on which the compiled file will run.
 
     Raises:
@@ -352,9 +333,10 @@ def _fuse_convolution(examined: _Examined, intervals: int, device: torch.device)
     """
     block, embedding, chunked = examined
     problem = chunked.problem
-    nodes = radial.node_lengths(problem.r_max, intervals)
     with torch.no_grad():
-        table = radial.interpolate(_radial_function(block, embedding), problem.r_max, intervals)
+        table = radial.tabulate(_radial_function(block, embedding), problem.r_max)
+        intervals = table.coefficients.shape[1]
+        nodes = radial.node_lengths(problem.r_max, intervals)
         hidden, last = before_last(copy.deepcopy(block.edge_mlp.mlp).double(), embedding(nodes), torch.float64)
         propagated = last(radial.polynomials(hidden).flatten(0, 1)).view_as(table.coefficients)
     if not torch.allclose(propagated, table.coefficients, rtol=0, atol=1e-9 * float(table.coefficients.abs().max())):
