@@ -114,9 +114,9 @@ def cases(work: Path) -> dict[str, Callable[[], Case]]:
     return makers | {name: functools.partial(shape, name) for name in SHAPES}
 
 
-def quantized(model: torch.nn.Module, structures: list[Atoms], scalars: int = 16) -> torch.nn.Module:
+def quantized(model: torch.nn.Module, structures: list[Atoms]) -> torch.nn.Module:
     """The model converted by the default preset, with weights rounded to nearest."""
-    options = {"weights": {"rounding": "nearest"}, "distillation": {"steps": 0}, "scalars": {"bits": scalars}}
+    options = {"weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     prepared = gaq.prepare(copy.deepcopy(model), {"preset": "gaq", **options})
     gaq.calibrate(prepared, structures[:1], progress=False)
     return gaq.convert(prepared)
@@ -157,9 +157,15 @@ class Measurement:
         self.adapter = adapter_for(self.float_model)
 
     @functools.cached_property
+    def rounded(self) -> torch.nn.Module:
+        """The converted model in the dtype of the float one."""
+        with self.adapter.process_state():
+            return quantized(self.float_model, self.case.structures)
+
+    @functools.cached_property
     def converted(self) -> torch.nn.Module:
         with self.adapter.process_state():
-            return self.adapter.in_float64(quantized(self.float_model, self.case.structures))
+            return self.adapter.in_float64(self.rounded)
 
     @functools.cached_property
     def float_potential(self) -> Potential:
@@ -224,7 +230,7 @@ class Measurement:
             quantizer.vectors_enabled = False
             quantizer.scalar_top = float(largest_code(bits or DEFAULT_BITS))
         recorded = Recorded(self.adapter.potential(model))
-        errors = central_difference_error(recorded, self.case.structures[:1], (STEP,), 2 * COMPONENTS)
+        errors = central_difference_error(recorded, self.case.structures[:1], (STEP,), COMPONENTS)
         return errors[STEP].relative_error, recorded.energies[1:]
 
     @functools.cached_property
@@ -247,9 +253,7 @@ class Measurement:
     def step_times(self, repeats: int) -> dict[str, dict[str, float]]:
         """Processor time of a step for each width of scalars, and its ratio to 16 bits in the same round."""
         with self.adapter.process_state():
-            potentials = {
-                bits: self.adapter.potential(quantized(self.float_model, self.case.structures, bits)) for bits in WIDTHS
-            }
+            potentials = {bits: with_bits(self.adapter, self.rounded, bits, 16) for bits in WIDTHS}
             atoms = self.case.structures[0].copy()
             rng = np.random.default_rng(0)
             times: dict[int, list[float]] = {bits: [] for bits in WIDTHS}
