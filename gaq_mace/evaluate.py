@@ -12,6 +12,7 @@ from mace import data
 from mace.tools import torch_geometric, utils
 from torch import Tensor
 
+from gaq.model.elements import check_known
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
 from gaq_mace.engine.serving import Served, engine_for
@@ -46,14 +47,7 @@ def make_batches(
         raise ValueError("no structures were given.")
     numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]  # a tensor
     table = utils.AtomicNumberTable(numbers)
-    known = {_symbol(z) for z in numbers}
-    for i, structure in enumerate(structures):
-        unknown = sorted(set(structure.get_chemical_symbols()) - known)
-        if unknown:
-            raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
-                f"not know; its elements are {', '.join(_symbol(z) for z in numbers)}."
-            )
+    check_known([_symbol(z) for z in numbers], structures)
     first = next(model.parameters())
     heads = getattr(model, "heads", ["Default"])
     if head is None:
@@ -122,14 +116,23 @@ class MACEPotential:
         self.model = model
         self.atoms = atoms
 
-    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-        energies: list[np.ndarray] = []
-        forces: list[np.ndarray] = []
+    def _batches(self, structures: Sequence[Atoms]) -> list[dict[str, Tensor]]:
         atoms = self.atoms
         if atoms is None:
             atoms = FUSED_ATOMS if isinstance(self.model, Served) and engine_for(self.model, {}) else REFERENCE_ATOMS
+        return make_batches(self.model, structures, atoms)
+
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """Energies alone, shape (len(structures),), eV."""
+        with default_dtype(next(self.model.parameters()).dtype), torch.no_grad():
+            outputs = [self.model(batch, compute_force=False)["energy"] for batch in self._batches(structures)]
+        return torch.cat(outputs).cpu().numpy()
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        energies: list[np.ndarray] = []
+        forces: list[np.ndarray] = []
         with default_dtype(next(self.model.parameters()).dtype):
-            for batch in make_batches(self.model, structures, atoms):
+            for batch in self._batches(structures):
                 energy, force, counts = energy_and_forces(self.model, batch)
                 energies.append(energy.detach().cpu().numpy())
                 forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))

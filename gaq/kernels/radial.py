@@ -99,10 +99,10 @@ def node_lengths(r_max: float, intervals: int) -> Tensor:
     return lengths
 
 
-def check_lengths(r_max: float, intervals: int) -> Tensor:
-    """Lengths at which errors are measured, one in each interval above `NEAREST`."""
+def check_lengths(r_max: float, intervals: int, nearest: float = NEAREST) -> Tensor:
+    """Lengths at which errors are measured, one in each interval above `nearest`."""
     lengths = (torch.arange(intervals, dtype=torch.float64) + _nodes(DEGREE)[1]) * (r_max / intervals)
-    return lengths[lengths > min(NEAREST, 0.5 * r_max)]
+    return lengths[lengths > min(nearest, 0.5 * r_max)]
 
 
 @cached(1)
@@ -132,7 +132,12 @@ def polynomials(values: Tensor, matrix: Tensor | None = None) -> Tensor:
 
 
 def interpolate(
-    function: Callable[[Tensor], Tensor], r_max: float, intervals: int, last: Tensor | None = None
+    function: Callable[[Tensor], Tensor],
+    r_max: float,
+    intervals: int,
+    last: Tensor | None = None,
+    out: Tensor | None = None,
+    nearest: float = NEAREST,
 ) -> RadialTable:
     """Tabulate radial functions with a number of intervals, and measure the errors.
 
@@ -142,26 +147,70 @@ def interpolate(
         intervals: from 0 to the cutoff.
         last: last layer of a radial network, which is linear, so that it can be applied to coefficients instead of
             values: (paths, features, channels), float64. Without it, the features are the channels of one path.
+        out: memory for the coefficients, contiguous, (..., paths, intervals, COEFFICIENTS, channels), in float64 or in
+            float32; None for new memory in float64.
+        nearest: length in Å above which errors are measured.
     """
-    nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals)
+    nodes, checks = node_lengths(r_max, intervals), check_lengths(r_max, intervals, nearest)
     at_nodes, exact = function(torch.cat([nodes, checks])).split([nodes.numel(), checks.numel()], dim=-2)
     coefficients = polynomials(at_nodes)
+    first = intervals - checks.numel()
     _, between, slope_factor = _nodes(DEGREE)
     powers = torch.tensor([between**k for k in range(COEFFICIENTS)], dtype=torch.float64)
-    missed = torch.einsum("...kc,k->...c", coefficients[..., intervals - checks.numel() :, :, :], powers) - exact
-    missed, exact = missed.unsqueeze(-3), exact.unsqueeze(-3)
-    table = coefficients.flatten(-3, -2).unsqueeze(-3)
-    if last is not None:
-        table = table @ last
-        # Their sizes are all that matters.
-        missed, exact = missed.float() @ last.float(), exact.float() @ last.float()
-    table = table.unflatten(-2, (intervals, COEFFICIENTS))
-    largest = missed.abs().amax(dim=(-3, -2, -1))
-    slopes = table[..., intervals - checks.numel() :, 1, :]
+    missed = torch.einsum("...kc,k->...c", coefficients[..., first:, :, :], powers) - exact
+    leading = coefficients.shape[:-3]
+    paths, channels = (1, coefficients.shape[-1]) if last is None else (last.shape[0], last.shape[2])
+    if out is None:
+        out = coefficients.new_empty(*leading, paths, intervals, COEFFICIENTS, channels)
+    if last is None:
+        out.copy_(coefficients.unsqueeze(-4))
+        largest = torch.stack(
+            [of.abs().amax(dim=(-2, -1)) for of in (missed, *coefficients[..., first:, :2, :].unbind(-2))], dim=-1
+        )
+    else:
+        several, errors = (of.view(math.prod(leading), *of.shape[len(leading) :]) for of in (coefficients, missed))
+        largest = _through_last(several, errors, last, out.view(-1, *out.shape[-4:]))
+    error, value, slope = largest.unbind(-1)
     # Both errors and slopes for intervals of length 1: the ratio is the same.
-    slope_error = slope_factor * largest / slopes.abs().amax(dim=(-3, -2, -1))
-    error = largest / exact.abs().amax(dim=(-3, -2, -1))
-    return RadialTable(table, r_max, float(error.max()), float(slope_error.max()))
+    return RadialTable(out, r_max, float((error / value).max()), float((slope_factor * error / slope).max()))
+
+
+def _through_last(coefficients: Tensor, missed: Tensor, last: Tensor, out: Tensor) -> Tensor:
+    """Apply the last layer of a radial network to coefficients.
+
+    In float32 only the constants and the slopes are multiplied in float64, before they are rounded: the others are
+    smaller by the length of an interval, and so are the errors of their products.
+
+    Args:
+        coefficients: of the features, (tables, intervals, COEFFICIENTS, features), float64.
+        missed: errors of the features in the last intervals, (tables, checks, features), float64.
+        last: (paths, features, channels), float64.
+        out: for the coefficients, (tables, paths, intervals, COEFFICIENTS, channels).
+
+    Returns:
+        The largest error, value and slope of each table in the intervals with checks, (tables, 3), float64.
+    """
+    tables, intervals, _, features = coefficients.shape
+    first = intervals - missed.shape[1]
+    reduced, last_reduced = coefficients.to(out.dtype).view(tables, -1, features), last.to(out.dtype)
+    missed, last_float = missed.float(), last.float()  # their sizes are all that matters
+    exact = out.dtype == torch.float64
+    lowest = None if exact else coefficients[:, :, :2].transpose(1, 2).reshape(tables, -1, features)
+    largest = torch.empty(tables, len(last), 3, 2, dtype=torch.float64)
+    for table in range(tables):
+        # A path at a time, so that nothing leaves the cache but the coefficients.
+        for path in range(len(last)):
+            rows = out[table, path]
+            torch.mm(reduced[table], last_reduced[path], out=rows.view(-1, rows.shape[-1]))
+            if lowest is None:
+                constants, slopes = rows[:, 0], rows[:, 1]
+            else:
+                constants, slopes = (lowest[table] @ last[path]).split(intervals)
+                rows[:, 0], rows[:, 1] = constants, slopes
+            measured = (missed[table] @ last_float[path], constants[first:], slopes[first:])
+            for number, values in enumerate(measured):
+                largest[table, path, number, 0], largest[table, path, number, 1] = torch.aminmax(values)
+    return largest.abs().amax(dim=(1, 3))
 
 
 def finer(table: RadialTable, tolerance: float) -> int | None:

@@ -42,12 +42,15 @@ class Edges:
 
     Attributes:
         graph: senders and receivers.
-        vectors: (edges, 3) in Å.
+        vectors: (edges, 3) in Å; where radial tables are over the transformed distance (`RadialTables.transformed`),
+            of that length.
         tables: radial tables of the layer; None where its radial network is evaluated for each edge.
         features: inputs of radial networks; None where no layer reads them.
+        cutoff: cutoff function where the tables do not contain it, (edges, 1).
     """
 
     graph: convolution.Graph
     vectors: Tensor
     tables: Tables | None
     features: EdgeFeatures | None
+    cutoff: Tensor | None = None

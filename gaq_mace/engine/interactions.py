@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import mace  # noqa: F401  (before e3nn)
@@ -51,6 +52,11 @@ class AgnosticLayer(Layer):
             self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, dtype)
         except ValueError:  # hidden layers that are rounded, say: a function with steps has no table
             self.radial = None
+        if self.radial is not None and self.radial.transformed:
+            rows = (0,) * len(self.problem.blocks)
+            self.problem = dataclasses.replace(
+                self.problem, r_max=self.radial.r_max, scale_rows=rows, plans={}, sources={}
+            )
         self.round_density = copy.deepcopy(input_quantizer_of(block))
         self.reads_edges = self.radial is None or self.round_density is not None
         if self.radial is None or self.radial.by_species:  # not all pairs of species have tables
@@ -101,17 +107,26 @@ class AgnosticLayer(Layer):
             return None
         lengths = edges.vectors.norm(dim=-1)
         if edges.graph.tables is None:
-            return radial.evaluate(table, lengths, self.problem.r_max)[:, 0, 0]
+            density = radial.evaluate(table, lengths, self.problem.r_max)[:, 0, 0]
+            return density if edges.cutoff is None else density * edges.cutoff[:, 0]
         return radial.evaluate_several(table, lengths, self.problem.r_max, edges.graph.tables, 1)[:, 0, 0]
 
     def _scales(self, features: Tensor, edges: Edges) -> Tensor | None:
         """Factors of each edge's radial weights, (edges, 1, channels); None without."""
         return None
 
+    def _factors(self, features: Tensor, edges: Edges) -> Tensor | None:
+        """What multiplies each edge's weights as the table or the network gives them, (edges, 1, channels)."""
+        scales = self._scales(features, edges)
+        if edges.cutoff is None:
+            return scales
+        cutoff = edges.cutoff[:, None]
+        return cutoff.expand(-1, 1, self.channels) if scales is None else scales * cutoff
+
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
         sc = self._skip(features, composition) if self.residual else None
-        x, scales = self.mix(self.up, features), self._scales(features, edges)
+        x, scales = self.mix(self.up, features), self._factors(features, edges)
         tabulated = edges.tables is not None
         if edges.tables is not None:
             weights = edges.tables[0]

@@ -8,7 +8,6 @@ whether a structure is computed once or simulated.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -139,19 +138,10 @@ class PairTables:
     def _extend(self, codes: list[int]) -> None:
         """Make the tables of some pairs, and put them behind those that exist."""
         kept = list(self.made.codes)
-        while True:
-            before = [tuple(layer.intervals) for layer in self.layers]
-            pairs = [divmod(code, self.elements) for code in codes]
-            parts = [layer.make(pairs) for layer in self.layers]
-            if not kept or before == [tuple(layer.intervals) for layer in self.layers]:
-                break
+        while not self._filled(len(kept), codes):
             # A pair needs more intervals than all others had, and tables that lie end to end have equal numbers.
             kept, codes = [], kept + codes
-        if kept:
-            append = functools.partial(self._appended, len(kept))
-            self.banks = [list(map(append, bank, part)) for bank, part in zip(self.banks, parts, strict=True)]
-        else:
-            self.banks = [[part.to(self.device) for part in layer] for layer in parts]
+            self.banks = []
         places = torch.full_like(self.made.places, -1, device="cpu")
         for place, code in enumerate(kept + codes):
             first, second = divmod(code, self.elements)
@@ -161,13 +151,38 @@ class PairTables:
             tables.append((weights.flatten(0, 1), density[0].flatten(0, 1) if density else None))
         self.made = _Made((*kept, *codes), places.to(self.device), tables)
 
-    def _appended(self, count: int, bank: Tensor, tables: Tensor) -> Tensor:
-        """A bank with `count` tables in use, and more tables behind them; in a larger bank where this one is full."""
-        needed = count + len(tables)
-        if needed > len(bank):
-            larger = bank.new_empty(max(needed, min(2 * len(bank), self._most())), *bank.shape[1:])
-            larger[:count] = bank[:count]
-            bank = larger
-        # Not counted as a change: a step of another thread reads other tables of this bank.
-        bank.data[count:needed] = tables.to(bank.device)
-        return bank
+    def _filled(self, count: int, codes: Sequence[int]) -> bool:
+        """Put tables of pairs behind the `count` that the banks have; say no if these have too few intervals."""
+        pairs = [divmod(code, self.elements) for code in codes]
+        for layer in self.layers:
+            layer.prepare(pairs)
+        if count and any(
+            list(bank.shape[1:]) != list(shape)
+            for layer, banks in zip(self.layers, self.banks, strict=True)
+            for bank, shape in zip(banks, layer.shapes(), strict=True)
+        ):
+            return False
+        self._make_room(count, count + len(codes))
+        for layer, banks in zip(self.layers, self.banks, strict=True):
+            # Not counted as a change: a step of another thread reads other tables of these banks.
+            rooms = [bank.data[count : count + len(codes)] for bank in banks]
+            on_cpu = [room if self.device.type == "cpu" else torch.empty_like(room, device="cpu") for room in rooms]
+            if not layer.make(pairs, on_cpu):
+                return False
+            if self.device.type != "cpu":
+                for room, made in zip(rooms, on_cpu, strict=True):
+                    room.copy_(made)
+        return True
+
+    def _make_room(self, count: int, needed: int) -> None:
+        """Make the banks large enough for a number of tables, of which `count` are there."""
+        if count and needed <= len(self.banks[0][0]):
+            return
+        size = max(needed, min(2 * count, self._most()))
+        before, self.banks = self.banks, []
+        for number, layer in enumerate(self.layers):
+            banks = [torch.empty(size, *shape, dtype=layer.dtype, device=self.device) for shape in layer.shapes()]
+            for part, bank in enumerate(banks):
+                if count:
+                    bank[:count] = before[number][part][:count]
+            self.banks.append(banks)

@@ -1,14 +1,17 @@
 """Radial functions of a MACE layer as tables, for one pair of species or for several at once.
 
 With ``distance_transform`` (Agnesi, Soft) the radial network reads a distance that is scaled by the covalent radii of
-both atoms, so each pair of species has a table; otherwise one table serves all.
+both atoms, so each pair of species has a table; otherwise one table serves all. With ``apply_cutoff: False`` the cutoff
+function does not enter the network, which is then a function of the transformed distance alone, and one table over
+that distance serves all pairs (`RadialTables.transformed`).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import ase.data
 import mace  # noqa: F401  (before e3nn)
@@ -19,17 +22,31 @@ from gaq.kernels import radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.radial_networks import RadialNetwork
+from gaq_mace.engine.reading import class_name
 
 __all__ = ["Pair", "RadialTables"]
 
 Pair = tuple[int, int]
 """Numbers of two species."""
-AT_ONCE = 2**23
-"""Bytes of coefficients that are made at once: more would not stay in cache."""
+AT_ONCE = 2**21
+"""Bytes of the values of a hidden layer that are computed at once: more would not stay in cache."""
+
+
+def _end_of(embedding: AnyModule) -> float | None:
+    """Upper bound of the transformed distances within the cutoff, where they are all that a radial network reads."""
+    transform = getattr(embedding, "distance_transform", None)
+    if transform is None or getattr(embedding, "apply_cutoff", True):
+        return None
+    if class_name(transform) == "AgnesiTransform" and float(transform.a) > 0:
+        return 1.0  # that of distance 0
+    if class_name(transform) == "SoftTransform":
+        # Between the distance and 3/4 of the sum of the covalent radii.
+        return max(float(embedding.cutoff_fn.r_max), 1.5 * float(transform.covalent_radii.max()))
+    return None
 
 
 class RadialTables:
-    """Makes tables of one layer's radial weights, and of its edge density where it has one.
+    """Make tables of one layer's radial weights, and of its edge density where it has one.
 
     Args:
         model: MACE model.
@@ -39,7 +56,9 @@ class RadialTables:
         dtype: of the tables.
 
     Attributes:
-        by_species: whether the functions depend on the species of both atoms.
+        transformed: whether the tables are over the transformed distance, without the cutoff function.
+        by_species: whether there is a table for each pair of species.
+        r_max: upper end of the tables, in Å or in the unit of the transformed distance.
         elements: number of species.
         intervals: of the tables of the weights, and of the density. It grows when a pair needs more.
         error: largest error of the tables made so far, relative to the largest value of the same function.
@@ -55,12 +74,15 @@ class RadialTables:
         self.last = self.network.last.view(-1, paths, channels).transpose(0, 1).contiguous()
         density = getattr(block, "density_fn", None)
         self.density = None if density is None else self._exact(density)
-        self.r_max = float(model.r_max)
+        end = _end_of(self.embedding)
+        self.transformed = end is not None
+        # A transformed distance that is rounded up must not lie beyond the table.
+        self.r_max = float(model.r_max) if end is None else 1.001 * end
         self.dtype = dtype
         self.tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
-        self.by_species = hasattr(model.radial_embedding, "distance_transform")
+        self.by_species = hasattr(model.radial_embedding, "distance_transform") and not self.transformed
         self.intervals = [radial.FEWEST] * (1 if density is None else 2)
         self.error = 0.0
         self._probe()
@@ -79,7 +101,7 @@ class RadialTables:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
             if not torch.equal(*self._hidden([(first, last), (last, first)], lengths)):
                 raise ValueError("the radial functions tell sender from receiver")
-        self.make([max(((z, z) for z in (first, last)), key=self._size)])
+        self.prepare([max(((z, z) for z in (first, last)), key=self._size)])
 
     def _size(self, pair: Pair) -> float:
         """Sum of the covalent radii of a pair in Å. Functions of smaller atoms need more intervals."""
@@ -87,12 +109,12 @@ class RadialTables:
 
     def bytes_of_pair(self) -> int:
         """Memory that the tables of one pair take."""
-        columns = (self.last.shape[0] * self.last.shape[2], 1)
-        numbers = sum(n * c for n, c in zip(self.intervals, columns, strict=False))
-        return numbers * radial.COEFFICIENTS * torch.finfo(self.dtype).bits // 8
+        return sum(map(math.prod, self.shapes())) * self.dtype.itemsize
 
     def _basis(self, pairs: Sequence[Pair], lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs of the radial networks, (pairs * n, basis), and the cutoff where MACE applies it after them."""
+        """Inputs of the radial networks, (pairs * n, basis), and the cutoff where only tables contain it."""
+        if self.transformed:
+            return self.embedding.bessel_fn(lengths.repeat(len(pairs))[:, None]), None
         edges = torch.tensor(pairs).T.repeat_interleave(lengths.numel(), dim=1)
         attributes = torch.eye(self.elements, dtype=torch.float64)
         lengths = lengths.repeat(len(pairs))[:, None]
@@ -112,45 +134,54 @@ class RadialTables:
             density = density * cutoff
         return density.view(len(pairs), lengths.numel(), 1)
 
-    def make(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Tables of pairs of species: of the weights, and of the density where there is one.
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of a pair's tables, of the weights and of the density, (paths, intervals, COEFFICIENTS, channels)."""
+        sizes = ((self.last.shape[0], self.last.shape[2]), (1, 1))
+        return [(p, n, radial.COEFFICIENTS, c) for n, (p, c) in zip(self.intervals, sizes, strict=False)]
+
+    def prepare(self, pairs: Sequence[Pair]) -> None:
+        """Find the number of intervals that pairs of species need, as far as the most demanding of them tells.
+
+        Raises:
+            ValueError: if the functions of a pair cannot be tabulated.
+        """
+        demanding = [min(pairs, key=self._size)]
+        with torch.no_grad():
+            for part in range(len(self.intervals)):
+                while not self._fill(part, demanding, None):
+                    pass
+
+    def make(self, pairs: Sequence[Pair], out: Sequence[Tensor]) -> bool:
+        """Make tables of pairs of species: of the weights, and of the density where there is one.
+
+        Args:
+            pairs: at least one.
+            out: memory for the tables on the CPU, each (pairs, paths, intervals, COEFFICIENTS, channels); see `shapes`.
 
         Returns:
-            Each (pairs, paths, intervals, COEFFICIENTS, channels) on the CPU, with the numbers of `intervals`, which
-            may have grown.
+            False if a pair needs more intervals than the memory has; `intervals` have then grown.
 
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
         """
         with torch.no_grad():
-            if len(pairs) > 1:
-                self.make([min(pairs, key=self._size)])
-            made = [self._make(0, self._hidden, self.last, pairs)]
-            if self.density is not None:
-                made.append(self._make(1, self._densities, None, pairs))
-            return made
+            return all(self._fill(part, pairs, memory) for part, memory in enumerate(out))
 
-    def _make(
-        self,
-        part: int,
-        function: Callable[[Sequence[Pair], Tensor], Tensor],
-        last: Tensor | None,
-        pairs: Sequence[Pair],
-    ) -> Tensor:
-        """Tables of one kind, with the number of intervals that the pair with the largest error needs."""
-        paths, channels = (1, 1) if last is None else (last.shape[0], last.shape[2])
-        while True:
-            intervals = self.intervals[part]
-            tables = torch.empty(len(pairs), paths, intervals, radial.COEFFICIENTS, channels, dtype=self.dtype)
-            at_once = max(1, AT_ONCE // (8 * tables[0].numel()))
-            for begin in range(0, len(pairs), at_once):
-                of_pairs = functools.partial(function, pairs[begin : begin + at_once])
-                table = radial.interpolate(of_pairs, self.r_max, intervals, last)
-                finer = radial.finer(table, self.tolerance)
-                if finer is not None:
-                    self.intervals[part] = finer
-                    break
-                self.error = max(self.error, table.error)
-                tables[begin : begin + at_once] = table.coefficients
-            else:
-                return tables
+    def _fill(self, part: int, pairs: Sequence[Pair], out: Tensor | None) -> bool:
+        """Make the tables of one kind; if a pair needs more intervals, say no, and count them."""
+        function, last = ((self._hidden, self.last), (self._densities, None))[part]
+        intervals = self.intervals[part]
+        features = 1 if last is None else last.shape[1]
+        at_once = max(1, AT_ONCE // (8 * radial.COEFFICIENTS * intervals * features))
+        for begin in range(0, len(pairs), at_once):
+            some = pairs[begin : begin + at_once]
+            memory = None if out is None else out[begin : begin + at_once]
+            # The transformed distance may be the smaller, the further away the atoms are.
+            nearest = 0.0 if self.transformed else radial.NEAREST
+            table = radial.interpolate(functools.partial(function, some), self.r_max, intervals, last, memory, nearest)
+            finer = radial.finer(table, self.tolerance)
+            if finer is not None:
+                self.intervals[part] = finer
+                return False
+            self.error = max(self.error, table.error)
+        return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import mace  # noqa: F401  (before e3nn)
 import torch
 from e3nn import o3
@@ -62,6 +64,9 @@ class Engine(torch.nn.Module):
         specs = getattr(model, "embedding_specs", None) or {}
         self.embeds_structures = all(spec["per"] == "graph" for spec in specs.values())
         self.reads_edges = any(layer.reads_edges for layer in self.layers)
+        # Layers whose radial tables are over the transformed distance; the others read the distance itself.
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+        self.transformed = [layer.radial is not None and layer.radial.transformed for layer in layers]
         if integer_linears() and state is not None and dtype == torch.float32 and gpu.chosen(device):
             through_integers(self.layers, model)
         embedding = matrices_of(model.node_embedding.linear)[0]
@@ -171,7 +176,7 @@ class Engine(torch.nn.Module):
         model: AnyModule = self.__dict__["model"]
         tables, numbers = self.compositions.tables(composition, edge_index)
         evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
-        if evaluated and not gpu.chosen(vectors.device):
+        if (evaluated or any(self.transformed)) and not gpu.chosen(vectors.device):
             # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their
             # number.
             kept = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
@@ -185,7 +190,16 @@ class Engine(torch.nn.Module):
             first, second = composition.species[edge_index]
             inside = (lengths < self.r_max).to(basis.dtype)
             features = EdgeFeatures(basis, cutoff, inside, first, second, alike)
-        return [Edges(graph, vectors, of_layer, features) for of_layer in tables]
+        edges = [Edges(graph, vectors, of_layer, features) for of_layer in tables]
+        if not any(self.transformed):
+            return edges
+        embedding = model.radial_embedding
+        distances = embedding.distance_transform(lengths, attributes, edge_index, model.atomic_numbers)
+        scaled, cutoff = vectors * (distances / lengths), embedding.cutoff_fn(lengths)
+        return [
+            dataclasses.replace(of_layer, vectors=scaled, cutoff=cutoff) if transformed else of_layer
+            for of_layer, transformed in zip(edges, self.transformed, strict=True)
+        ]
 
     def _start(self, data: dict[str, Tensor], composition: Composition, graphs: int) -> Tensor | None:
         """Node features before the first layer, (atoms, channels), where they depend on more than the species.
