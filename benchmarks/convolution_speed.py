@@ -6,7 +6,8 @@ Layers of a model with 128 channels and l <= 3 on random edges, 54 neighbours of
 (128x0e, no gradient by features), one of scalars with that gradient, and the second one of 128x0e+128x1o; with one
 radial table, and with a table for each pair of seven species. Times are processor times of one thread, forward and
 backward apart; each checkout computes in a process of its own, in turn. Beside them stands the rate of a float32 matrix
-product, measured in the same run. Results of both checkouts are compared.
+product, measured in the same run. Results of both checkouts are compared. At the end stand whole steps (energy and
+forces by the calculator) of a MACE model with 128x0e+128x1o and random float weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,27 +90,68 @@ class Case:
         return middle - start, end - middle, [float(t.double().square().mean().sqrt()) for t in results]
 
 
+STEPS = ("water, 24 atoms", "diamond cell, 64 atoms", "water, 192 atoms")
+
+
+class Step:
+    """Steps of MACE's calculator through the fused kernels; `name` is one of `STEPS`."""
+
+    def __init__(self, name: str) -> None:
+        import mace  # noqa: F401  (before the others)
+        from ase.build import bulk
+        from mace.calculators import MACECalculator
+        from mace_speed import big_model, water_box
+
+        from gaq_mace.engine import accelerate
+
+        if name.startswith("water"):
+            self.atoms = water_box(int(name.split()[1]) // 3)
+        else:
+            self.atoms = bulk("C", "diamond", a=4.2, cubic=True) * (2, 2, 2)
+        self.calculator = MACECalculator(
+            models=[big_model([1, 6, 7, 8]).float()], device="cpu", default_dtype="float32"
+        )
+        accelerate(self.calculator.models[0])
+        self.rng = np.random.default_rng(0)
+        self.energy = 0.0
+        self.run()
+
+    def run(self) -> float:
+        """Processor time of a step in seconds, after all atoms have moved a little."""
+        atoms = self.atoms.copy()
+        atoms.positions += 1e-3 * self.rng.normal(size=atoms.positions.shape)
+        start = time.process_time()
+        self.calculator.calculate(atoms, ["energy", "forces"])
+        return time.process_time() - start
+
+
 def serve() -> None:
     """Answer the cases named on standard input with medians of their times, one line of JSON each."""
     import torch
 
     torch.set_num_threads(1)
     cases: dict[tuple[str, int], Case] = {}
+    steps: dict[str, Step] = {}
+    answers, sys.stdout = sys.stdout, sys.stderr  # MACE prints to the former
     for line in sys.stdin:
         layer, atoms, repeats = json.loads(line)
+        if layer in STEPS:
+            steps[layer] = steps.get(layer) or Step(layer)
+            print(json.dumps(steps[layer].run()), file=answers, flush=True)
+            continue
         if layer == "matrix product":
             a = torch.randn(768, 768)
             b = torch.mm(a, a)
             start = time.process_time()
             for _ in range(4):
                 torch.mm(a, a, out=b)
-            print(json.dumps(4 * 2 * 768**3 / (time.process_time() - start) * 1e-9), flush=True)
+            print(json.dumps(4 * 2 * 768**3 / (time.process_time() - start) * 1e-9), file=answers, flush=True)
             continue
         if (layer, atoms) not in cases:
             cases[layer, atoms] = Case(layer, atoms)
         case = cases[layer, atoms]
         runs = [case.run() for _ in range(repeats)]
-        print(json.dumps([*np.median([run[:2] for run in runs], axis=0), runs[0][2]]), flush=True)
+        print(json.dumps([*np.median([run[:2] for run in runs], axis=0), runs[0][2]]), file=answers, flush=True)
 
 
 def start(checkout: Path) -> subprocess.Popen[str]:
@@ -119,7 +162,7 @@ def start(checkout: Path) -> subprocess.Popen[str]:
     )
 
 
-def ask(process: subprocess.Popen[str], *question: object) -> Document:
+def ask(process: subprocess.Popen[str], *question: object) -> Any:
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(question) + "\n")
@@ -151,6 +194,19 @@ def measure(layer: str, atoms: int, processes: dict[str, subprocess.Popen[str]],
     return rows
 
 
+def measure_step(name: str, processes: dict[str, subprocess.Popen[str]], rounds: int) -> Document:
+    """Processor times of whole steps."""
+    times: dict[str, list[float]] = {checkout: [] for checkout in processes}
+    for turn in range(rounds + 2):
+        for checkout in list(processes) if turn % 2 else list(processes)[::-1]:
+            times[checkout].append(ask(processes[checkout], name, 0, 0))
+    kept = {checkout: np.array(values[2:]) for checkout, values in times.items()}
+    row: Document = {"step": name, **{f"{checkout}_ms": float(1e3 * np.median(v)) for checkout, v in kept.items()}}
+    if "before" in kept:
+        row["before_over_now"] = float(np.median(kept["before"] / kept["now"]))
+    return row
+
+
 def main() -> None:
     from common import write_result
 
@@ -175,13 +231,15 @@ def main() -> None:
             rates.append(ask(processes["now"], "matrix product", 0, 0))
             rows += measure(layer, atoms, processes, args.rounds)
             print(markdown_table(rows[-len(processes) :], list(rows[-1])), flush=True)
+    steps = [measure_step(name, processes, args.rounds) for name in STEPS]
+    print(markdown_table(steps, list(steps[0])))
     for process in processes.values():
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
     print(f"float32 matrix product: {np.median(rates):.0f} GFLOP/s")
     if not args.no_result:
-        write_result("convolution_speed", rows, matrix_product_gflops=float(np.median(rates)))
+        write_result("convolution_speed", rows, args.before, steps=steps, matrix_product_gflops=float(np.median(rates)))
 
 
 if __name__ == "__main__":

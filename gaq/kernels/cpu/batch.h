@@ -182,7 +182,8 @@ template <typename T> struct Runs {
   std::vector<int64_t> edge, next;
   std::vector<T> t;  // position in the interval
 
-  void sort(const Plan& plan, const Batch<T>& batch) {
+  // `several`: whether there is more than one table.
+  void sort(const Plan& plan, const Batch<T>& batch, bool several) {
     edge.resize(batch.count), t.resize(batch.count);
     next.assign(plan.intervals + 1, 0);
     const auto interval = [&](int64_t i) { return batch.row[i] / COEFFICIENTS % plan.intervals; };
@@ -191,6 +192,13 @@ template <typename T> struct Runs {
     for (int64_t i = 0; i < batch.count; ++i) {
       const int64_t to = next[interval(i)]++;
       edge[to] = i, t[to] = batch.t[i];
+    }
+    if (several) {
+      // Within an interval by the table.
+      for (int64_t k = 0, begin = 0; k < plan.intervals; begin = next[k++])
+        std::stable_sort(edge.begin() + begin, edge.begin() + next[k],
+                         [&](int64_t a, int64_t b) { return batch.row[a] < batch.row[b]; });
+      for (int64_t i = 0; i < batch.count; ++i) t[i] = batch.t[edge[i]];
     }
     runs.clear();
     for (int64_t i = 0; i < batch.count; ++i) {

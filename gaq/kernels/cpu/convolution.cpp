@@ -20,8 +20,8 @@
 namespace {
 
 // Most edges of a batch: enough that an interval's polynomials serve several, few enough for their weights to stay in
-// cache.
-constexpr int64_t EDGES_AT_ONCE = 1024;
+// cache. With several tables fewer edges share an interval.
+constexpr int64_t EDGES_AT_ONCE = 1024, EDGES_OF_TABLES = 4096;
 
 // ---- sums over the edges of an atom ----
 
@@ -192,13 +192,14 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
              int64_t threads) {
   const Plan plan(ints, reals);
   const std::vector<Pass<Accumulate<T>>> all = passes(plan, kinds<T>());
+  const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
     Worker<T>& worker = *of_thread<Worker<T>>();
     const Share share(edges.first, part, threads);
     for (int64_t atom = share.begin, next; atom < share.end; atom = next) {
-      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, EDGES_AT_ONCE);
-      if (plan.tabulated) worker.runs.sort(plan, worker.batch);
+      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, most);
+      if (plan.tabulated) worker.runs.sort(plan, worker.batch, tables != nullptr);
       for (const Pass<Accumulate<T>>*first = all.data(), *end = first + all.size(), *last; first < end; first = last) {
         const Path& block = plan.path[first->first];
         last = std::find_if(first, end,

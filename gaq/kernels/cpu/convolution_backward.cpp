@@ -18,8 +18,9 @@
 
 namespace {
 
-// Most edges of a batch: many for the order of the radial table, few for the gradients of messages that they read.
-constexpr int64_t EDGES_AT_ONCE = 1024;
+// Most edges of a batch: many for the order of the radial table, few for the gradients of messages that they read. With
+// several tables fewer edges share an interval.
+constexpr int64_t EDGES_AT_ONCE = 1024, EDGES_OF_TABLES = 4096;
 
 // What the call reads and writes. Not asked for is what is null; `grad_weights` is of weights of each edge.
 template <typename T> struct Arrays {
@@ -150,9 +151,9 @@ template <typename T> struct Worker {
   std::vector<T> grad_length;
 
   // Gradients of the batch's edges, whose first receiver is `atom`.
-  void compute(const Plan& plan, const std::vector<Pass<Differentiate<T>>>& all, const Arrays<T>& arrays,
-               int64_t atom) {
-    prepare(plan, atom);
+  void compute(const Plan& plan, const std::vector<Pass<Differentiate<T>>>& all, const Arrays<T>& arrays, int64_t atom,
+               bool several) {
+    prepare(plan, atom, several);
     Vec<T>* by_b = grad_b.reserve(batch.groups() * plan.b_size);
     Vec<T>* by_length = along.reserve(batch.count);
     std::fill(by_length, by_length + batch.count, Vec<T>{});
@@ -180,8 +181,8 @@ template <typename T> struct Worker {
   }
 
  private:
-  void prepare(const Plan& plan, int64_t atom) {
-    if (plan.tabulated) runs.sort(plan, batch);
+  void prepare(const Plan& plan, int64_t atom, bool several) {
+    if (plan.tabulated) runs.sort(plan, batch, several);
     receiver.resize(batch.count);
     for (size_t a = 0; a + 1 < batch.begin.size(); ++a)
       std::fill(receiver.begin() + batch.begin[a], receiver.begin() + batch.begin[a + 1], atom + a);
@@ -193,6 +194,7 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
               const int64_t* tables, const T* vectors, const Arrays<T>& arrays, int64_t threads) {
   const Plan plan(ints, reals);
   const std::vector<Pass<Differentiate<T>>> all = passes(plan, kinds<T>());
+  const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE;
   const int64_t size = arrays.atoms * plan.rows_in * plan.channels;
   // Each part adds into its own copy of the node features' gradient; the copies are summed in a fixed order.
   std::vector<T> extra(arrays.grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
@@ -203,8 +205,8 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
     if (arrays.grad_h && part > 0) of_part.grad_h = extra.data() + (part - 1) * size;
     const Share share(edges.first, part, threads);
     for (int64_t atom = share.begin, next; atom < share.end; atom = next) {
-      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, EDGES_AT_ONCE);
-      worker.compute(plan, all, of_part, atom);
+      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, most);
+      worker.compute(plan, all, of_part, atom, tables != nullptr);
     }
   }
   if (!extra.empty()) {
