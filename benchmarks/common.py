@@ -24,8 +24,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def recorded_command(work: Path | None = None) -> str:
     """The command of this process as result files have it.
 
-    It has DIR in place of `work`, MODEL in place of the folder of a model elsewhere on this machine, and PYTHON in place
-    of another interpreter.
+    It has DIR in place of `work`, MODEL in place of the folder of a model elsewhere on this machine, and PYTHON in
+    place of another interpreter.
     """
     command = shlex.join([Path(sys.executable).name, *sys.argv]).replace(str(ROOT) + "/", "")
     if work is not None:
