@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import mace
 import numpy as np
@@ -45,17 +46,18 @@ def water_box(molecules: int, seed: int = 0) -> Atoms:
     return box
 
 
-def big_model(elements: list[int], density: bool = False) -> torch.nn.Module:
+def big_model(elements: list[int], density: bool = False, **changes: Any) -> torch.nn.Module:
     """128x0e+128x1o, l <= 3, correlation 3, 2 layers, random weights: the size of a foundation model.
 
     `density` adds what later foundation models have: messages divided by the density of edges, distances scaled by
-    covalent radii (Agnesi), and ZBL repulsion.
+    covalent radii (Agnesi), and ZBL repulsion. Changes are arguments of the model.
     """
     from e3nn import o3
 
     torch.manual_seed(0)
     kind = "Density" if density else ""
     options: Document = {"distance_transform": "Agnesi", "pair_repulsion": True} if density else {}
+    options |= changes
     return modules.ScaleShiftMACE(
         atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,

@@ -131,6 +131,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
     from gaq.config.parse import parse_config
+    from gaq.model.elements import check_known
 
     output = _checked_output(arguments.output, arguments.model)
     config = parse_config(arguments.config)
@@ -150,8 +151,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
     selected = _selected(adapter, model, structures, arguments)
     model = model if selected is None else selected
-    if structures:
-        adapter.batches(model, structures, 1)  # raises at once for elements that the model does not know
+    check_known(adapter.elements(model), structures)
     quantized = api.prepare(copy.deepcopy(model), config)
     if calibration:
         api.calibrate(quantized, calibration)

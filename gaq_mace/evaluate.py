@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mace  # noqa: F401  (before e3nn)
@@ -12,6 +13,7 @@ from mace import data
 from mace.tools import torch_geometric, utils
 from torch import Tensor
 
+from gaq.model.elements import check_known
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
 from gaq_mace.engine.serving import Served, engine_for
@@ -46,14 +48,7 @@ def make_batches(
         raise ValueError("no structures were given.")
     numbers = [int(z) for z in model.atomic_numbers]  # type: ignore[union-attr]  # a tensor
     table = utils.AtomicNumberTable(numbers)
-    known = {_symbol(z) for z in numbers}
-    for i, structure in enumerate(structures):
-        unknown = sorted(set(structure.get_chemical_symbols()) - known)
-        if unknown:
-            raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
-                f"not know; its elements are {', '.join(_symbol(z) for z in numbers)}."
-            )
+    check_known([_symbol(z) for z in numbers], structures)
     first = next(model.parameters())
     heads = getattr(model, "heads", ["Default"])
     if head is None:
@@ -101,11 +96,29 @@ def _symbol(number: int) -> str:
     return str(chemical_symbols[number])
 
 
+@contextmanager
+def _fixed_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context no weight of a model requires a gradient.
+
+    MACE adds embeddings of charge and spin in place to what a scripted layer returns. From its second call on,
+    TorchScript returns a view on which autograd refuses that if weights require gradients, which forces do not need.
+    """
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
 def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and the number of atoms of each graph."""
-    output = model(dict(batch), training=create_graph, compute_force=True)
+    with nullcontext() if create_graph else _fixed_weights(model):
+        output = model(dict(batch), training=create_graph, compute_force=True)
     counts = batch["ptr"][1:] - batch["ptr"][:-1]
     return output["energy"], output["forces"], counts
 
@@ -122,14 +135,23 @@ class MACEPotential:
         self.model = model
         self.atoms = atoms
 
-    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-        energies: list[np.ndarray] = []
-        forces: list[np.ndarray] = []
+    def _batches(self, structures: Sequence[Atoms]) -> list[dict[str, Tensor]]:
         atoms = self.atoms
         if atoms is None:
             atoms = FUSED_ATOMS if isinstance(self.model, Served) and engine_for(self.model, {}) else REFERENCE_ATOMS
+        return make_batches(self.model, structures, atoms)
+
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """Energies alone, shape (len(structures),), eV."""
+        with default_dtype(next(self.model.parameters()).dtype), torch.no_grad():
+            outputs = [self.model(batch, compute_force=False)["energy"] for batch in self._batches(structures)]
+        return torch.cat(outputs).cpu().numpy()
+
+    def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        energies: list[np.ndarray] = []
+        forces: list[np.ndarray] = []
         with default_dtype(next(self.model.parameters()).dtype):
-            for batch in make_batches(self.model, structures, atoms):
+            for batch in self._batches(structures):
                 energy, force, counts = energy_and_forces(self.model, batch)
                 energies.append(energy.detach().cpu().numpy())
                 forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))

@@ -21,7 +21,7 @@ from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
 from gaq_nequip.calculator import saved_calculator
 from gaq_nequip.engine.fused import refusals
-from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
+from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches, type_names
 from gaq_nequip.host import nequip_state
 from gaq_nequip.sites import class_name
 from gaq_nequip.summary import rows
@@ -63,7 +63,7 @@ class NequIPAdapter:
         )
 
     def elements(self, model: torch.nn.Module) -> list[str]:
-        return list(model.type_names)  # type: ignore[arg-type]  # a list, which torch types as Tensor or Module
+        return type_names(model)
 
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)

@@ -14,13 +14,24 @@ from nequip.nn import graph_model
 from nequip.utils.global_dtype import _GLOBAL_DTYPE
 from torch import Tensor
 
+from gaq.model.elements import check_known
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
+from gaq.untyped import AnyModule
+from gaq_nequip.sites import class_name
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["NequIPPotential", "device_of", "energy_and_forces", "make_batches"]
+__all__ = [
+    "NequIPPotential",
+    "device_of",
+    "energies",
+    "energy_and_forces",
+    "make_batches",
+    "type_names",
+    "without_derivatives",
+]
 
 REFERENCE_ATOMS = 128
 """Atoms in a batch: the features of every edge are in memory."""
@@ -31,6 +42,12 @@ def device_of(model: torch.nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def type_names(model: torch.nn.Module) -> list[str]:
+    """The type names of a model or a compiled file, which are taken for chemical symbols."""
+    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
+    return metadata[graph_model.TYPE_NAMES_KEY].split(" ")
 
 
 def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[dict[str, Tensor]]:
@@ -47,14 +64,8 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int
     if not structures:
         raise ValueError("no structures were given.")
     metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
-    names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
-    for i, structure in enumerate(structures):
-        unknown = sorted(set(structure.get_chemical_symbols()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"structure {i} ({structure.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
-                f"not know; its types are {', '.join(names)}."
-            )
+    names = type_names(model)
+    check_known(names, structures)
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
     graphs = []
@@ -98,6 +109,28 @@ def energy_and_forces(
     return energy, output[AtomicDataDict.FORCE_KEY], counts
 
 
+@contextmanager
+def without_derivatives(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context a model computes energies alone, and keeps no graph of them."""
+    outputs: list[AnyModule] = [m for m in model.modules() if class_name(m) == "ForceStressOutput"]
+    before = [output.do_derivatives for output in outputs]
+    try:
+        for output in outputs:
+            output.do_derivatives = False
+        with torch.no_grad():
+            yield
+    finally:
+        for output, flag in zip(outputs, before, strict=True):
+            output.do_derivatives = flag
+
+
+def energies(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Energies alone, (graphs,) in eV."""
+    with default_dtype(_GLOBAL_DTYPE), _mode(model, False), without_derivatives(model):
+        output: dict[str, Tensor] = model(dict(batch))
+    return output[AtomicDataDict.TOTAL_ENERGY_KEY].reshape(-1)
+
+
 class NequIPPotential:
     """A NequIP model as a `gaq.checks.potential.Potential`, evaluated in batches.
 
@@ -110,11 +143,16 @@ class NequIPPotential:
         self.model = model
         self.atoms = REFERENCE_ATOMS if atoms is None else atoms
 
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """Energies alone, shape (len(structures),), eV."""
+        batches = make_batches(self.model, structures, self.atoms)
+        return torch.cat([energies(self.model, batch) for batch in batches]).cpu().numpy()
+
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-        energies: list[np.ndarray] = []
+        energy_arrays: list[np.ndarray] = []
         forces: list[np.ndarray] = []
         for batch in make_batches(self.model, structures, self.atoms):
             energy, force, counts = energy_and_forces(self.model, batch)
-            energies.append(energy.detach().cpu().numpy())
+            energy_arrays.append(energy.detach().cpu().numpy())
             forces.extend(np.split(force.detach().cpu().numpy(), np.cumsum(counts.cpu().numpy())[:-1]))
-        return np.concatenate(energies), forces
+        return np.concatenate(energy_arrays), forces

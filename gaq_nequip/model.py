@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import nequip
 import torch
@@ -28,7 +30,16 @@ from gaq_nequip import insertion, root
 from gaq_nequip.sites import class_name, find_sites
 from gaq_nequip.weights import weight_quantizers
 
-__all__ = ["config_of", "convert", "graph_models", "in_float64", "prepare", "quantized_models", "search_ranges"]
+__all__ = [
+    "config_of",
+    "convert",
+    "graph_models",
+    "in_float64",
+    "prepare",
+    "quantized_models",
+    "ranges_follow",
+    "search_ranges",
+]
 
 SUPPORTED = ("GraphModel", "CompileGraphModel")
 
@@ -96,9 +107,22 @@ class NequIPHost:
 HOST = NequIPHost()
 
 
+_ranges_follow: ContextVar[bool] = ContextVar("gaq_nequip.model.ranges_follow", default=False)
+
+
+@contextmanager
+def ranges_follow() -> Iterator[None]:
+    """Context in which models are built for a file that brings their weights and ranges: none are searched."""
+    token = _ranges_follow.set(True)
+    try:
+        yield
+    finally:
+        _ranges_follow.reset(token)
+
+
 def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
     """Insert quantizers into a complete NequIP or Allegro model, in place; see `gaq.model.insertion.prepare`."""
-    return shared.prepare(HOST, model, config)
+    return shared.prepare(HOST, model, config, search=not _ranges_follow.get())
 
 
 def search_ranges(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from gaq.model.moments import add_moments
 from gaq.model.sites import Site
 from gaq.model.state import unquantized
 from gaq.untyped import AnyModule, Batch
+from gaq_nequip.evaluate import without_derivatives
 from gaq_nequip.sites import find_sites
 
 __all__ = ["input_moments"]
@@ -55,7 +56,7 @@ def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str,
     moments: dict[str, list[Tensor | None]] = {
         name: [None] * len(site.weights[0].layout.blocks) for name, site in sites.items()
     }
-    with unquantized(model):
+    with unquantized(model), without_derivatives(model):
         add_moments(
             {name: site.module for name, site in sites.items()},
             {name: _adder(site, moments[name]) for name, site in sites.items()},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gaq.checks.potential import Potential
+from gaq.checks.potential import Potential, energies_of
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -47,8 +47,8 @@ def central_difference_error(
     not a gradient it tends to a constant. Rounding of the energy adds ``ε|E| / h``: use a float64 potential at
     h = 0.01 Å.
 
-    The same randomly chosen (atom, component) pairs serve every step, and all displaced structures go to the potential
-    in a single list of ``structures x (1 + 2 x steps x components_per_structure)``.
+    The same randomly chosen (atom, component) pairs serve every step. All displaced structures, ``structures x 2 x
+    steps x components_per_structure``, go to the potential in a single list, and only their energies are computed.
 
     Args:
         potential: the potential under test.
@@ -98,21 +98,20 @@ def _relative_errors(
     steps: Sequence[float],
 ) -> list[float]:
     """Return one relative error per step."""
+    bases = [structure.copy() for structure in structures]
     pool = []
-    for structure in structures:
-        copy = structure.copy()
-        copy.set_constraint()  # ASE would zero the forces of fixed atoms
-        pool.append(copy)
+    for base in bases:
+        base.set_constraint()  # ASE would zero the forces of fixed atoms
     for step in steps:
-        for base, chosen in zip(pool[: len(structures)], pairs, strict=True):
+        for base, chosen in zip(bases, pairs, strict=True):
             for atom, component in chosen:
                 for sign in (1.0, -1.0):
                     displaced = base.copy()
                     displaced.positions[atom, component] += sign * step
                     pool.append(displaced)
-    energies, forces = potential(pool)
+    forces = potential(bases)[1]
     analytic = np.array([forces[s][i, k] for s, chosen in enumerate(pairs) for i, k in chosen], dtype=float)
-    displaced_energies = np.asarray(energies, dtype=float)[len(structures) :].reshape(len(steps), -1, 2)
+    displaced_energies = energies_of(potential, pool).astype(float).reshape(len(steps), -1, 2)
     size = float(np.sqrt(np.mean(analytic**2)))
     errors = []
     for step, (plus, minus) in zip(steps, displaced_energies.transpose(0, 2, 1), strict=True):

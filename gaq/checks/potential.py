@@ -9,6 +9,8 @@ import numpy as np
 
 from gaq.untyped import Calculator
 
+__all__ = ["CalculatorPotential", "Potential", "energies_of"]
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -19,6 +21,15 @@ class Potential(Protocol):
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Energies, shape (len(structures),), and one (n_atoms, 3) force array per structure."""
         ...
+
+
+def energies_of(potential: Potential, structures: Sequence[Atoms]) -> np.ndarray:
+    """Energies alone, shape (len(structures),), eV.
+
+    A potential with a method ``energies`` leaves the forces out, which are half of the work or more.
+    """
+    alone = getattr(potential, "energies", None)
+    return np.asarray(potential(structures)[0] if alone is None else alone(structures))
 
 
 class CalculatorPotential:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gaq.checks.potential import Potential
+from gaq.checks.potential import Potential, energies_of
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -112,8 +112,8 @@ def bond_stretch_scan(
         copy.set_constraint()
         copy.positions[group] += change * vector / length
         scan.append(copy)
-    energy = np.asarray(potential(scan)[0])
-    reference_energy = np.asarray(reference(scan)[0])
+    energy = energies_of(potential, scan)
+    reference_energy = energies_of(reference, scan)
 
     rounding = 4 * (_half_unit(energy) + _half_unit(reference_energy))
     energy, reference_energy = energy.astype(float), reference_energy.astype(float)

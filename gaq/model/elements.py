@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_calibration", "checked_elements"]
+__all__ = ["check_calibration", "check_known", "checked_elements"]
 
 
 def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> list[str]:
@@ -37,6 +37,24 @@ def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> lis
     if unknown := [symbol for symbol in asked if symbol not in known]:
         raise ValueError(f"elements: the model does not know {', '.join(unknown)}; it knows {', '.join(known)}.")
     return [symbol for symbol in known if symbol in asked]
+
+
+def check_known(known: Sequence[str], structures: Sequence[Atoms]) -> None:
+    """Refuse structures with elements that a model does not know, before any graph is made.
+
+    Args:
+        known: symbols of the elements that the model knows.
+        structures: of any number.
+
+    Raises:
+        ValueError: naming the first such structure and its elements.
+    """
+    for frame, atoms in enumerate(structures):
+        if unknown := sorted(set(atoms.get_chemical_symbols()) - set(known)):
+            raise ValueError(
+                f"structure {frame} ({atoms.get_chemical_formula()}) has {', '.join(unknown)}, which the model does "
+                f"not know; its elements are {', '.join(known)}."
+            )
 
 
 def check_calibration(elements: Sequence[str], structures: Sequence[Atoms]) -> None:

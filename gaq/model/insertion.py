@@ -110,7 +110,7 @@ def new_feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuan
     return FeatureQuantizer(site.features, scalars, vectors, config.calibration.headroom)
 
 
-def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
+def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig, search: bool = True) -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
     The weights stay in float; each forward pass rounds them (straight-through, so that the model can be trained).
@@ -120,6 +120,7 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig) -> t
         host: the model's framework.
         model: a float model.
         config: from `gaq.config.parse.parse_config`.
+        search: whether to search the ranges of weights; False where a file brings both, weights and ranges.
 
     Returns:
         The same model.
@@ -144,7 +145,7 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig) -> t
         if site_config is None:
             continue
         quantizers = new_weight_quantizers(site, site_config)
-        for path, quantizer in quantizers.items():
+        for path, quantizer in quantizers.items() if search else ():
             quantizer.search(parameters[f"{site.name}.{path}"].detach().cpu(), site_config.weights.range)
         host.insert(site, quantizers, new_feature_quantizer(site, site_config))
     host.adopt(model, ModelState(config))

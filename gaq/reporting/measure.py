@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Quality", "measure_file", "measure_subject", "quality"]
 
 PLAIN_ATOMS = 128
-"""Most atoms of the structures together on which fused kernels and naive rounding are compared with the model."""
+"""Most atoms of the structures together on which the fused kernels are compared with the reference path, and the model
+with naive rounding."""
 
 MAX_REFERENCE_PATH_ATOMS = 500
 """Most atoms of a structure for the reference path, which holds the features of every edge in memory."""

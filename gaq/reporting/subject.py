@@ -179,12 +179,6 @@ def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms
 
         twin = adapter.prepare(copy.deepcopy(model), parse_config(NAIVE))
         observe_ranges(adapter, twin, structures)
-        potential = adapter.potential(adapter.in_float64(adapter.convert(twin)))
-
-        def plain(structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-            with adapter.reference_path():
-                return potential(structures)
-
-        return plain
+        return adapter.potential(adapter.in_float64(adapter.convert(twin)))
 
     return make

@@ -33,11 +33,13 @@ class _Made(NamedTuple):
         codes: pairs of species, in the order of their tables.
         places: number of the table of a pair of species, -1 where there is none, (species, species).
         tables: of each layer, end to end.
+        shapes: of a pair's tables, of each layer.
     """
 
     codes: tuple[int, ...]
     places: Tensor
     tables: list[Tables]
+    shapes: list[list[tuple[int, ...]]]
 
 
 class PairTables:
@@ -59,9 +61,9 @@ class PairTables:
         self.banks: list[list[Tensor]] = []
         self.spent: dict[int, float] = {}
         self.lock = threading.RLock()
-        self.made = _Made((), torch.full((self.elements, self.elements), -1, device=device), [])
+        self.made = _Made((), torch.full((self.elements, self.elements), -1, device=device), [], [])
         if not self.by_species:
-            self._extend([0])
+            self._need([0])
 
     def of_species(self, present: Sequence[int]) -> tuple[list[Tables], Tensor] | None:
         """Tables for all pairs of some species, and the number of each pair's table, (species, species).
@@ -72,8 +74,7 @@ class PairTables:
         with self.lock:
             if len(codes) > self._most():
                 return None
-            self._need(codes)
-            return self.made.tables, self.made.places
+            return (self.made.tables, self.made.places) if self._need(codes) else None
 
     def of_edges(self, first: Tensor, second: Tensor) -> tuple[list[Tables], Tensor] | None:
         """Tables for the edges of a step, and the number of each edge's table, (edges,).
@@ -96,9 +97,8 @@ class PairTables:
             return made.tables, numbers
         codes = torch.unique(torch.minimum(first, second) * self.elements + torch.maximum(first, second)).tolist()
         with self.lock:
-            if not self._due(codes, first.numel()):
+            if not (self._due(codes, first.numel()) and self._need(codes)):
                 return None
-            self._need(codes)
             return self.made.tables, self.made.places[first, second]
 
     def _code(self, first: int, second: int) -> int:
@@ -106,7 +106,7 @@ class PairTables:
         return min(first, second) * self.elements + max(first, second)
 
     def _most(self) -> int:
-        """Number of pairs whose tables fit into `LIMIT`."""
+        """Number of pairs whose tables fit into `LIMIT`, as far as the number of their intervals is known."""
         return LIMIT // sum(layer.bytes_of_pair() for layer in self.layers)
 
     def _due(self, codes: Sequence[int], edges: int) -> bool:
@@ -121,51 +121,59 @@ class PairTables:
             self.spent[code] = self.spent.get(code, 0.0) + edges / len(missing)
         return False
 
-    def _need(self, codes: Sequence[int]) -> None:
-        """Make those tables of some pairs that do not exist."""
+    def _need(self, codes: Sequence[int]) -> bool:
+        """Make those tables of some pairs that do not exist; say no where they take more memory than `LIMIT`."""
         missing = [code for code in codes if code not in self.made.codes]
-        if not missing:
-            return
-        if len(self.made.codes) + len(missing) > self._most():
-            # Beyond the limit only what this structure needs is kept.
-            self.made, missing = self.made._replace(codes=()), list(codes)
         # Tensors made in inference mode could not be used by later calls outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._extend(missing)
+            while missing:
+                for layer in self.layers:
+                    layer.prepare([self._pair(code) for code in missing])
+                kept, wanted = list(self.made.codes), missing
+                if kept and self.made.shapes != self._shapes():
+                    # A pair needs more intervals than all others had; tables that lie end to end have equal numbers.
+                    kept, wanted = [], kept + wanted
+                if len(kept) + len(wanted) > self._most():
+                    # Beyond the limit only what this structure needs is kept.
+                    kept, wanted = [], list(codes)
+                if len(wanted) > self._most():
+                    return False
+                banks = self._banks_with_room(len(kept), len(kept) + len(wanted))
+                if self._fill(banks, len(kept), wanted):
+                    self._publish(banks, [*kept, *wanted])
+                    break
         for code in missing:
             self.spent.pop(code, None)
+        return True
 
-    def _extend(self, codes: list[int]) -> None:
-        """Make the tables of some pairs, and put them behind those that exist."""
-        kept = list(self.made.codes)
-        while not self._filled(len(kept), codes):
-            # A pair needs more intervals than all others had, and tables that lie end to end have equal numbers.
-            kept, codes = [], kept + codes
-            self.banks = []
-        places = torch.full_like(self.made.places, -1, device="cpu")
-        for place, code in enumerate(kept + codes):
-            first, second = divmod(code, self.elements)
-            places[first, second] = places[second, first] = place
-        tables: list[Tables] = []
-        for weights, *density in self.banks:
-            tables.append((weights.flatten(0, 1), density[0].flatten(0, 1) if density else None))
-        self.made = _Made((*kept, *codes), places.to(self.device), tables)
+    def _pair(self, code: int) -> tuple[int, int]:
+        """The two species of a pair."""
+        return divmod(code, self.elements)
 
-    def _filled(self, count: int, codes: Sequence[int]) -> bool:
-        """Put tables of pairs behind the `count` that the banks have; say no if these have too few intervals."""
-        pairs = [divmod(code, self.elements) for code in codes]
-        for layer in self.layers:
-            layer.prepare(pairs)
-        if count and any(
-            list(bank.shape[1:]) != list(shape)
-            for layer, banks in zip(self.layers, self.banks, strict=True)
-            for bank, shape in zip(banks, layer.shapes(), strict=True)
-        ):
-            return False
-        self._make_room(count, count + len(codes))
-        for layer, banks in zip(self.layers, self.banks, strict=True):
+    def _shapes(self) -> list[list[tuple[int, ...]]]:
+        """Shapes of the tables that a pair would get now, of each layer."""
+        return [layer.shapes() for layer in self.layers]
+
+    def _banks_with_room(self, count: int, needed: int) -> list[list[Tensor]]:
+        """Banks for a number of tables, of which the first `count` exist; larger ones where these are full."""
+        if count and needed <= len(self.banks[0][0]):
+            return self.banks
+        size = max(needed, min(2 * count, self._most()))
+        made = []
+        for number, layer in enumerate(self.layers):
+            banks = [torch.empty(size, *shape, dtype=layer.dtype, device=self.device) for shape in layer.shapes()]
+            for part, bank in enumerate(banks):
+                if count:
+                    bank[:count] = self.banks[number][part][:count]
+            made.append(banks)
+        return made
+
+    def _fill(self, banks: list[list[Tensor]], count: int, codes: Sequence[int]) -> bool:
+        """Put tables of pairs behind the first `count` of the banks; say no if a pair needs more intervals."""
+        pairs = [self._pair(code) for code in codes]
+        for layer, parts in zip(self.layers, banks, strict=True):
             # Not counted as a change: a step of another thread reads other tables of these banks.
-            rooms = [bank.data[count : count + len(codes)] for bank in banks]
+            rooms = [bank.data[count : count + len(codes)] for bank in parts]
             on_cpu = [room if self.device.type == "cpu" else torch.empty_like(room, device="cpu") for room in rooms]
             if not layer.make(pairs, on_cpu):
                 return False
@@ -174,15 +182,14 @@ class PairTables:
                     room.copy_(made)
         return True
 
-    def _make_room(self, count: int, needed: int) -> None:
-        """Make the banks large enough for a number of tables, of which `count` are there."""
-        if count and needed <= len(self.banks[0][0]):
-            return
-        size = max(needed, min(2 * count, self._most()))
-        before, self.banks = self.banks, []
-        for number, layer in enumerate(self.layers):
-            banks = [torch.empty(size, *shape, dtype=layer.dtype, device=self.device) for shape in layer.shapes()]
-            for part, bank in enumerate(banks):
-                if count:
-                    bank[:count] = before[number][part][:count]
-            self.banks.append(banks)
+    def _publish(self, banks: list[list[Tensor]], codes: Sequence[int]) -> None:
+        """Let all threads see tables."""
+        places = torch.full_like(self.made.places, -1, device="cpu")
+        for place, code in enumerate(codes):
+            first, second = self._pair(code)
+            places[first, second] = places[second, first] = place
+        tables: list[Tables] = []
+        for weights, *density in banks:
+            tables.append((weights.flatten(0, 1), density[0].flatten(0, 1) if density else None))
+        self.banks = banks
+        self.made = _Made(tuple(codes), places.to(self.device), tables, self._shapes())

@@ -407,6 +407,46 @@ def test_distillation_ends_where_it_meets_the_target(adapter: Any, monkeypatch: 
     assert result.structures <= min(54, 20 * result.steps)
 
 
+@pytest.mark.parametrize(
+    ("best", "taken", "steps", "slow"),
+    [
+        (2.9, 10, 300, False),  # two measurements at least
+        (2.9, 20, 300, True),  # within three times the target: 2.9 * (2.9 / 3) ** 14 is 1.8
+        (2.8, 20, 300, False),  # and 2.8 * (2.8 / 3) ** 14 is 1.07, which would do with a little luck
+        (2.8, 300, 300, False),  # that was the last step
+        (0.9, 20, 300, False),  # the target is met
+    ],
+)
+def test_slow_progress_within_what_the_gate_allows(best: float, taken: int, steps: int, slow: bool) -> None:
+    assert distillation.is_slow(3.0, best, 1.1, taken, steps) is slow
+
+
+@pytest.mark.parametrize(
+    ("best", "taken", "steps", "slow"),
+    [(10.0, 20, 300, True), (9.9, 200, 300, True), (9.7, 20, 300, False), (10.0, 20, 50, False)],
+)
+def test_slow_progress_far_from_the_target(best: float, taken: int, steps: int, slow: bool) -> None:
+    """Only a start that does not move ends it, and not a budget so small that the learning rate is high at once."""
+    assert distillation.is_slow(10.0, best, 1.0, taken, steps) is slow
+
+
+def test_distillation_ends_where_it_does_not_help(adapter: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The start is kept, one line says why, and another one said before how long it might take."""
+    model = prepared(adapter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = DistillationConfig(steps=300, learning_rate=3e5 * RATE)
+    with caplog.at_level("INFO", "gaq.training.distillation"):
+        result = ptq.distill(adapter, model, structures(20), config, progress=False)
+    assert (result.steps, result.slow) == (distillation.FIRST_JUDGEMENT, True)
+    assert result.after == result.before
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert "after 20 steps of self-distillation" in result.describe()
+    assert result.describe().endswith("ended, because more steps would gain too little")
+    (announced,) = [record.getMessage() for record in caplog.records]
+    assert announced.startswith("self-distillation: at most 300 steps of about ")
+
+
 def test_a_start_that_training_does_not_improve_is_kept_with_its_scales(adapter: Any) -> None:
     """Weights of negligible rounding train unrounded; their rounding afterwards may cost more than training gained."""
     model = prepared(adapter, feature_bits=(16, 16))

@@ -91,6 +91,7 @@ def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype
         ("", "4x0e+4x1o", 3, 2, {}, "gaq"),
         ("", "6x0e", 2, 3, {"distance_transform": "Agnesi"}, "w8"),
         ("Density", "4x0e+4x1o", 1, 2, {}, "gaq"),
+        ("Density", "4x0e+4x1o", 1, 2, {"distance_transform": "Agnesi", "apply_cutoff": False}, "w8"),
     ],
 )
 def test_the_engine_is_the_reference(

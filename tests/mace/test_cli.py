@@ -48,6 +48,20 @@ def folder(
     ase.io.write(path / "data.xyz", labelled, format="extxyz")
     gold = [ase.Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])]
     ase.io.write(path / "gold.xyz", gold, format="extxyz")
+    for name in ("forces", "energy", "half"):
+        spoiled = [atoms.copy() for atoms in labelled]
+        if name == "forces":
+            spoiled[1].arrays["REF_forces"][0, 0] = np.nan
+        elif name == "energy":
+            spoiled[1].info["REF_energy"] = float("nan")
+        else:
+            del spoiled[1].arrays["REF_forces"]
+        ase.io.write(path / f"{name}.xyz", spoiled, format="extxyz")
+    single = [*labelled, ase.Atoms("C", cell=[3.0] * 3, pbc=True)]
+    for atoms in single:
+        atoms.info.pop("REF_energy", None)
+        atoms.arrays.pop("REF_forces", None)
+    ase.io.write(path / "single.xyz", [atoms.copy() for atoms in single], format="extxyz")
     (path / "empty.xyz").write_text("")
     (path / "noise.xyz").write_text("these are\nnot structures\n")
     return path
@@ -290,6 +304,9 @@ def test_bad_configuration(
         ("noise.xyz", ("noise.xyz",)),
         (".", ("directory",)),
         ("gold.xyz", ("Au", "H, C, O")),
+        ("forces.xyz", ("frame 1", "REF_forces", "not finite")),
+        ("energy.xyz", ("frame 1", "REF_energy", "not one finite number")),
+        ("half.xyz", ("frame 1", "no reference forces")),
         (None, ("--calibration",)),
     ],
 )
@@ -312,6 +329,29 @@ def test_bad_data(
         for word in words:
             assert word in error
         assert not list(tmp_path.iterdir())
+
+
+def test_calibration_cells_of_one_atom(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.model"
+    error = refused(capsys, "quantize", folder / "float.model", "-o", output, "--calibration", folder / "single.xyz")
+    assert "frame 2 (C) has a single atom" in error
+    assert "repeat the cell" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_ends_before_the_long_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is prepared or calibrated, and no graph is made."""
+    for name in ("gaq.api.prepare", "gaq.api.calibrate", "gaq_mace.adapter.make_batches"):
+        monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    cases = {"gold": "does not know", "forces": "not finite", "single": "a single atom"}
+    start = ("quantize", folder / "float.model", "-o", tmp_path / "out.model", "--calibration")
+    for name, words in cases.items():
+        assert words in refused(capsys, *start, folder / f"{name}.xyz")
+    assert "the model does not know Fe" in refused(capsys, *start, folder / "data.xyz", "--elements", "H,Fe")
+    assert "no head 'third'" in refused(capsys, *start, folder / "data.xyz", "--head", "third")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_models(

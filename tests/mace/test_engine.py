@@ -386,6 +386,20 @@ def test_tables_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+def test_tables_that_grow_keep_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(MODELS["agnesi"](), "w8", STRUCTURES[:3])
+    pairs = pairs_of(model)
+    model(batch_of(model, [Atoms("CC", positions=[[0, 0, 0], [0, 0, 1.3]])]))
+    before = sum(layer.bytes_of_pair() for layer in pairs.layers)
+    monkeypatch.setattr(pair_tables, "LIMIT", 3 * before)
+    # H-H needs more intervals than C-C had, so three tables do not fit.
+    agree(*both(model, [molecule("CH4")]), 1e-9)
+    assert sum(layer.bytes_of_pair() for layer in pairs.layers) > before
+    assert pairs.made.codes == (0, 1)
+    assert sum(t[0].numel() * 8 for t in pairs.made.tables) <= pair_tables.LIMIT
+
+
+@pytest.mark.usefixtures("at_once")
 def test_all_tables_have_the_intervals_of_the_pair_that_needs_most() -> None:
     model = converted(MODELS["agnesi"](), "w8", STRUCTURES[:3])
     pairs = pairs_of(model)

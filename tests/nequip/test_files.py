@@ -312,7 +312,7 @@ def test_unknown_elements_and_empty_data(
     output = tmp_path / "out.ckpt"
     arguments = ["quantize", str(trained_float.best), "-o", str(output), "--calibration"]
     assert main([*arguments, str(tmp_path / "other.xyz")]) == 2
-    assert "has N, which the model does not know; its types are H, C, O" in capsys.readouterr().err
+    assert "has N, which the model does not know; its elements are H, C, O" in capsys.readouterr().err
     (tmp_path / "empty.xyz").write_text("")
     assert main([*arguments, str(tmp_path / "empty.xyz")]) == 2
     assert not output.exists()

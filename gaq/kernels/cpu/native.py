@@ -37,9 +37,9 @@ __all__ = [
     "why_not",
 ]
 
-SOURCES = ("convolution.cpp", "product.cpp", "contraction.cpp", "rounding.cpp")
-SHIM_SOURCES = ("convolution.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
-HEADERS = ("edges.h", "lanes.h")
+SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "contraction.cpp", "rounding.cpp")
+SHIM_SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
+HEADERS = ("batch.h", "edges.h", "lanes.h", "passes.h", "plan.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
