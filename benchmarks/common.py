@@ -24,11 +24,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def recorded_command(work: Path | None = None) -> str:
     """The command of this process as result files have it.
 
-    It has DIR in place of `work`, and MODEL in place of the folder of a model elsewhere on this machine.
+    It has DIR in place of `work`, MODEL in place of the folder of a model elsewhere on this machine, and PYTHON in
+    place of another interpreter.
     """
     command = shlex.join([Path(sys.executable).name, *sys.argv]).replace(str(ROOT) + "/", "")
     if work is not None:
         command = command.replace(str(work), "DIR")
+    command = re.sub(r"--nequip-python \S+", "--nequip-python PYTHON", command)
     return re.sub(r"--model /\S*/", "--model MODEL/", command.replace(str(SHARED), "../shared"))
 
 

@@ -1,12 +1,16 @@
 """Time and memory of ``gaq quantize`` with its gates, and the time to load what it wrote.
 
-    python benchmarks/quantize_time.py --work DIR [--only azobenzene "MP-0 medium"] [--repeats 3]
+    python benchmarks/quantize_time.py --work DIR --nequip-python PYTHON [--repeats 3]
+    python benchmarks/quantize_time.py --work DIR --only azobenzene
 
-Two cases: the trained model of azobenzene in ../shared with 20 structures, and the shape of MACE-MP-0 medium (89
-elements, 128x0e+128x1o, random weights) with 20 cells of 64 atoms. ``gaq quantize`` runs in a process of its own, on
-one thread; its peak memory is that process's. The files are loaded in processes of their own, after the imports and a
-first load of a tiny model, which are no model's cost. Times are of the processor, with the wall clock's beside them:
-other work on the machine changes them less.
+The first form writes all rows. With --only, rows are printed and not written. About ten minutes of one quiet core.
+
+Cases: the trained models of azobenzene in ../shared, MACE's and NequIP's, with 20 structures, and the shape of
+MACE-MP-0 medium (89 elements, 128x0e+128x1o, random weights) with 20 cells of 64 atoms. NequIP's runs by the
+interpreter of an environment that has NequIP, and its files are not loaded here. ``gaq quantize`` runs in a process of
+its own, on one thread; its peak memory is that process's. The files are loaded in processes of their own, after the
+imports and a first load of a tiny model, which are no model's cost. Times are of the processor, with the wall clock's
+beside them: other work on the machine changes them less.
 
 With random weights the gates may fail where a trained model's pass, so --force writes the file all the same.
 """
@@ -28,16 +32,24 @@ from common import SHARED, write_result
 
 from gaq.reporting.tables import markdown_table
 
-CASES = ("azobenzene", "MP-0 medium")
+CASES = ("azobenzene", "NequIP azobenzene", "MP-0 medium")
+NAMES = {"NequIP azobenzene": ("float.ckpt", "gaq.ckpt")}
+"""Float and quantized file of a case, where they are not those of MACE."""
+
+
+def files_of(case: str) -> tuple[str, str]:
+    """Names of the float and the quantized file of a case."""
+    return NAMES.get(case, ("float.model", "gaq.model"))
 
 
 def make(case: str, folder: Path) -> None:
-    """Write ``float.model`` and ``structures.xyz``."""
+    """Write the float model and ``structures.xyz``."""
     import torch
     from ase.io import read, write
 
-    if case == "azobenzene":
-        (folder / "float.model").write_bytes((SHARED / "models" / "mace_azobenzene.model").read_bytes())
+    if case.endswith("azobenzene"):
+        source = "nequip_azobenzene.ckpt" if case in NAMES else "mace_azobenzene.model"
+        (folder / files_of(case)[0]).write_bytes((SHARED / "models" / source).read_bytes())
         write(folder / "structures.xyz", read(SHARED / "data" / "rmd17" / "azobenzene_train_01.xyz", ":20"))
         return
     import foundation_shapes
@@ -52,7 +64,10 @@ def quantize(folder: Path) -> dict[str, Any]:
     from gaq.reporting.cost import peak_memory
 
     wall = time.perf_counter()
-    paths = [str(folder / name) for name in ("float.model", "structures.xyz", "gaq.model")]
+    given, written = files_of(folder.name)
+    paths = [str(folder / name) for name in (given, "structures.xyz", written)]
+    # A NequIP checkpoint names its training data by a path relative to where it lies.
+    os.chdir(SHARED / "models")
     code = main(["quantize", paths[0], "--calibration", paths[1], "-o", paths[2], "--force"])
     # The processor's time is that of the whole process, imports included.
     return {
@@ -74,9 +89,9 @@ def load(path: Path) -> dict[str, Any]:
     return {"s": time.process_time() - processor}
 
 
-def in_process(stage: str, argument: Path) -> dict[str, Any]:
+def in_process(stage: str, argument: Path, python: str = sys.executable) -> dict[str, Any]:
     """Run a stage in a process of its own and return what it measured, with what it printed under ``text``."""
-    command = [sys.executable, "-W", "ignore", __file__, "--stage", stage, "--work", str(argument)]
+    command = [python, "-W", "ignore", __file__, "--stage", stage, "--work", str(argument.resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -84,29 +99,33 @@ def in_process(stage: str, argument: Path) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "text": done.stdout + done.stderr}
 
 
-def row(case: str, folder: Path, repeats: int) -> dict[str, Any]:
+def row(case: str, folder: Path, repeats: int, nequip_python: str | None) -> dict[str, Any]:
     """Measure a case."""
-    import torch
-    from mace_speed import big_model
-
     folder.mkdir(exist_ok=True)
     make(case, folder)
-    torch.save(big_model([1]), folder / "tiny.model")
-    measured = in_process("quantize", folder)
+    measured = in_process("quantize", folder, (nequip_python if case in NAMES else None) or sys.executable)
     text = measured.pop("text")
     distilled = re.search(r"(\d+) steps of self-distillation", text)
     failed = re.search(r"failed: (.*)", text)
-    loads = {
-        name: [in_process("load", folder / name)["s"] for _ in range(repeats)] for name in ("float.model", "gaq.model")
-    }
     return {
         "model": case,
         **measured,
         "distillation steps": int(distilled.group(1)) if distilled else 0,
         "gates failed": failed.group(1) if failed else "none",
-        "stock load s": float(np.median(loads["float.model"])),
-        "load s": float(np.median(loads["gaq.model"])),
+        **({} if case in NAMES else loads(folder, repeats)),
     }
+
+
+def loads(folder: Path, repeats: int) -> dict[str, float]:
+    """Times to load the float and the quantized file of a case of MACE."""
+    import torch
+    from mace_speed import big_model
+
+    torch.save(big_model([1]), folder / "tiny.model")
+    times = {
+        name: [in_process("load", folder / name)["s"] for _ in range(repeats)] for name in ("float.model", "gaq.model")
+    }
+    return {"stock load s": float(np.median(times["float.model"])), "load s": float(np.median(times["gaq.model"]))}
 
 
 def slopes(repeats: int) -> list[dict[str, Any]]:
@@ -141,25 +160,60 @@ def slopes(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def descents(steps: int = 200) -> list[dict[str, Any]]:
+    """Errors during self-distillation of azobenzene's model at 4 bits, meV/Å, with and without the rising rate."""
+    import copy
+    import dataclasses
+
+    from ase.io import read
+
+    import gaq
+    from gaq.adapter import adapter_for
+    from gaq.training import distillation, ptq
+
+    model = gaq.load(SHARED / "models" / "mace_azobenzene.model")
+    structures = read(SHARED / "data" / "rmd17" / "azobenzene_train_01.xyz", ":")[120:136]
+    prepared = gaq.prepare(model, "w4")
+    adapter, teacher = adapter_for(prepared), copy.deepcopy(prepared)
+    ptq.gptq(adapter, prepared, structures)
+    config = dataclasses.replace(adapter.config(prepared).distillation, steps=steps)
+    rows, measure = [], distillation.force_rms
+    for warm_up in (0.0, distillation.WARM_UP):
+        errors: list[float] = []
+
+        def remembered(*args: Any, errors: list[float] = errors) -> float:
+            errors.append(measure(*args))
+            return errors[-1]
+
+        student = copy.deepcopy(prepared)
+        before, distillation.WARM_UP, distillation.force_rms = distillation.WARM_UP, warm_up, remembered
+        result = distillation.distill(adapter, student, structures, config, progress=False, teacher=teacher)
+        distillation.WARM_UP, distillation.force_rms = before, measure
+        rows.append({"warm-up": warm_up, "target": result.target, "steps": result.steps, "errors meV/Å": errors})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--only", nargs="+", choices=CASES)
+    parser.add_argument("--nequip-python", help="interpreter of an environment with NequIP and this package")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--stage", choices=("quantize", "load"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
         print(json.dumps({"quantize": quantize, "load": load}[args.stage](args.work)))
         return
-    rounding = slopes(args.repeats)
-    print(markdown_table(rounding, list(rounding[0])), flush=True)
+    if args.only is None and args.nequip_python is None:
+        parser.error("all rows need --nequip-python; --only prints some of them")
     rows = []
-    for case in args.only:
-        rows.append(row(case, args.work / case, args.repeats))
+    for case in args.only or CASES:
+        rows.append(row(case, args.work / case, args.repeats, args.nequip_python))
         print(rows[-1], flush=True)
-        write_result("quantize_time", rows, args.work, rounding=rounding)
+    if args.only is None:
+        write_result("quantize_time", rows, args.work, rounding=slopes(args.repeats), descents=descents())
     shown = [{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    print(markdown_table(shown, list(shown[0])))
+    print(markdown_table(shown, list(rows[0])))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Run it in MACE's environment, then in NequIP's. DIR holds trained models of periodic cells, ``KIND.model`` with
 ``KIND_test.xyz``; `benchmarks/dense_models.py` makes them. A case whose files are not there is left out, and named.
 Finished rows are kept in DIR/scalar_bits: the command goes on where it was stopped, and a row is measured again only if
-the model or what is measured on it has changed. Models of `foundation_shapes` have random weights, scaled to forces of
-1 eV/Å.
+the model or what is measured on it has changed. Rows of cases that DIR does not hold stay in the result file. Models of
+`foundation_shapes` have random weights, scaled to forces of 1 eV/Å.
 
 All numbers but times are taken in float64 through the fused kernels, on `STRUCTURES` structures; of periodic ones the
 last is doubled along its first axis. Weights are rounded to nearest; they do not move with the atoms and add no noise.
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.io import read
-from common import SHARED, load_json, write_result
+from common import RESULTS, SHARED, load_json, write_result
 
 import gaq
 from gaq.adapter import Adapter, adapter_for, adapters
@@ -49,6 +49,9 @@ WIDTHS = (16, 18, 20, 22, 24)
 EXACT = (None, None)
 SETTINGS = [*((scalars, 16) for scalars in WIDTHS), (20, 18), (None, 16), EXACT]
 """Bits of scalars and of vectors (magnitude, and each angle); None: exact."""
+FIRST = [(16, 16), (20, 16), EXACT]
+"""Measured before the others, so that an interrupted run says most."""
+DEFAULT_BITS = gaq.parse_config("gaq").scalars.bits or 16
 STEP = 0.01  # Å
 STRUCTURES, COMPONENTS = 3, 8
 SPAN, POINTS = (-0.2, -0.05), 31
@@ -111,9 +114,9 @@ def cases(work: Path) -> dict[str, Callable[[], Case]]:
     return makers | {name: functools.partial(shape, name) for name in SHAPES}
 
 
-def quantized(model: torch.nn.Module, structures: list[Atoms], scalars: int = 16) -> torch.nn.Module:
+def quantized(model: torch.nn.Module, structures: list[Atoms]) -> torch.nn.Module:
     """The model converted by the default preset, with weights rounded to nearest."""
-    options = {"weights": {"rounding": "nearest"}, "distillation": {"steps": 0}, "scalars": {"bits": scalars}}
+    options = {"weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     prepared = gaq.prepare(copy.deepcopy(model), {"preset": "gaq", **options})
     gaq.calibrate(prepared, structures[:1], progress=False)
     return gaq.convert(prepared)
@@ -154,9 +157,15 @@ class Measurement:
         self.adapter = adapter_for(self.float_model)
 
     @functools.cached_property
+    def rounded(self) -> torch.nn.Module:
+        """The converted model in the dtype of the float one."""
+        with self.adapter.process_state():
+            return quantized(self.float_model, self.case.structures)
+
+    @functools.cached_property
     def converted(self) -> torch.nn.Module:
         with self.adapter.process_state():
-            return self.adapter.in_float64(quantized(self.float_model, self.case.structures))
+            return self.adapter.in_float64(self.rounded)
 
     @functools.cached_property
     def float_potential(self) -> Potential:
@@ -213,12 +222,38 @@ class Measurement:
             row["float_force_mae_mev_per_angstrom"] = 1e3 * float(np.abs(self.float_forces - labels).mean())
         return row
 
+    def rounded_at(self, site: str | None, bits: int | None) -> tuple[float, np.ndarray]:
+        """Central differences on the first structure, and energies of its pairs, with the scalars of a site rounded."""
+        model = copy.deepcopy(self.converted)
+        for name, quantizer in self.adapter.feature_quantizers(model).items():
+            quantizer.scalars_enabled = bits is not None and site in (None, name)
+            quantizer.vectors_enabled = False
+            quantizer.scalar_top = float(largest_code(bits or DEFAULT_BITS))
+        recorded = Recorded(self.adapter.potential(model))
+        errors = central_difference_error(recorded, self.case.structures[:1], (STEP,), COMPONENTS)
+        return errors[STEP].relative_error, recorded.energies[1:]
+
+    @functools.cached_property
+    def exact_pairs(self) -> np.ndarray:
+        return self.rounded_at(None, None)[1]
+
+    def site_row(self, site: str | None) -> dict[str, Any]:
+        """Noise of rounding the scalars of one site alone to the default's bits; None: those of all sites."""
+        error, energies = self.rounded_at(site, DEFAULT_BITS)
+        noise = energies - self.exact_pairs
+        return {
+            "kind": self.case.kind,
+            "site": site or "all",
+            "atoms": len(self.case.structures[0]),
+            "scalar_bits": DEFAULT_BITS,
+            "noise_mev": 1e3 * float((noise[::2] - noise[1::2]).std() / np.sqrt(2)),
+            "central_difference_error": error,
+        }
+
     def step_times(self, repeats: int) -> dict[str, dict[str, float]]:
         """Processor time of a step for each width of scalars, and its ratio to 16 bits in the same round."""
         with self.adapter.process_state():
-            potentials = {
-                bits: self.adapter.potential(quantized(self.float_model, self.case.structures, bits)) for bits in WIDTHS
-            }
+            potentials = {bits: with_bits(self.adapter, self.rounded, bits, 16) for bits in WIDTHS}
             atoms = self.case.structures[0].copy()
             rng = np.random.default_rng(0)
             times: dict[int, list[float]] = {bits: [] for bits in WIDTHS}
@@ -243,16 +278,17 @@ class Measurement:
         }
 
 
-def measure(case: Case, folder: Path, repeats: int) -> None:
-    """Measure what ``folder`` does not hold yet of a case."""
+def measure(case: Case, folder: Path, repeats: int, by_site: bool) -> None:
+    """Measure what ``folder`` does not hold yet of a case; ``by_site``: also one site after the other."""
     path = folder / f"{case.kind.replace(' ', '_')}.json"
     digest = hashlib.sha256(case.path.read_bytes()).hexdigest()[:12]
     of = f"{digest}, {STRUCTURES} x {COMPONENTS}, scan {SPAN} {POINTS}"
     held = load_json(path)
     if held.get("of") != of:
-        held = {"of": of, "kind": case.kind, "rows": {}, "times": {}}
+        held = {"of": of, "kind": case.kind, "rows": {}, "times": {}, "sites": {}}
+    held.setdefault("sites", {})
     measurement = Measurement(case)
-    for scalars, vectors in SETTINGS:
+    for scalars, vectors in sorted(SETTINGS, key=lambda setting: setting not in FIRST):
         key = f"{scalars},{vectors}"
         if key not in held["rows"]:
             held["rows"][key] = {**measurement.row(scalars, vectors), "versions": versions()}
@@ -261,18 +297,31 @@ def measure(case: Case, folder: Path, repeats: int) -> None:
     if not held["times"] and repeats:
         held["times"] = measurement.step_times(repeats)
         path.write_text(json.dumps(held, indent=1))
+    sites = [None, *measurement.adapter.feature_quantizers(measurement.converted)] if by_site else []
+    for site in (site for site in sites if (site or "all") not in held["sites"]):
+        held["sites"][site or "all"] = measurement.site_row(site)
+        path.write_text(json.dumps(held, indent=1))
+        print(held["sites"][site or "all"], flush=True)
 
 
-def gathered(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all cases, each with its time."""
+def gathered(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of all cases, each with its time, and those of single sites.
+
+    Rows of cases that the folder does not hold stay as they are in the result file.
+    """
     order = [*(f"{prefix}molecule" for prefix in ("", "nequip ")), *PERIODIC, *(f"{s}, random weights" for s in SHAPES)]
     held = {one["kind"]: one for one in map(load_json, folder.glob("*.json"))}
+    before = load_json(RESULTS / f"{NAME}.json").get("rows", [])
     rows = []
-    for kind in (kind for kind in order if kind in held):
-        for row in held[kind]["rows"].values():
-            timed = held[kind]["times"].get(str(row["scalar_bits"]), {}) if row["vector_bits"] == 16 else {}
-            rows.append({**row, **timed})
-    return rows
+    for kind in order:
+        if kind not in held:
+            rows += [row for row in before if row["kind"] == kind]
+            continue
+        for setting in (f"{scalars},{vectors}" for scalars, vectors in SETTINGS):
+            if row := held[kind]["rows"].get(setting):
+                timed = held[kind]["times"].get(str(row["scalar_bits"]), {}) if row["vector_bits"] == 16 else {}
+                rows.append({**row, **timed})
+    return rows, [row for kind in order if kind in held for row in held[kind].get("sites", {}).values()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -307,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, metavar="DIR", help="folder of the models of periodic cells, and of rows")
     parser.add_argument("--cases", nargs="*", default=["molecule", *PERIODIC, *SHAPES])
+    parser.add_argument("--sites", action="store_true", help="round the scalars of one site after the other, too")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps; 0: none")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -316,12 +366,14 @@ def main() -> None:
     makers = cases(work)
     for name in arguments.cases:
         if name in makers:
-            measure(makers[name](), work / NAME, arguments.repeats)
+            measure(makers[name](), work / NAME, arguments.repeats, arguments.sites)
         else:
             print(f"left out: {name}", flush=True)
-    rows = gathered(work / NAME)
-    write_result(NAME, rows, work=arguments.work)
+    rows, sites = gathered(work / NAME)
+    write_result(NAME, rows, work=arguments.work, sites=sites)
     print(table(rows))
+    if sites:
+        print(markdown_table(sites, list(sites[0])))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from unittest import mock
 import mace  # noqa: F401  (before e3nn)
 import opt_einsum_fx
 import torch
+from e3nn.math import _normalize_activation as normalization
 from e3nn.o3 import _linear as e3nn_linear
 from e3nn.o3._tensor_product import _codegen as e3nn_product
 from e3nn.util.codegen import CodeGenMixin
@@ -185,6 +186,21 @@ def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
     return products
 
 
+def _remembering_moments(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stand for e3nn's ``moment``, which averages a function over a million numbers, the same ones in each layer."""
+    results: dict[Any, Any] = {}
+
+    def moment(f: Any, n: int, dtype: Any = None, device: Any = None) -> Any:
+        if not _active.get():
+            return original(f, n, dtype, device)
+        key = (f, n, dtype, str(device))
+        if key not in results:
+            results[key] = original(f, n, dtype, device)
+        return results[key].clone()
+
+    return moment
+
+
 @contextmanager
 def constructing() -> Iterator[None]:
     """Context in which constructors of MACE and e3nn leave the compilation of generated code for later.
@@ -198,6 +214,7 @@ def constructing() -> Iterator[None]:
             (opt_einsum_fx, "optimize_einsums_full", _defer_contraction),
             (CodeGenMixin, "_codegen_register", _register_later(CodeGenMixin._codegen_register)),
             (cg, "_wigner_nj", _remembering(cg._wigner_nj)),
+            (normalization, "moment", _remembering_moments(normalization.moment)),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         token = _active.set(True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mace  # noqa: F401  (before e3nn)
@@ -95,11 +96,29 @@ def _symbol(number: int) -> str:
     return str(chemical_symbols[number])
 
 
+@contextmanager
+def _fixed_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context no weight of a model requires a gradient.
+
+    MACE adds embeddings of charge and spin in place to what a scripted layer returns. From its second call on,
+    TorchScript returns a view on which autograd refuses that if weights require gradients, which forces do not need.
+    """
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
 def energy_and_forces(
     model: torch.nn.Module, batch: dict[str, Tensor], create_graph: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energies (graphs,) in eV, forces (atoms, 3) in eV/Å, and the number of atoms of each graph."""
-    output = model(dict(batch), training=create_graph, compute_force=True)
+    with nullcontext() if create_graph else _fixed_weights(model):
+        output = model(dict(batch), training=create_graph, compute_force=True)
     counts = batch["ptr"][1:] - batch["ptr"][:-1]
     return output["energy"], output["forces"], counts
 

@@ -235,4 +235,4 @@ def reduce_stock(stock: type, entries: Document) -> tuple[object, ...]:
     """
     # Not by copyreg.__newobj__, with which pickle insists on the class of the object itself.
     # Private, but what pickle itself uses for protocols below 2.
-    return copyreg._reconstructor, (stock, object, None), entries  # type: ignore[attr-defined]
+    return copyreg._reconstructor, (stock, object, None), entries  # type: ignore[attr-defined]  # private, and what every pickle calls

@@ -13,7 +13,7 @@ Only for `nequip-deploy`: a NequIP package has to run where GAQ is not installed
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from nequip.data import AtomicDataDict
@@ -21,12 +21,13 @@ from nequip.nn.interaction_block import InteractionBlock
 from torch import Tensor
 
 from gaq.caches import Cache
-from gaq.kernels import chunks, convolution, gpu, harmonics, product, radial, rounding
+from gaq.kernels import chunks, convolution, gpu, product, radial, rounding
 from gaq.model.state import is_kind
 from gaq.quantizers.attention import heads_of_weights
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule, Irreps
 from gaq_nequip.attention import AttentionInteractionBlock
+from gaq_nequip.engine.edges import Embedding, Unsupported, before_last, edge_part, fit_harmonics
 from gaq_nequip.sites import class_name
 
 __all__ = [
@@ -41,14 +42,11 @@ __all__ = [
 ]
 
 
-class Unsupported(ValueError):
-    """The kernels cannot compute this block; the message says why. NequIP's own operations can."""
-
-
 class FusedInteractionBlock(InteractionBlock):
     """`InteractionBlock` whose convolution is one operation on edge vectors and node features."""
 
     chunked: chunks.ChunkedConvolution
+    embedding: Embedding
     columns: Tensor
     nodes: Tensor
     to_coefficients: Tensor
@@ -62,7 +60,8 @@ class FusedInteractionBlock(InteractionBlock):
         Hidden layers are evaluated in float64, because slopes are differences of their values. The last layer, which
         is most of the work, multiplies coefficients in the dtype of the model.
         """
-        hidden, last = before_last(self.edge_mlp.mlp, self.nodes, dtype)
+        # Evaluated, because the inputs would be the largest constant of a small model's file.
+        hidden, last = before_last(self.edge_mlp.mlp, self.embedding(self.nodes), dtype)
         coefficients = radial.polynomials(hidden, self.to_coefficients).flatten(0, 1)
         weights = self.chunked.weights(last(coefficients.to(dtype)), self.columns)
         return weights.unflatten(0, (-1, radial.COEFFICIENTS)).permute(2, 0, 1, 3).contiguous()
@@ -81,18 +80,18 @@ class FusedInteractionBlock(InteractionBlock):
         data = self.avg_num_neighbors_norm(data)
         x = data[AtomicDataDict.NODE_FEATURES_KEY]
         edges = data[AtomicDataDict.EDGE_INDEX_KEY]
-        problem = self.chunked.problem
+        problem, table = self.chunked.problem, self.table(x.dtype)
         features = self.chunked.rows(x).contiguous()
         vectors = data[AtomicDataDict.EDGE_VECTORS_KEY].to(x.dtype).contiguous()
         if gpu.chosen(x.device):
             graph = convolution.Graph(edges[1], edges[0])
-            message = convolution.convolution(problem, graph, features, vectors, self.table(x.dtype), scales=scales)
+            message = convolution.convolution(problem, graph, features, vectors, table, scales=scales)
         else:
             # The plan lies in buffers, which a compiled file keeps.
             message = torch.ops.gaq.edge_convolution(
                 features,
                 vectors,
-                self.table(x.dtype),
+                table,
                 x.new_empty(0) if scales is None else scales,
                 self.plan_ints,
                 self.plan_reals,
@@ -123,113 +122,6 @@ def head_of_scale(chunked: chunks.ChunkedConvolution, heads: int) -> Tensor:
 
 BLOCKS = {"InteractionBlock": FusedInteractionBlock, "AttentionInteractionBlock": FusedAttentionBlock}
 """Fused class of each class of blocks that the kernels serve."""
-
-
-def before_last(network: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, AnyModule]:
-    """Propagate the inputs of a radial network, (n, features) in float64, to its last layer.
-
-    Args:
-        network: in any dtype.
-        x: its inputs.
-        dtype: of the network.
-
-    Returns:
-        The inputs of the last layer, in float64, and that layer.
-
-    Raises:
-        Unsupported: for layers other than SiLU and unbiased linear ones, and where hidden layers are rounded.
-    """
-    *hidden, last = network.children()
-    for layer in (*hidden, last):
-        if class_name(layer) == "ScalarLinearLayer":
-            if layer.bias is not None:
-                raise Unsupported("the radial network has biases")
-            if not isinstance(getattr(layer, "input_quantizer", torch.nn.Identity()), torch.nn.Identity):
-                raise Unsupported("the hidden layers of the radial network are rounded")
-        elif class_name(layer) != "SiLU" or layer is last:
-            raise Unsupported(f"the radial network has a {class_name(layer)}")
-    for layer in hidden:
-        if class_name(layer) == "SiLU":
-            x = torch.nn.functional.silu(x)
-        else:
-            # The layer knows how its weight is stored: on the identity it gives that weight.
-            identity = torch.eye(x.shape[1], dtype=dtype, device=x.device)
-            x = x @ layer(identity).double()
-    return x, last
-
-
-def _synthetic(vectors: Tensor) -> AtomicDataDict.Type:
-    """Data of two atoms, joined by edges with the given vectors."""
-    edges = vectors.shape[0]
-    return {
-        AtomicDataDict.POSITIONS_KEY: vectors.new_zeros(2, 3),
-        AtomicDataDict.ATOM_TYPE_KEY: torch.tensor([0, 0]),
-        AtomicDataDict.EDGE_INDEX_KEY: torch.tensor([[0], [1]]).expand(2, edges),
-        AtomicDataDict.EDGE_VECTORS_KEY: vectors,
-        AtomicDataDict.EDGE_LENGTH_KEY: vectors.norm(dim=-1),
-    }
-
-
-@dataclass(frozen=True)
-class _EdgePart:
-    """Modules of a model that run on edges before the first convolution, in float64.
-
-    Attributes:
-        modules: in the order in which they run.
-        harmonics: the module that makes the spherical harmonics.
-        r_max: cutoff in Å.
-    """
-
-    modules: tuple[AnyModule, ...]
-    harmonics: AnyModule
-    r_max: float
-
-    def run(self, vectors: Tensor, lengths: Tensor) -> AtomicDataDict.Type:
-        """Run the modules on edges with the given vectors and lengths."""
-        data = _synthetic(vectors)
-        data[AtomicDataDict.EDGE_LENGTH_KEY] = lengths
-        for module in self.modules:
-            data = module(data)
-        return data
-
-
-def _edge_part(model: torch.nn.Module) -> _EdgePart:
-    """Copy the modules that run on edges.
-
-    Raises:
-        Unsupported: for modules that are not known, and cutoffs by pair of types.
-    """
-    sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
-    if len(sequences) != 1:
-        raise Unsupported("there is not one sequence of convolution layers")
-    modules: list[AnyModule] = []
-    for child in sequences[0].children():
-        if class_name(child) == "ConvNetLayer":
-            break
-        if class_name(child) != "NodeTypeEmbed":
-            modules.append(copy.deepcopy(child).double())
-    known = ("SphericalHarmonicEdgeAttrs", "EdgeLengthNormalizer", "BesselEdgeLengthEncoding", "ApplyFactor")
-    by_name: dict[str, AnyModule] = {}
-    for module in modules:
-        name = class_name(module)
-        if name not in known or name in by_name:
-            raise Unsupported(f"edges go through a {name}")
-        by_name[name] = module
-        if hasattr(module, "_output_dtype"):
-            module._output_dtype = torch.float64
-    missing = [name for name in known[:3] if name not in by_name]
-    if missing:
-        raise Unsupported(f"the model has no {missing[0]}")
-    if by_name["EdgeLengthNormalizer"]._per_edge_type:
-        raise Unsupported("cutoffs differ by the types of both atoms (per_edge_type_cutoff)")
-    r_max = float(by_name["EdgeLengthNormalizer"].r_max)
-    return _EdgePart(tuple(modules), by_name["SphericalHarmonicEdgeAttrs"], r_max)
-
-
-def _embedding(edge: _EdgePart, lengths: Tensor) -> Tensor:
-    """Inputs of the radial network at the given lengths, (edges, basis)."""
-    vectors = torch.stack([lengths, torch.zeros_like(lengths), torch.zeros_like(lengths)], dim=-1)
-    return edge.run(vectors, lengths)[AtomicDataDict.EDGE_EMBEDDING_KEY]
 
 
 def _chunked(
@@ -376,9 +268,9 @@ def fuse(model: torch.nn.Module, device: str = "cpu") -> dict[str, str]:
         _fuse_products(model)
         _fuse_rounding(model)
     served, kept = _examine(model, torch.device(device))
-    for name, (block, edge, chunked) in served.items():
+    for name, examined in served.items():
         try:
-            _fuse_convolution(block, edge, chunked, torch.device(device), _dtype(model))
+            _fuse_convolution(examined, torch.device(device))
         except ValueError as error:
             kept[name] = str(error)
     return kept
@@ -395,7 +287,7 @@ def _dtype(model: torch.nn.Module) -> torch.dtype:
     return dtype
 
 
-_Examined = tuple[AnyModule, _EdgePart, chunks.ChunkedConvolution]
+_Examined = tuple[AnyModule, Embedding, chunks.ChunkedConvolution]
 
 
 def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _Examined], dict[str, str]]:
@@ -406,8 +298,9 @@ def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _E
     if not blocks:
         return served, kept
     try:
-        edge = _edge_part(model)
-        sh = _fit_harmonics(edge.harmonics)
+        edge = edge_part(model)
+        sh = fit_harmonics(edge.harmonics)
+        embedding = Embedding(edge)
     except ValueError as error:
         return served, {name: str(error) for name, _ in blocks}
     dtype = _dtype(model)
@@ -415,50 +308,40 @@ def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _E
         try:
             chunked = _chunked(block, sh, edge.r_max, device, dtype)
             network = copy.deepcopy(block.edge_mlp.mlp).double()
-            nothing = _embedding(edge, torch.ones(1, dtype=torch.float64))
-            before_last(network, nothing, torch.float64)
-            served[name] = block, edge, chunked
+            before_last(network, embedding(torch.ones(1, dtype=torch.float64)), torch.float64)
+            served[name] = block, embedding, chunked
         except ValueError as error:
             kept[name] = str(error)
     return served, kept
 
 
-def _fit_harmonics(attributes: AnyModule) -> list[Tensor]:
-    """Coefficients of the spherical harmonics of a `SphericalHarmonicEdgeAttrs`.
-
-    Raises:
-        ValueError: if there is not one harmonic of each degree.
-    """
-
-    def function(directions: Tensor) -> Tensor:
-        values: Tensor = attributes(_synthetic(directions))[attributes.out_field]
-        return values
-
-    degrees = [ir.l for _, ir in attributes.irreps_edge_sh]
-    if degrees != list(range(len(degrees))):
-        raise Unsupported(f"edge attributes {attributes.irreps_edge_sh}")
-    return harmonics.fit(function, degrees[-1])
+def _radial_function(block: AnyModule, embedding: Embedding) -> Callable[[Tensor], Tensor]:
+    """Radial weights of a block as a function of the edge length, in float64."""
+    network = copy.deepcopy(block.edge_mlp).double()
+    return lambda lengths: network(embedding(lengths))
 
 
-def _fuse_convolution(
-    block: AnyModule, edge: _EdgePart, chunked: chunks.ChunkedConvolution, device: torch.device, dtype: torch.dtype
-) -> None:
+def _fuse_convolution(examined: _Examined, device: torch.device) -> None:
     """Give an interaction block the fused convolution, in place; a block that is refused stays as it is.
+
+    Args:
+        examined: the block, with what describes its convolution.
+        device: on which the compiled file will run.
 
     Raises:
         ValueError: for a block that the kernels do not serve; the message says why.
     """
+    block, embedding, chunked = examined
     problem = chunked.problem
-    network = copy.deepcopy(block.edge_mlp).double()
     with torch.no_grad():
-        table = radial.tabulate(lambda r: network(_embedding(edge, r)), problem.r_max)
+        table = radial.tabulate(_radial_function(block, embedding), problem.r_max)
         intervals = table.coefficients.shape[1]
-        nodes = _embedding(edge, radial.node_lengths(problem.r_max, intervals))
-        hidden, last = before_last(network.mlp, nodes, torch.float64)
+        nodes = radial.node_lengths(problem.r_max, intervals)
+        hidden, last = before_last(copy.deepcopy(block.edge_mlp.mlp).double(), embedding(nodes), torch.float64)
         propagated = last(radial.polynomials(hidden).flatten(0, 1)).view_as(table.coefficients)
     if not torch.allclose(propagated, table.coefficients, rtol=0, atol=1e-9 * float(table.coefficients.abs().max())):
         raise Unsupported("the layers of the radial network are not what they should be")
-    block.chunked, block.table_error = chunked, table.error
+    block.chunked, block.table_error, block.embedding = chunked, table.error, embedding
     if device.type == "cuda":
         # Now, because coefficients cannot be read while a graph is traced.
         from gaq.kernels.gpu.convolution import register
@@ -466,7 +349,7 @@ def _fuse_convolution(
         register(problem, True)
     ints, reals = problem.plan(intervals)
     # In buffers, which a compiled file keeps on its device.
-    block.register_buffer("nodes", nodes.contiguous(), persistent=False)
+    block.register_buffer("nodes", nodes, persistent=False)
     block.register_buffer("to_coefficients", radial.inverse(), persistent=False)
     block.register_buffer("columns", chunked.columns, persistent=False)
     block.register_buffer("plan_ints", ints, persistent=False)

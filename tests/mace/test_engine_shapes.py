@@ -22,7 +22,7 @@ from gaq.model.state import feature_quantizers
 from gaq_mace import engine
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
 from gaq_mace.engine import accelerate, first_messages
-from gaq_mace.evaluate import make_batches
+from gaq_mace.evaluate import MACEPotential, make_batches
 from gaq_mace.sites import bystanders, find_sites
 from gaq_mace.weights import quantized_weights
 
@@ -183,6 +183,17 @@ def test_edges_beyond_the_cutoff_contribute_nothing() -> None:
     found = model(more)
     for name in ("energy", "forces"):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
+
+
+def test_reference_path_of_embedded_charges_in_every_call() -> None:
+    """Once TorchScript has optimized it, stock MACE's own code raises for weights that require gradients."""
+    model = build_model("plain", torch.float64, **SHAPES["charge_and_spin"])
+    results = [MACEPotential(model)(STRUCTURES[:1]) for _ in range(3)]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for energies, forces in results[1:]:
+        assert energies == pytest.approx(results[0][0], abs=1e-9)
+        assert forces[0] == pytest.approx(results[0][1][0], abs=1e-9)
+    assert MACEPotential(model).energies(STRUCTURES[:1]) == pytest.approx(results[0][0], abs=1e-9)
 
 
 def test_energies_without_forces() -> None:

@@ -23,7 +23,7 @@ from gaq.adapter import adapter_for
 from gaq.kernels import convolution, product, shims, signatures
 from gaq.kernels.cpu import native
 from gaq.quantizers.attention import RobustAttention
-from gaq_nequip.engine import fused
+from gaq_nequip.engine import edges, fused
 from gaq_nequip.engine.fused import FusedInteractionBlock, FusedProduct, fuse, refusals
 from gaq_nequip.freeze import freeze
 from gaq_nequip.sites import class_name
@@ -80,12 +80,12 @@ def with_attention(variant: str, frozen: bool = True, **changes: Any) -> Any:
 def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str, attention: bool) -> None:
     """Tensor product and sum over neighbours, with the same radial weights in both: exact to float64."""
     model = with_attention(variant) if attention else quantized("w8", variant, "float64", "frozen")
-    edge = fused._edge_part(model)
-    sh = fused._fit_harmonics(edge.harmonics)
+    edge = edges.edge_part(model)
+    sh = edges.fit_harmonics(edge.harmonics)
     generator = torch.Generator().manual_seed(0)
     sender, receiver = torch.randint(0, 5, (2, 40), generator=generator)
     vectors = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    attributes = edge.run(vectors, vectors.norm(dim=-1))["edge_attrs"]
+    attributes = edge.run(vectors)["edge_attrs"]
     for block in [m for m in model.modules() if class_name(m) in fused.BLOCKS]:
         chunked = fused._chunked(block, sh, edge.r_max, torch.device("cpu"), torch.float64)
         product = block.tp_scatter.tp

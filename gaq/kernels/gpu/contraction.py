@@ -34,13 +34,13 @@ ROW_BITS, POWER_BITS = 7, 3
 
 
 @triton.jit
-def _factor(x_ptr, at, row, channels, mask):  # type: ignore[no-untyped-def]
+def _factor(x_ptr, at, row, channels, mask):
     """Load a row of the features; 1 where a group has no such factor (row -1)."""
     return tl.where(row >= 0, tl.load(x_ptr + at + tl.maximum(row, 0) * channels, mask=mask, other=0.0), 1.0)
 
 
 @triton.jit
-def polynomial_kernel(  # type: ignore[no-untyped-def]
+def polynomial_kernel(
     x_ptr,  # (atoms, rows_x, channels): the factors
     y_ptr,  # (atoms, rows_y, channels): the last ones
     out_ptr,  # (atoms, rows_out, channels)
@@ -211,13 +211,13 @@ def contraction_backward_op(
     return _launch(features, grad, species, coefficients, derivative, heads, features.shape[1])
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     features, species, coefficients, _, derivative, heads, _ = inputs
     ctx.save_for_backward(features, species, coefficients, derivative)
     ctx.heads = heads[2:]
 
 
-def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad):
     refuse_second_derivative()
     if ctx.needs_input_grad[2]:
         raise RuntimeError("the fused kernels give no gradient by the coefficients")

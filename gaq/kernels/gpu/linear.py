@@ -27,7 +27,7 @@ __all__ = ["linear", "serves"]
 
 
 @triton.jit
-def _weights(w_ptr, k, n, w_k, w_n, mask, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weights(w_ptr, k, n, w_k, w_n, mask, PACKED: tl.constexpr):
     """Load a tile of int8 weights, unpacked where they have four bits."""
     at = k[:, None] * w_k + n[None, :] * w_n
     if PACKED:
@@ -39,7 +39,7 @@ def _weights(w_ptr, k, n, w_k, w_n, mask, PACKED: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _add_float_product(a, w, total, EMULATED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_float_product(a, w, total, EMULATED: tl.constexpr):
     """Add the product of float32 and int8, exact up to the rounding of the sums."""
     high = a.to(tl.bfloat16)
     rest = a - high.to(tl.float32)
@@ -59,7 +59,7 @@ def _add_float_product(a, w, total, EMULATED: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _codes(a, step):  # type: ignore[no-untyped-def]
+def _codes(a, step):
     """Features over the step of their row, to the nearest integer, halves to even, up to 2^23."""
     ratio = tl.math.div_rn(a, tl.zeros_like(a) + step[:, None])
     size = (tl.abs(ratio) + 8388608.0) - 8388608.0
@@ -67,7 +67,7 @@ def _codes(a, step):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _joined(high, middle, low, THREE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _joined(high, middle, low, THREE: tl.constexpr):
     """The exact sums of all planes, rounded to float32 once."""
     total = high.to(tl.int64)
     if THREE:
@@ -76,7 +76,7 @@ def _joined(high, middle, low, THREE: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def linear_kernel(  # type: ignore[no-untyped-def]
+def linear_kernel(
     a_ptr,  # (rows, inner)
     w_ptr,  # (inner, columns) by the strides, int8 or packed
     scale_ptr,  # (groups, outputs)
@@ -259,13 +259,13 @@ def linear_backward_op(grad: Tensor, codes: Tensor, scale: Tensor, inputs: int, 
     return _launch(grad, codes, scale, None, inputs, 0, group_size, True)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     x, codes, scale, _, _, group_size = inputs
     ctx.save_for_backward(codes, scale)
     ctx.inputs, ctx.group_size = x.shape[1], group_size
 
 
-def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad):
     refuse_second_derivative()
     if ctx.needs_input_grad[2]:
         raise RuntimeError("the fused kernels give no gradient by the scales")

@@ -23,7 +23,7 @@ WORDS = 8
 
 
 @triton.jit
-def _nearest(v):  # type: ignore[no-untyped-def]
+def _nearest(v):
     """Round to the nearest integer, halves to even, for numbers far below 2^22 (float64: 2^51)."""
     if v.dtype == tl.float32:
         nearest = (v + 12582912.0) - 12582912.0
@@ -33,7 +33,7 @@ def _nearest(v):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _nearest_wide(v):  # type: ignore[no-untyped-def]
+def _nearest_wide(v):
     """Round to the nearest integer, halves to even, up to 2^23 (float64: 2^52), where codes of 24 bits end."""
     size = tl.abs(v)
     if v.dtype == tl.float32:
@@ -44,7 +44,7 @@ def _nearest_wide(v):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _divide(a, b):  # type: ignore[no-untyped-def]
+def _divide(a, b):
     """Divide as IEEE 754 demands; on a GPU the plain float32 quotient is an approximation."""
     wide = b + tl.zeros_like(a)
     if a.dtype == tl.float32:
@@ -55,7 +55,7 @@ def _divide(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _root(v):  # type: ignore[no-untyped-def]
+def _root(v):
     if v.dtype == tl.float32:
         root = tl.sqrt_rn(v)
     else:
@@ -64,18 +64,18 @@ def _root(v):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _step(size, top):  # type: ignore[no-untyped-def]
+def _step(size, top):
     return _divide(tl.maximum(size, 1e-30) * 1.000001, top)
 
 
 @triton.jit
-def _entry(matrix, k, j, P: tl.constexpr):  # type: ignore[no-untyped-def]
+def _entry(matrix, k, j, P: tl.constexpr):
     i = tl.arange(0, P)
     return tl.sum(tl.sum(tl.where((i[:, None] == k) & (i[None, :] == j), matrix, 0.0), axis=1), axis=0)
 
 
 @triton.jit
-def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
+def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
     """Orthonormal axes as rows, (P, P) in float64, from reference vectors in the rows: Gram-Schmidt, done twice."""
     i = tl.arange(0, P)
     SPANNING: tl.constexpr = 2 if D == 3 else D
@@ -117,7 +117,7 @@ def _frame(references, EPS: tl.constexpr, D: tl.constexpr, P: tl.constexpr):  # 
 
 
 @triton.jit
-def _vectors(  # type: ignore[no-untyped-def]
+def _vectors(
     x_ptr,
     out_ptr,
     mixing_ptr,
@@ -193,7 +193,7 @@ def _vectors(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scalars(x_ptr, out_ptr, at, channels, top, C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scalars(x_ptr, out_ptr, at, channels, top, C: tl.constexpr):
     most = tl.zeros([C], dtype=x_ptr.dtype.element_ty)
     for start in range(0, channels, C):
         c = start + tl.arange(0, C)
@@ -206,7 +206,7 @@ def _scalars(x_ptr, out_ptr, at, channels, top, C: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def rounding_kernel(  # type: ignore[no-untyped-def]
+def rounding_kernel(
     x_ptr,
     out_ptr,
     int_ptr,  # (pieces, WORDS)
@@ -298,11 +298,11 @@ def block(dimensions: int) -> int:
     return 32 if dimensions & 512 else 64
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     pass
 
 
-def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad):
     # Straight-through: differentiable to any order in itself, but the kernels around it are differentiable only once.
     refuse_second_derivative()
     return grad, None, None, None, None, None, None, None
