@@ -19,7 +19,7 @@ from gaq.kernels.problem import ConvolutionProblem, Path
 __all__ = ["GPU_WIDTHS", "ChunkedConvolution", "chunk_width", "cpu_widths"]
 
 REGISTER_BYTES = 64
-"""Bytes that the CPU kernel computes at once (``GAQ_BYTES`` in `cpu/lanes.h`)."""
+"""Most bytes that the CPU kernel computes at once (``GAQ_BYTES`` in `cpu/lanes.h`)."""
 GPU_WIDTHS = (32, 64, 128)
 """Channels of a program on a GPU: from a warp's threads to the most that one program takes."""
 

@@ -11,9 +11,14 @@
 
 namespace {
 
-// 64 bytes. Where registers are shorter, a compiler splits them, and sums of products are faster for it.
+// Bytes of a register. Compilers may split longer ones, but not always well: for AVX2, g++ 12 keeps 64 bytes in memory,
+// and the kernels take several times as long.
 #ifndef GAQ_BYTES
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define GAQ_BYTES 32
+#else
 #define GAQ_BYTES 64
+#endif
 #endif
 
 template <typename T> struct Lanes {
