@@ -49,9 +49,9 @@ WIDTHS = (16, 18, 20, 22, 24)
 EXACT = (None, None)
 SETTINGS = [*((scalars, 16) for scalars in WIDTHS), (20, 18), (None, 16), EXACT]
 """Bits of scalars and of vectors (magnitude, and each angle); None: exact."""
-FIRST = [(16, 16), (20, 16), EXACT]
-"""Measured before the others, so that an interrupted run says most."""
 DEFAULT_BITS = gaq.parse_config("gaq").scalars.bits or 16
+FIRST = [(16, 16), (DEFAULT_BITS, 16), EXACT]
+"""Measured before the others, so that an interrupted run says most."""
 STEP = 0.01  # Å
 STRUCTURES, COMPONENTS = 3, 8
 SPAN, POINTS = (-0.2, -0.05), 31

@@ -130,7 +130,7 @@ class ScalarConfig:
             calibration and cannot saturate), or a static one, ``per_channel`` or ``per_tensor``.
     """
 
-    bits: int | None = _bits(20, most=24)
+    bits: int | None = _bits(24, most=24)
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
 
 

@@ -57,9 +57,9 @@ def test_presets_are_what_their_names_say() -> None:
     assert parse_config({}) == PRESETS["gaq"]
     widths = {name: (c.weights.bits, c.scalars.bits, c.vectors.magnitude_bits) for name, c in PRESETS.items()}
     assert widths == {
-        "gaq": (8, 20, 16),
-        "w8a16": (8, 20, 16),
-        "w4a16": (4, 20, 16),
+        "gaq": (8, 24, 16),
+        "w8a16": (8, 24, 16),
+        "w4a16": (4, 24, 16),
         "w8": (8, None, None),
         "w4": (4, None, None),
         "w8a8": (8, 8, 8),
