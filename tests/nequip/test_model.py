@@ -272,7 +272,8 @@ def test_static_ranges_travel_with_the_state(
     with pytest.raises(ValueError, match="never observed"):
         gaq.convert(copy.deepcopy(other))
     other.load_state_dict(model.state_dict())
-    assert np.array_equal(evaluate(other, structures)[0], evaluate(model, structures)[0])
+    # Rounding for training is written otherwise; a step of 24 bits is the last digit of a float32.
+    assert np.allclose(evaluate(other, structures)[0], evaluate(model, structures)[0], rtol=2e-7, atol=0)
 
 
 def test_overrides(float_model: Callable[..., Any]) -> None:

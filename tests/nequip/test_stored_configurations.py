@@ -39,7 +39,7 @@ def named_only(source: Path, target: Path, version: int) -> None:
     torch.save(checkpoint, target)
 
 
-@pytest.mark.parametrize(("version", "bits"), [(1, 16), (2, 20)])
+@pytest.mark.parametrize(("version", "bits"), [(1, 16), (2, 24)])
 def test_a_checkpoint_means_the_preset_of_its_time(
     trained: Any, train: Callable[..., Any], tmp_path: Path, version: int, bits: int
 ) -> None:
