@@ -388,8 +388,8 @@ def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
         exact = x.double() @ plain.final_0.double()
         # Half a step for each input.
         tops = {name.split("_")[1][0]: integers.top for name, integers in layer.by_integers.items()}
-        assert tops in ({}, {"0": 8388607}, {"0": 8388607, "1": 32639})  # 24 bits: three planes; vectors: two
-        step = x.abs().amax(1, keepdim=True).double() / 8388607
+        assert tops in ({}, {"0": 8355711}, {"0": 8355711, "1": 32639})  # 24 bits: three planes; vectors: two
+        step = x.abs().amax(1, keepdim=True).double() / 8355711
         bound = 0.51 * step * plain.final_0.double().abs().sum(0) + 1e-6 * exact.abs().max()
         assert bool(((layer._product(x, "final_0").double() - exact).abs() <= bound).all())
     data = batch_of(model, [WATER], torch.float32)
