@@ -38,7 +38,7 @@ import gaq
 from gaq.adapter import Adapter, adapter_for, adapters
 from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import spaced
-from gaq.checks.potential import Potential
+from gaq.checks.potential import Potential, energies_of
 from gaq.checks.smoothness import bond_stretch_scan
 from gaq.quantizers.weights import largest_code
 from gaq.reporting.environment import versions
@@ -137,15 +137,19 @@ def with_bits(adapter: Adapter, model: torch.nn.Module, scalars: int | None, vec
 
 
 class Recorded:
-    """A potential that keeps what it returned last."""
+    """A potential that keeps the forces, and the energies of displaced structures, that it returned last."""
 
     def __init__(self, potential: Potential) -> None:
         self.potential = potential
-        self.energies, self.forces = np.zeros(0), [np.zeros(0)]
+        self.displaced, self.forces = np.zeros(0), [np.zeros(0)]
 
     def __call__(self, structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
-        self.energies, self.forces = self.potential(structures)
-        return self.energies, self.forces
+        energies, self.forces = self.potential(structures)
+        return energies, self.forces
+
+    def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
+        self.displaced = energies_of(self.potential, structures)
+        return self.displaced
 
 
 class Measurement:
@@ -187,7 +191,7 @@ class Measurement:
         return self.scanned
 
     def central_difference(self, scalars: int | None, vectors: int | None) -> tuple[float, Recorded]:
-        """The relative error, and energies and forces: of the structures, then of the pairs of displaced ones."""
+        """The relative error, with the forces of the structures and the energies of the pairs of displaced ones."""
         recorded = Recorded(with_bits(self.adapter, self.converted, scalars, vectors))
         errors = central_difference_error(recorded, self.case.structures, (STEP,), COMPONENTS)
         return errors[STEP].relative_error, recorded
@@ -196,7 +200,7 @@ class Measurement:
         structures = self.case.structures
         count, atoms = len(structures), np.array([len(one) for one in structures])
         error, recorded = self.exact if (scalars, vectors) == EXACT else self.central_difference(scalars, vectors)
-        noise = (recorded.energies - self.exact[1].energies)[count:]
+        noise = recorded.displaced - self.exact[1].displaced
         difference = noise[::2] - noise[1::2]
         forces, exact = (np.concatenate(one.forces[:count]) for one in (recorded, self.exact[1]))
         size = float(np.sqrt((self.float_forces**2).mean()))
@@ -231,7 +235,7 @@ class Measurement:
             quantizer.scalar_top = float(largest_code(bits or DEFAULT_BITS))
         recorded = Recorded(self.adapter.potential(model))
         errors = central_difference_error(recorded, self.case.structures[:1], (STEP,), COMPONENTS)
-        return errors[STEP].relative_error, recorded.energies[1:]
+        return errors[STEP].relative_error, recorded.displaced
 
     @functools.cached_property
     def exact_pairs(self) -> np.ndarray:
