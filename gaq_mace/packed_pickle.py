@@ -9,7 +9,9 @@ The exception is a model with the interaction block of `gaq_mace.attention`: its
 loads only with this package.
 
 The file holds every parameter. If the reader's MACE builds a model with other parameters, by name or shape, loading
-stops with an error that names them and the MACE that wrote the file, with this package installed or without.
+stops with an error that names them and the MACE that wrote the file, with this package installed or without. Before
+that the reader computes a checksum of everything that the model is built of; where it is not the stored one, nothing is
+built.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import copyreg
 import functools
 import importlib
 import operator
+import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ from gaq.files.packing import pack
 from gaq.quantizers.weights import QuantizedTensor
 from gaq.untyped import Document
 from gaq_mace.names import CONSTRUCTOR, PACKED
-from gaq_mace.packed import other_mace, take_apart
+from gaq_mace.packed import Packed, other_mace, take_apart
 
 __all__ = ["reduce_packed", "reduce_stock"]
 
@@ -180,12 +183,15 @@ def reduce_packed(model: torch.nn.Module) -> tuple[object, ...]:
     # In this order: the model is made in its own dtype, and then the reader's dtype and random numbers are put back.
     reader_dtype = Call(torch.get_default_dtype)
     reader_random = Call(torch.get_rng_state)
+    payload = {"meta": packed.meta, "ranges": packed.ranges, "weights": fixed}
     # With this package the reader's MACE has a constructor that leaves the compilation of generated code for later.
     models = Call(importlib.import_module, mace_models.__name__)
     constructor = Call(getattr, models, CONSTRUCTOR, mace_models.ScaleShiftMACE)
-    built = Call(functools.partial(constructor, **arguments))
+    construct = functools.partial(constructor, **arguments)
+    built = Call(construct)
     built_state = Call(_method("state_dict"), built)
     steps = (
+        _contents_checked(construct, state, payload, packed),
         reader_dtype,
         reader_random,
         Call(torch.set_default_dtype, packed.dtype),
@@ -196,8 +202,57 @@ def reduce_packed(model: torch.nn.Module) -> tuple[object, ...]:
         # The buffers that the constructor makes stay; every parameter is in the file by now.
         Call(torch.nn.Module.load_state_dict, built, Call(operator.or_, built_state, state)),
     )
-    payload = {"meta": packed.meta, "ranges": packed.ranges, "weights": fixed}
-    return operator.itemgetter(3), (steps,), {PACKED: payload}
+    return operator.itemgetter(steps.index(built)), (steps,), {PACKED: payload}
+
+
+def _contents_checked(construct: functools.partial[object], state: Document, payload: Document, packed: Packed) -> Call:
+    """The reader's check that a file holds what was written, with stock functions only.
+
+    A pickle has no checksum of its own, and torch does not look at those of its archive. What is checked are the
+    results: weights after dequantization, so that a changed place of a weight among the codes is found as well.
+
+    Args:
+        construct: the constructor with its arguments.
+        state: the tensors in the file, by name.
+        payload: what this package needs beside them.
+        packed: the contents.
+    """
+    # By value only: functions and classes have no text that is the same for every reader, and damage to their names
+    # does not load.
+    plain = sorted(k for k, v in packed.config.items() if isinstance(v, str | int | float | list | o3.Irreps | None))
+    arguments = Call(operator.itemgetter(*plain), Call(operator.attrgetter("keywords"), construct))
+    widths = Call(map, operator.itemgetter(0, 1, 2), Call(_method("values"), payload["weights"]))
+    facts = Call(repr, (arguments, Call(list, widths), payload["meta"]))
+    found = Call(zlib.crc32, Call(_method("encode"), facts))
+    for tensor in (*state.values(), *payload["ranges"].values()):
+        found = Call(zlib.crc32, Call(_method("tobytes"), Call(_method("numpy"), tensor)), found)
+
+    values = [q.dequantize() if (q := packed.quantized.get(name)) else t for name, t in state.items()]
+    expected = zlib.crc32(
+        repr(
+            (
+                tuple(packed.config[name] for name in plain),
+                [(q.bits, q.granularity, q.group_size) for q in packed.quantized.values()],
+                packed.meta,
+            )
+        ).encode()
+    )
+    for tensor in (*values, *packed.ranges.values()):
+        expected = zlib.crc32(tensor.numpy().tobytes(), expected)
+    return _equal(found, expected, DAMAGED)
+
+
+DAMAGED = (
+    "the contents of this file do not match the checksum stored with them: it was altered or damaged. Get it again, or "
+    "quantize the float model again."
+)
+
+
+def _equal(found: Call, expected: int, message: str | Call) -> Call:
+    """Stops the reader with a message where a number is not what it should be."""
+    # Through the module: the function itself would be pickled by the name of a private module.
+    comparison = operator.methodcaller("assert_close", found, expected, rtol=0, atol=0, msg=message)
+    return Call(comparison, Call(importlib.import_module, "torch.testing"))
 
 
 def _parameters_checked(built: Call, built_state: Call, state: Document, meta: Document) -> Call:
@@ -220,10 +275,7 @@ def _parameters_checked(built: Call, built_state: Call, state: Document, meta: D
     model = texts(Call(_method("keys"), built_state), Call(_method("values"), built_state))
     unknown, missing = Call(operator.sub, stored, model), Call(operator.sub, parameters, stored)
     message = Call(other_mace(meta).format, Call(sorted, unknown), Call(sorted, missing))
-    count = Call(len, Call(operator.or_, unknown, missing))
-    # Through the module: the function itself would be pickled by the name of a private module.
-    comparison = operator.methodcaller("assert_close", count, 0, msg=message)
-    return Call(comparison, Call(importlib.import_module, "torch.testing"))
+    return _equal(Call(len, Call(operator.or_, unknown, missing)), 0, message)
 
 
 def reduce_stock(stock: type, entries: Document) -> tuple[object, ...]:

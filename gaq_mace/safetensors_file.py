@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import mace  # noqa: F401  (before e3nn)
@@ -11,6 +13,7 @@ from e3nn import o3
 from mace.modules import gate_dict, interaction_classes, readout_classes
 from torch import Tensor
 
+import gaq
 from gaq.files.packing import pack, packed_bytes, unpack
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
 from gaq.quantizers.weights import WeightLayout, dequantize
@@ -20,6 +23,13 @@ from gaq_mace.root import restore
 from gaq_mace.weights import layouts
 
 __all__ = ["config_from_json", "config_to_json", "load_safetensors", "save_safetensors"]
+
+CHECKSUM = "gaq_sha256"
+"""Where a file's metadata holds its checksum."""
+
+HEADER = frozenset({"meta", "config", "dtype", "weights"})
+POOLS = frozenset({"codes", "scales"})
+PREFIXES = frozenset({"plain", "range"})
 
 _NAMES: dict[str, Document] = {
     "interaction_cls": interaction_classes,
@@ -68,6 +78,20 @@ def config_from_json(plain: Document) -> Document:
     return config
 
 
+def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a file's contents: its header, and each tensor's name, dtype, shape and bytes.
+
+    A safetensors file has no checksum of its own, and much of what makes a model's energies is in the header: isolated
+    atoms' energies, cutoff, scale, widths of activations.
+    """
+    summary = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        summary.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        summary.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return summary.hexdigest()
+
+
 def save_safetensors(packed: Packed, path: Path) -> None:
     """Write a model that was taken apart: codes of all weights in one tensor, scales in another, the rest by name."""
     from safetensors.torch import save_file
@@ -87,15 +111,30 @@ def save_safetensors(packed: Packed, path: Path) -> None:
         "dtype": str(packed.dtype).removeprefix("torch."),
         "weights": table,
     }
-    save_file(tensors, path, metadata={"gaq": json.dumps(header)})
+    text = json.dumps(header)
+    save_file(tensors, path, metadata={"gaq": text, CHECKSUM: checksum(text, tensors)})
+
+
+def check_known(header: Document, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a header or tensors with names that this version does not know, which a reader would leave out silently.
+
+    Raises:
+        ModelFileError: naming them.
+    """
+    unknown = sorted(set(header) - HEADER)
+    unknown += sorted(name for name in tensors if name not in POOLS and name.partition(":")[0] not in PREFIXES)
+    if unknown:
+        raise ModelFileError(
+            f"{', '.join(unknown)}: not known to gaq {gaq.__version__}; read it with the gaq that wrote it."
+        )
 
 
 def load_safetensors(path: Path) -> torch.nn.Module:
     """Build the quantized model that `save_safetensors` wrote.
 
     Raises:
-        ModelFileError: for a file that is truncated, altered, of another kind, written by a later version, or written
-            with a MACE that builds other parameters.
+        ModelFileError: for a file that is truncated, altered, of another kind, written before format 3 or by a later
+            version, or written with a MACE that builds other parameters.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -109,8 +148,16 @@ def load_safetensors(path: Path) -> torch.nn.Module:
         raise ModelFileError("a safetensors file, but not one written by gaq.")
     header = json.loads(metadata["gaq"])
     check_format(header["meta"])
-    if int(header["meta"].get("format", 0)) < 2:
-        raise ModelFileError("a form of before format 2, with a tensor a weight; quantize the float model again.")
+    if int(header["meta"].get("format", 0)) < 3:
+        raise ModelFileError(
+            "a form of before format 3, without a checksum of the header; quantize the float model again."
+        )
+    if metadata.get(CHECKSUM) != checksum(metadata["gaq"], tensors):
+        raise ModelFileError(
+            "the contents of this file do not match the checksum stored with them: it was altered or damaged. "
+            "Quantize the float model again."
+        )
+    check_known(header, tensors)
     model = build(config_from_json(header["config"]), getattr(torch, header["dtype"]))
     state = {key.removeprefix("plain:"): t for key, t in tensors.items() if key.startswith("plain:")}
     shapes = {name: torch.empty(shape, device="meta") for name, (*_, shape) in header["weights"].items()}

@@ -45,10 +45,11 @@ __all__ = [
 
 Kind = TypeVar("Kind", bound=torch.nn.Module)
 
-FORMAT = 2
+FORMAT = 3
 """Version of the stored form; files of a later version are refused.
 
 2: safetensors files hold all codes in one tensor and all scales in another.
+3: safetensors files hold a checksum of everything in them.
 """
 
 

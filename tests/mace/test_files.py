@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import gaq
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq_mace import files, packed
 from gaq_mace.files import ModelFileError
+from gaq_mace.safetensors_file import CHECKSUM, checksum
 from gaq_mace.weights import quantized_weights
 
 PRESETS = ("gaq", "w4a16", "w8", "w4", "w8a8", "w4a8", "naive_w8a8")
@@ -268,6 +270,63 @@ def refuse(path: Path, *words: str) -> str:
     return message
 
 
+DAMAGED = """
+import sys, json, hashlib, resource, warnings
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # a damaged length may ask for any amount of memory
+warnings.simplefilter("ignore")
+sys.modules["gaq"] = None
+import mace, torch
+def facts(path):
+    model = torch.load(path, map_location="cpu", weights_only=False)
+    summary = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        summary.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, list))}
+        summary.update(repr((name, type(module).__name__, sorted(plain.items()))).encode())
+    return summary.hexdigest()
+result = {}
+for path in sys.argv[1:]:
+    try:
+        result[path] = facts(path)
+    except BaseException as error:
+        result[path] = f"{type(error).__name__}: {error}"
+print("RESULT" + json.dumps(result))
+"""
+
+
+def test_damage_is_found_where_this_package_is_not_installed(
+    quantized: Callable[..., Any], python: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One bit of the pickle or of the numbers, at places spread over the file: an error, or the same model."""
+    path = tmp_path / "model.model"
+    gaq.save(quantized("gaq"), path)
+    with zipfile.ZipFile(path) as archive:
+        sizes = {i.filename: i.file_size for i in archive.infolist() if "/data" in i.filename}
+    generator = random.Random(0)
+    damaged = []
+    for number in range(40):
+        entries = [name for name in sizes if name.endswith("data.pkl") == (number % 2 == 0)]
+        name = generator.choices(entries, [sizes[one] for one in entries])[0]
+        place, bit = generator.randrange(sizes[name]), generator.randrange(8)
+        damaged.append(str(tmp_path / f"{number}.model"))
+        Path(damaged[-1]).write_bytes(path.read_bytes())
+
+        def change(entry: str, data: bytes, name: str = name, place: int = place, bit: int = bit) -> bytes:
+            return data if entry != name else data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+        repack(Path(damaged[-1]), change)
+    done = python(DAMAGED, str(path), *damaged, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.split("RESULT")[1])
+    intact = result.pop(str(path))
+    assert len(intact) == 64, intact
+    found = {name: text for name, text in result.items() if text != intact}
+    assert not {name: text for name, text in found.items() if ": " not in text}
+    assert sum("do not match the checksum" in text for text in found.values()) >= 18
+    assert len(found) >= 32
+
+
 def test_altered_codes(quantized: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "model.model"
     gaq.save(quantized("w8"), path)
@@ -278,16 +337,59 @@ def test_altered_codes(quantized: Callable[..., Any], tmp_path: Path) -> None:
     refuse(path, "checksum", "altered or damaged")
 
 
-def test_altered_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> None:
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def write_safetensors(path: Path, header: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file of our form with the checksum that belongs to it."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"gaq": header, CHECKSUM: checksum(header, tensors)})
+
+
+NUMBERS = re.compile(r"(?<=[:\[, ])-?\d+(\.\d+)?(e-?\d+)?(?=[,\]} ])")
+
+
+def test_a_changed_number_in_the_header(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """Every number: isolated-atom energies, cutoff, numbers of neighbours, scale and shift, bits."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    gaq.save(quantized("gaq"), path)
+    metadata, tensors = read_safetensors(path)
+    header = metadata["gaq"]
+    places = list(NUMBERS.finditer(header))
+    assert len(places) > 100
+    assert {"r_max", "avg_num_neighbors", "atomic_energies", "atomic_inter_scale"} < set(json.loads(header)["config"])
+    for place in places:
+        last = place.end() - 1
+        changed = header[:last] + ("1" if header[last] != "1" else "2") + header[last + 1 :]
+        assert checksum(changed, tensors) != metadata[CHECKSUM]
+    save_file(tensors, path, metadata={**metadata, "gaq": changed})
+    refuse(path, "checksum", "altered or damaged")
+
+
+def test_unknown_fields(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    gaq.save(quantized("w8"), path)
+    metadata, tensors = read_safetensors(path)
+    write_safetensors(path, json.dumps({**json.loads(metadata["gaq"]), "elements": []}), tensors)
+    refuse(path, "elements: not known")
+    write_safetensors(path, metadata["gaq"], {**tensors, "offset": torch.zeros(1)})
+    refuse(path, "offset: not known")
+
+
+def test_altered_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     for name in ("codes", "scales"):
         path = tmp_path / f"{name}.safetensors"
         gaq.save(quantized("w8"), path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata, tensors = read_safetensors(path)
         changed = tensors[name].clone()
         changed[0] = changed[0] + 1 if name == "codes" else changed[0] * 2
         tensors[name] = changed
@@ -296,33 +398,30 @@ def test_altered_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_incomplete_safetensors(quantized: Callable[..., Any], tmp_path: Path) -> None:
-    """A header that promises what the file does not hold."""
-    from safetensors import safe_open
+    """A header that promises what the file does not hold, whose checksum is right."""
     from safetensors.torch import save_file
 
     path = tmp_path / "model.safetensors"
     gaq.save(quantized("gaq"), path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    metadata, tensors = read_safetensors(path)
     header = json.loads(metadata["gaq"])
 
     missing = tmp_path / "missing.safetensors"
     name = "codes"
-    save_file({k: v for k, v in tensors.items() if k != name}, missing, metadata=metadata)
+    write_safetensors(missing, metadata["gaq"], {k: v for k, v in tensors.items() if k != name})
     refuse(missing, "damaged")
 
     short = tmp_path / "short.safetensors"
-    save_file({**tensors, name: tensors[name][:-1].clone()}, short, metadata=metadata)
+    write_safetensors(short, metadata["gaq"], {**tensors, name: tensors[name][:-1].clone()})
     refuse(short)
 
     broken = tmp_path / "broken.safetensors"
-    save_file(tensors, broken, metadata={"gaq": metadata["gaq"][:-20]})
+    write_safetensors(broken, metadata["gaq"][:-20], tensors)
     refuse(broken, "damaged")
 
     unknown = tmp_path / "unknown.safetensors"
     config = {**header["config"], "interaction_cls": "FutureInteractionBlock"}
-    save_file(tensors, unknown, metadata={"gaq": json.dumps({**header, "config": config})})
+    write_safetensors(unknown, json.dumps({**header, "config": config}), tensors)
     refuse(unknown, "FutureInteractionBlock")
 
     foreign = tmp_path / "foreign.safetensors"
@@ -344,9 +443,9 @@ def test_newer_format(
 def test_earlier_safetensors(quantized: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "FORMAT", 1)
+        patch.setattr(packed, "FORMAT", 2)
         gaq.save(quantized("w8"), path)
-    refuse(path, "before format 2", "quantize the float model again")
+    refuse(path, "before format 3", "quantize the float model again")
 
 
 class Elsewhere:
@@ -445,7 +544,7 @@ def test_pickle_holds_only_public_callables(quantized: Callable[..., Any], tmp_p
     }
     assert modules
     python = {"operator", "_operator", "functools", "itertools", "importlib", "collections", "builtins", "__builtin__"}
-    assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", *python}
+    assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", "zlib", *python}
 
 
 def test_root_without_quantization_pickles_as_stock(float_model: Callable[..., Any]) -> None:
