@@ -272,10 +272,13 @@ def refuse(path: Path, *words: str) -> str:
 
 DAMAGED = """
 import sys, json, hashlib, resource, warnings
-resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # a damaged length may ask for any amount of memory
+from pathlib import Path
 warnings.simplefilter("ignore")
 sys.modules["gaq"] = None
 import mace, torch
+if Path("/proc/self/statm").exists():  # a damaged length may ask for any amount of memory
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), used + (4 << 30)))
 def facts(path):
     model = torch.load(path, map_location="cpu", weights_only=False)
     summary = hashlib.sha256()
