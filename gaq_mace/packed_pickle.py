@@ -19,6 +19,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import importlib
+import json
 import operator
 import zlib
 from collections.abc import Callable, Mapping
@@ -219,17 +220,20 @@ def _contents_checked(construct: functools.partial[object], state: Document, pay
     """
     # By value only: functions and classes have no text that is the same for every reader, and damage to their names
     # does not load.
-    plain = sorted(k for k, v in packed.config.items() if isinstance(v, str | int | float | list | o3.Irreps | None))
+    plain = sorted(
+        k for k, v in packed.config.items() if isinstance(v, str | int | float | list | dict | o3.Irreps | None)
+    )
     arguments = Call(operator.itemgetter(*plain), Call(operator.attrgetter("keywords"), construct))
     widths = Call(map, operator.itemgetter(0, 1, 2), Call(_method("values"), payload["weights"]))
-    facts = Call(repr, (arguments, Call(list, widths), payload["meta"]))
+    # JSON, because the text of a NumPy number depends on NumPy's version.
+    facts = Call(json.dumps, (arguments, Call(list, widths), payload["meta"]))
     found = Call(zlib.crc32, Call(_method("encode"), facts))
     for tensor in (*state.values(), *payload["ranges"].values()):
         found = Call(zlib.crc32, Call(_method("tobytes"), Call(_method("numpy"), tensor)), found)
 
     values = [q.dequantize() if (q := packed.quantized.get(name)) else t for name, t in state.items()]
     expected = zlib.crc32(
-        repr(
+        json.dumps(
             (
                 tuple(packed.config[name] for name in plain),
                 [(q.bits, q.granularity, q.group_size) for q in packed.quantized.values()],

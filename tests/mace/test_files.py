@@ -547,7 +547,7 @@ def test_pickle_holds_only_public_callables(quantized: Callable[..., Any], tmp_p
     }
     assert modules
     python = {"operator", "_operator", "functools", "itertools", "importlib", "collections", "builtins", "__builtin__"}
-    assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", "zlib", *python}
+    assert {module.split(".")[0] for module in modules} <= {"mace", "torch", "e3nn", "json", "zlib", *python}
 
 
 def test_root_without_quantization_pickles_as_stock(float_model: Callable[..., Any]) -> None:
