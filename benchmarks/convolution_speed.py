@@ -5,7 +5,7 @@
 Layers of a model with 128 channels and l <= 3 on random edges, 54 neighbours of an atom within 5 Å: the first one
 (128x0e, no gradient by features), one of scalars with that gradient, and the second one of 128x0e+128x1o; with one
 radial table, and with a table for each pair of seven species. Times are processor times of one thread, forward and
-backward apart; each checkout computes in a process of its own, in turn. Beside them stands the rate of a float32 matrix
+backward apart; the checkouts compute in separate processes, in turn. Beside them stands the rate of a float32 matrix
 product, measured in the same run. Results of both checkouts are compared. At the end stand whole steps (energy and
 forces by the calculator) of a MACE model with 128x0e+128x1o and random float weights.
 """

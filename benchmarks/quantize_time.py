@@ -7,8 +7,8 @@ The first form writes all rows. With --only, rows are printed and not written. A
 
 Cases: the trained models of azobenzene in ../shared, MACE's and NequIP's, with 20 structures, and the shape of
 MACE-MP-0 medium (89 elements, 128x0e+128x1o, random weights) with 20 cells of 64 atoms. NequIP's runs by the
-interpreter of an environment that has NequIP, and its files are not loaded here. ``gaq quantize`` runs in a process of
-its own, on one thread; its peak memory is that process's. The files are loaded in processes of their own, after the
+interpreter of an environment that has NequIP, and its files are not loaded here. ``gaq quantize`` runs in a separate
+process, on one thread; its peak memory is that process's. The files are loaded in separate processes too, after the
 imports and a first load of a tiny model, which are no model's cost. Times are of the processor, with the wall clock's
 beside them: other work on the machine changes them less.
 
@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def in_process(stage: str, argument: Path, python: str = sys.executable) -> dict[str, Any]:
-    """Run a stage in a process of its own and return what it measured, with what it printed under ``text``."""
+    """Run a stage in a separate process and return what it measured, with what it printed under ``text``."""
     command = [python, "-W", "ignore", __file__, "--stage", stage, "--work", str(argument.resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -4,7 +4,7 @@
 
 Models of random weights (128x0e+128x1o, l <= 3) on cells of 64 atoms, one thread, processor time. Force errors are root
 mean squares against stock MACE in float64. With another checkout, steps through its kernels and through these
-alternate, each checkout in a process of its own, and so do first calls. `many_species` has a bound of what tables of
+alternate in separate processes, and so do first calls. `many_species` has a bound of what tables of
 the last hidden layer would save where pairs are too many for tables: the hidden values cost nothing there. `files` has
 what tables in a packed file would take, and the time of making them and of reading them.
 """

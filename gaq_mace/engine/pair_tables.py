@@ -129,18 +129,18 @@ class PairTables:
             while missing:
                 for layer in self.layers:
                     layer.prepare([self._pair(code) for code in missing])
-                kept, wanted = list(self.made.codes), missing
-                if kept and self.made.shapes != self._shapes():
+                present, added = list(self.made.codes), missing
+                if present and self.made.shapes != self._shapes():
                     # A pair needs more intervals than all others had; tables that lie end to end have equal numbers.
-                    kept, wanted = [], kept + wanted
-                if len(kept) + len(wanted) > self._most():
+                    present, added = [], present + added
+                if len(present) + len(added) > self._most():
                     # Beyond the limit only what this structure needs is kept.
-                    kept, wanted = [], list(codes)
-                if len(wanted) > self._most():
+                    present, added = [], list(codes)
+                if len(added) > self._most():
                     return False
-                banks = self._banks_with_room(len(kept), len(kept) + len(wanted))
-                if self._fill(banks, len(kept), wanted):
-                    self._publish(banks, [*kept, *wanted])
+                banks = self._banks_with_room(len(present), len(present) + len(added))
+                if self._fill(banks, len(present), added):
+                    self._publish(banks, [*present, *added])
                     break
         for code in missing:
             self.spent.pop(code, None)

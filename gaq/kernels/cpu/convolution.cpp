@@ -85,9 +85,9 @@ struct Senders {
     atoms.clear();
     if (int64_t(place.size()) < count) place.resize(count);
     for (int64_t i = 0; i < count; ++i) {
-      int64_t& found = place_of_atom[senders[i]];
-      if (found < 0) found = atoms.size(), atoms.push_back(senders[i]);
-      place[i] = found * rows;
+      int64_t& atom_place = place_of_atom[senders[i]];
+      if (atom_place < 0) atom_place = atoms.size(), atoms.push_back(senders[i]);
+      place[i] = atom_place * rows;
     }
     for (const int64_t atom : atoms) place_of_atom[atom] = -1;
   }
