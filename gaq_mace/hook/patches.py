@@ -27,7 +27,7 @@ import logging
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaq.untyped import AnyModule, Batch, Calculator, Document, Patched
 from gaq_mace.hook import targets
@@ -172,6 +172,13 @@ def _patch_arg_parser(module: Patched) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
+def _end(error: ValueError) -> NoReturn:
+    """End the command with a reason."""
+    logging.error(str(error))
+    print(f"mace_run_train: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
 def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, packed: bool) -> None:
     """Make the model of a run a quantized one, or end the command with the reason.
 
@@ -187,11 +194,10 @@ def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, pac
     writes(args.name, args.model_dir, args.checkpoints_dir)
     try:
         # Arguments that did not come through the parser have not been read yet.
-        start(model, key.config if isinstance(key, QuantizationArgument) else parse_config(key))
+        config = key.config if isinstance(key, QuantizationArgument) else parse_config(key)
+        start(model, config, epochs=args.max_num_epochs)
     except ValueError as error:
-        logging.error(str(error))
-        print(f"mace_run_train: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(error)
     if packed:
         logging.warning(
             f"The foundation model {args.foundation_model} is quantized: training starts from its rounded "
@@ -281,6 +287,12 @@ def _patch_run_train(module: Patched) -> None:
     def run(*args: object, **kwargs: object) -> object:
         try:
             return original(*args, **kwargs)
+        except ValueError as error:
+            # If the module was never imported, nothing was quantized.
+            roots = sys.modules.get("gaq_mace.root")
+            if roots is None or not isinstance(error, roots.OtherSettingsError):
+                raise
+            _end(error)
         finally:
             # If the module was never imported, nothing was quantized.
             training = sys.modules.get("gaq_mace.training")

@@ -87,12 +87,15 @@ def _requested(model_config: ReadOnlyDocument) -> object:
     return top if of_model is _MISSING else of_model
 
 
-def read_key(spec: object, loaded: bool) -> QuantizationConfig:
+def read_key(spec: object, loaded: bool) -> tuple[QuantizationConfig, bool]:
     """Parse a value of the key, which a user wrote or a file holds.
 
     Args:
         spec: value of the key.
         loaded: whether its model is loaded from a checkpoint within the build of another model.
+
+    Returns:
+        The configuration, and whether a user wrote it.
 
     Raises:
         gaq.config.parse.ConfigError: if the configuration cannot be used.
@@ -104,9 +107,9 @@ def read_key(spec: object, loaded: bool) -> QuantizationConfig:
     run = _run_config()
     restarts = run is not None and run.get("ckpt_path") is not None and KEY not in run
     if get_workflow_state() == "train" and not loaded and not restarts:
-        return parse_config(spec)
+        return parse_config(spec), True
     # The file may come from an earlier version.
-    return parse_stored(spec, finished=not restarts)
+    return parse_stored(spec, finished=not restarts), False
 
 
 def is_trained(model_config: object) -> bool:
@@ -153,7 +156,8 @@ def _patch_lightning(cls: Patched) -> None:
             return model
         from gaq_nequip.training import start
 
-        start(model, read_key(spec, loaded=_building.get() > 0), pretrained=is_trained(inner))
+        config, written = read_key(spec, loaded=_building.get() > 0)
+        start(model, config, pretrained=is_trained(inner), written=written)
         _remember(self, model_config, spec)
         return model
 
@@ -197,7 +201,8 @@ def _patch_modifiers(cls: Patched, model_modifier: Callable[..., Callable[..., o
         """Quantize the model: ``preset`` and the other keys of a quantization mapping."""
         from gaq_nequip.model import prepare
 
-        return prepare(model, read_key({"preset": preset, **keys}, loaded=_building.get() > 1))
+        config, written = read_key({"preset": preset, **keys}, loaded=_building.get() > 1)
+        return prepare(model, config, written=written)
 
     cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]  # takes class methods
 
