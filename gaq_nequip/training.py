@@ -72,7 +72,8 @@ def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool =
         written: whether a user wrote the configuration for this run; see `gaq.model.insertion.prepare`.
 
     Raises:
-        gaq.config.parse.ConfigError: if the configuration cannot be used for this model, or attention over messages is asked for in a trained model.
+        gaq.config.parse.ConfigError: if the configuration cannot be used for this model, or attention over messages is
+            asked for in a trained model.
     """
     if pretrained and config.attention is not None and config.attention.messages:
         raise ConfigError(

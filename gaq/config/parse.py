@@ -243,7 +243,8 @@ def _preset(name: object, path: str, version: int) -> QuantizationConfig:
     """Return a preset by name, as it was in a version of the configuration."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            f"{path}: {_shown(name)} is not a preset.{_closest(str(name), PRESETS)} Presets: {_options(sorted(PRESETS))}."
+            f"{path}: {_shown(name)} is not a preset.{_closest(str(name), PRESETS)} "
+            f"Presets: {_options(sorted(PRESETS))}."
         )
     return preset_of(name, version)
 
@@ -416,8 +417,8 @@ def parse_stored(spec: object, finished: bool, path: str = "quantization") -> Qu
     for name, value in present.items():
         if REMOVED[name].acts not in idle:
             raise ConfigError(
-                f"{path}.{name}: {_shown(value)} is at work in this file, and the key is gone. Make the file again from its "
-                f"float model: {REMOVED[name].advice}."
+                f"{path}.{name}: {_shown(value)} is at work in this file, and the key is gone. "
+                f"Make the file again from its float model: {REMOVED[name].advice}."
             )
     return config
 

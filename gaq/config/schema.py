@@ -288,8 +288,8 @@ class EquivarianceLossConfig:
 class QuantizationConfig:
     """A resolved configuration; `to_dict` gives what is stored in a model.
 
-    Fields carry what is allowed in them as metadata: ``choices``, ``bits``, ``minimum`` or ``below``; `gaq.config.parse` checks
-    what a user writes against it.
+    Fields carry what is allowed in them as metadata: ``choices``, ``bits``, ``minimum`` or ``below``;
+    `gaq.config.parse` checks what a user writes against it.
     """
 
     version: int = _at_least(1, VERSION)

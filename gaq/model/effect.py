@@ -167,7 +167,8 @@ def _check_override(
     members = [site for site in matched if not any(fnmatch.fnmatchcase(site.name, other) for other in later)]
     if not members:
         raise ConfigError(
-            f"{path}: has no effect, because later patterns match all its modules. Write it after them, or leave it out."
+            f"{path}: has no effect, because later patterns match all its modules. Write it after them, or leave it "
+            "out."
         )
     own = given[members[0].name]
     override = config.overrides[pattern]

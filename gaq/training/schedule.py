@@ -33,6 +33,9 @@ __all__ = [
 UNKNOWN_LENGTH = 50
 """Epochs for which the shares of a run count whose length is not set: vectors are rounded from epoch 10 on."""
 
+ANNEAL_STEPS = 5
+"""Most values that the range takes before its final one: NequIP's train-time compilation makes a graph for each."""
+
 FIRST_RELATIVE_VERSION = 3
 """Version of the configuration whose presets are the first with a relative schedule."""
 
@@ -129,13 +132,16 @@ def branch_state(schedule: Schedule, epoch: int) -> BranchState:
     """Return the state of the branches in an epoch of training.
 
     Scalars and weights are rounded from the first step. Vectors follow with twice their observed range; it shrinks
-    linearly to the observed range, so that few vectors saturate while the rest of the model still changes.
+    linearly to the observed range, in at most `ANNEAL_STEPS` steps, so that few vectors saturate while the rest of the
+    model still changes.
     """
     if schedule.start is None or epoch < schedule.start:
         return BranchState(False, 1.0)
     if schedule.anneal == 0:
         return BranchState(True, 1.0)
     progress = min(1.0, (epoch - schedule.start) / schedule.anneal)
+    if schedule.anneal > ANNEAL_STEPS:
+        progress = math.floor(progress * ANNEAL_STEPS) / ANNEAL_STEPS
     return BranchState(True, 2.0 - progress)
 
 

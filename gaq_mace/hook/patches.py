@@ -138,6 +138,13 @@ def _check_quantization(parser: argparse.ArgumentParser, namespace: argparse.Nam
         parser.error(
             f"quantization does not support model: {namespace.model}; supported are {' and '.join(SUPPORTED_MODELS)}."
         )
+    from gaq.config.parse import ConfigError
+    from gaq.training.schedule import check_reached
+
+    try:
+        check_reached(namespace.quantization.config, namespace.max_num_epochs)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def _patch_arg_parser(module: Patched) -> None:

@@ -48,6 +48,14 @@ def test_the_range_shrinks_linearly() -> None:
     assert branch_state(Schedule(10, 5), 10_000) == BranchState(True, 1.0)
 
 
+def test_a_long_shrinking_takes_few_steps() -> None:
+    """Each step is a new graph in train-time compilation."""
+    factors = [branch_state(Schedule(0, 100), epoch).vector_range_factor for epoch in range(200)]
+    assert factors == sorted(factors, reverse=True)
+    assert sorted(set(factors)) == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
+    assert factors[100:] == [1.0] * 100
+
+
 def test_without_annealing_the_range_is_its_own_from_the_start() -> None:
     assert [branch_state(Schedule(3), epoch).vectors for epoch in (2, 3, 4)] == [False, True, True]
     assert branch_state(Schedule(3), 3) == BranchState(True, 1.0)
@@ -60,9 +68,7 @@ def test_vectors_left_in_float_never_join(epoch: int) -> None:
 
 def test_an_epoch_that_the_run_does_not_reach_is_refused() -> None:
     config = parse_config({"vectors": {"start_epoch": 10}})
-    with pytest.raises(
-        ConfigError, match=r"vectors\.start_epoch: 10 has no effect.*ends after 3 epochs.*vectors\.start"
-    ):
+    with pytest.raises(ConfigError, match=r"start_epoch: 10 has no effect.*ends after 3 epochs.*vectors\.start"):
         check_reached(config, 3)
     check_reached(config, 11)
     check_reached(config, None)

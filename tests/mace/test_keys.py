@@ -44,7 +44,7 @@ LINEAR = "interactions.1.linear_up"
     [
         (
             {LINEAR: {"scalars": {"bits": 2}}},
-            "scalars.bits: 2 has no effect on interactions.1.linear_up (input: rounded",
+            "scalars.bits: 2 has no effect on interactions.1.linear_up (input: round",
         ),
         ({LINEAR: {"vectors": {"magnitude_bits": 2}}}, "vectors.magnitude_bits: 2 has no effect on interactions.1.lin"),
         ({"readouts.*": {"attention": {"bits": 4}}}, "attention: has no effect on readouts.0.linear, "),
