@@ -2,7 +2,7 @@
 
 The sources use neither torch's headers nor its ABI (tensors are passed as pointers), so compiling takes seconds and the
 library works with any version of torch. Libraries are kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
-folder; see `gaq.kernels.cpu.cache`), under a name that is a hash of all they depend on.
+folder; see `gaq.kernels.cpu.store`), under a name that is a hash of all they depend on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from gaq.caches import cached
 from gaq.kernels import signatures
-from gaq.kernels.cpu import cache
+from gaq.kernels.cpu import store
 from gaq.untyped import Operation
 
 __all__ = [
@@ -121,12 +121,12 @@ def _obtain(prefix: str, file: str, build: Callable[[str, Path], Path], use: Cal
                 # Not in the cache folder: there a process that is killed would leave it.
                 return build(compiler, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gaq-"))))
 
-            return cache.obtain(f"{prefix}-{_digest_of(compiler)}", file, make, use)
+            return store.obtain(f"{prefix}-{_digest_of(compiler)}", file, make, use)
         except OSError as error:
             raise CompilerError(f"no folder can keep compiled kernels ({error}): set GAQ_CACHE.") from error
         except CompilerError:
             try:
-                return cache.obtain_any(prefix, file, use)
+                return store.obtain_any(prefix, file, use)
             except OSError:
                 pass
             raise

@@ -19,8 +19,8 @@ from types import ModuleType
 from torch import Tensor
 
 from gaq.caches import cached
-from gaq.kernels.cpu.cache import writable_folder
 from gaq.kernels.cpu.native import refuse_second_derivative
+from gaq.kernels.cpu.store import writable_folder
 from gaq.kernels.gpu import tracing, why_not
 from gaq.kernels.gpu.convolution_source import source
 from gaq.kernels.problem import ConvolutionProblem, Graph
