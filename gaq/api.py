@@ -14,6 +14,7 @@ import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.structures import check_calibration_structures
+from gaq.config.effect import training_only_note
 from gaq.config.parse import ConfigSpec, parse_config
 from gaq.model.elements import check_calibration
 from gaq.model.state import require_state
@@ -200,6 +201,9 @@ def quantize(
     Raises:
         ValueError: as `select`, `prepare` and `calibrate`; and for structures of other elements than those chosen.
     """
+    config = parse_config(config)
+    if (note := training_only_note(config)) is not None:
+        logger.warning(note)
     if elements is None and head is None:
         quantized = prepare(copy.deepcopy(model), config)
     else:

@@ -155,6 +155,21 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._codes_before: list[dict[str, Tensor]] = []
         self._comparison = ErrorComparison()
 
+    def setup(self, trainer: Trainer, pl_module: TrainingModule, stage: str) -> None:
+        """Refuse to train a model that has no weights left, before an optimizer is made for it.
+
+        Raises:
+            ValueError: saying what to train instead.
+        """
+        if stage == "fit" and any(
+            require_state(model).status == "frozen" for model in quantized_models(pl_module.model)
+        ):
+            raise ValueError(
+                "training_module.model: this package is quantized, so it holds integer codes and no weights that could "
+                "be trained. Give the package or checkpoint of the float model it was made from, with the key "
+                f"`quantization: {self._config(pl_module).preset}` to train it with rounding."
+            )
+
     # -- data --
 
     def _batches(self, trainer: Trainer, module: TrainingModule, count: int | None = None) -> list[Batch]:

@@ -26,11 +26,14 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace) -> int:
     from gaq import api
     from gaq.adapter import adapter_for_file
+    from gaq.config.effect import training_only_note
     from gaq.config.parse import parse_config
     from gaq.model.elements import check_known
 
     output = checked_output(arguments.output, arguments.model)
     config = parse_config(arguments.config)
+    if (note := training_only_note(config)) is not None:
+        print(note, file=sys.stderr)
     observes = config.rounds_activations or config.attention is not None
     needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
     if arguments.calibration is None and (needs_data or not arguments.force):

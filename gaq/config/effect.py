@@ -21,7 +21,17 @@ from gaq.config.schema import (
     preset_of,
 )
 
-__all__ = ["CONDITIONS", "OF_THE_MODEL", "TRAINING_ONLY", "Condition", "changed_keys", "check_keys", "value_of"]
+__all__ = [
+    "CONDITIONS",
+    "OF_THE_MODEL",
+    "TRAINING_ONLY",
+    "Condition",
+    "belongs_to",
+    "changed_keys",
+    "check_keys",
+    "training_only_note",
+    "value_of",
+]
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,16 @@ def changed_keys(config: QuantizationConfig, base: QuantizationConfig) -> Iterat
 def belongs_to(key: str, group: tuple[str, ...]) -> bool:
     """Whether a key, or its section, is in a group of key paths."""
     return key in group or key.split(".")[0] in group
+
+
+def training_only_note(config: QuantizationConfig) -> str | None:
+    """Return a line that names the keys a user wrote which have no part in quantization after training, if any.
+
+    They are no error: one file may serve the training and the quantization of a trained model.
+    """
+    changed = changed_keys(config, preset_of(config.preset, config.version))
+    idle = [f"quantization.{key}" for key in changed if belongs_to(key, TRAINING_ONLY)]
+    return f"no part in quantization after training, only in training: {', '.join(idle)}" if idle else None
 
 
 def check_keys(config: QuantizationConfig, path: str, base: QuantizationConfig | None = None) -> None:

@@ -262,8 +262,12 @@ def _patch_train(module: Patched) -> None:
     @functools.wraps(original_train)
     def train(*args: object, **kwargs: object) -> object:
         from gaq_mace import training
+        from gaq_mace.root import OtherSettingsError
 
-        return training.run(original_train, *args, **kwargs)
+        try:
+            return training.run(original_train, *args, **kwargs)
+        except OtherSettingsError as error:
+            _end(error)
 
     @functools.wraps(original_epoch)
     def train_one_epoch(*args: object, **kwargs: object) -> object:
@@ -294,12 +298,6 @@ def _patch_run_train(module: Patched) -> None:
     def run(*args: object, **kwargs: object) -> object:
         try:
             return original(*args, **kwargs)
-        except ValueError as error:
-            # If the module was never imported, nothing was quantized.
-            roots = sys.modules.get("gaq_mace.root")
-            if roots is None or not isinstance(error, roots.OtherSettingsError):
-                raise
-            _end(error)
         finally:
             # If the module was never imported, nothing was quantized.
             training = sys.modules.get("gaq_mace.training")

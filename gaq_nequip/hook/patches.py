@@ -70,21 +70,43 @@ def _requested(model_config: ReadOnlyDocument) -> object:
     of_model = _plain(model_config.get(KEY, _MISSING))
     if _building.get():
         return of_model  # a checkpoint is loaded within another build: the top level does not apply to its model
-    top = _top_level()
-    if top is _MISSING:
-        return of_model
     config = _run_config()
     restart = config is not None and config.get("ckpt_path") is not None
+    top = _top_level()
+    if restart and config is not None and top is _MISSING:
+        # NequIP takes the module of the checkpoint and ignores that of the YAML.
+        written = (config.get("training_module") or {}).get("model") or {}
+        top = _plain(written.get(KEY, _MISSING))
+    if top is _MISSING:
+        return of_model
     if of_model is _MISSING and restart:
         raise ValueError(
             f"{KEY}: this run continues a checkpoint that was trained in float (ckpt_path). To quantize it, start a "
             "new run with `training_module.model: {_target_: nequip.model.ModelFromCheckpoint, checkpoint_path: ...}`."
         )
-    if of_model is not _MISSING and not restart and of_model != top:
-        raise ValueError(
-            f"{KEY}: {top!r} at the top level, but {of_model!r} under training_module.model.{KEY}. Give it once."
-        )
-    return top if of_model is _MISSING else of_model
+    if of_model is not _MISSING and of_model != top:
+        if not restart:
+            raise ValueError(
+                f"{KEY}: {top!r} at the top level, but {of_model!r} under training_module.model.{KEY}. Give it once."
+            )
+        _check_restart(top, of_model)
+    return top
+
+
+def _check_restart(written: object, stored: object) -> None:
+    """Refuse a run that goes on from a checkpoint with a key that rounds otherwise than that of the checkpoint.
+
+    Keys of the schedule, the data and the losses may differ; those of the new run apply.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    from gaq.config.parse import parse_config, parse_stored
+    from gaq.model.state import describe_other_grid, same_grid
+
+    given, before = parse_config(written), parse_stored(stored, finished=False).to_dict()
+    if not same_grid(given.to_dict(), before):
+        raise ValueError(f"{KEY}: {describe_other_grid(given, before)}")
 
 
 def read_key(spec: object, loaded: bool) -> tuple[QuantizationConfig, bool]:
