@@ -102,7 +102,7 @@ class Adapter(Protocol):
         """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none.
 
         Changes of the inputs with the positions count as inputs too (`gaq.model.moments`).

@@ -113,7 +113,7 @@ class NequIPAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
