@@ -114,14 +114,15 @@ def progress_over(
 
 
 @contextmanager
-def explained(text: str, shown: bool = True) -> Iterator[None]:
-    """Print a line about work that cannot be counted, if it takes longer than `SHOWN_AFTER`.
+def explained(text: str, shown: bool = True, after: float | None = None) -> Iterator[None]:
+    """Print a line about work that cannot be counted, if it takes long.
 
     Args:
         text: what is done, and why it takes long.
         shown: False for silence.
+        after: seconds from which on it does; by default `SHOWN_AFTER`.
     """
-    timer = threading.Timer(SHOWN_AFTER, lambda: print(text, file=sys.stderr, flush=True))
+    timer = threading.Timer(SHOWN_AFTER if after is None else after, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
     if shown:
         timer.start()
