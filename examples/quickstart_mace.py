@@ -3,10 +3,10 @@
     pip install '.[mace,examples]'
     python examples/quickstart_mace.py
 
-It takes 13 minutes on one CPU core. ``--quick`` takes about one, on too little data, to see that every stage works. The
-script makes a small GFN2-xTB data set, writes two MACE training files that differ in their name and in the line
-``quantization: gaq``, runs the stock ``mace_run_train`` on both, and then runs 1 ps of molecular dynamics with each
-model in the stock ``MACECalculator``. Results: ``quickstart/comparison.json`` and ``quickstart/nve.png``.
+``--quick`` runs every stage in minutes, on too little data for the numbers to mean anything. The script makes a small
+GFN2-xTB data set, writes two MACE training files that differ in their name and in the line ``quantization: gaq``, runs
+the stock ``mace_run_train`` on both, and then runs 1 ps of molecular dynamics with each model in the stock
+``MACECalculator``. Results: ``quickstart/comparison.json`` and ``quickstart/nve.png``.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     pip install '.[nequip,examples]'
     python examples/quickstart_nequip.py
 
-It takes about 15 minutes on one CPU core. ``--quick`` takes about 3, on too little data and with a model of two layers,
-to see that every stage works. NequIP's compilation needs a C++ compiler (g++). The script makes a small GFN2-xTB data
-set, writes two NequIP training files that differ in their name and in the line ``quantization: gaq``, runs the stock
-``nequip-train`` on both, deploys the first with the stock ``nequip-compile`` and the second with ``nequip-deploy``, and
-then runs 1 ps of molecular dynamics with each in the stock ``NequIPCalculator``. Results:
-``quickstart/nequip/comparison.json`` and ``quickstart/nequip/nve.png``.
+``--quick`` runs every stage in minutes, on too little data for the numbers to mean anything, with a model of two
+layers. NequIP's compilation needs a C++ compiler (g++). The script makes a small GFN2-xTB data set, writes two NequIP
+training files that differ in their name and in the line ``quantization: gaq``, runs the stock ``nequip-train`` on both,
+deploys the first with the stock ``nequip-compile`` and the second with ``nequip-deploy``, and then runs 1 ps of
+molecular dynamics with each in the stock ``NequIPCalculator``. Results: ``quickstart/nequip/comparison.json`` and
+``quickstart/nequip/nve.png``.
 """
 
 from __future__ import annotations

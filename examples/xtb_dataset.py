@@ -3,8 +3,7 @@
     python examples/xtb_dataset.py --directory quickstart
 
 It writes ``train.xyz`` and ``test.xyz``: frames of Langevin molecular dynamics at 500 K with ``REF_energy``
-(eV) and ``REF_forces`` (eV/Å) in extended XYZ, the form ``mace_run_train`` and ``gaq`` read. It takes about
-two and a half minutes on one core.
+(eV) and ``REF_forces`` (eV/Å) in extended XYZ, the form ``mace_run_train`` and ``gaq`` read.
 """
 
 from __future__ import annotations
