@@ -20,7 +20,7 @@ from gaq.cli.arguments import EXIT_CODES, add_common
 from gaq.cli.frame import DONE, FAILED
 from gaq.cli.inputs import InputError, checked_output, find_adapter, number_of_at_least
 from gaq.progress import explained
-from gaq.untyped import Document
+from gaq.untyped import AnyModule, Document
 
 __all__ = ["main"]
 
@@ -79,10 +79,12 @@ def _build(arguments: argparse.Namespace) -> int:
     from gaq.model.state import state_of
     from gaq_nequip import files
     from gaq_nequip.deploy.check import check, default_tolerance
-    from gaq_nequip.deploy.compile import compile_model, frozen_copy
+    from gaq_nequip.deploy.compile import check_compiler, compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
 
     target = arguments.target or "ase"
+    if kind == COMPILED:
+        check_compiler()
     # The frozen copy is deployed, and the result is compared with the model.
     with explained(f"loading {source}: NequIP builds the model, and compiles its generated code"):
         model = files.load(source)
@@ -103,7 +105,7 @@ def _build(arguments: argparse.Namespace) -> int:
         else:
             noise = default_tolerance(state.config) if state.config.rounds_activations else 0.0
             with explained("compiling: torch generates C++ for the model and its forces, which takes minutes"):
-                compile_model(frozen, example, trial, target, arguments.device, _fuses(arguments), noise)
+                compile_model(frozen, example, trial, target, arguments.device, _fuses(arguments, frozen), noise)
         with explained("comparing the deployed file with the model"):
             difference = check(model, example, trial, target, arguments.device)
         print(table(sizes, source, trial, difference, arguments.compare))
@@ -149,7 +151,7 @@ def _checked(arguments: argparse.Namespace, source: Path) -> tuple[Path, str]:
     return output, kind
 
 
-def _fuses(arguments: argparse.Namespace) -> bool:
+def _fuses(arguments: argparse.Namespace, model: AnyModule) -> bool:
     """Whether convolutions go through the fused kernel; prints the reason if the kernel cannot be used."""
     from gaq.kernels import gpu
     from gaq.kernels.cpu import native
@@ -158,6 +160,11 @@ def _fuses(arguments: argparse.Namespace) -> bool:
     if arguments.plain or kind not in ("cpu", "cuda"):
         return False
     reason = native.why_not() if kind == "cpu" else gpu.why_not()
+    if reason is None and kind == "cpu":
+        try:
+            native.static_library(model.model_dtype)  # the one that the file will carry
+        except native.CompilerError as error:
+            reason = str(error)
     if reason is not None:
         print(f"nequip-deploy: NequIP's own convolution is used: {reason}", file=sys.stderr)
     return reason is None
