@@ -9,12 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
-
-from tqdm.auto import tqdm
 
 __all__ = ["LOG_INTERVAL", "SHOWN_AFTER", "Progress", "explained", "progress_over"]
 
@@ -44,6 +42,8 @@ class Progress:
     def __init__(
         self, total: int, description: str, unit: str = "step", shown: bool = True, stays: bool = True
     ) -> None:
+        from tqdm.auto import tqdm
+
         self.total = total
         self.description = description
         self.unit = unit
@@ -87,6 +87,8 @@ class Progress:
 
     def _write_line(self) -> None:
         global _last_line
+        from tqdm import tqdm
+
         now = time.monotonic()
         if now - self._start < SHOWN_AFTER or now - _last_line < LOG_INTERVAL:
             return
@@ -113,16 +115,23 @@ def progress_over(
             progress.advance()
 
 
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def explained(text: str, shown: bool = True, after: float | None = None) -> Iterator[None]:
-    """Print a line about work that cannot be counted, if it takes long.
+def explained(
+    text: str, shown: bool = True, after: float | None = None, say: Callable[[str], object] | None = None
+) -> Iterator[None]:
+    """Say in a line what is done that cannot be counted, if it takes long.
 
     Args:
         text: what is done, and why it takes long.
         shown: False for silence.
         after: seconds from which on it does; by default `SHOWN_AFTER`.
+        say: takes the line, such as ``logger.info`` where no command is run; by default it goes to stderr.
     """
-    timer = threading.Timer(SHOWN_AFTER if after is None else after, lambda: print(text, file=sys.stderr, flush=True))
+    timer = threading.Timer(SHOWN_AFTER if after is None else after, say or _print, (text,))
     timer.daemon = True
     if shown:
         timer.start()
