@@ -93,3 +93,13 @@ def test_speed_on_the_cpu() -> None:
             ratio = {row["scheme"]: row["times_faster"] for row in rows}
             assert ours == [f"{ratio[f'{kind}_fused']:.1f}x" for kind in ("fp32", "w8", "gaq")]
             assert stock == f"{next(row['median_ms'] for row in rows if row['scheme'] == 'fp32'):.0f} ms"
+
+
+def test_step_of_the_quickstart() -> None:
+    small, medium, large = rows_of("quickstart_step")
+    text = " ".join(README.split())
+    assert f"on {small['atoms']} atoms, gains {small['times_faster']:.1f} times only" in text
+    assert f"our {small['gaq_ms']:.0f} ms a step" in text
+    assert (medium["atoms"], large["atoms"]) == (8 * small["atoms"], 27 * small["atoms"])
+    gains = f"it gains {medium['times_faster']:.1f} times, with 27 times {large['times_faster']:.1f}"
+    assert f"With 8 times the atoms {gains}" in text
