@@ -73,7 +73,8 @@ _values.maxstring, _values.maxother, _values.maxlong = 200, 200, 500
 def _shown(value: object) -> str:
     """Return a value for a message: as Python writes it, with the middle left out where it is long."""
     try:
-        return _values.repr(value)
+        text = _values.repr(value)
+        return text if len(text) <= 1000 else f"{text[:480]} ... {text[-480:]}"
     except ValueError:  # Python does not write integers of thousands of digits
         return f"a {type(value).__name__} too long to write"
 
