@@ -65,6 +65,9 @@ class NequIPAdapter:
     def elements(self, model: torch.nn.Module) -> list[str]:
         return type_names(model)
 
+    def heads(self, model: torch.nn.Module) -> list[str]:
+        return []
+
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
 
@@ -135,12 +138,12 @@ class NequIPAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
+    def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
         if isinstance(model, files.CompiledModel):
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
+    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "", head: str | None = None) -> Calculator:
         if str(path).endswith(files.COMPILED):
             return files.CompiledModel(Path(path), device).calculator()
         return saved_calculator(path, device)

@@ -7,6 +7,15 @@ import argparse
 __all__ = ["parser"]
 
 
+def _add_label_keys(command: argparse.ArgumentParser) -> None:
+    """Add the keys of labels, in both spellings: those of `mace_run_train` have underscores."""
+    from gaq.checks.labels import ENERGY_KEY, FORCES_KEY
+
+    for name, key in (("energy", ENERGY_KEY), ("forces", FORCES_KEY)):
+        text = f"key of reference {name} in the structures (default: {key}, or what ASE reads as {name})"
+        command.add_argument(f"--{name}-key", f"--{name}_key", metavar="KEY", default=key, help=text)
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="gaq", description="Geometric-aware quantization of interatomic potentials.")
     commands = root.add_subparsers(dest="command", required=True)
@@ -30,14 +39,17 @@ def parser() -> argparse.ArgumentParser:
         help="keep only these of the model's elements, such as Li,P,S,Cl: those of the calibration data",
     )
     quantize.add_argument("--head", help="keep only this head of a model with several")
+    _add_label_keys(quantize)
     quantize.add_argument("--device", default="cpu", help="cpu or cuda")
     quantize.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
 
     report = commands.add_parser("report", help="measure a model: errors, equivariance, conservation, speed, size")
     report.add_argument("model")
-    report.add_argument("--data", required=True, help="labelled structures")
+    report.add_argument("--data", required=True, help="structures, labelled or not (any format ASE reads)")
     report.add_argument("-o", "--output", required=True, help="directory for report.json and report.html")
     report.add_argument("--reference", help="the float model to compare with")
+    report.add_argument("--head", help="measure this head only; by default each head of a model with several")
+    _add_label_keys(report)
     report.add_argument(
         "--trained",
         action="store_true",

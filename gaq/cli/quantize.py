@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         remedy = "" if needs_data else ", or --force to write the model unjudged"
         raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
     structures = read_structures(arguments.calibration) if arguments.calibration else []
-    calibration, unseen = _split(structures)
+    calibration, unseen = _split(structures, arguments)
     adapter = adapter_for_file(arguments.model)
     model = adapter.load(arguments.model, arguments.device)
     if adapter.config(model) is not None:
@@ -69,15 +69,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-    """Check the structures, and split them into those to calibrate on and those to judge on."""
-    from gaq.checks.structures import check_calibration_structures, check_labels, hold_out
+def _split(structures: Sequence[Atoms], arguments: argparse.Namespace) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+    """Check the structures, say what is left out, and split them into those to calibrate on and those to judge on."""
+    from gaq.checks.labels import check_keys, left_out_labels
+    from gaq.checks.structures import check_structures, hold_out, without_single_atoms
 
     if not structures:
         return structures, structures
-    check_calibration_structures(structures)
-    check_labels(structures)
-    return hold_out(structures)
+    check_structures(structures)
+    check_keys(structures, arguments.energy_key, arguments.forces_key)
+    lines = left_out_labels(structures, arguments.energy_key, arguments.forces_key)
+    kept, more_lines = without_single_atoms(structures)
+    for line in [*lines, *more_lines]:
+        print(line)
+    return hold_out(kept)
 
 
 def _selected(
@@ -124,7 +129,14 @@ def _write_judged(
         gates: dict[str, Document] = {}
         if structures:
             measured = api.report(
-                trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device, gates_only=True
+                trial,
+                spaced(structures, 64),
+                reference,
+                nve_ps=0.0,
+                device=arguments.device,
+                gates_only=True,
+                energy_key=arguments.energy_key,
+                forces_key=arguments.forces_key,
             )
             gates = measured["gates"]
             print(gate_lines(gates))

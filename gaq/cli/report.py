@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from gaq.cli.inputs import InputError, read_structures
+from gaq.cli.inputs import InputError, checked_output_folder, read_structures
 from gaq.cli.lines import gate_lines, metric_lines
 
 __all__ = ["run"]
@@ -20,8 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--nve-ps {arguments.nve_ps:g}: give a length in ps, or 0 to leave the runs out.")
     if arguments.frames < 1:
         raise InputError(f"--frames {arguments.frames}: at least one structure is needed.")
-    if Path(arguments.output).exists() and not Path(arguments.output).is_dir():
-        raise InputError(f"--output {arguments.output}: is a file; give the name of a folder.")
+    output = checked_output_folder(arguments.output)
     report = api.report(
         arguments.model,
         spaced(read_structures(arguments.data), arguments.frames),
@@ -29,11 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        head=arguments.head,
+        energy_key=arguments.energy_key,
+        forces_key=arguments.forces_key,
     )
-    write_report(report, arguments.output)
+    for line in report["left_out"]:
+        print(line)
+    write_report(report, output)
     if report["gates"]:
         print(gate_lines(report["gates"]))
     else:
         print(f"{metric_lines(report)}\n{arguments.model}: a float model: no gates apply")
-    print(f"written: {Path(arguments.output) / 'report.html'}")
+    print(f"written: {output / 'report.html'}")
     return 1 if failed_gates(report["gates"]) else 0

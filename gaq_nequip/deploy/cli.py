@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -67,6 +68,12 @@ def _build(arguments: argparse.Namespace) -> int:
         raise InputError(f"{output}: give a name that ends in {COMPILED} (compiled) or {PACKAGE} (package).")
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist.")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output}: no permission to write into the folder {output.parent}.")
+    if arguments.compare is not None and not Path(arguments.compare).is_file():
+        raise InputError(
+            f"--compare {arguments.compare}: no such file; give the float model as nequip-compile made it."
+        )
     from nequip.scripts._compile_utils import COMPILE_TARGET_DICT
 
     if arguments.target not in COMPILE_TARGET_DICT:
