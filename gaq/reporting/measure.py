@@ -128,8 +128,8 @@ def measure_file(
     check_keys(structures, **{"energy_key": ENERGY_KEY, "forces_key": FORCES_KEY, **keys})
     subjects = open_heads(path, device, trained, structures, head)
     others = {} if reference is None else open_heads(reference, device, structures=structures)
-    if None in others:  # a single head, such as the one that was kept of several
-        others = dict.fromkeys(subjects, others[None])
+    if len(others) == 1:  # of that head, whatever its name: a float model that was trained by itself
+        others = dict.fromkeys(subjects, *others.values())
     if missing := [name for name in subjects if others and name not in others]:
         raise ValueError(f"{reference}: has no head {', '.join(map(str, missing))}, with which {path} is compared.")
     if len(subjects) == 1:

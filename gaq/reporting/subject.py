@@ -108,18 +108,17 @@ def open_heads(
     trained: bool = False,
     structures: Sequence[Atoms] = (),
     head: str | None = None,
-) -> dict[str | None, Subject]:
+) -> dict[str, Subject]:
     """Open a model file once, and return a subject for each of its heads; see `open_file`.
 
     Returns:
-        Subjects by head; the only key is None for a model with a single head, and `head` where it is given.
+        Subjects by head, the only one being `head` where it is given; its name is empty in a framework without heads.
     """
     opened = _opened(path, device, trained, False, structures)
     _check_head(opened.adapter, opened.model, path, head)
     heads = opened.adapter.heads(opened.model)
-    if head is not None or len(heads) < 2:
-        return {head: opened.subject(head)}
-    return {name: opened.subject(name) for name in heads}
+    names = [head] if head is not None else heads or [""]
+    return {name: opened.subject(name or None) for name in names}
 
 
 def _check_head(adapter: Adapter, model: torch.nn.Module, path: str | Path, head: str | None) -> None:

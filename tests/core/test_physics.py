@@ -491,8 +491,8 @@ class TestLabels:
         assert (errors.structures, errors.energies) == (0, 3)
 
     def test_no_labels(self):
+        frames = self.labelled("dft_energy", "dft_forces")
         with pytest.raises(MissingLabelsError, match=r"no structure has.*dft_energy.*--energy-key and --forces-key"):
-            frames = self.labelled("dft_energy", "dft_forces")
             force_and_energy_mae(CalculatorPotential(morse()), frames)
         with pytest.raises(ValueError, match="no structures"):
             force_and_energy_mae(CalculatorPotential(morse()), [])
