@@ -432,6 +432,7 @@ class TestReport:
             "command",
             "gates",
             "left_out",
+            "heads",
             "figures",
         }
         assert good_report["left_out"] == []
