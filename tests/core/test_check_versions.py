@@ -70,7 +70,7 @@ def test_a_conflict_is_broken_and_a_failed_download_is_not(
 
 def test_failures_are_named(tool: Any, tmp_path: Path) -> None:
     """Tests that fail or hang, run by the interpreter of these tests."""
-    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): assert 1 == 2, 'one'\n")
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'one'\n")
     arguments = ["-n", "0", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={tmp_path}", str(tmp_path)]
     python = Path(sys.executable)
     outcome, note, failures = tool.test(python, arguments, tmp_path / "log.log", time.monotonic() + 100)
@@ -78,6 +78,7 @@ def test_failures_are_named(tool: Any, tmp_path: Path) -> None:
     assert note.startswith("1 passed, 1 failed, 0 skipped")
     assert "test_it.test_b" in failures[0]
     assert "one" in failures[0]
+    (tmp_path / "test_it.py").write_text("import time\ndef test_c(): time.sleep(600)\n")
     outcome, note, _ = tool.test(python, arguments, tmp_path / "log.log", time.monotonic())
     assert (outcome, note) == ("not tested", "the tests did not end in time")
     row = tool.Result("newest", "mace", "3.13", {"torch": "2.15.0"}, "broken", "1 failed", failures)

@@ -1,0 +1,139 @@
+"""The command ``gaq quantize``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaq.cli.inputs import InputError, checked_output, read_structures
+from gaq.cli.lines import gate_lines, print_unfused
+from gaq.untyped import Document
+
+if TYPE_CHECKING:
+    import torch
+    from ase import Atoms
+
+    from gaq.adapter import Adapter
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from gaq import api
+    from gaq.adapter import adapter_for_file
+    from gaq.config.parse import parse_config
+    from gaq.model.elements import check_known
+
+    output = checked_output(arguments.output, arguments.model)
+    config = parse_config(arguments.config)
+    observes = config.rounds_activations or config.attention is not None
+    needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
+    if arguments.calibration is None and (needs_data or not arguments.force):
+        purpose = (
+            f"preset {config.preset} needs structures to calibrate on" if needs_data else "the gates need structures"
+        )
+        remedy = "" if needs_data else ", or --force to write the model unjudged"
+        raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
+    structures = read_structures(arguments.calibration) if arguments.calibration else []
+    calibration, unseen = _split(structures)
+    adapter = adapter_for_file(arguments.model)
+    model = adapter.load(arguments.model, arguments.device)
+    if adapter.config(model) is not None:
+        raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
+    selected = _selected(adapter, model, structures, arguments)
+    model = model if selected is None else selected
+    check_known(adapter.elements(model), structures)
+    quantized = api.prepare(copy.deepcopy(model), config)
+    if calibration:
+        api.calibrate(quantized, calibration)
+    api.convert(quantized)
+    print_unfused(adapter, quantized)
+    failed = _write_judged(adapter, quantized, selected, unseen, arguments)
+    if failed and not arguments.force:
+        print(
+            f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
+            "--force writes the model all the same and marks it.",
+            file=sys.stderr,
+        )
+        return 1
+    before, after = Path(arguments.model).stat().st_size, output.stat().st_size
+    print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
+    if selected is not None:
+        head = "" if arguments.head is None else f", head {arguments.head}"
+        print(f"{output}: knows {', '.join(adapter.elements(selected))}{head}")
+    return 1 if failed else 0
+
+
+def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
+    """Check the structures, and split them into those to calibrate on and those to judge on."""
+    from gaq.checks.structures import check_calibration_structures, check_labels, hold_out
+
+    if not structures:
+        return structures, structures
+    check_calibration_structures(structures)
+    check_labels(structures)
+    return hold_out(structures)
+
+
+def _selected(
+    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], arguments: argparse.Namespace
+) -> torch.nn.Module | None:
+    """The part of the model that ``--elements`` and ``--head`` ask for; None without them."""
+    from gaq.model.elements import check_calibration
+
+    if arguments.elements is None and arguments.head is None:
+        return None
+    selected = adapter.select(model, arguments.elements, arguments.head)
+    if arguments.elements is not None:
+        check_calibration(adapter.elements(selected), structures)
+    return selected
+
+
+def _write_judged(
+    adapter: Adapter,
+    quantized: torch.nn.Module,
+    selected: torch.nn.Module | None,
+    structures: Sequence[Atoms],
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
+
+    It is compared with the float model, or the part of it that was selected, on structures that calibration did not
+    see. Without structures nothing is measured.
+
+    Returns:
+        Names of the gates that failed.
+    """
+    from gaq import api
+    from gaq.checks.errors import spaced
+    from gaq.reporting import failed_gates
+
+    output = Path(arguments.output)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        trial = Path(folder) / output.name
+        reference = Path(arguments.model)
+        if selected is not None:
+            reference = Path(folder) / f"selected{reference.suffix}"
+            adapter.save_float(selected, reference)
+        adapter.save(quantized, trial)
+        gates: dict[str, Document] = {}
+        if structures:
+            measured = api.report(
+                trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device, gates_only=True
+            )
+            gates = measured["gates"]
+            print(gate_lines(gates))
+        failed = failed_gates(gates)
+        adapter.notes(quantized)["gates"] = {
+            name: {key: gate[key] for key in ("value", "bound", "passed", "enforced")} for name, gate in gates.items()
+        }
+        adapter.notes(quantized)["failed_gates"] = failed
+        if arguments.force or not failed:
+            adapter.save(quantized, trial)
+            trial.replace(output)
+    return failed
