@@ -14,6 +14,7 @@ from torch import Tensor
 from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.model.elements import SpeciesMap
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
@@ -44,7 +45,16 @@ class Adapter(Protocol):
         """Return a context with the process-wide state the framework computes in; leaving it restores the state."""
         ...
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        """Load a model file.
+
+        Args:
+            path: the file.
+            device: device to load it on.
+            species: the model's name of the type of each chemical symbol, in frameworks that name types; None takes
+                what the file says.
+        """
+        ...
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
 
@@ -136,8 +146,14 @@ class Adapter(Protocol):
         """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
         ...
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
-        """Return the framework's ASE calculator of a file."""
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        """Keep one of the structures with the model, in frameworks whose files need one."""
+        ...
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> Calculator:
+        """Return the framework's ASE calculator of a file; see `load` for `species`."""
         ...
 
 

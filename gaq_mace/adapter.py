@@ -16,6 +16,7 @@ from torch import Tensor
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.kernels.cpu import native
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
@@ -53,7 +54,9 @@ class MACEAdapter:
         # MACE sets torch's default dtype and leaves it so.
         return default_dtype(torch.get_default_dtype())
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        if species is not None:
+            raise ValueError("species: MACE models know elements by their atomic numbers; leave it out.")
         return files.load(path, device)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
@@ -143,7 +146,12 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         return MACEPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        pass  # MACE's files hold the model alone
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)

@@ -34,6 +34,7 @@ from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import AnyModule, Options
 from gaq_nequip.freeze import freeze
+from gaq_nequip.names import SPECIES
 from gaq_nequip.packed import PackedWeight, widen_codes
 from gaq_nequip.weights import hold_scales, settle_species, weight_quantizers
 
@@ -120,6 +121,8 @@ class _QuantizedRoot:
             facts["gaq_status"] = state.status
             facts["gaq_trained"] = str(int(bool(state.notes.get(TRAINED))))
             facts["gaq_config"] = json.dumps(state.config.to_dict())
+            if model.__dict__.get(SPECIES):
+                facts[SPECIES] = json.dumps(model.__dict__[SPECIES])
             facts.update(_size_metadata(model))
         return facts
 

@@ -54,5 +54,12 @@ def parser() -> argparse.ArgumentParser:
         "--sensitivity", metavar="DATA", help="also round one tensor at a time on these structures (float models)"
     )
 
+    for command in (quantize, report, inspect):
+        command.add_argument(
+            "--species",
+            metavar="MAP",
+            help="the model's type of each element, such as H:my_H,C:my_C, if its file does not say (NequIP, Allegro)",
+        )
+
     commands.add_parser("doctor", help="versions, state of the hook, which kernels can run here and why not")
     return root

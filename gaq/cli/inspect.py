@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gaq.checks.errors import spaced
 
     adapter = adapter_for_file(arguments.model)
-    model = adapter.load(arguments.model, arguments.device)
+    model = adapter.load(arguments.model, arguments.device, arguments.species)
     config = adapter.config(model)
     if config is None:
         print(f"{arguments.model}: a float model")

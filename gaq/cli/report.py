@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        species=arguments.species,
     )
     write_report(report, arguments.output)
     if report["gates"]:

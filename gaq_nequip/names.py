@@ -1,0 +1,17 @@
+"""Names that several modules read: endings of files, and attributes of loaded models. Imports nothing."""
+
+from __future__ import annotations
+
+__all__ = ["CHECKPOINT", "COMPILED", "EXAMPLE", "PACKAGE", "SOURCE", "SPECIES", "SUFFIXES"]
+
+CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
+SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
+
+SOURCE = "gaq_source"
+"""Attribute of a loaded model: its file, which holds what a new file needs besides the model."""
+
+SPECIES = "gaq_species"
+"""Attribute of a loaded model, and key of files: the type name of each chemical symbol."""
+
+EXAMPLE = "gaq_example"
+"""Attribute of a calibrated model, and key of its checkpoint: the graph of a structure, to package and compile with."""
