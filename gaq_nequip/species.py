@@ -45,7 +45,8 @@ def species_of(model: torch.nn.Module) -> dict[str, str]:
     if unnamed and not stored:
         raise ValueError(
             f"the model's types {', '.join(unnamed)} are not chemical symbols, and its file does not say which "
-            f"elements they are: give --species (`species` in Python) with a symbol for each type, such as H:{unnamed[0]}."
+            "elements they are: give --species (`species` in Python) with a symbol for each type, such as "
+            f"H:{unnamed[0]}."
         )
     by_name = {n: n for n in names if n in atomic_numbers and n not in stored.values() and n not in stored}
     return {**stored, **by_name}

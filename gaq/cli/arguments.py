@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--species",
             metavar="MAP",
-            help="the model's type of each element, such as H:my_H,C:my_C, if its file does not say (NequIP, Allegro)",
+            help="the model's type of each element, such as H:myH,C:myC, if its file does not say (NequIP, Allegro)",
         )
 
     commands.add_parser("doctor", help="versions, state of the hook, which kernels can run here and why not")

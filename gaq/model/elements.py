@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["SpeciesMap", "check_calibration", "check_known", "checked_elements", "parsed_species"]
 
 SpeciesMap = str | Mapping[str, str]
-"""A model's name of the type of each chemical symbol: a mapping, or one text such as ``"H:my_H,C:my_C"``."""
+"""A model's name of the type of each chemical symbol: a mapping, or one text such as ``"H:myH,C:myC"``."""
 
 
 def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> list[str]:
@@ -53,7 +53,7 @@ def parsed_species(species: SpeciesMap) -> dict[str, str]:
     pairs = [part.split(":") for part in species.split(",")]
     parsed = {pair[0].strip(): pair[-1].strip() for pair in pairs}
     if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs) or len(parsed) < len(pairs):
-        raise ValueError(f"species {species!r}: write each symbol once, as H:my_H,C:my_C.")
+        raise ValueError(f"species {species!r}: write each symbol once, as H:myH,C:myC.")
     return parsed
 
 

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="structures (any format ASE reads), one of which to compile with in place of one of the training data",
     )
     build.add_argument(
-        "--species", metavar="MAP", help="the model's type of each element, such as H:my_H,C:my_C; see the docs"
+        "--species", metavar="MAP", help="the model's type of each element, such as H:myH,C:myC; see the docs"
     )
     build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
     build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused kernel")
