@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaq.third_party_warnings import hidden_in_commands
+from gaq.untyped import AnyModule
 
 if TYPE_CHECKING:
     import torch
@@ -88,11 +89,13 @@ def _build(arguments: argparse.Namespace) -> int:
     from gaq.model.state import state_of
     from gaq_nequip import files
     from gaq_nequip.deploy.check import check, default_tolerance, is_checked, structures_of
-    from gaq_nequip.deploy.compile import compile_model, frozen_copy
+    from gaq_nequip.deploy.compile import check_compiler, compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
     from gaq_nequip.names import EXAMPLE
     from gaq_nequip.species import species_of, type_names
 
+    if kind == COMPILED:
+        check_compiler()
     # The frozen copy is deployed, and the result is compared with the model.
     model = files.load(source, species=arguments.species)
     state = state_of(model)
@@ -112,7 +115,7 @@ def _build(arguments: argparse.Namespace) -> int:
             files.save(frozen, trial)
         else:
             noise = default_tolerance(state.config) if state.config.rounds_activations else 0.0
-            compile_model(frozen, example, trial, arguments.target, arguments.device, _fuses(arguments), noise)
+            compile_model(frozen, example, trial, arguments.target, arguments.device, _fuses(arguments, frozen), noise)
         difference = check(model, example, trial, arguments.target, arguments.device)
         print(table(sizes, source, trial, difference, arguments.compare))
         allowed = default_tolerance(state.config) if arguments.tolerance is None else arguments.tolerance
@@ -141,7 +144,7 @@ def _example(path: str | None, model: torch.nn.Module, source: Path) -> dict[str
     return from_structures(model, structures)
 
 
-def _fuses(arguments: argparse.Namespace) -> bool:
+def _fuses(arguments: argparse.Namespace, model: AnyModule) -> bool:
     """Whether convolutions go through the fused kernel; prints the reason if the kernel cannot be used."""
     from gaq.kernels import gpu
     from gaq.kernels.cpu import native
@@ -150,6 +153,11 @@ def _fuses(arguments: argparse.Namespace) -> bool:
     if arguments.plain or kind not in ("cpu", "cuda"):
         return False
     reason = native.why_not() if kind == "cpu" else gpu.why_not()
+    if reason is None and kind == "cpu":
+        try:
+            native.static_library(model.model_dtype)  # the one that the file will carry
+        except native.CompilerError as error:
+            reason = str(error)
     if reason is not None:
         print(f"nequip-deploy: NequIP's own convolution is used: {reason}", file=sys.stderr)
     return reason is None

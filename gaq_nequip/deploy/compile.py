@@ -22,7 +22,27 @@ from gaq_nequip.host import nequip_state
 from gaq_nequip.packed import widen_codes
 from gaq_nequip.root import COMPILES
 
-__all__ = ["compile_file", "compile_model", "frozen_copy", "save_data", "tolerating"]
+__all__ = ["check_compiler", "compile_file", "compile_model", "frozen_copy", "save_data", "tolerating"]
+
+
+def check_compiler() -> None:
+    """Refuse to compile where Inductor has no C++ compiler.
+
+    Raises:
+        ValueError: saying what helps.
+    """
+    from torch._inductor import config as inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        tried = ", ".join(str(name) for name in inductor.cpp.cxx if name)
+        raise ValueError(
+            f"compiled files need a C++ compiler, and {tried} does not run here: install g++ or set CXX, or write a "
+            ".nequip.zip package, which needs none."
+        ) from error
 
 
 def frozen_copy(model: AnyModule, to_compile: bool) -> AnyModule:

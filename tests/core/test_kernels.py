@@ -576,12 +576,13 @@ def test_rounding_leaves_coarse_steps_to_the_quantizer() -> None:
 
 def test_a_missing_compiler_is_explained(tmp_path: Path) -> None:
     code = "from gaq.kernels.cpu import native; print(native.available()); print(native.why_not())"
-    environment = {**os.environ, "CXX": "no-such-compiler", "GAQ_CACHE": str(tmp_path)}
+    environment = {**os.environ, "CXX": "no-such-compiler", "GAQ_CACHE": str(tmp_path / "cache")}
+    environment["TMPDIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False")
     assert "CXX=no-such-compiler" in done.stdout
     assert "apt install g++" in done.stdout
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_failing_compiler_is_explained(tmp_path: Path) -> None:
@@ -590,6 +591,7 @@ def test_a_failing_compiler_is_explained(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     code = "from gaq.kernels.cpu import native; print(native.why_not())"
     environment = {**os.environ, "CXX": str(compiler), "GAQ_CACHE": str(tmp_path / "cache")}
+    environment["TMPDIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "could not compile the kernels" in done.stdout
     assert "it does not work" in done.stdout

@@ -17,11 +17,13 @@ import numpy as np
 import gaq
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
+from gaq.kernels.cpu import native
 from gaq.model.state import state_of
 from gaq.reporting import open_file
 from gaq.reporting.gates import verdict
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import check as deploy_check
+from gaq_nequip.deploy import cli as deploy_cli
 from gaq_nequip.deploy import compile as deploy_compile
 from gaq_nequip.deploy import sizes as deploy_sizes
 from gaq_nequip.deploy.cli import main
@@ -86,6 +88,33 @@ def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pyt
     refused("--train-dir", tmp_path, out, word="neither best.ckpt nor last.ckpt")
     assert main(["info", str(out)]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_without_a_compiler_nothing_is_begun(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    assert main(["build", str(trained.best), str(tmp_path / "out.nequip.pt2")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nequip-deploy: compiled files need a C++ compiler, and no-such-compiler does not run here")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_cannot_be_built_are_left_out(
+    quantized: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(dtype: Any) -> Path:
+        raise native.CompilerError("no folder can keep compiled kernels")
+
+    arguments = deploy_cli._parser().parse_args(["build", "model.ckpt", "out.nequip.pt2"])
+    monkeypatch.setattr(native, "static_library", refuse)
+    assert not deploy_cli._fuses(arguments, quantized())
+    assert capsys.readouterr().err == (
+        "nequip-deploy: NequIP's own convolution is used: no folder can keep compiled kernels\n"
+    )
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 The sources use neither torch's headers nor its ABI (tensors are passed as pointers), so compiling takes seconds and the
 library works with any version of torch. Libraries are kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
-folder), under a name that is a hash of all they depend on.
+folder; see `gaq.kernels.cpu.store`), under a name that is a hash of all they depend on.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from gaq import settings
 from gaq.caches import cached
 from gaq.kernels import signatures
+from gaq.kernels.cpu import store
 from gaq.untyped import Operation
 
 __all__ = [
     "STATIC_NAME",
     "CompilerError",
     "available",
-    "cache_folder",
     "kernel",
     "library",
     "operation",
@@ -44,6 +46,9 @@ FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
 )
+
+
+Used = TypeVar("Used")
 
 
 class CompilerError(RuntimeError):
@@ -66,14 +71,6 @@ def _compiler() -> str:
     return chosen
 
 
-def cache_folder() -> Path:
-    """Folder in which compiled kernels are kept."""
-    chosen = settings.current().cache
-    if chosen is not None:
-        return chosen
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gaq"
-
-
 def _processor() -> str:
     """Features of the processor, on which ``-march=native`` depends: different machines may share a cache folder."""
     try:
@@ -90,45 +87,76 @@ def _openmp() -> list[str]:
     return [str(libraries[0]), f"-Wl,-rpath,{libraries[0].parent}"] if libraries else []
 
 
-def _place(kind: str, sources: Sequence[str], *parts: str) -> tuple[str, Path]:
-    """Command of the compiler, and the path for what it builds from the sources, without a suffix."""
+def _identified(kind: str, sources: Sequence[str], *parts: str) -> str:
+    """Beginning of the names of libraries that are built from the sources as they are.
+
+    Any library of that beginning computes the same: without a compiler, one that another compiler built will do.
+    """
     folder = Path(__file__).parent
-    compiler = _compiler()
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (*FLAGS, *parts, compiler, version, _processor(), signatures.header()):
+    for part in (*FLAGS, *parts, _processor(), signatures.header()):
         digest.update(part.encode() + b"\0")
     for name in (*HEADERS, *sources):
         digest.update((folder / name).read_bytes())
-    cache = cache_folder()
+    return f"{kind}-{digest.hexdigest()[:20]}"
+
+
+def _obtain(prefix: str, file: str, build: Callable[[str, Path], Path], use: Callable[[Path], Used]) -> Used:
+    """Use a library from a cache folder, building it first where it is in none.
+
+    Args:
+        prefix: see `_identified`.
+        file: name of the library's file.
+        build: builds the library by the command of a compiler in a folder, and returns its path.
+        use: of the library's path.
+
+    Raises:
+        CompilerError: if it is in no cache folder and cannot be built, or if there is no folder to keep it in.
+    """
+    with ExitStack() as stack:
+        try:
+            compiler = _compiler()
+
+            def make() -> Path:
+                # Not in the cache folder: there a process that is killed would leave it.
+                return build(compiler, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gaq-"))))
+
+            return store.obtain(f"{prefix}-{_digest_of(compiler)}", file, make, use)
+        except OSError as error:
+            raise CompilerError(f"no folder can keep compiled kernels ({error}): set GAQ_CACHE.") from error
+        except CompilerError:
+            try:
+                return store.obtain_any(prefix, file, use)
+            except OSError:
+                pass
+            raise
+
+
+def _digest_of(compiler: str) -> str:
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout
     except OSError as error:
-        raise CompilerError(
-            f"the folder {cache} for compiled kernels cannot be made ({error}): set GAQ_CACHE to one that can."
-        ) from error
-    return compiler, cache / f"{kind}-{digest.hexdigest()[:20]}"
+        raise CompilerError(_FAILED.format(compiler=compiler, output=error)) from error
+    return hashlib.sha256(compiler.encode() + version).hexdigest()[:8]
 
 
 @cached(most=1)
 def library() -> ctypes.CDLL:
-    """Load the compiled kernels, building them first where they are not in the cache.
+    """Load the compiled kernels, building them first where they are in no cache folder.
 
     Raises:
         CompilerError: if there is no compiler, or if it fails.
     """
     linked = _openmp()
-    compiler, place = _place("kernels", SOURCES, *linked)
-    target = place.with_suffix(".so")
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            objects = _objects(compiler, SOURCES, Path(folder), [])
-            built = Path(folder) / "kernels.so"
-            # If torch's OpenMP library is linked, the compiler's own must not be.
-            _run([*compiler.split(), "-shared", *objects, *(linked or ["-fopenmp"]), "-o", str(built)])
-            # Under a temporary name first: processes that start together must not load half a file.
-            os.replace(built, target)
-    loaded = ctypes.CDLL(str(target))
+
+    def build(compiler: str, folder: Path) -> Path:
+        objects = _objects(compiler, SOURCES, folder, [])
+        built = folder / "kernels.so"
+        # If torch's OpenMP library is linked, the compiler's own must not be.
+        _link([*compiler.split(), "-shared", *objects, *(linked or ["-fopenmp"]), "-o", str(built)])
+        return built
+
+    loaded = _obtain(_identified("kernels", SOURCES, *linked), "kernels.so", build, lambda path: ctypes.CDLL(str(path)))
     _declare(loaded)
     return loaded
 
@@ -148,17 +176,31 @@ def static_library(dtype: torch.dtype) -> Path:
         CompilerError: if there is no compiler, or if it fails.
     """
     options = [f"-I{Path(torch.__file__).parent / 'include'}", f"-DGAQ_ONLY_{_name(dtype).upper()}"]
-    compiler, place = _place("static", SHIM_SOURCES, torch.__version__, options[1])
-    target = place / f"lib{STATIC_NAME}.a"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=place.parent) as name:
-            folder = Path(name)
-            objects = _objects(compiler, SHIM_SOURCES, folder, options)
-            place.mkdir(exist_ok=True)
-            built = folder / target.name
-            _run(["ar", "rcs", str(built), *objects])
-            os.replace(built, target)
-    return place
+    file = f"lib{STATIC_NAME}.a"
+
+    def build(compiler: str, folder: Path) -> Path:
+        objects = _objects(compiler, SHIM_SOURCES, folder, options)
+        _run(["ar", "rcs", str(folder / file), *objects])
+        return folder / file
+
+    prefix = _identified("static", SHIM_SOURCES, torch.__version__, options[1])
+    return _obtain(prefix, file, build, lambda path: path.parent)
+
+
+def _link(command: list[str]) -> None:
+    """Link a shared library that needs no other than those it names.
+
+    Raises:
+        CompilerError: if that fails.
+    """
+    if not sys.platform.startswith("linux"):
+        _run(command)
+        return
+    try:
+        _run([*command, "-Wl,-z,defs"])
+    except CompilerError:
+        # With the name of its C compiler (CXX=gcc) a compiler leaves out the libraries of C++.
+        _run([*command, "-lstdc++", "-lm", "-Wl,-z,defs"])
 
 
 def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[str]) -> list[str]:
@@ -169,7 +211,10 @@ def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[
     for name in sources:
         target = folder / (Path(name).stem + ".o")
         command = [*compiler.split(), *FLAGS, *options, "-c", str(Path(__file__).parent / name), "-o", str(target)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except OSError as error:
+            raise CompilerError(_FAILED.format(compiler=compiler, output=error)) from error
         running.append((process, str(target)))
     for process, output in [(process, process.communicate()[0]) for process, _ in running]:
         if process.returncode != 0:

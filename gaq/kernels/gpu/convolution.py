@@ -19,7 +19,8 @@ from types import ModuleType
 from torch import Tensor
 
 from gaq.caches import cached
-from gaq.kernels.cpu.native import cache_folder, refuse_second_derivative
+from gaq.kernels.cpu.native import refuse_second_derivative
+from gaq.kernels.cpu.store import writable_folder
 from gaq.kernels.gpu import tracing, why_not
 from gaq.kernels.gpu.convolution_source import source
 from gaq.kernels.problem import ConvolutionProblem, Graph
@@ -43,15 +44,8 @@ def _generated(key: str) -> ModuleType:
 
 @cached(most=1)
 def _folder() -> File:
-    """Folder of generated kernels: in the cache, or a temporary one where the cache cannot be written."""
-    folder = cache_folder() / "triton"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError:
-        return File(tempfile.mkdtemp(prefix="gaq-"))
-    return folder
+    """Folder of generated kernels, in that of compiled ones."""
+    return writable_folder("triton")
 
 
 def register(problem: ConvolutionProblem, tabulated: bool) -> str:
