@@ -24,8 +24,9 @@ from gaq_nequip.calculator import model_calculator
 from gaq_nequip.engine.fused import refusals
 from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
 from gaq_nequip.example import from_structures
+from gaq_nequip.forms import PACKAGE, SUFFIXES, form_of
 from gaq_nequip.host import nequip_state
-from gaq_nequip.names import EXAMPLE, PACKAGE, SUFFIXES
+from gaq_nequip.names import EXAMPLE
 from gaq_nequip.sites import class_name
 from gaq_nequip.species import species_of
 from gaq_nequip.summary import rows
@@ -45,13 +46,19 @@ class NequIPAdapter:
     def owns(self, model: torch.nn.Module) -> bool:
         return class_name(model) in ("GraphModel", "CompileGraphModel") or isinstance(model, files.CompiledModel)
 
-    def owns_file(self, path: Path) -> bool:
+    def owns_name(self, path: Path) -> bool:
         return path.name.endswith(SUFFIXES)
+
+    def check_output(self, path: Path, source: Path) -> None:
+        files.check_output(path, source)
 
     def process_state(self) -> AbstractContextManager[None]:
         return nequip_state()
 
     def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        return files.load(path, device, species)
+
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
         return files.load(path, device, species)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
@@ -66,8 +73,8 @@ class NequIPAdapter:
             "no more than a row of its type embedding for each element."
         )
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
-        return list(species_of(model))
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
+        return list(species_of(model, strict))
 
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
@@ -117,13 +124,13 @@ class NequIPAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
         if isinstance(model, files.CompiledModel):
             return "compiled"
-        if not str(path).endswith(PACKAGE):
+        if form_of(path) != PACKAGE:
             return "checkpoint"
         return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gaq.model.state import ModelFileError
 from gaq_nequip.evaluate import make_batches
-from gaq_nequip.names import EXAMPLE, PACKAGE
+from gaq_nequip.forms import PACKAGE, form_of, named
+from gaq_nequip.names import EXAMPLE
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -58,8 +59,9 @@ def example_data(source: Path) -> dict[str, Tensor]:
     from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
     from nequip.model.saved_models.package import data_dict_from_package
 
-    if source.name.endswith(PACKAGE):
-        return data_dict_from_package(str(source))
+    if form_of(source) == PACKAGE:
+        with named(source) as link:
+            return data_dict_from_package(str(link))
     checkpoint = torch.load(source, map_location="cpu", weights_only=False, mmap=True)
     if EXAMPLE in checkpoint:
         return {name: value.clone() for name, value in checkpoint[EXAMPLE].items()}

@@ -22,19 +22,22 @@ from torch import Tensor
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
+from gaq.files.kinds import new_name
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.process import check_device
 from gaq.untyped import AnyModule, Calculator, Document
 from gaq_nequip.example import example_of
+from gaq_nequip.forms import CHECKPOINT, COMPILED, PACKAGE, form_of, named
 from gaq_nequip.host import nequip_state
 from gaq_nequip.model import graph_models, ranges_follow
-from gaq_nequip.names import CHECKPOINT, COMPILED, EXAMPLE, PACKAGE, SOURCE, SPECIES, SUFFIXES
+from gaq_nequip.names import EXAMPLE, SOURCE, SPECIES
 from gaq_nequip.species import check_given, in_metadata, species_in_file, species_of, type_names
 
 if TYPE_CHECKING:
     from torch.package import Importer, PackageImporter
 
-__all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
+__all__ = ["CompiledModel", "check_output", "load", "save"]
 
 
 class CompiledModel(torch.nn.Module):
@@ -65,15 +68,31 @@ class CompiledModel(torch.nn.Module):
         """NequIP's ASE calculator of the file."""
         from gaq_nequip.calculator import compiled_calculator
 
-        return compiled_calculator(self.path, self.device, species_of(self))
+        with named(self.path) as link:
+            return compiled_calculator(link, self.device, species_of(self))
 
 
-def _suffix_of(path: Path) -> str:
-    """The one of `SUFFIXES` that a file name ends in."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return suffix
-    raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
+def check_output(path: Path, source: Path) -> str:
+    """Refuse a name under which a model from a file cannot be written; return the form it names.
+
+    Raises:
+        ValueError: saying what can be written.
+    """
+    if path.name.endswith(COMPILED):
+        raise ValueError(
+            f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}, where MODEL is a quantized "
+            f"{CHECKPOINT} or {PACKAGE}."
+        )
+    form = new_name(path, (CHECKPOINT, PACKAGE))
+    made_of = form_of(source)
+    if made_of == COMPILED:
+        raise ValueError(f"{source}: a compiled file cannot be changed; give the {CHECKPOINT} it was made from.")
+    if form == CHECKPOINT and made_of != CHECKPOINT:
+        raise ValueError(
+            f"{path}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. Write a "
+            f"{PACKAGE}."
+        )
+    return form
 
 
 def _install_state(model: torch.nn.Module) -> None:
@@ -169,11 +188,10 @@ def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = Non
     from nequip.train.lightning import _SOLE_MODEL_KEY
 
     path = Path(path)
-    kind = _suffix_of(path)
+    check_device(device)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+    kind = form_of(path)
     if kind == COMPILED:
         from gaq_nequip.deploy import artefact
 
@@ -184,8 +202,8 @@ def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = Non
     if kind == PACKAGE:
         _check_package(path)
     try:
-        with nequip_state(), ranges_follow():
-            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
+        with nequip_state(), ranges_follow(), named(path) as link:
+            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(link), model_key=None)
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise ModelFileError(f"{path}: {_other_nequip(path, str(error))}") from error
@@ -223,7 +241,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     path = Path(path)
     if state_of(model) is None:
         raise ValueError("this model is not quantized: quantize it first.")
-    kind = _suffix_of(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     source = model.__dict__.get(SOURCE)
@@ -232,8 +249,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             "the file this model came from is not known, and NequIP's files hold more than the model. Load it with "
             "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
         )
-    if kind == COMPILED:
-        raise ValueError(f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}.")
+    kind = check_output(path, Path(source))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         trial = Path(folder) / path.name
         if kind == CHECKPOINT:
@@ -244,11 +260,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
-    if _suffix_of(source) != CHECKPOINT:
-        raise ValueError(
-            f"{path.name}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. "
-            f"Write a {PACKAGE}."
-        )
     state = state_of(model)
     assert state is not None
     if state.status == "frozen":
@@ -324,7 +335,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
-        if _suffix_of(source) == PACKAGE:
+        if form_of(source) == PACKAGE:
             importer = _importer(source)
             config = importer.load_text("model", "config.yaml")
             metadata = _get_package_metadata(importer)

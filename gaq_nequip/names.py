@@ -1,11 +1,8 @@
-"""Names that several modules read: endings of files, and attributes of loaded models. Imports nothing."""
+"""Names of attributes of loaded models that several modules read, and nothing else."""
 
 from __future__ import annotations
 
-__all__ = ["CHECKPOINT", "COMPILED", "EXAMPLE", "PACKAGE", "SOURCE", "SPECIES", "SUFFIXES"]
-
-CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
-SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
+__all__ = ["EXAMPLE", "SOURCE", "SPECIES"]
 
 SOURCE = "gaq_source"
 """Attribute of a loaded model: its file, which holds what a new file needs besides the model."""

@@ -18,7 +18,8 @@ from nequip.nn import graph_model
 
 from gaq.model.elements import SpeciesMap, parsed_species
 from gaq.untyped import Document
-from gaq_nequip.names import CHECKPOINT, PACKAGE, SPECIES
+from gaq_nequip.forms import CHECKPOINT, PACKAGE, form_of
+from gaq_nequip.names import SPECIES
 
 __all__ = ["check_given", "species_in_file", "species_of", "type_names"]
 
@@ -31,10 +32,14 @@ def type_names(model: torch.nn.Module) -> list[str]:
     return metadata[graph_model.TYPE_NAMES_KEY].split(" ")
 
 
-def species_of(model: torch.nn.Module) -> dict[str, str]:
+def species_of(model: torch.nn.Module, strict: bool = True) -> dict[str, str]:
     """The type name of each chemical symbol that a model knows.
 
     What the model's file says counts first. A type that it does not mention is known by its name if that is a symbol.
+
+    Args:
+        model: a model or a compiled file.
+        strict: whether to raise for types of which nothing says which elements they are; else they are left out.
 
     Raises:
         ValueError: if the file says nothing, and the name of a type is not a chemical symbol.
@@ -42,7 +47,7 @@ def species_of(model: torch.nn.Module) -> dict[str, str]:
     names = type_names(model)
     stored: dict[str, str] = model.__dict__.get(SPECIES) or {}
     unnamed = [name for name in names if name not in atomic_numbers]
-    if unnamed and not stored:
+    if strict and unnamed and not stored:
         raise ValueError(
             f"the model's types {', '.join(unnamed)} are not chemical symbols, and its file does not say which "
             "elements they are: give --species (`species` in Python) with a symbol for each type, such as "
@@ -74,11 +79,11 @@ def check_given(species: SpeciesMap, names: list[str]) -> dict[str, str]:
 
 def species_in_file(path: Path) -> dict[str, str]:
     """The type names of chemical symbols that a checkpoint or package states; empty if it states none."""
-    if path.name.endswith(CHECKPOINT):
+    if form_of(path) == CHECKPOINT:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         stored: dict[str, str] = checkpoint.get(SPECIES, {})
         return stored or _of_data(checkpoint["hyper_parameters"]["info_dict"].get("data"))
-    if path.name.endswith(PACKAGE):
+    if form_of(path) == PACKAGE:
         importer = torch.package.PackageImporter(str(path))  # type: ignore[attr-defined]  # not exported in its stub
         run: Document = yaml.safe_load(importer.load_text("model", "config.yaml")) or {}
         return _of_data(run.get("data"))

@@ -13,7 +13,7 @@ from ase.data import atomic_numbers
 
 from gaq.untyped import AnyModule, Calculator
 from gaq_nequip.calculator import compiled_calculator, model_calculator, saved_calculator
-from gaq_nequip.names import COMPILED
+from gaq_nequip.forms import COMPILED
 from gaq_nequip.species import species_of, type_names
 
 if TYPE_CHECKING:
@@ -115,14 +115,17 @@ def structures_of(
 
 
 def _compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms]) -> Check:
-    energy = forces = scale = 0.0
+    differences = []
     for atoms in structures:
         values = []
         for calculator in (reference, deployed):
             copy = atoms.copy()
             copy.calc = calculator
             values.append((copy.get_potential_energy(), copy.get_forces()))
-        energy = max(energy, 1e3 * abs(values[0][0] - values[1][0]) / len(atoms))
-        forces = max(forces, 1e3 * float(np.abs(values[0][1] - values[1][1]).max()))
-        scale = max(scale, 1e3 * float(np.abs(values[0][1]).max()))
-    return Check(energy, forces, scale, len(structures))
+        (energy, forces), (other_energy, other_forces) = values
+        differences.append(
+            (abs(energy - other_energy) / len(atoms), np.abs(forces - other_forces).max(), np.abs(forces).max())
+        )
+    # np.max, because the largest of a NaN and a number has to be NaN, whatever their order.
+    energy, forces, scale = 1e3 * np.max(differences, axis=0)
+    return Check(float(energy), float(forces), float(scale), len(structures))

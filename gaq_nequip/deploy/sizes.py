@@ -12,8 +12,8 @@ from gaq.untyped import AnyModule
 from gaq_nequip import weights
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy.check import Check
+from gaq_nequip.forms import COMPILED
 from gaq_nequip.freeze import freeze
-from gaq_nequip.names import COMPILED
 from gaq_nequip.packed import PackedWeight
 
 __all__ = ["WeightSizes", "float_weight_bytes", "frozen_bytes", "packed_bytes", "table", "unfolded_bytes"]
