@@ -16,7 +16,7 @@ from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.labels import ENERGY_KEY, FORCES_KEY
 from gaq.checks.structures import check_structures, without_single_atoms
 from gaq.config.parse import ConfigSpec, parse_config
-from gaq.model.elements import check_calibration, check_known
+from gaq.model.elements import SpeciesMap, check_calibration, check_known
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
@@ -49,9 +49,16 @@ def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Argumen
 
 
 @_in_process_state
-def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
-    """Load a model, float or quantized; the adapter of its framework says what it raises."""
-    return adapter_for_file(path).load(path, device)
+def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+    """Load a model, float or quantized; the adapter of its framework says what it raises.
+
+    Args:
+        path: the file.
+        device: device to load it on.
+        species: for NequIP and Allegro, the name of the model's type for each chemical symbol, where the names are not
+            symbols and the file does not say which elements they are.
+    """
+    return adapter_for_file(path).load(path, device, species)
 
 
 @_in_process_state
@@ -145,6 +152,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
             "structures": result.structures,
         }
     ptq.observe_ranges(adapter, model, sample, progress=progress)
+    adapter.keep_example(model, structures)
     return model
 
 
@@ -235,6 +243,7 @@ def report(
     device: str = "cpu",
     trained: bool = False,
     gates_only: bool = False,
+    species: SpeciesMap | None = None,
     head: str | None = None,
     energy_key: str = ENERGY_KEY,
     forces_key: str = FORCES_KEY,
@@ -251,6 +260,7 @@ def report(
         trained: judge the model as trained with its rounding. Models trained with the key ``quantization`` say so
             themselves; those of a training loop of your own do not.
         gates_only: leave out what no gate judges: the time of a step, most of the reference's metrics.
+        species: see `load`; of the model and the reference.
         head: of a model with several, measure this one; by default all are, one after the other.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
@@ -265,4 +275,6 @@ def report(
 
     options: Options = {"nve_ps": nve_ps, "progress": progress, "gates_only": gates_only}
     options |= {"energy_key": energy_key, "forces_key": forces_key}
-    return measure_file(path, structures, reference, trained=trained, device=device, head=head, **options)
+    return measure_file(
+        path, structures, reference, trained=trained, device=device, species=species, head=head, **options
+    )

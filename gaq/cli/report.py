@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        species=arguments.species,
         head=arguments.head,
         energy_key=arguments.energy_key,
         forces_key=arguments.forces_key,

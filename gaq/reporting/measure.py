@@ -18,6 +18,7 @@ from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
 from gaq.checks.structures import check_structures, rattled, without_single_atoms
+from gaq.model.elements import SpeciesMap
 from gaq.progress import explained
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
@@ -112,6 +113,7 @@ def measure_file(
     *,
     trained: bool = False,
     device: str = "cpu",
+    species: SpeciesMap | None = None,
     head: str | None = None,
     **options: Any,
 ) -> Document:
@@ -123,6 +125,7 @@ def measure_file(
         reference: the float model to compare with.
         trained: apply the bounds of models that were trained with their rounding.
         device: device to run on.
+        species: see `gaq.api.load`.
         head: measure this head only. Without it, structures of a model with several heads are labelled for the head
             that their ``info["head"]`` names, and for no other.
         options: options of `measure_subject`.
@@ -136,8 +139,8 @@ def measure_file(
     """
     keys = {name: options[name] for name in ("energy_key", "forces_key") if name in options}
     check_keys(structures, **{"energy_key": ENERGY_KEY, "forces_key": FORCES_KEY, **keys})
-    subjects = open_heads(path, device, trained, structures, head)
-    others = {} if reference is None else open_heads(reference, device, structures=structures)
+    subjects = open_heads(path, device, trained, structures, species, head)
+    others = {} if reference is None else open_heads(reference, device, structures=structures, species=species)
     if len(others) == 1:  # of that head, whatever its name: a float model that was trained by itself
         others = dict.fromkeys(subjects, *others.values())
     if missing := [name for name in subjects if others and name not in others]:
@@ -190,7 +193,8 @@ def measure_subject(
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
         ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used), ``heads``
-        (None; see `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for `gaq.reporting.write_report`, which are not part of ``report.json``.
+        (None; see `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for
+        `gaq.reporting.write_report`, which are not part of ``report.json``.
 
     Raises:
         ValueError: if there are no structures of several atoms, one is refused by

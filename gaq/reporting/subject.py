@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
-from gaq.model.elements import check_known
+from gaq.model.elements import SpeciesMap, check_known
 from gaq.model.state import TRAINED
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
 from gaq.untyped import Calculator
@@ -81,6 +81,7 @@ def open_file(
     trained: bool = False,
     through_calculator: bool = False,
     structures: Sequence[Atoms] = (),
+    species: SpeciesMap | None = None,
     head: str | None = None,
 ) -> Subject:
     """Open a model file, float or quantized, of any installed framework.
@@ -91,13 +92,14 @@ def open_file(
         trained: whether the model was trained with its rounding; what the framework's command trained says so itself.
         through_calculator: take every number through the stock calculator, in the precision of the file.
         structures: structures it will be measured on, to refuse unknown elements at once.
+        species: see `gaq.api.load`.
         head: of a model with several; by default the one that the framework takes.
 
     Raises:
         ValueError: for a file that is missing, damaged or of no known kind, a head that it does not have, and for
             structures with elements that the model does not know.
     """
-    opened = _opened(path, device, trained, through_calculator, structures)
+    opened = _opened(path, device, trained, through_calculator, structures, species)
     _check_head(opened.adapter, opened.model, path, head)
     return opened.subject(head)
 
@@ -107,6 +109,7 @@ def open_heads(
     device: str = "cpu",
     trained: bool = False,
     structures: Sequence[Atoms] = (),
+    species: SpeciesMap | None = None,
     head: str | None = None,
 ) -> dict[str, Subject]:
     """Open a model file once, and return a subject for each of its heads; see `open_file`.
@@ -114,7 +117,7 @@ def open_heads(
     Returns:
         Subjects by head, the only one being `head` where it is given; its name is empty in a framework without heads.
     """
-    opened = _opened(path, device, trained, False, structures)
+    opened = _opened(path, device, trained, False, structures, species)
     _check_head(opened.adapter, opened.model, path, head)
     heads = opened.adapter.heads(opened.model)
     names = [head] if head is not None else heads or [""]
@@ -137,6 +140,7 @@ class _Opened:
     path: str | Path
     device: str
     trained: bool
+    species: SpeciesMap | None
     calculator: Calculator | None
 
     @functools.cached_property
@@ -173,20 +177,26 @@ class _Opened:
         first = next(self.model.parameters(), None)
         # Passed on, because MACE's calculator warns if it has to find the dtype itself.
         dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
-        return self.adapter.calculator(self.path, self.device, dtype, head)
+        return self.adapter.calculator(self.path, self.device, dtype, self.species, head)
 
 
 def _opened(
-    path: str | Path, device: str, trained: bool, through_calculator: bool, structures: Sequence[Atoms]
+    path: str | Path,
+    device: str,
+    trained: bool,
+    through_calculator: bool,
+    structures: Sequence[Atoms],
+    species: SpeciesMap | None,
 ) -> _Opened:
     from gaq.adapter import adapter_for_file
 
     adapter = adapter_for_file(path)
-    model = adapter.load(path, device)
-    check_known(adapter.elements(model), structures)
+    model = adapter.load(path, device, species)
+    if len(structures):
+        check_known(adapter.elements(model), structures)
     if adapter.config(model) is None:
         model = adapter.accelerate(model)
-    opened = _Opened(adapter, model, path, device, trained, None)
+    opened = _Opened(adapter, model, path, device, trained, species, None)
     return replace(opened, calculator=opened.make_calculator(None)) if through_calculator else opened
 
 
