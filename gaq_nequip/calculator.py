@@ -11,7 +11,7 @@ from nequip.utils.global_dtype import _GLOBAL_DTYPE
 
 from gaq.process import default_dtype
 from gaq.untyped import AnyModule
-from gaq_nequip.host import nequip_state
+from gaq_nequip.host import loading
 
 __all__ = ["Calculator", "compiled_calculator", "model_calculator", "saved_calculator"]
 
@@ -29,13 +29,13 @@ class Calculator(NequIPCalculator):
 
 def compiled_calculator(path: str | Path, device: str) -> Calculator:
     """The calculator of a compiled file."""
-    with nequip_state():
+    with loading():
         return Calculator.from_compiled_model(str(path), device=device, chemical_species_to_atom_type_map=True)
 
 
 def saved_calculator(path: str | Path, device: str) -> Calculator:
     """The calculator of a checkpoint or a package."""
-    with nequip_state():
+    with loading():
         return Calculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=True)
 
 
@@ -44,6 +44,6 @@ def model_calculator(model: AnyModule, device: str) -> Calculator:
     metadata = model.metadata
     names = metadata[graph_model.TYPE_NAMES_KEY].split(" ")
     cutoff = float(metadata[graph_model.R_MAX_KEY])
-    with nequip_state():
+    with loading():
         transforms = basic_transforms(metadata, cutoff, names, {name: name for name in names})
         return Calculator(model=model.eval(), device=device, transforms=transforms)

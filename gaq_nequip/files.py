@@ -24,7 +24,7 @@ from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq.untyped import AnyModule, Calculator, Document
-from gaq_nequip.host import nequip_state
+from gaq_nequip.host import loading
 from gaq_nequip.model import graph_models, ranges_follow
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if kind == PACKAGE:
         _check_package(path)
     try:
-        with nequip_state(), ranges_follow():
+        with loading(), ranges_follow():
             loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):
