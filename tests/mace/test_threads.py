@@ -157,6 +157,21 @@ def test_calculators_that_are_made_while_others_compute(model: torch.nn.Module, 
     assert torch.get_default_dtype() == before
 
 
+def test_nothing_is_traced(model: torch.nn.Module, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a file is loaded nor at first use of the reference path: torch's tracer is in all threads."""
+
+    def trace(*_: object) -> None:
+        raise AssertionError("torch's tracer is in all threads")
+
+    atoms = molecule("H2O")
+    expected = expected_of(model, [atoms])
+    monkeypatch.setattr(torch.fx.Tracer, "trace", trace)
+    calculator = MACECalculator(model_paths=[str(file)], device="cpu", default_dtype="float32")
+    assert_results([energy_and_forces(calculator, atoms)], expected)
+    with engine.disabled():
+        assert_results([energy_and_forces(calculator, molecule("H2O"))], expected)
+
+
 def test_calculators_of_two_dtypes(model: torch.nn.Module, file: Path) -> None:
     """Float32 keeps seven digits of an energy; float64 is compared to more than that."""
     structures = [molecule(name) for name in MOLECULES]
