@@ -14,6 +14,7 @@ from torch import Tensor
 from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.files.kinds import kind_of
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
@@ -22,9 +23,10 @@ from gaq.untyped import Batch, Calculator, Document
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Adapter", "adapter_for", "adapter_for_file", "adapters"]
+__all__ = ["Adapter", "adapter_for", "adapter_for_file", "adapters", "missing_framework"]
 
 GROUP = "gaq.adapters"
+FRAMEWORKS = {"mace": "MACE", "nequip": "NequIP"}
 
 
 class Adapter(Protocol):
@@ -36,8 +38,17 @@ class Adapter(Protocol):
         """Whether a model is of this framework."""
         ...
 
-    def owns_file(self, path: Path) -> bool:
-        """Whether a file looks like a model of this framework, by its name."""
+    def owns_name(self, path: Path) -> bool:
+        """Whether a file has the name of a model of this framework."""
+        ...
+
+    def check_output(self, path: Path, source: Path) -> None:
+        """Refuse a name under which a quantized model made from a file cannot be written.
+
+        Raises:
+            ValueError: if the name does not end as this framework's files do, or a file of its form cannot be made
+                from `source`.
+        """
         ...
 
     def process_state(self) -> AbstractContextManager[None]:
@@ -45,6 +56,10 @@ class Adapter(Protocol):
         ...
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
+
+    def load_export(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        """As `load`; also reads the model in what the framework exported for other programs, to be inspected."""
+        ...
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
 
@@ -102,7 +117,7 @@ class Adapter(Protocol):
         """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none.
 
         Changes of the inputs with the positions count as inputs too (`gaq.model.moments`).
@@ -176,18 +191,33 @@ def adapter_for(model: torch.nn.Module) -> Adapter:
 
 
 def adapter_for_file(path: str | Path) -> Adapter:
-    """Return the adapter of a model file.
+    """Return the adapter of a model file, by its content; its name counts where the content does not tell.
 
     Raises:
-        ValueError: if the file is missing, or no installed adapter reads files of this name.
+        ValueError: if the file is missing, or no installed adapter reads it; the message says what the file is.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file.")
+    kind = kind_of(path)
+    if kind.framework in adapters():
+        return adapters()[kind.framework]
+    if kind.framework is not None:
+        raise ValueError(f"{path}: {kind.words}. {missing_framework(kind.framework)}")
     for adapter in adapters().values():
-        if adapter.owns_file(path):
+        if adapter.owns_name(path):  # damaged: the adapter says how
             return adapter
     raise ValueError(
-        f"{path}: no installed adapter reads '{path.suffix}' files. Adapters installed: {_installed()}. "
-        "MACE models end in .model or .safetensors, NequIP models in .ckpt, .nequip.zip or .nequip.pt2."
+        f"{path}: {kind.words}. Models are MACE's .model and .safetensors and NequIP's .ckpt, .nequip.zip and "
+        f".nequip.pt2; adapters installed: {_installed()}."
+    )
+
+
+def missing_framework(name: str) -> str:
+    """The sentence that says how to install a framework that is not here.
+
+    Args:
+        name: ``mace`` or ``nequip``.
+    """
+    return (
+        f"{FRAMEWORKS[name]} is not installed here: pip install 'gaq[{name}]' (MACE and NequIP need separate "
+        "environments)."
     )

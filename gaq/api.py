@@ -137,7 +137,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
             "steps": result.steps,
             "structures": result.structures,
         }
-    ptq.observe_ranges(adapter, model, sample)
+    ptq.observe_ranges(adapter, model, sample, progress=progress)
     return model
 
 

@@ -22,7 +22,7 @@ import torch
 
 from gaq.third_party_warnings import hidden_in_commands
 
-__all__ = ["Together", "alone", "command_output", "default_dtype", "dtype_restored", "unchanged"]
+__all__ = ["Together", "alone", "check_device", "command_output", "default_dtype", "dtype_restored", "unchanged"]
 
 
 Need = torch.dtype | None
@@ -119,6 +119,26 @@ _turns = _Turns()
 if hasattr(os, "register_at_fork"):
     # The threads of the parent do not exist in its child.
     os.register_at_fork(after_in_child=_turns.__init__)  # type: ignore[misc]  # again, on purpose
+
+
+def check_device(device: str) -> None:
+    """Refuse a device on which nothing can be computed here.
+
+    Raises:
+        ValueError: if torch does not know the device, or finds none of its kind or number.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known to torch; use cpu or cuda.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+    try:
+        usable = bool(torch.zeros(1, device=device).cpu() == 0)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r}: nothing can be computed on it here ({reason}); use cpu.") from error
+    assert usable
 
 
 @contextmanager

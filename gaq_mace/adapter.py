@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.files.kinds import new_name
 from gaq.kernels.cpu import native
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
@@ -46,8 +47,11 @@ class MACEAdapter:
     def owns(self, model: torch.nn.Module) -> bool:
         return isinstance(model, mace_models.MACE)
 
-    def owns_file(self, path: Path) -> bool:
-        return path.suffix in (".model", ".safetensors")
+    def owns_name(self, path: Path) -> bool:
+        return path.name.endswith(files.SUFFIXES)
+
+    def check_output(self, path: Path, source: Path) -> None:
+        new_name(path, files.SUFFIXES)
 
     def process_state(self) -> AbstractContextManager[None]:
         # MACE sets torch's default dtype and leaves it so.
@@ -55,6 +59,9 @@ class MACEAdapter:
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
         return files.load(path, device)
+
+    def load_export(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        return files.load(path, device, exports=True)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
@@ -114,7 +121,7 @@ class MACEAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -147,7 +154,7 @@ class MACEAdapter:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)
-        if path.suffix == ".safetensors":
+        if files.is_safetensors(path):
             return Calculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
         return Calculator(model_paths=str(path), device=device, default_dtype=dtype)
 

@@ -41,13 +41,19 @@ class NequIPAdapter:
     def owns(self, model: torch.nn.Module) -> bool:
         return class_name(model) in ("GraphModel", "CompileGraphModel") or isinstance(model, files.CompiledModel)
 
-    def owns_file(self, path: Path) -> bool:
+    def owns_name(self, path: Path) -> bool:
         return path.name.endswith(files.SUFFIXES)
+
+    def check_output(self, path: Path, source: Path) -> None:
+        files.check_output(path, source)
 
     def process_state(self) -> AbstractContextManager[None]:
         return nequip_state()
 
     def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        return files.load(path, device)
+
+    def load_export(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
         return files.load(path, device)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
@@ -113,13 +119,13 @@ class NequIPAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
         if isinstance(model, files.CompiledModel):
             return "compiled"
-        if not str(path).endswith(files.PACKAGE):
+        if files.form_of(path) != files.PACKAGE:
             return "checkpoint"
         return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
 
@@ -141,9 +147,10 @@ class NequIPAdapter:
         return NequIPPotential(model, atoms)
 
     def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
-        if str(path).endswith(files.COMPILED):
+        if files.form_of(path) == files.COMPILED:
             return files.CompiledModel(Path(path), device).calculator()
-        return saved_calculator(path, device)
+        with files.named(path) as link:
+            return saved_calculator(link, device)
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""

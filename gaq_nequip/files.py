@@ -12,6 +12,8 @@ import pickle
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,9 @@ from torch import Tensor
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
+from gaq.files.kinds import kind_of, new_name
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.process import check_device
 from gaq.untyped import AnyModule, Calculator, Document
 from gaq_nequip.host import loading
 from gaq_nequip.model import graph_models, ranges_follow
@@ -30,7 +34,7 @@ from gaq_nequip.model import graph_models, ranges_follow
 if TYPE_CHECKING:
     from torch.package import Importer, PackageImporter
 
-__all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
+__all__ = ["SUFFIXES", "CompiledModel", "check_output", "form_of", "load", "named", "save"]
 
 CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
 SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
@@ -62,15 +66,66 @@ class CompiledModel(torch.nn.Module):
         """NequIP's ASE calculator of the file."""
         from gaq_nequip.calculator import compiled_calculator
 
-        return compiled_calculator(self.path, self.device)
+        with named(self.path) as link:
+            return compiled_calculator(link, self.device)
 
 
-def _suffix_of(path: Path) -> str:
-    """The one of `SUFFIXES` that a file name ends in."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return suffix
-    raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
+_FORMS = {"checkpoint": CHECKPOINT, "package": PACKAGE, "compiled": COMPILED}
+
+
+def form_of(path: str | Path) -> str:
+    """The one of `SUFFIXES` that a file's name ends in; by its content if the name ends otherwise.
+
+    Raises:
+        ModelFileError: if the file is not one of NequIP's.
+    """
+    path = Path(path)
+    if path.name.endswith(SUFFIXES):
+        return next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    try:
+        kind = kind_of(path)
+    except ValueError as error:
+        raise ModelFileError(str(error)) from error
+    if kind.name not in _FORMS:
+        raise ModelFileError(f"{path}: {kind.words}, not a model file of NequIP ({', '.join(SUFFIXES)}).")
+    return _FORMS[kind.name]
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[Path]:
+    """A name of a file by which NequIP knows its form: a link, within this context, if its own name does not tell."""
+    path = Path(path)
+    form = form_of(path)
+    if path.name.endswith(form):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"model{form}"
+        link.symlink_to(path.resolve())
+        yield link
+
+
+def check_output(path: Path, source: Path) -> str:
+    """Refuse a name under which a model from a file cannot be written; return the form it names.
+
+    Raises:
+        ValueError: saying what can be written.
+    """
+    if path.name.endswith(COMPILED):
+        raise ValueError(
+            f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}, where MODEL is a quantized "
+            f"{CHECKPOINT} or {PACKAGE}."
+        )
+    form = new_name(path, (CHECKPOINT, PACKAGE))
+    made_of = form_of(source)
+    if made_of == COMPILED:
+        raise ValueError(f"{source}: a compiled file cannot be changed; give the {CHECKPOINT} it was made from.")
+    if form == CHECKPOINT and made_of != CHECKPOINT:
+        raise ValueError(
+            f"{path}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. Write a "
+            f"{PACKAGE}."
+        )
+    return form
 
 
 def _install_state(model: torch.nn.Module) -> None:
@@ -161,11 +216,10 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     from nequip.train.lightning import _SOLE_MODEL_KEY
 
     path = Path(path)
-    kind = _suffix_of(path)
+    check_device(device)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+    kind = form_of(path)
     if kind == COMPILED:
         from gaq_nequip.deploy import artefact
 
@@ -176,8 +230,8 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if kind == PACKAGE:
         _check_package(path)
     try:
-        with loading(), ranges_follow():
-            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
+        with loading(), ranges_follow(), named(path) as link:
+            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(link), model_key=None)
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise ModelFileError(f"{path}: {_other_nequip(path, str(error))}") from error
@@ -211,7 +265,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     path = Path(path)
     if state_of(model) is None:
         raise ValueError("this model is not quantized: quantize it first.")
-    kind = _suffix_of(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     source = model.__dict__.get(SOURCE)
@@ -220,8 +273,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             "the file this model came from is not known, and NequIP's files hold more than the model. Load it with "
             "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
         )
-    if kind == COMPILED:
-        raise ValueError(f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}.")
+    kind = check_output(path, Path(source))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         trial = Path(folder) / path.name
         if kind == CHECKPOINT:
@@ -232,11 +284,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
-    if _suffix_of(source) != CHECKPOINT:
-        raise ValueError(
-            f"{path.name}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. "
-            f"Write a {PACKAGE}."
-        )
     state = state_of(model)
     assert state is not None
     if state.status == "frozen":
@@ -298,7 +345,7 @@ def example_data(source: Path) -> dict[str, Tensor]:
     from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
     from nequip.model.saved_models.package import data_dict_from_package
 
-    if _suffix_of(source) == PACKAGE:
+    if form_of(source) == PACKAGE:
         return data_dict_from_package(str(source))
     from hydra.errors import InstantiationException
 
@@ -331,7 +378,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
-        if _suffix_of(source) == PACKAGE:
+        if form_of(source) == PACKAGE:
             importer = _importer(source)
             config = importer.load_text("model", "config.yaml")
             metadata = _get_package_metadata(importer)

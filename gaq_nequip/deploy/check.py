@@ -81,14 +81,17 @@ def _structures(example: dict[str, Tensor], count: int = 4, amplitude: float = 0
 
 
 def _compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms]) -> Check:
-    energy = forces = scale = 0.0
+    differences = []
     for atoms in structures:
         values = []
         for calculator in (reference, deployed):
             copy = atoms.copy()
             copy.calc = calculator
             values.append((copy.get_potential_energy(), copy.get_forces()))
-        energy = max(energy, 1e3 * abs(values[0][0] - values[1][0]) / len(atoms))
-        forces = max(forces, 1e3 * float(np.abs(values[0][1] - values[1][1]).max()))
-        scale = max(scale, 1e3 * float(np.abs(values[0][1]).max()))
-    return Check(energy, forces, scale, len(structures))
+        (energy, forces), (other_energy, other_forces) = values
+        differences.append(
+            (abs(energy - other_energy) / len(atoms), np.abs(forces - other_forces).max(), np.abs(forces).max())
+        )
+    # np.max, because the largest of a NaN and a number has to be NaN, whatever their order.
+    energy, forces, scale = 1e3 * np.max(differences, axis=0)
+    return Check(float(energy), float(forces), float(scale), len(structures))

@@ -15,7 +15,6 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.build import molecule
 
 import gaq
