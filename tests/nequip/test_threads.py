@@ -20,6 +20,7 @@ from ase.build import molecule
 import gaq
 from gaq_nequip.calculator import Calculator, model_calculator, saved_calculator
 
+SPECIES = {name: name for name in ("H", "C", "O")}
 MOLECULES = ("H2O", "CO2", "CH3OH")
 
 
@@ -92,9 +93,9 @@ def test_calculators_in_threads(quantized: Callable[..., Any], shared: bool) -> 
 def test_calculators_that_are_made_while_others_compute(package: Path) -> None:
     """Loading a model changes torch's default dtype and traces e3nn's code, both for all threads."""
     molecule("H2O")
-    expected = energies_and_forces(saved_calculator(package, "cpu"))
-    first = saved_calculator(package, "cpu")
-    tasks = [lambda: energies_and_forces(saved_calculator(package, "cpu"))] * 2
+    expected = energies_and_forces(saved_calculator(package, "cpu", SPECIES))
+    first = saved_calculator(package, "cpu", SPECIES)
+    tasks = [lambda: energies_and_forces(saved_calculator(package, "cpu", SPECIES))] * 2
     for results in at_once([*tasks, lambda: energies_and_forces(first)]):
         assert_results(results, expected)
     assert torch.get_default_dtype() == torch.float32
