@@ -29,6 +29,7 @@ from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
+from gaq.training.ptq import check_weights
 from gaq.training.schedule import (
     DEPLOYED,
     BranchState,
@@ -264,6 +265,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in quantized_models(pl_module.model):
             require_state(model).status = "training"
             require_state(model).last_epoch = epoch
+            if epoch > 0:
+                check_weights(dict(model.named_parameters()), trainer.datamodule.train_dataloader().dataset)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):

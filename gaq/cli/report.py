@@ -36,7 +36,13 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        species=arguments.species,
+        head=arguments.head,
+        energy_key=arguments.energy_key,
+        forces_key=arguments.forces_key,
     )
+    for line in report["left_out"]:
+        say(line)
     files = write_report(report, arguments.output)
     if report["gates"]:
         say(gate_lines(report["gates"]))

@@ -90,6 +90,7 @@ def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pyt
     refused(trained.best, tmp_path / "out.pth", word="has to end in .nequip.pt2 or .nequip.zip")
     refused(trained.best, tmp_path / "no" / "out.nequip.pt2", word="does not exist")
     refused(trained.best, out, "--target", "lammps", word="choose one of pair_nequip, ase, batch")
+    refused(trained.best, out, "--compare", tmp_path / "none.nequip.pt2", word="none.nequip.pt2: no such file")
     refused(out, word="give MODEL")
     refused(trained.best, out, "--train-dir", tmp_path, word="not both")
     refused("--train-dir", tmp_path, out, word="neither best.ckpt nor last.ckpt")
@@ -219,10 +220,10 @@ def test_compiled(
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
     stock = tmp_path / "stock.nequip.pt2"
     # NequIP itself cannot compile a molecule without a cell: the same example in a box.
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
-    save_data(with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained_float.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
@@ -245,11 +246,11 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     from ase.io import read
     from test_files import by_calculator, run_without_plugin
 
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
     path = tmp_path / "plain.nequip.pt2"
-    save_data(with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained.best, path, *arguments)
     assert done.returncode == 0, done.stderr
