@@ -15,6 +15,7 @@ from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.files.kinds import kind_of
+from gaq.model.elements import SpeciesMap
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
@@ -55,9 +56,18 @@ class Adapter(Protocol):
         """Return a context with the process-wide state the framework computes in; leaving it restores the state."""
         ...
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        """Load a model file.
 
-    def load_export(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+        Args:
+            path: the file.
+            device: device to load it on.
+            species: the model's name of the type of each chemical symbol, in frameworks that name types; None takes
+                what the file says.
+        """
+        ...
+
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
         """As `load`; also reads the model in what the framework exported for other programs, to be inspected."""
         ...
 
@@ -71,8 +81,14 @@ class Adapter(Protocol):
         """Return a copy of a float model with only these elements and this head; None keeps all."""
         ...
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
-        """Return the chemical symbols that a model knows."""
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
+        """Return the chemical symbols that a model knows.
+
+        Args:
+            model: a model.
+            strict: whether types of which nobody says which elements they are raise a `ValueError`; else they are left
+                out.
+        """
         ...
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
@@ -151,8 +167,14 @@ class Adapter(Protocol):
         """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
         ...
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
-        """Return the framework's ASE calculator of a file."""
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        """Keep one of the structures with the model, in frameworks whose files need one."""
+        ...
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> Calculator:
+        """Return the framework's ASE calculator of a file; see `load` for `species`."""
         ...
 
 

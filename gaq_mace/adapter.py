@@ -17,6 +17,7 @@ from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.files.kinds import new_name
 from gaq.kernels.cpu import native
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.process import default_dtype
@@ -57,10 +58,12 @@ class MACEAdapter:
         # MACE sets torch's default dtype and leaves it so.
         return default_dtype(torch.get_default_dtype())
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        _refuse_species(species)
         return files.load(path, device)
 
-    def load_export(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        _refuse_species(species)
         return files.load(path, device, exports=True)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
@@ -72,7 +75,7 @@ class MACEAdapter:
     def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
         return select(model, elements, head)
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
         return element_names(model)
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
@@ -150,7 +153,12 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         return MACEPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        pass  # MACE's files hold the model alone
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)
@@ -161,3 +169,8 @@ class MACEAdapter:
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""
         return [f"mace training    {status.describe()}"]
+
+
+def _refuse_species(species: SpeciesMap | None) -> None:
+    if species is not None:
+        raise ValueError("species: MACE models know elements by their atomic numbers; leave it out.")

@@ -12,8 +12,6 @@ import pickle
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +22,22 @@ from torch import Tensor
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
-from gaq.files.kinds import kind_of, new_name
+from gaq.files.kinds import new_name
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq.process import check_device
 from gaq.untyped import AnyModule, Calculator, Document
+from gaq_nequip.example import example_of
+from gaq_nequip.forms import CHECKPOINT, COMPILED, PACKAGE, form_of, named
 from gaq_nequip.host import nequip_state
 from gaq_nequip.model import graph_models, ranges_follow
+from gaq_nequip.names import EXAMPLE, SOURCE, SPECIES
+from gaq_nequip.species import check_given, in_metadata, species_in_file, species_of, type_names
 
 if TYPE_CHECKING:
     from torch.package import Importer, PackageImporter
 
-__all__ = ["SUFFIXES", "CompiledModel", "check_output", "form_of", "load", "named", "save"]
-
-CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
-SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
-SOURCE = "gaq_source"
-"""Name of an attribute of a loaded model: its file, which holds what a new file needs besides the model."""
+__all__ = ["CompiledModel", "check_output", "load", "save"]
 
 
 class CompiledModel(torch.nn.Module):
@@ -48,15 +46,19 @@ class CompiledModel(torch.nn.Module):
     Args:
         path: compiled file.
         device: device that it was compiled for.
+        species: type names by chemical symbol; None takes what the file says.
     """
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, species: SpeciesMap | None = None) -> None:
         from gaq_nequip.deploy import artefact
 
         super().__init__()
         self.path = path
         self.device = device
         self.metadata = artefact.metadata(path)
+        self.__dict__[SPECIES] = (
+            in_metadata(self.metadata) if species is None else check_given(species, type_names(self))
+        )
         if "gaq_config" in self.metadata:
             config = parse_stored(json.loads(self.metadata["gaq_config"]), finished=True)
             notes = {TRAINED: self.metadata.get("gaq_trained") == "1"}
@@ -67,42 +69,7 @@ class CompiledModel(torch.nn.Module):
         from gaq_nequip.calculator import compiled_calculator
 
         with named(self.path) as link:
-            return compiled_calculator(link, self.device)
-
-
-_FORMS = {"checkpoint": CHECKPOINT, "package": PACKAGE, "compiled": COMPILED}
-
-
-def form_of(path: str | Path) -> str:
-    """The one of `SUFFIXES` that a file's name ends in; by its content if the name ends otherwise.
-
-    Raises:
-        ModelFileError: if the file is not one of NequIP's.
-    """
-    path = Path(path)
-    if path.name.endswith(SUFFIXES):
-        return next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
-    try:
-        kind = kind_of(path)
-    except ValueError as error:
-        raise ModelFileError(str(error)) from error
-    if kind.name not in _FORMS:
-        raise ModelFileError(f"{path}: {kind.words}, not a model file of NequIP ({', '.join(SUFFIXES)}).")
-    return _FORMS[kind.name]
-
-
-@contextmanager
-def named(path: str | Path) -> Iterator[Path]:
-    """A name of a file by which NequIP knows its form: a link, within this context, if its own name does not tell."""
-    path = Path(path)
-    form = form_of(path)
-    if path.name.endswith(form):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / f"model{form}"
-        link.symlink_to(path.resolve())
-        yield link
+            return compiled_calculator(link, self.device, species_of(self))
 
 
 def check_output(path: Path, source: Path) -> str:
@@ -203,14 +170,19 @@ def _other_nequip(path: Path, error: str) -> str:
     )
 
 
-def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
+def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
     """Load a NequIP model, float or quantized, from a checkpoint, a package or a compiled file.
 
     Checkpoints and packages are pickles: loading one runs the code in it.
 
+    Args:
+        path: the file.
+        device: device to load it on.
+        species: type names by chemical symbol, where the file does not say which elements its types are.
+
     Raises:
         ModelFileError: if the file is missing, damaged, of another kind, or written by a later version.
-        ValueError: if the device is not available.
+        ValueError: if the device is not available, or `species` names a type that the model does not have.
     """
     from nequip.model.saved_models.load_utils import load_saved_model
     from nequip.train.lightning import _SOLE_MODEL_KEY
@@ -224,7 +196,7 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
         from gaq_nequip.deploy import artefact
 
         try:
-            return CompiledModel(path, device)
+            return CompiledModel(path, device, species)
         except artefact.ArtefactError as error:
             raise ModelFileError(str(error)) from error
     if kind == PACKAGE:
@@ -246,6 +218,10 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if state is not None:
         check_format(state.notes.get("meta", {}), str(path))
     model.__dict__[SOURCE] = str(path.resolve())
+    if species is not None:
+        model.__dict__[SPECIES] = check_given(species, type_names(model))
+    elif SPECIES not in model.__dict__:  # a package of ours has it
+        model.__dict__[SPECIES] = species_in_file(path)
     return model.to(device).eval()
 
 
@@ -312,6 +288,9 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
         stored["quantization"] = spec
     for key in ("optimizer_states", "lr_schedulers"):
         checkpoint[key] = []
+    for key in (SPECIES, EXAMPLE):
+        if model.__dict__.get(key):
+            checkpoint[key] = model.__dict__[key]
     torch.save(checkpoint, path)
 
 
@@ -336,29 +315,6 @@ def _check_same_tensors(entries: Document, model_entries: Document, prefix: str,
         )
 
 
-def example_data(source: Path) -> dict[str, Tensor]:
-    """The example structure that NequIP compiles with, from a checkpoint's training data or a package.
-
-    Raises:
-        ModelFileError: if the training data that a checkpoint names cannot be read.
-    """
-    from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
-    from nequip.model.saved_models.package import data_dict_from_package
-
-    if form_of(source) == PACKAGE:
-        return data_dict_from_package(str(source))
-    from hydra.errors import InstantiationException
-
-    try:
-        return data_dict_from_checkpoint(str(source))
-    except (OSError, InstantiationException) as error:
-        cause = error.__cause__ or error
-        raise ModelFileError(
-            f"{source}: the training data it names cannot be read ({cause}). NequIP needs one structure of it to "
-            "package or compile: run from the folder the training was started in, or write a checkpoint."
-        ) from error
-
-
 def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     """Write a package with the frozen model, in one copy and compressed."""
     import copy
@@ -373,7 +329,8 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     frozen: AnyModule = copy.deepcopy(model).cpu()
     # By the model's own class: a model from a package has to be saved with the classes of the package.
     frozen.freeze_weights()
-    frozen.__dict__.pop(SOURCE, None)
+    for key in (SOURCE, EXAMPLE):
+        frozen.__dict__.pop(key, None)
     sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
@@ -384,7 +341,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
             metadata = _get_package_metadata(importer)
             # The package first, for classes that only it has; then the installation.
             importers = (importer, sys_importer)
-            data = importer.load_pickle("model", "example_data.pkl")
+            data = model.__dict__.get(EXAMPLE) or importer.load_pickle("model", "example_data.pkl")
         else:
             from omegaconf import OmegaConf
 
@@ -397,7 +354,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
                 "package_version_id": _CURRENT_NEQUIP_PACKAGE_VERSION,
                 "atom_types": dict(enumerate(frozen.type_names)),
             }
-            data = example_data(source)
+            data = example_of(model, source)
         metadata["versions"] = get_current_code_versions(verbose=False)
         metadata["available_models"] = ["eager"]
         with torch.package.PackageExporter(str(plain), importer=importers) as exporter:

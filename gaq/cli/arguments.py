@@ -107,6 +107,7 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--head", help="keep only this head of a model with several")
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    _add_species(command)
     command.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
 
 
@@ -122,11 +123,21 @@ def _report(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--nve-ps", type=float, default=50.0, help="length of the NVE runs in ps; 0 leaves them out")
     command.add_argument("--frames", type=int, default=200, help="structures used for errors (evenly spaced)")
+    _add_species(command)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+
+def _add_species(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--species",
+        metavar="MAP",
+        help="the model's type of each element, such as H:myH,C:myC, if its file does not say (NequIP, Allegro)",
+    )
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="any model file; of any other file it says what it is")
+    _add_species(command)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument(
         "--sensitivity", metavar="DATA", help="also round one tensor at a time on these structures (float models)"

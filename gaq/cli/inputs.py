@@ -48,13 +48,15 @@ def find_adapter(option: str, path: str) -> Adapter:
         raise InputError(f"{option} {error}".strip()) from error
 
 
-def load_model(adapter: Adapter, path: str, device: str, exports: bool = False) -> torch.nn.Module:
+def load_model(
+    adapter: Adapter, path: str, device: str, species: str | None = None, exports: bool = False
+) -> torch.nn.Module:
     """Load a model; if it takes long, a line says why."""
     from gaq.progress import explained
 
     reason = "loading {}: the framework builds the model and compiles its generated code"
     with explained(reason.format(path)):
-        return adapter.load_export(path, device) if exports else adapter.load(path, device)
+        return adapter.load_export(path, device, species) if exports else adapter.load(path, device, species)
 
 
 def check_structure_file(option: str, path: str) -> None:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     kind = kind_of(arguments.model)
     if arguments.sensitivity is not None and kind.name in ("export", "compiled"):
         raise InputError(f"--sensitivity needs the float model, and {arguments.model} is {kind.words}.")
-    model = load_model(adapter, arguments.model, arguments.device, exports=True)
+    model = load_model(adapter, arguments.model, arguments.device, arguments.species, exports=True)
     config = adapter.config(model)
     if arguments.sensitivity is not None and config is not None:
         raise InputError("--sensitivity needs the float model: this one is rounded already.")
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "preset": None if config is None else config.preset,
         "status": adapter.status(model),
         "configuration": None if config is None else config.to_dict(),
-        "elements": adapter.elements(model),
+        "elements": adapter.elements(model, strict=False),
         "modules": [asdict(row) for row in rows],
         "bytes": sum(row.bytes for row in rows),
         "not_fused": unfused,

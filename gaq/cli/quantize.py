@@ -48,12 +48,13 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     check_device(arguments.device)
     structures = read_structures(arguments.calibration) if arguments.calibration else []
     calibration, unseen = _split(structures)
-    model = load_model(adapter, arguments.model, arguments.device)
+    model = load_model(adapter, arguments.model, arguments.device, arguments.species)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
     selected = _selected(adapter, model, structures, arguments)
     model = model if selected is None else selected
-    check_known(adapter.elements(model), structures)
+    if structures:
+        check_known(adapter.elements(model), structures)
     quantized = api.prepare(copy.deepcopy(model), config)
     if calibration:
         api.calibrate(quantized, calibration)
@@ -168,7 +169,13 @@ def _write_judged(
         gates: dict[str, Document] = {}
         if structures:
             measured = api.report(
-                trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device, gates_only=True
+                trial,
+                spaced(structures, 64),
+                reference,
+                nve_ps=0.0,
+                device=arguments.device,
+                gates_only=True,
+                species=arguments.species,
             )
             gates = measured["gates"]
             say(gate_lines(gates))

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        species=arguments.species,
     )
     files = write_report(report, arguments.output)
     if report["gates"]:

@@ -17,6 +17,7 @@ from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
 from gaq.checks.structures import check_labels, check_structures, rattled
+from gaq.model.elements import SpeciesMap
 from gaq.progress import explained
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
@@ -113,6 +114,7 @@ def measure_file(
     *,
     trained: bool = False,
     device: str = "cpu",
+    species: SpeciesMap | None = None,
     **options: Any,
 ) -> Document:
     """Measure and judge a model file.
@@ -123,6 +125,7 @@ def measure_file(
         reference: the float model to compare with.
         trained: apply the bounds of models that were trained with their rounding.
         device: device to run on.
+        species: see `gaq.api.load`.
         options: options of `measure_subject`.
 
     Returns:
@@ -131,8 +134,8 @@ def measure_file(
     Raises:
         ValueError: for a file that cannot be read, structures that the model does not know, and as `measure_subject`.
     """
-    subject = open_file(path, device, trained, structures=structures)
-    other = None if reference is None else open_file(reference, device)
+    subject = open_file(path, device, trained, structures=structures, species=species)
+    other = None if reference is None else open_file(reference, device, species=species)
     return measure_subject(subject, structures, other, **options)
 
 

@@ -14,13 +14,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gaq.cli import frame
 from gaq.cli.arguments import EXIT_CODES, add_common
 from gaq.cli.frame import DONE, FAILED
-from gaq.cli.inputs import InputError, checked_output, find_adapter, number_of_at_least
+from gaq.cli.inputs import InputError, check_structure_file, checked_output, find_adapter, number_of_at_least
 from gaq.progress import explained
 from gaq.untyped import AnyModule, Document
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["main"]
 
@@ -48,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--train-dir", help="folder of a training run, in place of MODEL: its best.ckpt, or last.ckpt")
     build.add_argument("--target", help="ase (default), pair_nequip, pair_allegro or batch")
     build.add_argument("--device", default="cpu", help="cpu or cuda")
+    build.add_argument(
+        "--example",
+        metavar="FILE",
+        help="structures (any format ASE reads), one of which to compile with in place of one of the training data",
+    )
+    build.add_argument(
+        "--species", metavar="MAP", help="the model's type of each element, such as H:myH,C:myC; see the docs"
+    )
     build.add_argument("--compare", metavar="FLOAT", help="the float model as nequip-compile made it, for its size")
     build.add_argument("--plain", action="store_true", help="NequIP's own convolution in place of the fused kernel")
     build.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
@@ -78,23 +91,27 @@ def _build(arguments: argparse.Namespace) -> int:
 
     from gaq.model.state import state_of
     from gaq_nequip import files
-    from gaq_nequip.deploy.check import check, default_tolerance
+    from gaq_nequip.deploy.check import check, default_tolerance, is_checked, structures_of
     from gaq_nequip.deploy.compile import check_compiler, compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
+    from gaq_nequip.names import EXAMPLE
+    from gaq_nequip.species import species_of, type_names
 
     target = arguments.target or "ase"
     if kind == COMPILED:
         check_compiler()
     # The frozen copy is deployed, and the result is compared with the model.
     with explained(f"loading {source}: NequIP builds the model, and compiles its generated code"):
-        model = files.load(source)
+        model = files.load(source, species=arguments.species)
     state = state_of(model)
     if state is None:
         raise InputError(
             f"{source}: a float model. Quantize it first (gaq quantize {source.name} --calibration DATA.xyz -o "
             "OUT.ckpt), train it with the key `quantization`, or deploy it as it is with nequip-compile."
         )
-    example = files.example_data(source)
+    example = model.__dict__[EXAMPLE] = _example(arguments.example, model, source)
+    if is_checked(output, target):  # what the check needs, before the work
+        structures_of(example, species_of(model), type_names(model))
     frozen = frozen_copy(model, to_compile=kind == COMPILED)
     sizes = WeightSizes.of(model, frozen)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -145,10 +162,25 @@ def _checked(arguments: argparse.Namespace, source: Path) -> tuple[Path, str]:
         raise InputError(f"--target {arguments.target}: choose one of {', '.join(COMPILE_TARGET_DICT)}.")
     if arguments.tolerance is not None:
         number_of_at_least("--tolerance", arguments.tolerance, 0.0, "a force difference in meV/Å")
+    if arguments.example is not None:
+        check_structure_file("--example", arguments.example)
     if arguments.compare is not None and not Path(arguments.compare).is_file():
         raise InputError(f"--compare {arguments.compare}: no such file.")
     check_device(arguments.device)
     return output, kind
+
+
+def _example(path: str | None, model: torch.nn.Module, source: Path) -> dict[str, Tensor]:
+    """The graph to compile with: of a structure in the file that ``--example`` names, or that of the model's file."""
+    from gaq.checks.errors import read_structures
+    from gaq_nequip.example import FEWEST_ATOMS, example_data, from_structures
+
+    if path is None:
+        return example_data(source)
+    structures = read_structures(path)
+    if max(map(len, structures)) < FEWEST_ATOMS:
+        raise InputError(f"--example {path}: needs a structure of at least {FEWEST_ATOMS} atoms.")
+    return from_structures(model, structures)
 
 
 def _fuses(arguments: argparse.Namespace, model: AnyModule) -> bool:
@@ -172,10 +204,11 @@ def _fuses(arguments: argparse.Namespace, model: AnyModule) -> bool:
 
 def _info(arguments: argparse.Namespace) -> int:
     from gaq_nequip import files
+    from gaq_nequip.forms import form_of
 
     path = Path(arguments.file)
     find_adapter("", str(path))
-    if files.form_of(path) == COMPILED:
+    if form_of(path) == COMPILED:
         from gaq_nequip.deploy import artefact
 
         facts = artefact.metadata(path)

@@ -43,6 +43,7 @@ SHARED = (
     "layers",
     "model",
     "moments",
+    "names",
     "packed",
     "root",
     "sites",

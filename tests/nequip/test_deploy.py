@@ -219,10 +219,10 @@ def test_compiled(
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
     stock = tmp_path / "stock.nequip.pt2"
     # NequIP itself cannot compile a molecule without a cell: the same example in a box.
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
-    save_data(with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained_float.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
@@ -245,11 +245,11 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     from ase.io import read
     from test_files import by_calculator, run_without_plugin
 
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
     path = tmp_path / "plain.nequip.pt2"
-    save_data(with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained.best, path, *arguments)
     assert done.returncode == 0, done.stderr
