@@ -20,7 +20,7 @@ from gaq.kernels.cpu import native
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
-from gaq.process import default_dtype
+from gaq.process import dtype_restored
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
@@ -56,7 +56,7 @@ class MACEAdapter:
 
     def process_state(self) -> AbstractContextManager[None]:
         # MACE sets torch's default dtype and leaves it so.
-        return default_dtype(torch.get_default_dtype())
+        return dtype_restored()
 
     def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
         _refuse_species(species)
