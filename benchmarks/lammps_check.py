@@ -151,8 +151,8 @@ def quantized(model: Path, kind: str, target: Path) -> Path:
 def nequip_cases(work: Path, kinds: Sequence[str], styles: Sequence[str]) -> Iterator[Case]:
     from nequip_speed import trained_briefly
 
-    from gaq_nequip import files
     from gaq_nequip.deploy import compile as deploy_compile
+    from gaq_nequip.example import example_data, with_cell
 
     os.chdir(SHARED / "models")  # where the paths to the training data in the checkpoint start
     model = SHARED / "models/nequip_azobenzene.ckpt"
@@ -167,7 +167,7 @@ def nequip_cases(work: Path, kinds: Sequence[str], styles: Sequence[str]) -> Ite
             made = source if kind == "fp32" else quantized(source, kind, work / f"{host}_{kind}.ckpt")
             path = work / f"{host}_{kind}.nequip.pt2"
             if not path.exists() and kind == "fp32":
-                deploy_compile.save_data(deploy_compile.with_cell(files.example_data(source)), work / "example.pt")
+                deploy_compile.save_data(with_cell(example_data(source)), work / "example.pt")
                 options = ["--mode", "aotinductor", "--device", "cpu", "--target", f"pair_{host}"]
                 command("nequip-compile", source, path, *options, "--data-path", work / "example.pt")
             elif not path.exists():

@@ -50,6 +50,7 @@ from gaq_nequip import files, freeze
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import compile as deploy_compile
 from gaq_nequip.deploy.check import default_tolerance
+from gaq_nequip.example import example_data, with_cell
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
 KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
@@ -111,7 +112,7 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     path: Path = args.work / f"{name}.nequip.pt2"
     if path.exists():
         return path
-    data = deploy_compile.with_cell(files.example_data(args.model))
+    data = with_cell(example_data(args.model))
     if name == FP32_FUSED:
         deploy_compile.compile_file(args.model, path, "ase", "cpu", fused=True, frozen=False)
         return path

@@ -3,10 +3,10 @@
     pip install '.[mace,examples]'
     python examples/quickstart_mace.py
 
-It takes 13 minutes on one CPU core. ``--quick`` takes about one, on too little data, to see that every stage works. The
-script makes a small GFN2-xTB data set, writes two MACE training files that differ in their name and in the line
-``quantization: gaq``, runs the stock ``mace_run_train`` on both, and then runs 1 ps of molecular dynamics with each
-model in the stock ``MACECalculator``. Results: ``quickstart/comparison.json`` and ``quickstart/nve.png``.
+``--quick`` runs every stage in minutes, on too little data for the numbers to mean anything. The script makes a small
+GFN2-xTB data set, writes two MACE training files that differ in their name and in the line ``quantization: gaq``, runs
+the stock ``mace_run_train`` on both, and then runs 1 ps of molecular dynamics with each model in the stock
+``MACECalculator``. Results: ``quickstart/comparison.json`` and ``quickstart/nve.png``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ from comparison import (
     starting_structure,
     write_comparison,
 )
+
+from gaq.progress import Progress
 
 TRAINING = """\
 name: {name}
@@ -86,13 +87,13 @@ def write_training_files(directory: Path, epochs: int, device: str, seed: int) -
 
 
 def train(config: Path, epochs: int) -> Path:
-    """Run the stock ``mace_run_train`` on a training file, with one printed line for each epoch.
+    """Run the stock ``mace_run_train`` on a training file, and show its progress.
 
     The full log goes to ``<name>.log`` beside the file.
 
     Args:
         config: a MACE training file whose paths are relative to its folder.
-        epochs: number of epochs in it, for the progress line.
+        epochs: number of epochs in it, for the remaining time.
 
     Returns:
         The trained model file.
@@ -108,7 +109,7 @@ def train(config: Path, epochs: int) -> Path:
     model = directory / f"{name}.model"
     model.unlink(missing_ok=True)
 
-    log, tail, start = directory / f"{name}.log", deque[str](maxlen=25), time.perf_counter()
+    log, tail = directory / f"{name}.log", deque[str](maxlen=25)
     print(f"\nmace_run_train --config {config.name}   (log: {log})", flush=True)
     with (
         log.open("w") as file,
@@ -122,19 +123,16 @@ def train(config: Path, epochs: int) -> Path:
             # Without this, Python writes lines only when a block is full.
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         ) as process,
+        Progress(epochs, f"training {name}", "epoch") as progress,
     ):
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             tail.append(line)
-            progress = re.search(r"Epoch (\d+):.*MAE_E_per_atom= *(\S+) meV.*MAE_F= *(\S+) meV", line)
-            if progress:
-                epoch, energy, force = int(progress[1]) + 1, float(progress[2]), float(progress[3])
-                print(
-                    f"{name}: epoch {epoch:3d}/{epochs}  validation force MAE {force:7.1f} meV/Å,"
-                    f" energy MAE {energy:6.1f} meV/atom  ({time.perf_counter() - start:4.0f} s)",
-                    flush=True,
-                )
+            if epoch := re.search(r"Epoch \d+:.*MAE_E_per_atom= *(\S+) meV.*MAE_F= *(\S+) meV", line):
+                energy, force = map(float, epoch.groups())
+                progress.note(f"validation MAE {force:.1f} meV/Å, {energy:.1f} meV/atom")
+                progress.advance()
     text = "".join(tail)
     if process.returncode != 0 or not model.is_file():
         hint = ""

@@ -3,12 +3,12 @@
     pip install '.[nequip,examples]'
     python examples/quickstart_nequip.py
 
-It takes about 15 minutes on one CPU core. ``--quick`` takes about 3, on too little data and with a model of two layers,
-to see that every stage works. NequIP's compilation needs a C++ compiler (g++). The script makes a small GFN2-xTB data
-set, writes two NequIP training files that differ in their name and in the line ``quantization: gaq``, runs the stock
-``nequip-train`` on both, deploys the first with the stock ``nequip-compile`` and the second with ``nequip-deploy``, and
-then runs 1 ps of molecular dynamics with each in the stock ``NequIPCalculator``. Results:
-``quickstart/nequip/comparison.json`` and ``quickstart/nequip/nve.png``.
+``--quick`` runs every stage in minutes, on too little data for the numbers to mean anything, with a model of two
+layers. NequIP's compilation needs a C++ compiler (g++). The script makes a small GFN2-xTB data set, writes two NequIP
+training files that differ in their name and in the line ``quantization: gaq``, runs the stock ``nequip-train`` on both,
+deploys the first with the stock ``nequip-compile`` and the second with ``nequip-deploy``, and then runs 1 ps of
+molecular dynamics with each in the stock ``NequIPCalculator``. Results: ``quickstart/nequip/comparison.json`` and
+``quickstart/nequip/nve.png``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from comparison import (
     starting_structure,
     write_comparison,
 )
+
+from gaq.progress import Progress
 
 TRAINING = """\
 name: %(name)s
@@ -181,46 +183,40 @@ def run_command(
         )
 
 
-class EpochPrinter:
-    """Print a line for each epoch that NequIP added to its ``metrics.csv`` since the last call.
+class EpochCounter:
+    """Show the epochs that NequIP added to its ``metrics.csv`` since the last call.
 
     Args:
         metrics: the file, which need not exist yet.
-        name: of the model.
-        epochs: number of epochs of the run.
+        progress: advances by one for each epoch.
     """
 
-    def __init__(self, metrics: Path, name: str, epochs: int) -> None:
+    def __init__(self, metrics: Path, progress: Progress) -> None:
         self.metrics = metrics
-        self.name = name
-        self.epochs = epochs
-        self.printed = 0
-        self.start = time.perf_counter()
+        self.progress = progress
+        self.counted = 0
 
     def __call__(self) -> None:
         if not self.metrics.is_file():
             return
         with self.metrics.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val0_epoch/forces_mae")]
-        for row in rows[self.printed :]:
+        for row in rows[self.counted :]:
             # The last row may be read before its line is complete.
             if not (row.get("epoch") and row.get("val0_epoch/per_atom_energy_mae")):
                 break
             force, energy = (1e3 * float(row[f"val0_epoch/{key}_mae"]) for key in ("forces", "per_atom_energy"))
-            print(
-                f"{self.name}: epoch {int(row['epoch']) + 1:3d}/{self.epochs}  validation force MAE {force:7.1f} meV/Å,"
-                f" energy MAE {energy:6.1f} meV/atom  ({time.perf_counter() - self.start:4.0f} s)",
-                flush=True,
-            )
-            self.printed += 1
+            self.progress.note(f"validation MAE {force:.1f} meV/Å, {energy:.1f} meV/atom")
+            self.progress.advance()
+            self.counted += 1
 
 
 def train(config: Path, epochs: int) -> Path:
-    """Run the stock ``nequip-train`` on a training file, with one printed line for each epoch.
+    """Run the stock ``nequip-train`` on a training file, and show its progress.
 
     Args:
         config: a NequIP training file whose paths are relative to its folder.
-        epochs: number of epochs in it, for the progress line.
+        epochs: number of epochs in it, for the remaining time.
 
     Returns:
         The best checkpoint, ``<name>/best.ckpt`` beside the file.
@@ -234,9 +230,9 @@ def train(config: Path, epochs: int) -> Path:
     for old in ("best.ckpt", "metrics.csv"):
         (run / old).unlink(missing_ok=True)
     arguments = ["-cp", str(directory), "-cn", name]
-    run_command(
-        "nequip-train", arguments, directory, directory / f"{name}.log", EpochPrinter(run / "metrics.csv", name, epochs)
-    )
+    with Progress(epochs, f"training {name}", "epoch") as progress:
+        counter = EpochCounter(run / "metrics.csv", progress)
+        run_command("nequip-train", arguments, directory, directory / f"{name}.log", counter)
     return run / "best.ckpt"
 
 

@@ -3,8 +3,7 @@
     python examples/xtb_dataset.py --directory quickstart
 
 It writes ``train.xyz`` and ``test.xyz``: frames of Langevin molecular dynamics at 500 K with ``REF_energy``
-(eV) and ``REF_forces`` (eV/Å) in extended XYZ, the form ``mace_run_train`` and ``gaq`` read. It takes about
-two and a half minutes on one core.
+(eV) and ``REF_forces`` (eV/Å) in extended XYZ, the form ``mace_run_train`` and ``gaq`` read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from ase.io import write
 from ase.md.langevin import Langevin
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from ase.optimize import BFGS
-from tqdm import tqdm
+
+from gaq.progress import Progress
 
 TEMPERATURE = 500.0  # K
 TIMESTEP = 1.0  # fs; a C-H stretch takes 10 fs
@@ -88,7 +88,7 @@ def xtb_calculator() -> Any:
 
 
 def sample(
-    start: Atoms, frames: int, rng: np.random.Generator, progress: tqdm[Any], warm_up: int = WARM_UP_FRAMES
+    start: Atoms, frames: int, rng: np.random.Generator, progress: Progress, warm_up: int = WARM_UP_FRAMES
 ) -> list[Atoms]:
     """Langevin dynamics from ``start``; one labelled frame every ``STEPS_BETWEEN_FRAMES`` steps.
 
@@ -120,7 +120,7 @@ def sample(
     kept = []
     for index in range(-warm_up, frames):
         dynamics.run(STEPS_BETWEEN_FRAMES)
-        progress.update()
+        progress.advance()
         if index < 0:
             continue
         if bonds(atoms) != bonds(start):
@@ -167,7 +167,7 @@ def make_dataset(
     paths = directory / "train.xyz", directory / "test.xyz"
     train_rng, test_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     total = train + test + 2 * warm_up
-    with tqdm(total=total, desc="GFN2-xTB dynamics", unit="frame") as progress:
+    with Progress(total, "GFN2-xTB dynamics", "frame") as progress:
         frames = tuple(
             sample(molecule, count, rng, progress, warm_up) for count, rng in ((train, train_rng), (test, test_rng))
         )

@@ -14,6 +14,8 @@ from torch import Tensor
 from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.files.kinds import kind_of
+from gaq.model.elements import SpeciesMap
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
@@ -22,9 +24,10 @@ from gaq.untyped import Batch, Calculator, Document
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Adapter", "adapter_for", "adapter_for_file", "adapters"]
+__all__ = ["Adapter", "adapter_for", "adapter_for_file", "adapters", "missing_framework"]
 
 GROUP = "gaq.adapters"
+FRAMEWORKS = {"mace": "MACE", "nequip": "NequIP"}
 
 
 class Adapter(Protocol):
@@ -36,15 +39,37 @@ class Adapter(Protocol):
         """Whether a model is of this framework."""
         ...
 
-    def owns_file(self, path: Path) -> bool:
-        """Whether a file looks like a model of this framework, by its name."""
+    def owns_name(self, path: Path) -> bool:
+        """Whether a file has the name of a model of this framework."""
+        ...
+
+    def check_output(self, path: Path, source: Path) -> None:
+        """Refuse a name under which a quantized model made from a file cannot be written.
+
+        Raises:
+            ValueError: if the name does not end as this framework's files do, or a file of its form cannot be made
+                from `source`.
+        """
         ...
 
     def process_state(self) -> AbstractContextManager[None]:
         """Return a context with the process-wide state the framework computes in; leaving it restores the state."""
         ...
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module: ...
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        """Load a model file.
+
+        Args:
+            path: the file.
+            device: device to load it on.
+            species: the model's name of the type of each chemical symbol, in frameworks that name types; None takes
+                what the file says.
+        """
+        ...
+
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        """As `load`; also reads the model in what the framework exported for other programs, to be inspected."""
+        ...
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None: ...
 
@@ -56,8 +81,14 @@ class Adapter(Protocol):
         """Return a copy of a float model with only these elements and this head; None keeps all."""
         ...
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
-        """Return the chemical symbols that a model knows."""
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
+        """Return the chemical symbols that a model knows.
+
+        Args:
+            model: a model.
+            strict: whether types of which nobody says which elements they are raise a `ValueError`; else they are left
+                out.
+        """
         ...
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
@@ -102,7 +133,7 @@ class Adapter(Protocol):
         """Return energies (graphs,) in eV, forces (atoms, 3) in eV/Å and the atoms of each graph (graphs,)."""
         ...
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         """Return the matrix ``sum x x^T`` of the inputs of each block, by parameter name; None where there is none.
 
         Changes of the inputs with the positions count as inputs too (`gaq.model.moments`).
@@ -136,8 +167,14 @@ class Adapter(Protocol):
         """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
         ...
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
-        """Return the framework's ASE calculator of a file."""
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        """Keep one of the structures with the model, in frameworks whose files need one."""
+        ...
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> Calculator:
+        """Return the framework's ASE calculator of a file; see `load` for `species`."""
         ...
 
 
@@ -176,18 +213,33 @@ def adapter_for(model: torch.nn.Module) -> Adapter:
 
 
 def adapter_for_file(path: str | Path) -> Adapter:
-    """Return the adapter of a model file.
+    """Return the adapter of a model file, by its content; its name counts where the content does not tell.
 
     Raises:
-        ValueError: if the file is missing, or no installed adapter reads files of this name.
+        ValueError: if the file is missing, or no installed adapter reads it; the message says what the file is.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file.")
+    kind = kind_of(path)
+    if kind.framework in adapters():
+        return adapters()[kind.framework]
+    if kind.framework is not None:
+        raise ValueError(f"{path}: {kind.words}. {missing_framework(kind.framework)}")
     for adapter in adapters().values():
-        if adapter.owns_file(path):
+        if adapter.owns_name(path):  # damaged: the adapter says how
             return adapter
     raise ValueError(
-        f"{path}: no installed adapter reads '{path.suffix}' files. Adapters installed: {_installed()}. "
-        "MACE models end in .model or .safetensors, NequIP models in .ckpt, .nequip.zip or .nequip.pt2."
+        f"{path}: {kind.words}. Models are MACE's .model and .safetensors and NequIP's .ckpt, .nequip.zip and "
+        f".nequip.pt2; adapters installed: {_installed()}."
+    )
+
+
+def missing_framework(name: str) -> str:
+    """The sentence that says how to install a framework that is not here.
+
+    Args:
+        name: ``mace`` or ``nequip``.
+    """
+    return (
+        f"{FRAMEWORKS[name]} is not installed here: pip install 'gaq[{name}]' (MACE and NequIP need separate "
+        "environments)."
     )

@@ -15,7 +15,7 @@ import torch
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.structures import check_calibration_structures
 from gaq.config.parse import ConfigSpec, parse_config
-from gaq.model.elements import check_calibration
+from gaq.model.elements import SpeciesMap, check_calibration
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
@@ -48,9 +48,16 @@ def _in_process_state(function: Callable[Arguments, Result]) -> Callable[Argumen
 
 
 @_in_process_state
-def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
-    """Load a model, float or quantized; the adapter of its framework says what it raises."""
-    return adapter_for_file(path).load(path, device)
+def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+    """Load a model, float or quantized; the adapter of its framework says what it raises.
+
+    Args:
+        path: the file.
+        device: device to load it on.
+        species: for NequIP and Allegro, the name of the model's type for each chemical symbol, where the names are not
+            symbols and the file does not say which elements they are.
+    """
+    return adapter_for_file(path).load(path, device, species)
 
 
 @_in_process_state
@@ -137,7 +144,8 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
             "steps": result.steps,
             "structures": result.structures,
         }
-    ptq.observe_ranges(adapter, model, sample)
+    ptq.observe_ranges(adapter, model, sample, progress=progress)
+    adapter.keep_example(model, structures)
     return model
 
 
@@ -226,6 +234,7 @@ def report(
     device: str = "cpu",
     trained: bool = False,
     gates_only: bool = False,
+    species: SpeciesMap | None = None,
 ) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
@@ -239,6 +248,7 @@ def report(
         trained: judge the model as trained with its rounding. Models trained with the key ``quantization`` say so
             themselves; those of a training loop of your own do not.
         gates_only: leave out what no gate judges: the time of a step, most of the reference's metrics.
+        species: see `load`; of the model and the reference.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.
@@ -246,4 +256,4 @@ def report(
     from gaq.reporting import measure_file
 
     options: Options = {"nve_ps": nve_ps, "progress": progress, "gates_only": gates_only}
-    return measure_file(path, structures, reference, trained=trained, device=device, **options)
+    return measure_file(path, structures, reference, trained=trained, device=device, species=species, **options)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.files.kinds import new_name
 from gaq.kernels.cpu import native
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
-from gaq.process import default_dtype
+from gaq.process import dtype_restored
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
@@ -46,15 +48,23 @@ class MACEAdapter:
     def owns(self, model: torch.nn.Module) -> bool:
         return isinstance(model, mace_models.MACE)
 
-    def owns_file(self, path: Path) -> bool:
-        return path.suffix in (".model", ".safetensors")
+    def owns_name(self, path: Path) -> bool:
+        return path.name.endswith(files.SUFFIXES)
+
+    def check_output(self, path: Path, source: Path) -> None:
+        new_name(path, files.SUFFIXES)
 
     def process_state(self) -> AbstractContextManager[None]:
         # MACE sets torch's default dtype and leaves it so.
-        return default_dtype(torch.get_default_dtype())
+        return dtype_restored()
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        _refuse_species(species)
         return files.load(path, device)
+
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        _refuse_species(species)
+        return files.load(path, device, exports=True)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
@@ -65,7 +75,7 @@ class MACEAdapter:
     def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
         return select(model, elements, head)
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
         return element_names(model)
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
@@ -114,7 +124,7 @@ class MACEAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
@@ -143,14 +153,24 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
         return MACEPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> MACECalculator:
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        pass  # MACE's files hold the model alone
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)
-        if path.suffix == ".safetensors":
+        if files.is_safetensors(path):
             return Calculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
         return Calculator(model_paths=str(path), device=device, default_dtype=dtype)
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""
         return [f"mace training    {status.describe()}"]
+
+
+def _refuse_species(species: SpeciesMap | None) -> None:
+    if species is not None:
+        raise ValueError("species: MACE models know elements by their atomic numbers; leave it out.")

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mace  # noqa: F401  (before e3nn)
-import torch
-
+from gaq.cli import frame
+from gaq.cli.arguments import EXIT_CODES, add_common
+from gaq.cli.inputs import checked_output, find_adapter
 from gaq.third_party_warnings import hidden_in_commands
+from gaq.untyped import Document
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["create_lammps_model", "train"]
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+EXPORT = "gaq_mace_create_lammps_model"
+DTYPES = ("float32", "float64")
 SUFFIXES = {"libtorch": "-lammps.pt", "mliap": "-mliap_lammps.pt"}
 
 
 @hidden_in_commands()
-def train() -> None:
-    """Run `mace_run_train` with the hook, whether or not torch's autoload is on: the script ``gaq_mace_train``."""
+def train() -> int:
+    """Run `mace_run_train` with the hook, whether or not torch's autoload is on: the script ``gaq_mace_train``.
+
+    Returns:
+        The exit code: 0, or 2 where MACE is not installed.
+    """
+    if frame.without_framework("gaq_mace_train", "mace"):
+        return frame.REFUSED
+    import mace  # noqa: F401  (before e3nn)
+
     from gaq_mace.hook.patches import apply, ensure_installed
 
     ensure_installed()
@@ -29,17 +42,20 @@ def train() -> None:
 
     apply(run_train)  # with autoload switched off, the import above does not
     run_train.main()
+    return frame.DONE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="gaq_mace_create_lammps_model",
+        prog=EXPORT,
         description="Convert a MACE model, quantized or not, for LAMMPS.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=EXIT_CODES,
     )
+    add_common(parser)
     parser.add_argument("model_path", help="model to convert: .model or .safetensors")
     parser.add_argument("--head", nargs="?", default=None, help="head of the model; needed where there are several")
-    parser.add_argument("--dtype", nargs="?", default="float64", choices=sorted(DTYPES), help="data type")
+    parser.add_argument("--dtype", nargs="?", default="float64", choices=DTYPES, help="data type")
     parser.add_argument(
         "--format",
         default="libtorch",
@@ -88,6 +104,8 @@ def _kept(model: torch.nn.Module) -> str:
 
 def _write(exported: torch.nn.Module, target: Path, format_: str) -> None:
     """Write an exported model; nothing is left behind if writing fails."""
+    import torch
+
     part = target.with_name(target.name + ".part")
     try:
         if format_ == "mliap":
@@ -102,24 +120,26 @@ def _write(exported: torch.nn.Module, target: Path, format_: str) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    import mace  # noqa: F401  (before e3nn)
+    import torch
     from mace.calculators import LAMMPS_MACE
     from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 
     from gaq.process import default_dtype
+    from gaq.progress import explained
     from gaq_mace.files import load
     from gaq_mace.model import convert
     from gaq_mace.root import is_quantized
 
-    model = load(arguments.model_path)
+    find_adapter("", arguments.model_path)
+    target = Path(arguments.output or arguments.model_path + SUFFIXES[arguments.format])
+    checked_output("--output", str(target), arguments.model_path)
+    with explained(f"loading {arguments.model_path}: MACE builds the model and compiles its generated code"):
+        model = load(arguments.model_path)
     if is_quantized(model):
         convert(model)
     head = _choose_head(model, arguments.head)
-    target = Path(arguments.output or arguments.model_path + SUFFIXES[arguments.format])
-    if not target.parent.is_dir():
-        raise ValueError(f"{target}: there is no directory {target.parent}.")
-    if target.is_dir():
-        raise ValueError(f"{target}: a directory; give a file to write.")
-    dtype = DTYPES[arguments.dtype]
+    dtype = getattr(torch, arguments.dtype)
     model = model.to(dtype)
     with default_dtype(dtype):
         options = {} if head is None else {"head": head}
@@ -132,7 +152,6 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"Wrote {target} ({arguments.format}, {arguments.dtype}, {os.path.getsize(target):,} bytes)")
 
 
-@hidden_in_commands()
 def create_lammps_model(argv: Sequence[str] | None = None) -> int:
     """Convert a MACE model, quantized or not, for LAMMPS: the script ``gaq_mace_create_lammps_model``.
 
@@ -143,10 +162,12 @@ def create_lammps_model(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for bad input, with nothing written.
     """
+    if frame.without_framework(EXPORT, "mace"):
+        return frame.REFUSED
     arguments = _parser().parse_args(argv)
-    try:
+
+    def work() -> tuple[int, Document]:
         _convert(arguments)
-    except (ValueError, OSError) as error:
-        print(f"gaq_mace_create_lammps_model: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return frame.DONE, {}
+
+    return frame.run(EXPORT, work)

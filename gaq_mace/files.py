@@ -18,8 +18,9 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 
 from gaq.files.archive import deflate
+from gaq.files.kinds import MACE_MLIAP, kind_of, new_name
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
-from gaq.process import default_dtype
+from gaq.process import alone, check_device, dtype_restored
 from gaq.third_party_warnings import known_hidden
 from gaq.untyped import Document
 from gaq_mace.deferred import constructing, mark
@@ -28,7 +29,9 @@ from gaq_mace.packed import WRITTEN, check_sites, take_apart, verify
 from gaq_mace.root import is_quantized, restore
 from gaq_mace.safetensors_file import load_safetensors, save_safetensors
 
-__all__ = ["compress_packed", "is_packed", "load", "restore_from_pickle", "save"]
+__all__ = ["SUFFIXES", "compress_packed", "is_packed", "is_safetensors", "load", "restore_from_pickle", "save"]
+
+SUFFIXES = (".model", ".safetensors")
 
 
 def restore_from_pickle(model: torch.nn.Module, payload: Document) -> None:
@@ -59,26 +62,32 @@ def is_packed(path: str | Path | None) -> bool:
         return any(PACKED.encode() in archive.read(name) for name in pickles)
 
 
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is a model without code, by its content."""
+    return Path(path).is_file() and kind_of(path).name == "safetensors"
+
+
 def save(model: torch.nn.Module, path: str | Path) -> None:
     """Write a quantized model, packed.
 
     Args:
         model: a quantized model, in training or converted; the file holds rounded weights in either case.
-        path: ``*.safetensors`` for the form that runs no code on load, anything else for the pickle that
-            stock MACE loads. Nothing is left behind if writing fails.
+        path: ``*.safetensors`` for the form that runs no code on load, ``*.model`` for the pickle that stock MACE
+            loads. Nothing is left behind if writing fails.
 
     Raises:
-        ValueError: if the model is not quantized.
+        ValueError: if the model is not quantized, or the name ends otherwise.
         FileNotFoundError: if the folder does not exist.
     """
     if not is_quantized(model):
         raise ValueError("this model is not quantized: save it with torch.save, or quantize it first.")
     path = Path(path)
+    suffix = new_name(path, SUFFIXES)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     part = path.with_name(path.name + ".part")
     try:
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             save_safetensors(take_apart(model), part)
         else:
             torch.save(model, part)
@@ -110,20 +119,6 @@ def compress_packed(folder: str | Path, name: str) -> None:
                 part.unlink(missing_ok=True)
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that is missing, which would read as a damaged file.
-
-    Raises:
-        ValueError: if torch does not know the device, or finds none of its kind.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not known to torch; use cpu or cuda.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
-
-
 def _check_archive(path: Path) -> None:
     """Check the checksums of an archive's entries: torch.load does not, and the digest covers weights only.
 
@@ -153,30 +148,37 @@ _UNREADABLE = (
 )
 
 
-def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
-    """Load a MACE model, stock or quantized, from a ``.model`` or ``.safetensors`` file.
+def load(path: str | Path, device: str = "cpu", exports: bool = False) -> torch.nn.Module:
+    """Load a MACE model, stock or quantized, from a ``.model`` or ``.safetensors`` file of any name.
 
     A ``.model`` is a pickle: loading it runs the code in it. Use safetensors for files from strangers.
+
+    Args:
+        path: the file.
+        device: device to load it to.
+        exports: whether to read also the model in a file for ML-IAP, which is for looking at: in LAMMPS's form of it
+            some attributes differ.
 
     Raises:
         ModelFileError: for a file that is missing, truncated, altered, of another kind, or written by a
             later version.
         ValueError: for a device that is not there.
     """
-    _check_device(device)
+    check_device(device)
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_safetensors(path):
             return load_safetensors(path).to(device)
         packed = is_packed(path)
         if packed:
             _check_archive(path)
         # A packed pickle sets dtype and random state and puts them back, except where MACE's constructor raises.
         with ExitStack() as stack:
+            stack.enter_context(dtype_restored())
+            stack.enter_context(alone())
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(default_dtype(torch.get_default_dtype()))
             stack.enter_context(known_hidden())
             if packed:
                 stack.enter_context(constructing())
@@ -191,6 +193,10 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
             # A packed pickle checks its parameters itself.
             raise ModelFileError(f"{path}: {reason}") from error
         raise ModelFileError(f"{path}: truncated, damaged, or not a MACE model ({reason}).") from error
+    if type(model).__name__ == "LAMMPS_MLIAP_MACE":
+        if not exports:
+            raise ModelFileError(f"{path}: {MACE_MLIAP.words}; give the .model file that it was made from.")
+        model = model.model.model
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelFileError(
             f"{path}: a compiled (TorchScript) model; give the .model file that mace_run_train writes beside it."

@@ -46,8 +46,9 @@ def check_supported(model: torch.nn.Module) -> None:
     """
     if type(model) not in SUPPORTED:
         raise ValueError(
-            f"{type(model).__name__} models cannot be quantized: MACE can rebuild only ScaleShiftMACE from its "
-            "configuration, which a packed file needs. Train with `model: MACE` or `model: ScaleShiftMACE`."
+            f"this model is of MACE's class {type(model).__name__}, from which no packed file can be made: MACE can "
+            "rebuild only its class ScaleShiftMACE. Train it again: mace_run_train makes that class of both `model: "
+            "MACE` and `model: ScaleShiftMACE`."
         )
     for attribute, name in (("cueq_config", "enable_cueq"), ("oeq_config", "enable_oeq")):
         config = getattr(model, attribute, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -66,7 +66,7 @@ def _by_species(rows: Tensor, species: Tensor) -> Tensor:
     return moments
 
 
-def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+def input_moments(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
     """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block; see `gaq.model.moments`.
 
     Returns:

@@ -6,6 +6,7 @@ in packages: a packaged model takes only the modules that its classes come from.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 _PUBLIC = {
@@ -26,6 +27,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'gaq_nequip' has no attribute {name!r}")
 
 
-from gaq_nequip.hook import patches as _hook  # noqa: E402
+# Without NequIP there is nothing to change: `nequip-deploy` says so, and the names above when they are used.
+if find_spec("nequip") is not None:
+    from gaq_nequip.hook import patches as _hook
 
-_hook.install()
+    _hook.install()

@@ -13,17 +13,22 @@ from torch import Tensor
 
 from gaq.checks.potential import CalculatorPotential, Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Calculator, Document
 from gaq_nequip import files, model, moments
-from gaq_nequip.calculator import saved_calculator
+from gaq_nequip.calculator import model_calculator
 from gaq_nequip.engine.fused import refusals
-from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches, type_names
+from gaq_nequip.evaluate import NequIPPotential, energy_and_forces, make_batches
+from gaq_nequip.example import from_structures
+from gaq_nequip.forms import PACKAGE, SUFFIXES, form_of
 from gaq_nequip.host import nequip_state
+from gaq_nequip.names import EXAMPLE
 from gaq_nequip.sites import class_name
+from gaq_nequip.species import species_of
 from gaq_nequip.summary import rows
 from gaq_nequip.weights import weight_quantizers
 
@@ -41,14 +46,20 @@ class NequIPAdapter:
     def owns(self, model: torch.nn.Module) -> bool:
         return class_name(model) in ("GraphModel", "CompileGraphModel") or isinstance(model, files.CompiledModel)
 
-    def owns_file(self, path: Path) -> bool:
-        return path.name.endswith(files.SUFFIXES)
+    def owns_name(self, path: Path) -> bool:
+        return path.name.endswith(SUFFIXES)
+
+    def check_output(self, path: Path, source: Path) -> None:
+        files.check_output(path, source)
 
     def process_state(self) -> AbstractContextManager[None]:
         return nequip_state()
 
-    def load(self, path: str | Path, device: str = "cpu") -> torch.nn.Module:
-        return files.load(path, device)
+    def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        return files.load(path, device, species)
+
+    def load_export(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
+        return files.load(path, device, species)
 
     def save(self, model: torch.nn.Module, path: str | Path) -> None:
         files.save(model, path)
@@ -62,8 +73,8 @@ class NequIPAdapter:
             "no more than a row of its type embedding for each element."
         )
 
-    def elements(self, model: torch.nn.Module) -> list[str]:
-        return type_names(model)
+    def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
+        return list(species_of(model, strict))
 
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
@@ -113,13 +124,13 @@ class NequIPAdapter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return energy_and_forces(model, batch, create_graph)
 
-    def input_moments(self, model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+    def input_moments(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
         return moments.input_moments(model, batches)
 
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
         if isinstance(model, files.CompiledModel):
             return "compiled"
-        if not str(path).endswith(files.PACKAGE):
+        if form_of(path) != PACKAGE:
             return "checkpoint"
         return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
 
@@ -140,10 +151,14 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
 
-    def calculator(self, path: str | Path, device: str = "cpu", dtype: str = "") -> Calculator:
-        if str(path).endswith(files.COMPILED):
-            return files.CompiledModel(Path(path), device).calculator()
-        return saved_calculator(path, device)
+    def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+        model.__dict__[EXAMPLE] = from_structures(model, structures)
+
+    def calculator(
+        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+    ) -> Calculator:
+        model = files.load(path, device, species)
+        return model.calculator() if isinstance(model, files.CompiledModel) else model_calculator(model, device)
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""

@@ -19,6 +19,7 @@ from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
 from gaq.untyped import AnyModule
 from gaq_nequip.sites import class_name
+from gaq_nequip.species import species_of, type_names
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -29,7 +30,6 @@ __all__ = [
     "energies",
     "energy_and_forces",
     "make_batches",
-    "type_names",
     "without_derivatives",
 ]
 
@@ -44,30 +44,25 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def type_names(model: torch.nn.Module) -> list[str]:
-    """The type names of a model or a compiled file, which are taken for chemical symbols."""
-    metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
-    return metadata[graph_model.TYPE_NAMES_KEY].split(" ")
-
-
 def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[dict[str, Tensor]]:
     """Convert structures to graphs, in batches, on the model's device.
 
     Args:
-        model: a complete NequIP model; its type names are taken for chemical symbols.
+        model: a complete NequIP model, whose types are known by chemical symbols (`gaq_nequip.species.species_of`).
         structures: at least one.
         atoms: most atoms in a batch; a larger structure is a batch of its own.
 
     Raises:
-        ValueError: if there are no structures, or one has an element that the model does not know.
+        ValueError: if there are no structures, one has an element that the model does not know, or the model does not
+            say which elements its types are.
     """
     if not structures:
         raise ValueError("no structures were given.")
     metadata: dict[str, str] = model.metadata  # type: ignore[assignment]  # NequIP's property
-    names = type_names(model)
-    check_known(names, structures)
+    species = species_of(model)
+    check_known(list(species), structures)
     r_max = float(metadata[graph_model.R_MAX_KEY])
-    transforms = basic_transforms(metadata, r_max, names, {name: name for name in names})
+    transforms = basic_transforms(metadata, r_max, type_names(model), species)
     graphs = []
     with default_dtype(_GLOBAL_DTYPE):
         for structure in structures:

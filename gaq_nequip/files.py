@@ -22,20 +22,22 @@ from torch import Tensor
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
+from gaq.files.kinds import new_name
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
+from gaq.process import check_device
 from gaq.untyped import AnyModule, Calculator, Document
-from gaq_nequip.host import nequip_state
+from gaq_nequip.example import example_of
+from gaq_nequip.forms import CHECKPOINT, COMPILED, PACKAGE, form_of, named
+from gaq_nequip.host import loading
 from gaq_nequip.model import graph_models, ranges_follow
+from gaq_nequip.names import EXAMPLE, SOURCE, SPECIES
+from gaq_nequip.species import check_given, in_metadata, species_in_file, species_of, type_names
 
 if TYPE_CHECKING:
     from torch.package import Importer, PackageImporter
 
-__all__ = ["SUFFIXES", "CompiledModel", "load", "save"]
-
-CHECKPOINT, PACKAGE, COMPILED = ".ckpt", ".nequip.zip", ".nequip.pt2"
-SUFFIXES = (CHECKPOINT, PACKAGE, COMPILED)
-SOURCE = "gaq_source"
-"""Name of an attribute of a loaded model: its file, which holds what a new file needs besides the model."""
+__all__ = ["CompiledModel", "check_output", "load", "save"]
 
 
 class CompiledModel(torch.nn.Module):
@@ -44,15 +46,19 @@ class CompiledModel(torch.nn.Module):
     Args:
         path: compiled file.
         device: device that it was compiled for.
+        species: type names by chemical symbol; None takes what the file says.
     """
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, species: SpeciesMap | None = None) -> None:
         from gaq_nequip.deploy import artefact
 
         super().__init__()
         self.path = path
         self.device = device
         self.metadata = artefact.metadata(path)
+        self.__dict__[SPECIES] = (
+            in_metadata(self.metadata) if species is None else check_given(species, type_names(self))
+        )
         if "gaq_config" in self.metadata:
             config = parse_stored(json.loads(self.metadata["gaq_config"]), finished=True)
             notes = {TRAINED: self.metadata.get("gaq_trained") == "1"}
@@ -62,15 +68,31 @@ class CompiledModel(torch.nn.Module):
         """NequIP's ASE calculator of the file."""
         from gaq_nequip.calculator import compiled_calculator
 
-        return compiled_calculator(self.path, self.device)
+        with named(self.path) as link:
+            return compiled_calculator(link, self.device, species_of(self))
 
 
-def _suffix_of(path: Path) -> str:
-    """The one of `SUFFIXES` that a file name ends in."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return suffix
-    raise ModelFileError(f"{path}: not a NequIP file; its name has to end in {', '.join(SUFFIXES)}.")
+def check_output(path: Path, source: Path) -> str:
+    """Refuse a name under which a model from a file cannot be written; return the form it names.
+
+    Raises:
+        ValueError: saying what can be written.
+    """
+    if path.name.endswith(COMPILED):
+        raise ValueError(
+            f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}, where MODEL is a quantized "
+            f"{CHECKPOINT} or {PACKAGE}."
+        )
+    form = new_name(path, (CHECKPOINT, PACKAGE))
+    made_of = form_of(source)
+    if made_of == COMPILED:
+        raise ValueError(f"{source}: a compiled file cannot be changed; give the {CHECKPOINT} it was made from.")
+    if form == CHECKPOINT and made_of != CHECKPOINT:
+        raise ValueError(
+            f"{path}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. Write a "
+            f"{PACKAGE}."
+        )
+    return form
 
 
 def _install_state(model: torch.nn.Module) -> None:
@@ -148,36 +170,40 @@ def _other_nequip(path: Path, error: str) -> str:
     )
 
 
-def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
+def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
     """Load a NequIP model, float or quantized, from a checkpoint, a package or a compiled file.
 
     Checkpoints and packages are pickles: loading one runs the code in it.
 
+    Args:
+        path: the file.
+        device: device to load it on.
+        species: type names by chemical symbol, where the file does not say which elements its types are.
+
     Raises:
         ModelFileError: if the file is missing, damaged, of another kind, or written by a later version.
-        ValueError: if the device is not available.
+        ValueError: if the device is not available, or `species` names a type that the model does not have.
     """
     from nequip.model.saved_models.load_utils import load_saved_model
     from nequip.train.lightning import _SOLE_MODEL_KEY
 
     path = Path(path)
-    kind = _suffix_of(path)
+    check_device(device)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this torch finds no CUDA device; use cpu.")
+    kind = form_of(path)
     if kind == COMPILED:
         from gaq_nequip.deploy import artefact
 
         try:
-            return CompiledModel(path, device)
+            return CompiledModel(path, device, species)
         except artefact.ArtefactError as error:
             raise ModelFileError(str(error)) from error
     if kind == PACKAGE:
         _check_package(path)
     try:
-        with nequip_state(), ranges_follow():
-            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(path), model_key=None)
+        with loading(), ranges_follow(), named(path) as link:
+            loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(link), model_key=None)
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):
             raise ModelFileError(f"{path}: {_other_nequip(path, str(error))}") from error
@@ -192,6 +218,10 @@ def load(path: str | Path, device: str = "cpu") -> torch.nn.Module:
     if state is not None:
         check_format(state.notes.get("meta", {}), str(path))
     model.__dict__[SOURCE] = str(path.resolve())
+    if species is not None:
+        model.__dict__[SPECIES] = check_given(species, type_names(model))
+    elif SPECIES not in model.__dict__:  # a package of ours has it
+        model.__dict__[SPECIES] = species_in_file(path)
     return model.to(device).eval()
 
 
@@ -211,7 +241,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     path = Path(path)
     if state_of(model) is None:
         raise ValueError("this model is not quantized: quantize it first.")
-    kind = _suffix_of(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     source = model.__dict__.get(SOURCE)
@@ -220,8 +249,7 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             "the file this model came from is not known, and NequIP's files hold more than the model. Load it with "
             "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
         )
-    if kind == COMPILED:
-        raise ValueError(f"{path}: a compiled file is made by nequip-deploy build MODEL {path.name}.")
+    kind = check_output(path, Path(source))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         trial = Path(folder) / path.name
         if kind == CHECKPOINT:
@@ -232,11 +260,6 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
-    if _suffix_of(source) != CHECKPOINT:
-        raise ValueError(
-            f"{path.name}: a checkpoint can only be made from a checkpoint, and this model came from {source.name}. "
-            f"Write a {PACKAGE}."
-        )
     state = state_of(model)
     assert state is not None
     if state.status == "frozen":
@@ -265,6 +288,9 @@ def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
         stored["quantization"] = spec
     for key in ("optimizer_states", "lr_schedulers"):
         checkpoint[key] = []
+    for key in (SPECIES, EXAMPLE):
+        if model.__dict__.get(key):
+            checkpoint[key] = model.__dict__[key]
     torch.save(checkpoint, path)
 
 
@@ -289,29 +315,6 @@ def _check_same_tensors(entries: Document, model_entries: Document, prefix: str,
         )
 
 
-def example_data(source: Path) -> dict[str, Tensor]:
-    """The example structure that NequIP compiles with, from a checkpoint's training data or a package.
-
-    Raises:
-        ModelFileError: if the training data that a checkpoint names cannot be read.
-    """
-    from nequip.model.saved_models.checkpoint import data_dict_from_checkpoint
-    from nequip.model.saved_models.package import data_dict_from_package
-
-    if _suffix_of(source) == PACKAGE:
-        return data_dict_from_package(str(source))
-    from hydra.errors import InstantiationException
-
-    try:
-        return data_dict_from_checkpoint(str(source))
-    except (OSError, InstantiationException) as error:
-        cause = error.__cause__ or error
-        raise ModelFileError(
-            f"{source}: the training data it names cannot be read ({cause}). NequIP needs one structure of it to "
-            "package or compile: run from the folder the training was started in, or write a checkpoint."
-        ) from error
-
-
 def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     """Write a package with the frozen model, in one copy and compressed."""
     import copy
@@ -326,18 +329,19 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     frozen: AnyModule = copy.deepcopy(model).cpu()
     # By the model's own class: a model from a package has to be saved with the classes of the package.
     frozen.freeze_weights()
-    frozen.__dict__.pop(SOURCE, None)
+    for key in (SOURCE, EXAMPLE):
+        frozen.__dict__.pop(key, None)
     sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
-        if _suffix_of(source) == PACKAGE:
+        if form_of(source) == PACKAGE:
             importer = _importer(source)
             config = importer.load_text("model", "config.yaml")
             metadata = _get_package_metadata(importer)
             # The package first, for classes that only it has; then the installation.
             importers = (importer, sys_importer)
-            data = importer.load_pickle("model", "example_data.pkl")
+            data = model.__dict__.get(EXAMPLE) or importer.load_pickle("model", "example_data.pkl")
         else:
             from omegaconf import OmegaConf
 
@@ -350,7 +354,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
                 "package_version_id": _CURRENT_NEQUIP_PACKAGE_VERSION,
                 "atom_types": dict(enumerate(frozen.type_names)),
             }
-            data = example_data(source)
+            data = example_of(model, source)
         metadata["versions"] = get_current_code_versions(verbose=False)
         metadata["available_models"] = ["eager"]
         with torch.package.PackageExporter(str(plain), importer=importers) as exporter:

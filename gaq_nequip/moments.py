@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from nequip.data import AtomicDataDict
@@ -40,7 +40,7 @@ def _adder(site: Site, moments: list[Tensor | None]) -> Callable[..., None]:
     return add_input
 
 
-def input_moments(model: torch.nn.Module, batches: Sequence[Batch]) -> dict[str, list[Tensor | None]]:
+def input_moments(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, list[Tensor | None]]:
     """Sum ``x x^T`` over atoms (or edges) and components, a matrix for each weight block; see `gaq.model.moments`.
 
     Self-connections have none: their input is the product of features and embedding, which is too wide for a matrix.

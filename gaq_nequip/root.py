@@ -34,6 +34,8 @@ from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import AnyModule, Options
 from gaq_nequip.freeze import freeze
+from gaq_nequip.live import is_live, live_rounding
+from gaq_nequip.names import SPECIES
 from gaq_nequip.packed import PackedWeight, widen_codes
 from gaq_nequip.weights import hold_scales, settle_species, weight_quantizers
 
@@ -120,6 +122,8 @@ class _QuantizedRoot:
             facts["gaq_status"] = state.status
             facts["gaq_trained"] = str(int(bool(state.notes.get(TRAINED))))
             facts["gaq_config"] = json.dumps(state.config.to_dict())
+            if model.__dict__.get(SPECIES):
+                facts[SPECIES] = json.dumps(model.__dict__[SPECIES])
             facts.update(_size_metadata(model))
         return facts
 
@@ -221,22 +225,26 @@ _Variants = dict[tuple[str, ...], Any]  # what NequIP makes of a compiled graph,
 class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
     """NequIP's `CompileGraphModel` that keeps its quantization in checkpoints and packages.
 
-    Weights, scales and ranges are inputs of the compiled graph. Plain attributes of quantizers are fixed when the graph
-    is traced, so there is one graph for each combination of them: training and evaluation differ where features are
-    rounded, and so does training before and after a branch is switched.
+    Weights, scales and ranges are inputs of the compiled graph. Fine rounding of features is a call of the quantizer
+    (`gaq_nequip.live`). Plain attributes of other quantizers are fixed when the graph is traced, so there is one graph
+    for each combination of them: training and evaluation differ where features are rounded, and so does training
+    before and after a branch is switched.
     """
 
     gaq_host_class = "CompileGraphModel"
 
     def _switches(self) -> tuple[object, ...]:
-        """The attributes of all quantizers that a graph fixes when it is traced."""
-        switches: list[object] = []
+        """The attributes of all quantizers that a graph fixes when it is traced, and the model that has them."""
+        switches: list[object] = [id(self)]  # a copy of a model has the dictionary of its graphs
         for module in self.modules():
+            if is_live(module):
+                continue
             if is_kind(module, FeatureQuantizer):
                 switches.append((module.scalars_enabled, module.vectors_enabled, module.vector_range_factor))
                 switches.append((module.differentiable_twice, getattr(module, "calibrated", True)))
             elif is_kind(module, WeightQuantizer):
-                switches.append((module.enabled, module.scale_is_fixed, getattr(module, "held", False)))
+                on = module.enabled  # without it the others have no effect
+                switches.append((on, on and module.scale_is_fixed, on and getattr(module, "held", False)))
         return tuple(switches)
 
     def forward(self, data: AtomicDataDict.Type) -> AtomicDataDict.Type:
@@ -252,7 +260,7 @@ class QuantizedCompileGraphModel(_QuantizedRoot, CompileGraphModel):
 
     def _compile_variant(self, data: AtomicDataDict.Type, input_signature: tuple[str, ...], cache: _Variants) -> None:
         try:
-            with _lasting_detach(self.model):
+            with _lasting_detach(self.model), live_rounding(self.model):
                 super()._compile_variant(data, input_signature, cache)
         except AssertionError:
             # NequIP requires the graph to agree with the modules more closely than one rounding step of the features.

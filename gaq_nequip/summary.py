@@ -38,6 +38,7 @@ def rows(model: torch.nn.Module) -> list[SummaryRow]:
                     f"{float(scale.min()):.1e} .. {float(scale.max()):.1e}",
                     packed.bytes,
                     "rounded, folded by type",
+                    "of its self-connection",
                 )
             )
     return table

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.progress import Progress
 from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from ase import Atoms
     from ase.md.md import MolecularDynamics
-    from tqdm import tqdm
 
 # H, B, C, N, O, F, Si, P, S, Cl, Se, Br, I: bonds between these are covalent and do not break at 300 K.
 _NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
@@ -77,6 +75,7 @@ def nve_drift(
     check_bonds: bool = True,
     keep_velocities: bool = False,
     progress: bool | None = None,
+    description: str = "NVE",
 ) -> NVEResult:
     """Run velocity Verlet without a thermostat and fit the drift of the total energy.
 
@@ -98,6 +97,7 @@ def nve_drift(
         check_bonds: False for systems in which bonds break.
         keep_velocities: True to start the NVE part at once with the velocities of ``atoms``.
         progress: True for a progress bar.
+        description: what the bar says.
 
     Returns:
         The drift with its standard error, and the sampled energies.
@@ -128,7 +128,7 @@ def nve_drift(
     atoms.calc = calculator
     monitor = _Monitor(atoms, temperature_K, check_bonds)
     warm_up = 0 if keep_velocities else round(equilibrate_ps * 1e3 / timestep_fs) // stride
-    bar = _progress_bar(warm_up + samples, progress)
+    bar = Progress(warm_up + samples, description, "sample", shown=bool(progress))
     if not keep_velocities:
         _equilibrate(atoms, monitor, bar, warm_up, stride, timestep_fs, temperature_K, seed)
     indices, total_energy, kinetic_energy, seconds = _sample(atoms, monitor, bar, samples, stride, timestep_fs)
@@ -140,7 +140,7 @@ def nve_drift(
 def _equilibrate(
     atoms: Atoms,
     monitor: _Monitor,
-    bar: tqdm[NoReturn],
+    bar: Progress,
     samples: int,
     stride: int,
     timestep_fs: float,
@@ -178,13 +178,13 @@ def _equilibrate(
     for _ in range(samples):
         if not monitor.advance(thermostat, stride):
             break
-        bar.update(1)
+        bar.advance()
     if monitor.stable and len(atoms) > 1:
         remove_drift_and_rotation()
 
 
 def _sample(
-    atoms: Atoms, monitor: _Monitor, bar: tqdm[NoReturn], samples: int, stride: int, timestep_fs: float
+    atoms: Atoms, monitor: _Monitor, bar: Progress, samples: int, stride: int, timestep_fs: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Run NVE while it is stable; return sample indices, total and kinetic energies (eV), and seconds per step."""
     from ase import units
@@ -207,7 +207,7 @@ def _sample(
         totals.append(total)
         kinetics.append(kinetic)
         if sample:
-            bar.update(1)
+            bar.advance()
     # The median, because other programs on the machine slow down some of the steps.
     median = float(np.median(seconds)) if seconds else float("nan")
     return np.array(indices), np.array(totals), np.array(kinetics), median
@@ -354,9 +354,3 @@ def _ratio(change: float, spread: float) -> float:
     if spread == 0.0:
         return 0.0 if change == 0.0 else float("inf")
     return float(change / spread)
-
-
-def _progress_bar(total: int, progress: bool | None) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="NVE", unit="sample", disable=not progress)

@@ -4,40 +4,79 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from gaq.cli.inputs import InputError, read_structures
-from gaq.cli.lines import print_unfused
+from gaq.cli.frame import DONE
+from gaq.cli.inputs import InputError, check_structure_file, find_adapter, load_model, read_structures
+from gaq.cli.lines import Say, say_unfused, speaker
+from gaq.process import check_device
+from gaq.untyped import Document
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["run"]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> tuple[int, Document]:
+    """Show what a model file holds; returns the exit code and the same as plain data."""
+    from gaq.files.kinds import kind_of
+    from gaq.model.expected import legend
+    from gaq.model.summary_table import format_rows
+
+    say = speaker(arguments.json)
+    adapter = find_adapter("", arguments.model)
+    if arguments.sensitivity is not None:
+        check_structure_file("--sensitivity", arguments.sensitivity)
+    check_device(arguments.device)
+    model = load_model(adapter, arguments.model, arguments.device, arguments.species, exports=True)
+    config = adapter.config(model)
+    if arguments.sensitivity is not None and config is not None:
+        raise InputError("--sensitivity needs the float model: this one is rounded already.")
+    rows, notes = adapter.rows(model), adapter.notes(model)
+    kind = kind_of(arguments.model)
+    unfused = {} if config is None else adapter.unfused(model)
+    state = "a float model" if config is None else f"preset {config.preset}, {adapter.status(model)}"
+    say(f"{arguments.model}: {state}" + (f" ({kind.words})" if kind.name == "export" else ""))
+    say(format_rows(rows))
+    if config is not None:
+        say(legend(config))
+        say_unfused(say, unfused)
+    _say_notes(say, notes)
+    scan = None if arguments.sensitivity is None else _sensitivity(say, model, arguments.sensitivity)
+    return DONE, {
+        "model": str(arguments.model),
+        "kind": kind.words,
+        "preset": None if config is None else config.preset,
+        "status": adapter.status(model),
+        "configuration": None if config is None else config.to_dict(),
+        "elements": adapter.elements(model, strict=False),
+        "modules": [asdict(row) for row in rows],
+        "bytes": sum(row.bytes for row in rows),
+        "not_fused": unfused,
+        "notes": notes,
+        "sensitivity": scan,
+    }
+
+
+def _say_notes(say: Say, notes: Document) -> None:
+    if notes.get("failed_gates"):
+        say(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")
+    elif notes.get("gates") == {}:
+        say("MARKED: written with --force and without structures: no gate was measured")
+    if notes:
+        say("notes: " + json.dumps(notes, indent=2))
+
+
+def _sensitivity(say: Say, model: torch.nn.Module, data: str) -> list[Document]:
+    """Round one tensor at a time and say what it costs."""
     from gaq import api
-    from gaq.adapter import adapter_for_file
     from gaq.checks.errors import spaced
 
-    adapter = adapter_for_file(arguments.model)
-    model = adapter.load(arguments.model, arguments.device)
-    config = adapter.config(model)
-    if config is None:
-        print(f"{arguments.model}: a float model")
-    else:
-        print(f"{arguments.model}: preset {config.preset}, {adapter.status(model)}")
-    print(api.summary(model))
-    if config is not None:
-        print_unfused(adapter, model)
-    notes = adapter.notes(model)
-    if notes.get("failed_gates"):
-        print(f"MARKED: written with --force although these gates failed: {', '.join(notes['failed_gates'])}")
-    elif notes.get("gates") == {}:
-        print("MARKED: written with --force and without structures: no gate was measured")
-    if notes:
-        print("notes: " + json.dumps(notes, indent=2))
-    if arguments.sensitivity:
-        if config is not None:
-            raise InputError("--sensitivity needs the float model: this one is rounded already.")
-        print("one tensor at 8 bits at a time: mean force difference, meV/Å")
-        for entry in api.sensitivity(model, spaced(read_structures(arguments.sensitivity), 20)):
-            mark = "  <- deserves 16 bits" if entry.deserves_16_bits else ""
-            print(f"  {entry.parameter:60s} {entry.force_difference:8.3f} {entry.numel:9d} weights{mark}")
-    return 0
+    say("one tensor at 8 bits at a time: mean force difference, meV/Å")
+    scan = api.sensitivity(model, spaced(read_structures(data), 20))
+    for entry in scan:
+        mark = "  <- deserves 16 bits" if entry.deserves_16_bits else ""
+        say(f"  {entry.parameter:60s} {entry.force_difference:8.3f} {entry.numel:9d} weights{mark}")
+    return [asdict(entry) for entry in scan]

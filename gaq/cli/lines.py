@@ -1,17 +1,20 @@
-"""Lines that several commands print."""
+"""Lines that several commands print, and where they go."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from gaq.untyped import Document
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["Say", "gate_lines", "metric_lines", "say_unfused", "speaker"]
 
-    from gaq.adapter import Adapter
+Say = Callable[[str], object]
+"""Takes a line for the user."""
 
-__all__ = ["gate_lines", "metric_lines", "print_unfused"]
+
+def speaker(as_json: bool) -> Say:
+    """Return what takes the lines of a command: ``print``, or nothing where JSON takes their place."""
+    return (lambda line: None) if as_json else print
 
 
 def gate_lines(gates: dict[str, Document]) -> str:
@@ -35,7 +38,7 @@ def metric_lines(report: Document) -> str:
     return format_table([dict(zip(names, row, strict=True)) for row in rows], ["metric", "model", "reference", "unit"])
 
 
-def print_unfused(adapter: Adapter, model: torch.nn.Module) -> None:
-    """Say at once which parts of a quantized model the fused kernels do not serve."""
-    for name, reason in adapter.unfused(model).items():
-        print(f"not on the fast path: {name}: {reason}")
+def say_unfused(say: Say, unfused: Mapping[str, str]) -> None:
+    """Say which parts of a quantized model the fused kernels do not serve."""
+    for name, reason in unfused.items():
+        say(f"not on the fast path: {name}: {reason}")

@@ -10,8 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaq.cli.inputs import InputError, checked_output, read_structures
-from gaq.cli.lines import gate_lines, print_unfused
+from gaq.cli.frame import DONE, FAILED
+from gaq.cli.inputs import (
+    InputError,
+    check_structure_file,
+    checked_output,
+    find_adapter,
+    load_model,
+    read_structures,
+)
+from gaq.cli.lines import Say, gate_lines, say_unfused, speaker
+from gaq.process import check_device
 from gaq.untyped import Document
 
 if TYPE_CHECKING:
@@ -19,54 +28,89 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from gaq.adapter import Adapter
+    from gaq.config.schema import QuantizationConfig
 
 __all__ = ["run"]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> tuple[int, Document]:
+    """Quantize a model, judge it, and write it; returns the exit code and the result."""
     from gaq import api
-    from gaq.adapter import adapter_for_file
     from gaq.config.parse import parse_config
     from gaq.model.elements import check_known
 
-    output = checked_output(arguments.output, arguments.model)
+    say = speaker(arguments.json)
+    adapter = find_adapter("", arguments.model)
+    output = checked_output("--output", arguments.output, arguments.model)
+    adapter.check_output(output, Path(arguments.model))
     config = parse_config(arguments.config)
-    observes = config.rounds_activations or config.attention is not None
-    needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
-    if arguments.calibration is None and (needs_data or not arguments.force):
-        purpose = (
-            f"preset {config.preset} needs structures to calibrate on" if needs_data else "the gates need structures"
-        )
-        remedy = "" if needs_data else ", or --force to write the model unjudged"
-        raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
+    _check_calibration(arguments, config)
+    check_device(arguments.device)
     structures = read_structures(arguments.calibration) if arguments.calibration else []
     calibration, unseen = _split(structures)
-    adapter = adapter_for_file(arguments.model)
-    model = adapter.load(arguments.model, arguments.device)
+    model = load_model(adapter, arguments.model, arguments.device, arguments.species)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
     selected = _selected(adapter, model, structures, arguments)
     model = model if selected is None else selected
-    check_known(adapter.elements(model), structures)
+    if structures:
+        check_known(adapter.elements(model), structures)
     quantized = api.prepare(copy.deepcopy(model), config)
     if calibration:
         api.calibrate(quantized, calibration)
     api.convert(quantized)
-    print_unfused(adapter, quantized)
-    failed = _write_judged(adapter, quantized, selected, unseen, arguments)
-    if failed and not arguments.force:
+    unfused = adapter.unfused(quantized)
+    say_unfused(say, unfused)
+    gates, failed = _write_judged(adapter, quantized, selected, unseen, arguments, say)
+    written = arguments.force or not failed
+    before, after = Path(arguments.model).stat().st_size, output.stat().st_size if written else None
+    notes = adapter.notes(quantized)
+    result: Document = {
+        "model": str(arguments.model),
+        "output": str(output) if written else None,
+        "preset": config.preset,
+        "device": arguments.device,
+        "elements": adapter.elements(model),
+        "head": arguments.head,
+        "model_bytes": before,
+        "output_bytes": after,
+        "times_smaller": None if after is None else before / after,
+        "distillation": notes.get("distillation"),
+        "not_fused": unfused,
+        "gates": gates,
+        "failed_gates": failed,
+    }
+    if after is None:
         print(
             f"gaq: not written, because {', '.join(failed)} failed. More or better calibration data helps; "
             "--force writes the model all the same and marks it.",
             file=sys.stderr,
         )
-        return 1
-    before, after = Path(arguments.model).stat().st_size, output.stat().st_size
-    print(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
+        return FAILED, result
+    say(f"{output}: {after / 1024:.0f} KiB, {before / after:.1f} times smaller than {arguments.model}")
     if selected is not None:
         head = "" if arguments.head is None else f", head {arguments.head}"
-        print(f"{output}: knows {', '.join(adapter.elements(selected))}{head}")
-    return 1 if failed else 0
+        say(f"{output}: knows {', '.join(adapter.elements(selected))}{head}")
+    return FAILED if failed else DONE, result
+
+
+def _check_calibration(arguments: argparse.Namespace, config: QuantizationConfig) -> None:
+    """Refuse a call without the structures that its configuration or the gates need, or with a file that is not there.
+
+    Raises:
+        InputError: saying what needs them.
+    """
+    if arguments.calibration is not None:
+        check_structure_file("--calibration", arguments.calibration)
+        return
+    observes = config.rounds_activations or config.attention is not None
+    needs_data = observes or config.distillation.steps > 0 or config.weights.rounding == "gptq"
+    if needs_data or not arguments.force:
+        purpose = (
+            f"preset {config.preset} needs structures to calibrate on" if needs_data else "the gates need structures"
+        )
+        remedy = "" if needs_data else ", or --force to write the model unjudged"
+        raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
 
 
 def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
@@ -100,14 +144,15 @@ def _write_judged(
     selected: torch.nn.Module | None,
     structures: Sequence[Atoms],
     arguments: argparse.Namespace,
-) -> list[str]:
+    say: Say,
+) -> tuple[Document, list[str]]:
     """Measure a quantized model from a trial file, and write it unless a gate fails that ``--force`` does not excuse.
 
     It is compared with the float model, or the part of it that was selected, on structures that calibration did not
     see. Without structures nothing is measured.
 
     Returns:
-        Names of the gates that failed.
+        The gates, and the names of those that failed.
     """
     from gaq import api
     from gaq.checks.errors import spaced
@@ -124,10 +169,16 @@ def _write_judged(
         gates: dict[str, Document] = {}
         if structures:
             measured = api.report(
-                trial, spaced(structures, 64), reference, nve_ps=0.0, device=arguments.device, gates_only=True
+                trial,
+                spaced(structures, 64),
+                reference,
+                nve_ps=0.0,
+                device=arguments.device,
+                gates_only=True,
+                species=arguments.species,
             )
             gates = measured["gates"]
-            print(gate_lines(gates))
+            say(gate_lines(gates))
         failed = failed_gates(gates)
         adapter.notes(quantized)["gates"] = {
             name: {key: gate[key] for key in ("value", "bound", "passed", "enforced")} for name, gate in gates.items()
@@ -136,4 +187,4 @@ def _write_judged(
         if arguments.force or not failed:
             adapter.save(quantized, trial)
             trial.replace(output)
-    return failed
+    return gates, failed

@@ -5,23 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gaq.cli.inputs import InputError, read_structures
-from gaq.cli.lines import gate_lines, metric_lines
+from gaq.cli.frame import DONE, FAILED
+from gaq.cli.inputs import (
+    InputError,
+    check_output_folder,
+    check_structure_file,
+    find_adapter,
+    number_of_at_least,
+    read_structures,
+)
+from gaq.cli.lines import gate_lines, metric_lines, speaker
+from gaq.process import check_device
+from gaq.untyped import Document
 
 __all__ = ["run"]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> tuple[int, Document]:
+    """Measure a model and write the report; returns the exit code and what ``report.json`` holds."""
     from gaq import api
     from gaq.checks.errors import spaced
     from gaq.reporting import failed_gates, write_report
 
-    if not arguments.nve_ps >= 0:
-        raise InputError(f"--nve-ps {arguments.nve_ps:g}: give a length in ps, or 0 to leave the runs out.")
-    if arguments.frames < 1:
-        raise InputError(f"--frames {arguments.frames}: at least one structure is needed.")
-    if Path(arguments.output).exists() and not Path(arguments.output).is_dir():
-        raise InputError(f"--output {arguments.output}: is a file; give the name of a folder.")
+    say = speaker(arguments.json)
+    _check(arguments)
     report = api.report(
         arguments.model,
         spaced(read_structures(arguments.data), arguments.frames),
@@ -29,11 +36,31 @@ def run(arguments: argparse.Namespace) -> int:
         nve_ps=arguments.nve_ps,
         device=arguments.device,
         trained=arguments.trained,
+        species=arguments.species,
     )
-    write_report(report, arguments.output)
+    files = write_report(report, arguments.output)
     if report["gates"]:
-        print(gate_lines(report["gates"]))
+        say(gate_lines(report["gates"]))
     else:
-        print(f"{metric_lines(report)}\n{arguments.model}: a float model: no gates apply")
-    print(f"written: {Path(arguments.output) / 'report.html'}")
-    return 1 if failed_gates(report["gates"]) else 0
+        say(f"{metric_lines(report)}\n{arguments.model}: a float model: no gates apply")
+    say(f"written: {Path(arguments.output) / 'report.html'}")
+    failed = failed_gates(report["gates"])
+    content = {key: value for key, value in report.items() if key != "figures"}
+    return FAILED if failed else DONE, {**content, "failed_gates": failed, "files": [str(file) for file in files]}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Check all values before the models are loaded.
+
+    Raises:
+        InputError: naming the option.
+    """
+    number_of_at_least("--nve-ps", arguments.nve_ps, 0.0, "a length in ps, or 0 to leave the runs out")
+    if arguments.frames < 1:
+        raise InputError(f"--frames {arguments.frames}: at least one structure is needed.")
+    find_adapter("", arguments.model)
+    if arguments.reference is not None:
+        find_adapter("--reference", arguments.reference)
+    check_structure_file("--data", arguments.data)
+    check_output_folder("--output", arguments.output)
+    check_device(arguments.device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_calibration", "check_known", "checked_elements"]
+__all__ = ["SpeciesMap", "check_calibration", "check_known", "checked_elements", "parsed_species"]
+
+SpeciesMap = str | Mapping[str, str]
+"""A model's name of the type of each chemical symbol: a mapping, or one text such as ``"H:myH,C:myC"``."""
 
 
 def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> list[str]:
@@ -37,6 +40,21 @@ def checked_elements(elements: str | Iterable[str], known: Sequence[str]) -> lis
     if unknown := [symbol for symbol in asked if symbol not in known]:
         raise ValueError(f"elements: the model does not know {', '.join(unknown)}; it knows {', '.join(known)}.")
     return [symbol for symbol in known if symbol in asked]
+
+
+def parsed_species(species: SpeciesMap) -> dict[str, str]:
+    """A map from chemical symbols to a model's names of its types, as a dictionary.
+
+    Raises:
+        ValueError: if a text is not ``SYMBOL:TYPE,...`` or gives a symbol twice.
+    """
+    if not isinstance(species, str):
+        return dict(species)
+    pairs = [part.split(":") for part in species.split(",")]
+    parsed = {pair[0].strip(): pair[-1].strip() for pair in pairs}
+    if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs) or len(parsed) < len(pairs):
+        raise ValueError(f"species {species!r}: write each symbol once, as H:myH,C:myC.")
+    return parsed
 
 
 def check_known(known: Sequence[str], structures: Sequence[Atoms]) -> None:

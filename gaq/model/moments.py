@@ -8,7 +8,7 @@ small random step away (``benchmarks/quantize_time.py`` measures rounding with a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ def add_moments(
     modules: Mapping[str, torch.nn.Module],
     add: Mapping[str, Add],
     run: Callable[[dict[str, Any]], Any],
-    batches: Sequence[dict[str, Any]],
+    batches: Iterable[dict[str, Any]],
     positions: str,
 ) -> None:
     """Run a model on batches and add up the moments of its layers' inputs and slopes.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gaq.files.packing import packed_bytes
+from gaq.model.expected import expected_width
 from gaq.model.sites import ROUNDED, Bystander, Site
 from gaq.model.state import ModelState
 from gaq.model.summary_table import SummaryRow
@@ -72,6 +73,7 @@ def rows(
                 f"{float(scales.min()):.1e} .. {float(scales.max()):.1e}" if present else "-",
                 total,
                 status,
+                "-" if state is None else expected_width(site, {q.bits for q in present}, state.config),
             )
         )
     table += [

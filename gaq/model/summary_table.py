@@ -19,6 +19,7 @@ class SummaryRow:
         scale: smallest and largest weight scale.
         bytes: size of the weights in a file.
         status: ``rounded``, ``in training``, ``float`` with the reason, ...
+        expected: which width to expect of the weights, and why.
     """
 
     name: str
@@ -28,13 +29,14 @@ class SummaryRow:
     scale: str
     bytes: int
     status: str
+    expected: str = "-"
 
 
 def format_rows(rows: list[SummaryRow]) -> str:
     """Format rows as aligned plain text, with a header and a total."""
-    header = ("module", "irreps", "weights", "inputs", "scales", "bytes", "status")
-    cells = [(r.name, r.irreps, r.weights, r.inputs, r.scale, str(r.bytes), r.status) for r in rows]
-    cells.append(("total", "", "", "", "", str(sum(r.bytes for r in rows)), ""))
+    header = ("module", "irreps", "weights", "expected", "inputs", "scales", "bytes", "status")
+    cells = [(r.name, r.irreps, r.weights, r.expected, r.inputs, r.scale, str(r.bytes), r.status) for r in rows]
+    cells.append(("total", "", "", "", "", "", str(sum(r.bytes for r in rows)), ""))
     shortened = [(*(c if len(c) <= 48 else c[:45] + "..." for c in row[:-1]), row[-1]) for row in cells]
     widths = [max(len(header[i]), *(len(row[i]) for row in shortened)) for i in range(len(header))]
     lines = [

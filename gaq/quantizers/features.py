@@ -277,7 +277,7 @@ class FeatureQuantizer(torch.nn.Module):
             if self.passes_through:
                 # The straight-through estimator: rounded values, and the gradient of the identity. The trace of a
                 # training step may not know yet which tensors need a gradient: `requires_grad` alone does not decide.
-                rounded = self._values(x.detach())
+                rounded = self.values(x.detach())
                 needs_gradient = x.requires_grad or self.differentiable_twice
                 return x + (rounded - x.detach()) if needs_gradient else rounded
             if not self.differentiable_twice and self._is_eager(x):
@@ -325,7 +325,7 @@ class FeatureQuantizer(torch.nn.Module):
         return out
 
     @torch.jit.unused
-    def _values(self, x: Tensor) -> Tensor:
+    def values(self, x: Tensor) -> Tensor:
         """Round features on per-atom ranges, without a gradient."""
         parts = []
         start = 0

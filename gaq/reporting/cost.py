@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.progress import progress_over
 from gaq.untyped import Calculator
 
 if TYPE_CHECKING:
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["cost", "peak_memory", "seconds_per_step"]
 
 
-def seconds_per_step(calculator: Calculator, atoms: Atoms, repeats: int = 10, warmup: int = 2, seed: int = 0) -> float:
+def seconds_per_step(
+    calculator: Calculator,
+    atoms: Atoms,
+    repeats: int = 10,
+    warmup: int = 2,
+    seed: int = 0,
+    progress: bool = False,
+) -> float:
     """Measure the median wall time of energy and forces, in seconds.
 
     The positions change by 1 mÅ before each evaluation: the calculator's cache does not apply, and the neighbour list
@@ -30,6 +38,7 @@ def seconds_per_step(calculator: Calculator, atoms: Atoms, repeats: int = 10, wa
         repeats: timed evaluations.
         warmup: evaluations before them, not timed.
         seed: seed of the perturbations.
+        progress: whether to show a progress bar.
 
     Returns:
         Seconds per evaluation.
@@ -44,7 +53,8 @@ def seconds_per_step(calculator: Calculator, atoms: Atoms, repeats: int = 10, wa
     copy.calc = calculator
     rng = np.random.default_rng(seed)
     times = []
-    for repeat in range(warmup + repeats):
+    total = warmup + repeats
+    for repeat in progress_over(range(total), total, "time of a step", shown=progress):
         copy.positions = atoms.positions + 1e-3 * rng.standard_normal(atoms.positions.shape)
         start = time.perf_counter()
         copy.get_forces()
@@ -93,8 +103,8 @@ def _cuda_used() -> bool:
     return bool(torch is not None and torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)
 
 
-def cost(calculator: Calculator, atoms: Atoms, seed: int = 0) -> tuple[float, int | None]:
+def cost(calculator: Calculator, atoms: Atoms, seed: int = 0, progress: bool = False) -> tuple[float, int | None]:
     """Measure the seconds per step of a calculator, and the peak memory in bytes meanwhile."""
     _reset_peak_memory()
-    seconds = seconds_per_step(calculator, atoms, seed=seed)
+    seconds = seconds_per_step(calculator, atoms, seed=seed, progress=progress)
     return seconds, peak_memory()

@@ -14,12 +14,16 @@ from gaq.checks.conservation import central_difference_error
 from gaq.checks.errors import ForceDifference, LabelErrors, force_and_energy_mae, force_difference, has_labels, spaced
 from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
+from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
 from gaq.checks.structures import check_labels, check_structures, rattled
+from gaq.model.elements import SpeciesMap
+from gaq.progress import explained
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
 from gaq.reporting.gates import BOUNDS, CENTRAL_DIFFERENCE_STEP, FLOAT, evaluate_gates, float_error, quotient
 from gaq.reporting.subject import Subject, open_file
+from gaq.reporting.watched import watched
 from gaq.untyped import Document
 
 if TYPE_CHECKING:
@@ -62,6 +66,8 @@ def quality(
     seed: int = 0,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
+    progress: bool = False,
+    name: str = "model",
 ) -> Quality:
     """Measure errors against labels in the model's precision, and rotation error and central differences in float64.
 
@@ -76,6 +82,8 @@ def quality(
         seed: seed of rotations and components.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
+        progress: whether to show progress bars.
+        name: what they call the subject.
 
     Raises:
         ValueError: if only some structures are labelled.
@@ -83,15 +91,18 @@ def quality(
     metrics: Document = {}
     labels = None
     if len(labelled):
-        labels = _label_errors(subject, labelled, energy_key, forces_key)
+        potential = watched(subject.potential, f"errors, {name}", progress)
+        labels = _label_errors(potential, labelled, energy_key, forces_key)
         metrics["force_mae_mev_per_angstrom"] = labels.force_mae_mev_per_angstrom if labels else None
         metrics["force_rmse_mev_per_angstrom"] = labels.force_rmse_mev_per_angstrom if labels else None
         metrics["energy_mae_mev_per_atom"] = labels.energy_mae_mev_per_atom if labels else None
     if len(rotated):
-        error = local_equivariance_error(subject.exact, rotated, rotations=rotations, seed=seed)
+        potential = watched(subject.exact, f"rotated structures, {name}", progress)
+        error = local_equivariance_error(potential, rotated, rotations=rotations, seed=seed)
         metrics["lee_mev_per_angstrom"] = error.mean_mev_per_angstrom
     if len(displaced):
-        errors = central_difference_error(subject.exact, displaced, steps, components, seed)
+        potential = watched(subject.exact, f"central differences, {name}", progress)
+        errors = central_difference_error(potential, displaced, steps, components, seed)
         metrics["central_difference_relative_error"] = {f"{h:g}": e.relative_error for h, e in errors.items()}
     return Quality(metrics, labels)
 
@@ -103,6 +114,7 @@ def measure_file(
     *,
     trained: bool = False,
     device: str = "cpu",
+    species: SpeciesMap | None = None,
     **options: Any,
 ) -> Document:
     """Measure and judge a model file.
@@ -113,6 +125,7 @@ def measure_file(
         reference: the float model to compare with.
         trained: apply the bounds of models that were trained with their rounding.
         device: device to run on.
+        species: see `gaq.api.load`.
         options: options of `measure_subject`.
 
     Returns:
@@ -121,8 +134,8 @@ def measure_file(
     Raises:
         ValueError: for a file that cannot be read, structures that the model does not know, and as `measure_subject`.
     """
-    subject = open_file(path, device, trained, structures=structures)
-    other = None if reference is None else open_file(reference, device)
+    subject = open_file(path, device, trained, structures=structures, species=species)
+    other = None if reference is None else open_file(reference, device, species=species)
     return measure_subject(subject, structures, other, **options)
 
 
@@ -184,19 +197,36 @@ def measure_subject(
         checks = () if gates_only and measured is reference else checked
         steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
         result = quality(
-            measured, structures, checks, checks, steps=steps, seed=seed, energy_key=energy_key, forces_key=forces_key
+            measured,
+            structures,
+            checks,
+            checks,
+            steps=steps,
+            seed=seed,
+            energy_key=energy_key,
+            forces_key=forces_key,
+            progress=progress,
+            name=name,
         )
         if result.labels is not None:
             labels[name] = result.labels
         if nve_ps > 0:
-            runs[name] = nve_drift(measured.calculator, structures[0], duration_ps=nve_ps, seed=seed, progress=progress)
+            runs[name] = nve_drift(
+                measured.calculator,
+                structures[0],
+                duration_ps=nve_ps,
+                seed=seed,
+                progress=progress,
+                description=f"NVE, {name}",
+            )
         file_metrics = _file_metrics(measured, runs.get(name))
         if not gates_only:
             file_metrics["seconds_per_step"], file_metrics["peak_bytes"] = cost(
-                measured.calculator, structures[0], seed
+                measured.calculator, structures[0], seed, progress
             )
         metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
-    comparison, scan = _against_reference(subject, reference, checked, labels, metrics, (energy_key, forces_key), seed)
+    keys = (energy_key, forces_key)
+    comparison, scan = _against_reference(subject, reference, checked, labels, metrics, keys, seed, progress)
     metrics["model"] |= {
         "preset": subject.preset,
         "training": subject.training,
@@ -216,12 +246,12 @@ def measure_subject(
 
 
 def _label_errors(
-    subject: Subject, structures: Sequence[Atoms], energy_key: str, forces_key: str
+    potential: Potential, structures: Sequence[Atoms], energy_key: str, forces_key: str
 ) -> LabelErrors | None:
     """Measure errors against labels; None if no structure is labelled. Labels on some structures only are an error."""
     if not any(has_labels(structure, energy_key, forces_key) for structure in structures):
         return None
-    return force_and_energy_mae(subject.potential, structures, energy_key, forces_key)
+    return force_and_energy_mae(potential, structures, energy_key, forces_key)
 
 
 def _file_metrics(subject: Subject, run: NVEResult | None) -> Document:
@@ -248,21 +278,23 @@ def _against_reference(
     metrics: dict[str, Document],
     keys: tuple[str, str],
     seed: int,
+    progress: bool,
 ) -> tuple[Document, SmoothnessResult | None]:
     """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
     difference, scan = None, None
     not_applicable = [] if subject.engine_error is not None else ["engine"]
     if reference is not None:
-        difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed)
+        difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed, progress)
         try:
-            scan = bond_stretch_scan(subject.exact, checked[0], reference.exact)
+            exact = [watched(one.exact, "bond stretched", progress) for one in (subject, reference)]
+            scan = bond_stretch_scan(exact[0], checked[0], exact[1])
         except NoBondError:
             not_applicable.append("bond_stretch")
     comparison = {
         "force_difference": difference,
         "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
         "not_applicable": not_applicable,
-        **_against_plain_operations(subject, reference, checked, seed),
+        **_against_plain_operations(subject, reference, checked, seed, progress),
     }
     return comparison, scan
 
@@ -275,6 +307,7 @@ def _difference(
     fp32: Document,
     keys: tuple[str, str],
     seed: int,
+    progress: bool,
 ) -> Document:
     """Difference of the forces of model and reference, as a metric; see `measure_subject` for the structures."""
     if labels:
@@ -283,11 +316,12 @@ def _difference(
         if float_error(asdict(measured), fp32) is not None:
             return asdict(measured)
     samples = [*checked, *rattled(checked, seed, *keys)]
-    return asdict(force_difference(subject.potential, reference.potential, samples))
+    potentials = [watched(one.potential, "difference of forces", progress) for one in (subject, reference)]
+    return asdict(force_difference(potentials[0], potentials[1], samples))
 
 
 def _against_plain_operations(
-    subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int
+    subject: Subject, reference: Subject | None, checked: Sequence[Atoms], seed: int, progress: bool
 ) -> dict[str, float | None]:
     """Compare the errors of fused kernels and reference path, and the rotation errors of naive rounding and model."""
     small = [atoms for atoms in checked if len(atoms) <= MAX_REFERENCE_PATH_ATOMS]
@@ -297,14 +331,18 @@ def _against_plain_operations(
     if subject.preset == FLOAT or not few:
         return ratios
     if subject.engine_error is not None:
-        ratios["engine_error_ratio"] = subject.engine_error(few)
+        with explained("fused kernels against plain operations in float64, which are slow", progress):
+            ratios["engine_error_ratio"] = subject.engine_error(few)
     if reference is not None and reference.naive is not None:
         try:
-            twin = reference.naive(few)
+            with explained("making a naively rounded twin of the float model, to compare with", progress):
+                twin = reference.naive(few)
         except ValueError:  # a model that cannot be quantized: the gate reads "not measured"
             return ratios
         naive_error, subject_error = (
-            local_equivariance_error(potential, few, seed=seed).mean_mev_per_angstrom
+            local_equivariance_error(
+                watched(potential, "rotated structures, naive rounding", progress), few, seed=seed
+            ).mean_mev_per_angstrom
             for potential in (twin, subject.exact)
         )
         ratios["lee_naive_ratio"] = quotient(naive_error, max(subject_error, LEAST_ROTATION_ERROR))

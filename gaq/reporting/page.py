@@ -15,7 +15,7 @@ from gaq.reporting.plots import figures
 from gaq.reporting.tables import format_number, gate_rows, metric_rows
 from gaq.untyped import ReadOnlyDocument
 
-__all__ = ["write_report"]
+__all__ = ["json_types", "write_report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem;
@@ -48,19 +48,19 @@ def write_report(report: ReadOnlyDocument, directory: str | Path) -> tuple[Path,
     directory.mkdir(parents=True, exist_ok=True)
     data = {key: value for key, value in report.items() if key != "figures"}
     json_path, html_path = directory / "report.json", directory / "report.html"
-    json_path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    json_path.write_text(json.dumps(json_types(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     html_path.write_text(_page(report), encoding="utf-8")
     return json_path, html_path
 
 
-def _plain(value: object) -> object:
+def json_types(value: object) -> object:
     """Convert a value to JSON's types; NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [json_types(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist())
+        return json_types(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
+from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
 from gaq.untyped import Calculator
@@ -80,6 +81,7 @@ def open_file(
     trained: bool = False,
     through_calculator: bool = False,
     structures: Sequence[Atoms] = (),
+    species: SpeciesMap | None = None,
 ) -> Subject:
     """Open a model file, float or quantized, of any installed framework.
 
@@ -89,6 +91,7 @@ def open_file(
         trained: whether the model was trained with its rounding; what the framework's command trained says so itself.
         through_calculator: take every number through the stock calculator, in the precision of the file.
         structures: structures it will be measured on, to refuse unknown elements at once.
+        species: see `gaq.api.load`.
 
     Raises:
         ValueError: for a file that is missing, damaged or of no known kind, and for structures with elements that the
@@ -97,7 +100,7 @@ def open_file(
     from gaq.adapter import adapter_for_file
 
     adapter = adapter_for_file(path)
-    model = adapter.load(path, device)
+    model = adapter.load(path, device, species)
     if len(structures):
         adapter.batches(model, structures, 1)
     config = adapter.config(model)
@@ -108,15 +111,19 @@ def open_file(
     if is_float:
         model = adapter.accelerate(model)
     if through_calculator:
-        calculator = adapter.calculator(path, device, dtype)
+        calculator = adapter.calculator(path, device, dtype, species)
         potential: Potential = CalculatorPotential(calculator)
         exact = potential
     else:
         potential, exact = adapter.potential(model), adapter.potential(adapter.in_float64(model))
+
+    def make_calculator() -> Calculator:
+        return calculator if through_calculator else adapter.calculator(path, device, dtype, species)
+
     return Subject(
         potential=potential,
         exact=exact,
-        make_calculator=(lambda: calculator) if through_calculator else lambda: adapter.calculator(path, device, dtype),
+        make_calculator=make_calculator,
         path=str(path),
         preset=FLOAT if config is None else config.preset,
         training="qat" if not is_float and (trained or _was_trained(adapter, model)) else "ptq",

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
 from gaq.checks.accuracy import ERROR_GROWTH, LOWEST_FLOAT_ERROR, difference_of_growth
 from gaq.config.schema import DistillationConfig
 from gaq.model.state import exact_features
+from gaq.progress import Progress
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.sampling import by_atoms, choose, first_atoms
 from gaq.untyped import Batch, Document, Structure
@@ -307,17 +307,18 @@ class _Descent:
         kept, taken, slow = start, 0, False
         gained, halvings, began = best, 0, 0.0
         items = iter(training)
-        bar = tqdm(range(self.config.steps), desc="self-distillation (at most)", disable=not progress, unit="step")
+        bar = Progress(self.config.steps, "self-distillation (at most)", shown=progress)
         try:
-            for step in bar:
+            for step in range(self.config.steps):
                 self._step(next(items))
                 taken = step + 1
+                bar.advance()
                 if step == 1:  # in the first one much is set up
                     _announce(time.perf_counter() - began, self.config.steps)
                 began = time.perf_counter()
                 if taken % CHECK_INTERVAL == 0 or taken == self.config.steps:
                     error = force_rms(self.adapter, self.model, validation)
-                    bar.set_postfix_str(f"{_digits(error)} meV/Å (from {_digits(before)}, target {_digits(target)})")
+                    bar.note(f"{_digits(error)} meV/Å (from {_digits(before)}, target {_digits(target)})")
                     if error < best:
                         best, kept = error, self._snapshot()
                     if error <= (1.0 - LEAST_GAIN) * gained:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from gaq.adapter import Adapter
 from gaq.config.schema import QuantizationConfig
 from gaq.model.state import exact_features
+from gaq.progress import progress_over
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.quantizers.weights import WeightQuantizer, gptq_round
 from gaq.training.distillation import EVALUATION_ATOMS, DistillationResult, distill, label
@@ -50,7 +50,11 @@ MOMENT_ATOMS = 768
 
 
 def observe_ranges(
-    adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int = RANGE_ATOMS
+    adapter: Adapter,
+    model: torch.nn.Module,
+    structures: Sequence[Atoms],
+    atoms: int = RANGE_ATOMS,
+    progress: bool = False,
 ) -> None:
     """Set the activation ranges to the largest sizes observed on the structures.
 
@@ -61,6 +65,7 @@ def observe_ranges(
         model: a prepared model, not converted.
         structures: structures like those the model will be used on.
         atoms: most atoms of a batch.
+        progress: whether to show a progress bar.
     """
     quantizers = adapter.feature_quantizers(model).values()
     if not any(q.needs_ranges for q in quantizers):
@@ -68,14 +73,21 @@ def observe_ranges(
     with exact_features(quantizers):
         for q in quantizers:
             q.start_observing()
-        for batch in adapter.batches(model, structures, atoms):
+        batches = adapter.batches(model, structures, atoms)
+        for batch in progress_over(batches, len(batches), "ranges of features", "batch", progress):
             adapter.energy_and_forces(model, batch)
     for q in quantizers:
         q.observing = False
         q.decay = OBSERVER_DECAY
 
 
-def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int = RANGE_ATOMS) -> int:
+def gptq(
+    adapter: Adapter,
+    model: torch.nn.Module,
+    structures: Sequence[Atoms],
+    atoms: int = RANGE_ATOMS,
+    progress: bool = False,
+) -> int:
     """Round weights so that each layer's outputs change least (`gptq_round`), in place.
 
     Layers that are not a matrix product of their inputs (symmetric contractions) keep nearest rounding, and so do
@@ -84,10 +96,13 @@ def gptq(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], 
     Returns:
         Number of weight blocks rounded this way.
     """
-    moments = adapter.input_moments(model, adapter.batches(model, structures, atoms))
+    batches = adapter.batches(model, structures, atoms)
+    moments = adapter.input_moments(model, progress_over(batches, len(batches), "inputs of layers", "batch", progress))
     parameters = dict(model.named_parameters())
     rounded_blocks = 0
-    for name, quantizer in adapter.weight_quantizers(model).items():
+    quantizers = adapter.weight_quantizers(model)
+    for name in progress_over(quantizers, len(quantizers), "calibrated rounding", "tensor", progress):
+        quantizer = quantizers[name]
         weight = parameters[name]
         quantizer.fix_scale(weight)
         step = quantizer.spread(quantizer.current_scale(weight)).detach()
@@ -140,7 +155,7 @@ def calibrate_weights(
     teacher = copy.deepcopy(model) if calibrated and distilled else None
     if calibrated:
         sample = choose(structures, config.calibration.frames, config.calibration.seed)
-        blocks = gptq(adapter, model, first_atoms(adapter, sample, MOMENT_ATOMS))
+        blocks = gptq(adapter, model, first_atoms(adapter, sample, MOMENT_ATOMS), progress=progress)
         logger.info("calibrated rounding of %d weight blocks", blocks)
     if not distilled:
         return None
@@ -231,7 +246,7 @@ def sensitivity_scan(
     labelled = label(adapter, model, structures, EVALUATION_ATOMS)
     costs = {}
     with exact_features(adapter.feature_quantizers(model).values()):
-        for name in tqdm(quantizers, desc="sensitivity", disable=not progress, unit="tensor"):
+        for name in progress_over(quantizers, len(quantizers), "sensitivity", "tensor", progress):
             _set_enabled(quantizers, name)
             total, count = 0.0, 0
             for item in labelled:

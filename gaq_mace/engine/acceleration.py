@@ -71,8 +71,8 @@ def accelerate(model: Model) -> Model:
     if type(model) is not mace_models.ScaleShiftMACE and not isinstance(model, Served):
         raise Unsupported(
             f"a {type(model).__module__}.{type(model).__name__} cannot be accelerated: the fused kernels serve "
-            "mace.modules.ScaleShiftMACE, which mace_run_train makes of `model: MACE` and `model: ScaleShiftMACE`. "
-            "Give the plain model, not one that is compiled or scripted."
+            "mace.modules.ScaleShiftMACE, the class that mace_run_train makes. Give the plain model, not one that is "
+            "compiled or scripted; a model of an older class has to be trained again."
         )
     for attribute, option in (("cueq_config", "enable_cueq"), ("oeq_config", "enable_oeq")):
         if getattr(getattr(model, attribute, None), "enabled", False):

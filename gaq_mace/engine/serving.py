@@ -6,6 +6,7 @@ that the engine serves, for the weights that the model has then, and is kept wit
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from gaq import settings
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
+from gaq.progress import explained
 from gaq.untyped import AnyModule, Options
 from gaq_mace.deferred import DEFERRED, settle
 from gaq_mace.engine.integers import integer_linears
@@ -35,6 +37,8 @@ __all__ = [
     "serves",
     "switched_off",
 ]
+
+logger = logging.getLogger(__name__)
 
 CHOICE, RECORD = "gaq_kernels", "gaq_engine"
 OWN_ENTRIES = (CHOICE, RECORD)
@@ -168,6 +172,8 @@ class Record(NamedTuple):
     reason: str | None = None
 
 
+_FIRST = "first step of this model: its kernels are compiled (once on a machine), and its tables made"
+
 # One lock for all models: forward differentiation lets only one engine be made at a time anyway.
 _making = threading.RLock()
 
@@ -191,7 +197,7 @@ def record_of(model: AnyModule, warn: bool = True) -> Record:
         if made is None or made.key != key:
             try:
                 # The first call may run in inference mode; the engine serves later calls outside of it too.
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), explained(_FIRST, say=logger.info):
                     made = Record(key, Engine(model), parts)
             except (Unsupported, native.CompilerError) as error:
                 made = Record(key, None, parts, str(error))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from ase.data import atomic_numbers
 
 from gaq.untyped import AnyModule, Calculator
-from gaq_nequip import files
 from gaq_nequip.calculator import compiled_calculator, model_calculator, saved_calculator
+from gaq_nequip.forms import COMPILED
+from gaq_nequip.species import species_of, type_names
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
     from gaq.config.schema import QuantizationConfig
 
-__all__ = ["Check", "check", "default_tolerance"]
+__all__ = ["Check", "check", "default_tolerance", "is_checked", "structures_of"]
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,21 @@ class Check:
 
 
 def check(model: AnyModule, example: dict[str, Tensor], deployed: Path, target: str, device: str) -> Check | None:
-    """Compare a deployed file with its model; None for a target that ASE cannot run.
+    """Compare a deployed file with its model; None for a target that ASE cannot run (`is_checked`).
 
     The compiled graphs of such targets differ from that of ``ase`` in their outputs only.
     """
-    compiled = deployed.name.endswith(files.COMPILED)
-    if compiled and target != "ase":
+    if not is_checked(deployed, target):
         return None
-    calculator = compiled_calculator(deployed, device) if compiled else saved_calculator(deployed, device)
-    return _compare(model_calculator(model, device), calculator, _structures(example))
+    species = species_of(model)
+    make = compiled_calculator if deployed.name.endswith(COMPILED) else saved_calculator
+    structures = structures_of(example, species, type_names(model))
+    return _compare(model_calculator(model, device), make(deployed, device, species), structures)
+
+
+def is_checked(deployed: Path, target: str) -> bool:
+    """Whether ASE can run a deployed file, so that `check` compares it with its model."""
+    return target == "ase" or not deployed.name.endswith(COMPILED)
 
 
 def default_tolerance(config: QuantizationConfig) -> float:
@@ -65,13 +74,38 @@ def default_tolerance(config: QuantizationConfig) -> float:
     return 5.0 if min(bits) >= 16 else float("inf")
 
 
-def _structures(example: dict[str, Tensor], count: int = 4, amplitude: float = 0.05) -> list[Atoms]:
-    """The example structure and copies of it with atoms moved at random by `amplitude` Å."""
-    from nequip.data import to_ase
+def structures_of(
+    example: dict[str, Tensor],
+    species: Mapping[str, str],
+    names: Sequence[str],
+    count: int = 4,
+    amplitude: float = 0.05,
+) -> list[Atoms]:
+    """The example structure and copies of it with atoms moved at random by `amplitude` Å.
 
-    original = to_ase(example)[0]
-    original.info.clear()
-    original.calc = None
+    Args:
+        example: a graph with types of atoms.
+        species: type names by chemical symbol.
+        names: type names of the model, in its order.
+        count: number of structures.
+        amplitude: standard deviation of a displacement, Å.
+
+    Raises:
+        ValueError: if no chemical symbol stands for the type of an atom.
+    """
+    from nequip.data import AtomicDataDict, to_ase
+
+    types = [names[int(index)] for index in example[AtomicDataDict.ATOM_TYPE_KEY].reshape(-1)]
+    symbols = {name: symbol for symbol, name in species.items()}
+    if unnamed := sorted(set(types) - set(symbols)):
+        raise ValueError(
+            f"the example structure holds the types {', '.join(unnamed)}, and no element stands for them: "
+            "add them to --species."
+        )
+    # One frame, without labels.
+    fields = (AtomicDataDict.POSITIONS_KEY, AtomicDataDict.CELL_KEY, AtomicDataDict.PBC_KEY)
+    numbers = torch.tensor([atomic_numbers[symbols[name]] for name in types])
+    original = to_ase({**{k: example[k] for k in fields}, AtomicDataDict.ATOMIC_NUMBERS_KEY: numbers})[0]
     structures = [original]
     for seed in range(count - 1):
         distorted = original.copy()
@@ -81,14 +115,17 @@ def _structures(example: dict[str, Tensor], count: int = 4, amplitude: float = 0
 
 
 def _compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms]) -> Check:
-    energy = forces = scale = 0.0
+    differences = []
     for atoms in structures:
         values = []
         for calculator in (reference, deployed):
             copy = atoms.copy()
             copy.calc = calculator
             values.append((copy.get_potential_energy(), copy.get_forces()))
-        energy = max(energy, 1e3 * abs(values[0][0] - values[1][0]) / len(atoms))
-        forces = max(forces, 1e3 * float(np.abs(values[0][1] - values[1][1]).max()))
-        scale = max(scale, 1e3 * float(np.abs(values[0][1]).max()))
-    return Check(energy, forces, scale, len(structures))
+        (energy, forces), (other_energy, other_forces) = values
+        differences.append(
+            (abs(energy - other_energy) / len(atoms), np.abs(forces - other_forces).max(), np.abs(forces).max())
+        )
+    # np.max, because the largest of a NaN and a number has to be NaN, whatever their order.
+    energy, forces, scale = 1e3 * np.max(differences, axis=0)
+    return Check(float(energy), float(forces), float(scale), len(structures))

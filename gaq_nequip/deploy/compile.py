@@ -17,11 +17,12 @@ from gaq.third_party_warnings import known_hidden
 from gaq.untyped import AnyModule, Options
 from gaq_nequip import files
 from gaq_nequip.deploy import artefact
+from gaq_nequip.example import example_data, with_cell
 from gaq_nequip.host import nequip_state
 from gaq_nequip.packed import widen_codes
 from gaq_nequip.root import COMPILES
 
-__all__ = ["check_compiler", "compile_file", "compile_model", "frozen_copy", "save_data", "tolerating", "with_cell"]
+__all__ = ["check_compiler", "compile_file", "compile_model", "frozen_copy", "save_data", "tolerating"]
 
 
 def check_compiler() -> None:
@@ -74,7 +75,7 @@ def compile_file(
     model = files.load(source)
     if frozen:
         model = frozen_copy(model, to_compile=True)
-    compile_model(model, files.example_data(source), output, target, device, fused, tolerance)
+    compile_model(model, example_data(source), output, target, device, fused, tolerance)
 
 
 def compile_model(
@@ -90,7 +91,7 @@ def compile_model(
 
     Args:
         model: float or frozen model; it is changed, so do not use it afterwards.
-        example: a structure, as `gaq_nequip.files.example_data` returns it.
+        example: a structure, as `gaq_nequip.example.example_data` returns it.
         output: compiled file. The example is left beside it.
         target: a target of `nequip-compile`.
         device: cpu or cuda.
@@ -185,21 +186,6 @@ def tolerating(force: float) -> Iterator[None]:
         yield
     finally:
         dtype._FLOAT32_MODEL_TOL = before  # type: ignore[misc]  # Final, as above
-
-
-def with_cell(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The example structure, in a box if it is a molecule without a cell.
-
-    NequIP's compilation divides the virial by the volume and compares the stress, so without a cell it fails.
-    """
-    from nequip.data import AtomicDataDict
-
-    cell = data[AtomicDataDict.CELL_KEY]
-    if bool((torch.linalg.det(cell) != 0).all()):
-        return data
-    positions = data[AtomicDataDict.POSITIONS_KEY]
-    size = positions.amax(0) - positions.amin(0) + 20.0
-    return {**data, AtomicDataDict.CELL_KEY: torch.diag(size).unsqueeze(0).to(cell)}
 
 
 def save_data(data: dict[str, Tensor], path: Path) -> None:

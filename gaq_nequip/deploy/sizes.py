@@ -9,9 +9,10 @@ from pathlib import Path
 from gaq.files.packing import packed_bytes as code_bytes
 from gaq.model.state import is_kind
 from gaq.untyped import AnyModule
-from gaq_nequip import files, weights
+from gaq_nequip import weights
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy.check import Check
+from gaq_nequip.forms import COMPILED
 from gaq_nequip.freeze import freeze
 from gaq_nequip.packed import PackedWeight
 
@@ -79,13 +80,13 @@ def table(sizes: WeightSizes, source: Path, deployed: Path, check: Check | None,
         if sizes.frozen != sizes.plain:
             note = f"{sizes.floats / sizes.frozen:.2f}x smaller ({sizes.numbers} numbers)"
             rows.append(("  and self-connection folded by type", _kib(sizes.frozen), note))
-    if deployed.name.endswith(files.COMPILED):
+    if deployed.name.endswith(COMPILED):
         rows.append(("constants in the file, not compressed", _kib(artefact.sections(deployed).weights), ""))
     rows.append((f"{source.name}", _kib(source.stat().st_size), "the model it was made of"))
     rows.append((deployed.name, _kib(deployed.stat().st_size), ""))
     if compare is not None:
         stock = Path(compare).stat().st_size
-        slimmed = deployed.with_name("slimmed" + files.COMPILED)
+        slimmed = deployed.with_name("slimmed" + COMPILED)
         artefact.slim(Path(compare), slimmed)
         size, equal = deployed.stat().st_size, slimmed.stat().st_size
         rows.append((Path(compare).name, _kib(stock), f"{stock / size:.2f}x larger"))

@@ -12,7 +12,7 @@ def row(name: str, size: int, irreps: str = "8x0e -> 8x0e", status: str = "round
 def test_rows_are_aligned_and_added_up() -> None:
     text = format_rows([row("embedding", 1000), row("interactions.0.linear_up", 234, status="in training")])
     header, rule, *rows, total = text.splitlines()
-    assert header.split() == ["module", "irreps", "weights", "inputs", "scales", "bytes", "status"]
+    assert header.split() == ["module", "irreps", "weights", "expected", "inputs", "scales", "bytes", "status"]
     assert set(rule) == {"-"}
     assert len(rows) == 2
     assert total.split() == ["total", "1234"]

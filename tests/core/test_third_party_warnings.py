@@ -49,4 +49,4 @@ def test_the_command_leaves_the_filters_as_they_were(capsys: pytest.CaptureFixtu
     before = list(warnings.filters)
     assert cli.main(["report", "no.model", "--data", "no.xyz", "-o", "out"]) == 2
     assert warnings.filters == before
-    assert "no.xyz" in capsys.readouterr().err
+    assert "no.model" in capsys.readouterr().err

@@ -38,15 +38,16 @@ COLUMNS = ["symbols", "positions", "REF_forces"]
 
 def make_structures() -> None:
     """Frames of ethanol at 500 K with energies (eV) and forces (eV/Å) of GFN2-xTB."""
-    from tqdm import tqdm
-    from xtb_dataset import sample, xtb_calculator
+    from xtb_dataset import WARM_UP_FRAMES, sample, xtb_calculator
+
+    from gaq.progress import Progress
 
     start = molecule("CH3CH2OH")
     start.calc = xtb_calculator()
     BFGS(start, logfile=None).run(fmax=0.01, steps=500)  # eV/Å
     generators = (np.random.default_rng(seed) for seed in np.random.SeedSequence(0).spawn(2))
     for (path, count), generator in zip(FRAMES.items(), generators, strict=True):
-        with tqdm(desc=path.name, unit="frame") as progress:
+        with Progress(count + WARM_UP_FRAMES, path.name, "frame") as progress:
             write(path, sample(start, count, generator, progress), format="extxyz", columns=COLUMNS)
 
 

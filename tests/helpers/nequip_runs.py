@@ -155,18 +155,29 @@ def train(folder: Path, changes: Callable[[Any], None] | None = None, *overrides
 
 def write_trained_checkpoint(path: Path) -> Path:
     """Write the model of ``tests/data/nequip.safetensors`` as `nequip-train` writes its checkpoints."""
+    return write_checkpoint(path, {"_target_": "nequip.model.NequIPGNNModel", **trained.options("nequip")}, "nequip")
+
+
+def write_checkpoint(
+    path: Path, model: dict[str, Any], parameters: str | None = None, edit: Callable[[Any], None] | None = None
+) -> Path:
+    """Write a float model as `nequip-train` writes its checkpoints, without training it.
+
+    Args:
+        path: the checkpoint.
+        model: configuration of the model.
+        parameters: whose parameters of ``tests/data`` it has; None leaves them random.
+        edit: changes the configuration of the run in place.
+    """
     import lightning
     from hydra.utils import instantiate
     from nequip.utils import get_current_code_versions
     from nequip.utils.global_state import get_latest_global_state
 
     run = training_config(trained.TRAIN, trained.TEST, trained.SPLIT)
-    run["training_module"]["model"] = {
-        "_target_": "nequip.model.NequIPGNNModel",
-        **trained.options("nequip"),
-        "model_dtype": "float32",
-        "seed": 0,
-    }
+    run["training_module"]["model"] = {**model, "model_dtype": "float32", "seed": 0}
+    if edit is not None:
+        edit(run)
     metrics = run["training_module"]["val_metrics"]
     module_config = {**run["training_module"], "train_metrics": metrics, "test_metrics": metrics}
     about = {
@@ -179,7 +190,8 @@ def write_trained_checkpoint(path: Path) -> Path:
     }
     counts = {"train": 1, "val": 1, "test": 1, "predict": 0}
     module = instantiate(module_config, _recursive_=False, _convert_="all", num_datasets=counts, info_dict=about)
-    trained.load_parameters(module.model["sole_model"], "nequip")
+    if parameters is not None:
+        trained.load_parameters(module.model["sole_model"], parameters)
     for average, parameter in zip(module.ema.ema_weights, module.model.parameters(), strict=True):
         average.copy_(parameter.detach())
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,11 @@ def test_quantize_inspect_report(
     for text in ("interactions.0.linear_up", "readouts.1.linear_2", "int14", "int16", "spherical_harmonics", "total"):
         assert text in printed
     assert ("MARKED" in printed) == bool(failed)
+    for line in printed.splitlines():
+        if "int16" in line or "int14" in line:
+            assert "8 or more: " in line
+    assert "w8a16 asks for 8 bits or more, so wider ones are as intended" in printed
+    assert "scalars (l=0) have 24, because" in printed
     assert main(["inspect", reference]) == 0
     assert "a float model" in capsys.readouterr().out
 
@@ -429,6 +435,11 @@ def test_usage_errors() -> None:
         assert stop.value.code == 2
 
 
+def messages(error: str) -> list[str]:
+    """Lines on stderr, without those about what takes over two seconds, as on a slow machine."""
+    return [line for line in error.splitlines() if not line.startswith(("loading ", "importing ", "reading "))]
+
+
 @pytest.mark.smoke
 def test_streams_of_the_command(python: Callable[..., Any], folder: Path) -> None:
     """In a process of its own, with warnings on: results on stdout, and on stderr nothing but the error."""
@@ -441,8 +452,151 @@ def test_streams_of_the_command(python: Callable[..., Any], folder: Path) -> Non
     )
     assert done.returncode == 0
     assert f"{path}: preset w8a16, converted" in done.stdout
-    assert done.stderr == ""
+    assert messages(done.stderr) == []
     done = python(code, "inspect", "no.model")
     assert done.returncode == 2
-    assert done.stderr == "gaq: no.model: no such file.\n"
+    assert messages(done.stderr) == ["gaq: no.model: no such file."]
     assert "no.model" not in done.stdout
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> dict[str, Any]:
+    """The result of a command with ``--json``: all that is on stdout."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == code
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert result["gaq"] == gaq.__version__
+    return result
+
+
+def test_results_as_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The keys of docs/commands.md; scripts read them."""
+    output, data = tmp_path / "out.safetensors", folder / "data.xyz"
+    config = "{preset: w8, weights: {rounding: nearest}, distillation: {steps: 0}}"
+    result = as_json(
+        capsys, "quantize", folder / "float.model", "-o", output, "--config", config, "--elements", "H,C,O", "--force"
+    )
+    assert result["output"] == str(output)
+    assert result["output_bytes"] == output.stat().st_size
+    assert result["times_smaller"] == pytest.approx(result["model_bytes"] / result["output_bytes"])
+    assert (result["preset"], result["gates"], result["failed_gates"]) == ("w8", {}, [])
+    assert set(result) == documented("quantize")
+
+    result = as_json(capsys, "inspect", output)
+    assert set(result) == documented("inspect")
+    assert (result["preset"], result["status"]) == ("w8", "converted")
+    rows = {row["name"]: row for row in result["modules"]}
+    assert rows["interactions.0.linear_up"]["expected"].startswith("8")
+    assert result["bytes"] == sum(row["bytes"] for row in rows.values())
+    float_model = as_json(capsys, "inspect", folder / "float.model", "--sensitivity", data)
+    assert float_model["preset"] is None
+    assert {row["expected"] for row in float_model["modules"]} == {"-"}
+    assert len(float_model["sensitivity"]) > 5
+
+    folder_of_report = tmp_path / "report"
+    arguments = ("report", output, "--data", data, "--nve-ps", "0", "--reference", folder / "float.model")
+    capsys.readouterr()
+    code = main([*map(str, arguments), "-o", str(folder_of_report), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == documented("report")
+    written = json.loads((folder_of_report / "report.json").read_text())
+    assert {key: result[key] for key in written} == written
+    assert code == (1 if result["failed_gates"] else 0)
+
+
+def documented(command: str) -> set[str]:
+    """The keys at the top of a result, in docs/commands.md."""
+    text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {command} |")]
+    cells = row.split("|")[2].replace("each with", "|").split(";")
+    return {"gaq", *(key for cell in cells for key in re.findall(r"`(\w+)`", cell.split("|")[0]))}
+
+
+def test_unforced_failure_as_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {"value": 3.0, "bound": 0.15, "unit": "meV/Å", "note": "", "comparison": "<=", "passed": False}
+    monkeypatch.setattr("gaq.api.report", lambda *_, **__: {"gates": {"lee": {**gate, "enforced": True}}})
+    start = ("quantize", folder / "float.model", "-o", tmp_path / "out.model", "--config", TINY)
+    result = as_json(capsys, *start, "--calibration", folder / "data.xyz", code=1)
+    assert (result["output"], result["times_smaller"], result["failed_gates"]) == (None, None, ["lee"])
+
+
+def test_names_do_not_matter_for_reading(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Caches of foundation models have files without a suffix."""
+    gaq.save(gaq.load(folder / "gaq.model"), tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(tmp_path / "20231210mace128L0_energy_epoch249model")
+    for name, words in (("float.model", "a float model"), ("gaq.model", "preset w8a16")):
+        (tmp_path / Path(name).stem).write_bytes((folder / name).read_bytes())
+        assert words in as_text(capsys, "inspect", tmp_path / Path(name).stem)
+    path = tmp_path / "20231210mace128L0_energy_epoch249model"
+    assert "preset w8a16" in as_text(capsys, "inspect", path)
+    report = ("report", path, "--data", folder / "data.xyz", "--nve-ps", "0", "--reference", tmp_path / "float")
+    assert "force_difference" in as_text(capsys, *report, "-o", tmp_path / "report")
+    config = "{preset: w8, weights: {rounding: nearest}, distillation: {steps: 0}}"
+    quantize = ("quantize", tmp_path / "float", "-o", tmp_path / "out.model", "--config", config, "--force")
+    assert "times smaller" in as_text(capsys, *quantize, "--elements", "H,C")
+
+
+def as_text(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) in (0, 1)
+    return capsys.readouterr().out
+
+
+def test_exports_can_be_inspected_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gaq_mace.commands import create_lammps_model
+
+    path = tmp_path / "mliap.pt"
+    assert create_lammps_model([str(folder / "gaq.model"), "--format", "mliap", "-o", str(path)]) == 0
+    printed = as_text(capsys, "inspect", path)
+    assert "preset w8a16, converted (a MACE model exported for LAMMPS (ML-IAP))" in printed
+    assert "interactions.0.linear_up" in printed
+    data = ("--calibration", folder / "data.xyz")
+    assert "give the .model file" in refused(capsys, "quantize", path, "-o", tmp_path / "out.model", *data)
+
+
+def test_every_value_is_checked_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gaq_mace.files.load", "gaq.checks.errors.read_structures"):
+        monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    model, data, out = folder / "float.model", folder / "data.xyz", tmp_path / "out.model"
+    quantize = ("quantize", model, "-o", out, "--calibration", data)
+    report = ("report", model, "--data", data, "-o", tmp_path / "report")
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        (("quantize", tmp_path / "missing.model", "-o", out), "missing.model: no such file"),
+        (("quantize", data, "-o", out), "data.xyz: a file of structures (XYZ)"),
+        (("quantize", model, "-o", tmp_path / "x.ckpt"), "has to end in .model or .safetensors"),
+        (("quantize", model, "-o", tmp_path / "x.pt"), "has to end in .model or .safetensors"),
+        (("quantize", model, "-o", tmp_path / "x"), "has to end in .model or .safetensors"),
+        (("quantize", model, "-o", "/proc/x.model"), "nothing can be written in the folder /proc"),
+        (("quantize", model, "-o", out), "give --calibration"),
+        (("quantize", model, "-o", out, "--calibration", tmp_path / "no.xyz"), "--calibration"),
+        ((*quantize, "--config", "w9"), "w9"),
+        ((*quantize, "--device", "abacus"), "abacus"),
+        (("inspect", model, "--device", "abacus"), "abacus"),
+        (("inspect", model, "--sensitivity", tmp_path / "no.xyz"), "--sensitivity"),
+        ((*report, "--device", "abacus"), "abacus"),
+        ((*report, "--nve-ps", "nan"), "--nve-ps nan"),
+        ((*report, "--nve-ps", "inf"), "--nve-ps inf"),
+        ((*report, "--frames", "0"), "--frames 0"),
+        ((*report, "--reference", tmp_path / "no.model"), "--reference"),
+        ((*report, "--reference", data), "--reference"),
+        (("report", model, "--data", tmp_path / "no.xyz", "-o", tmp_path), "--data"),
+        (("report", model, "--data", data, "-o", "/proc/report"), "/proc"),
+    ]
+    if not torch.cuda.is_available():
+        cases += [((*quantize, "--device", "cuda"), "no CUDA device"), ((*report, "--device", "cuda"), "no CUDA")]
+    for arguments, words in cases:
+        assert words in refused(capsys, *arguments), arguments
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_on_a_stream_of_ascii(folder: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
+    arguments = ("report", folder / "gaq.model", "--data", folder / "data.xyz", "--nve-ps", "0")
+    reference = ("--reference", folder / "float.model", "-o", tmp_path / "report")
+    code = "import sys; from gaq.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = python(code, *arguments, *reference, PYTHONIOENCODING="ascii")
+    assert "Traceback" not in done.stderr
+    assert "meV/A" in done.stdout
+    assert "report.html" in done.stdout

@@ -241,8 +241,8 @@ def test_float_model(float_model: Any, tmp_path: Path, structures: Any, capsys: 
         (["missing.model"], "missing.model: no such file."),
         (["bad.model"], "bad.model: truncated, damaged, or not a MACE model"),
         (["small.model", "--head", "third"], "--head third: no such head; the model has Default."),
-        (["small.model", "-o", "nowhere/lammps.pt"], "there is no directory nowhere"),
-        (["small.model", "-o", "."], "a directory; give a file to write"),
+        (["small.model", "-o", "nowhere/lammps.pt"], "the folder nowhere does not exist"),
+        (["small.model", "-o", "."], "is a folder; give the name of a file"),
     ],
 )
 def test_bad_input(

@@ -13,8 +13,10 @@ import pytest
 pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
+import torch
 
 import gaq
+from gaq import cli
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
 from gaq.kernels.cpu import native
@@ -46,15 +48,20 @@ def test_package(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert open_file(trained.best).training == open_file(path).training == "qat"
 
 
+def messages(error: str) -> list[str]:
+    """Lines on stderr, without those about what takes over two seconds, as on a slow machine."""
+    return [line for line in error.splitlines() if not line.startswith(("loading ", "packaging", "comparing "))]
+
+
 @pytest.mark.smoke
 def test_streams_of_the_command(trained: Any, command: Callable[..., Any], tmp_path: Path) -> None:
     """In a process of its own: results on stdout, and nothing on stderr."""
     path = tmp_path / "out.nequip.zip"
     done = command("nequip-deploy", "build", trained.best, path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, messages(done.stderr)) == (0, [])
     assert "written:" in done.stdout
     done = command("nequip-deploy", "info", path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, messages(done.stderr)) == (0, [])
     assert "preset w8a16, frozen" in done.stdout
 
 
@@ -80,14 +87,70 @@ def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pyt
     out = tmp_path / "out.nequip.pt2"
     refused(trained_float.best, out, word="a float model. Quantize it first (gaq quantize best.ckpt")
     refused(tmp_path / "missing.ckpt", out, word="no such file")
-    refused(trained.best, tmp_path / "out.pth", word="give a name that ends in .nequip.pt2")
+    refused(trained.best, tmp_path / "out.pth", word="has to end in .nequip.pt2 or .nequip.zip")
     refused(trained.best, tmp_path / "no" / "out.nequip.pt2", word="does not exist")
     refused(trained.best, out, "--target", "lammps", word="choose one of pair_nequip, ase, batch")
     refused(out, word="give MODEL")
     refused(trained.best, out, "--train-dir", tmp_path, word="not both")
     refused("--train-dir", tmp_path, out, word="neither best.ckpt nor last.ckpt")
+    refused(trained.best, out, "--tolerance", "nan", word="--tolerance nan: give a force difference")
+    refused(trained.best, out, "--compare", tmp_path / "no.pt2", word="--compare")
+    refused(trained.best, out, "--device", "abacus", word="abacus")
+    if not torch.cuda.is_available():
+        refused(trained.best, out, "--device", "cuda", word="no CUDA device")
+    refused(trained.best, tmp_path / "out.nequip.zip", "--target", "ase", word="--target: without effect")
+    refused(trained.best, "/proc/out.nequip.zip", word="nothing can be written in the folder /proc")
     assert main(["info", str(out)]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_names_do_not_matter_for_reading(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(trained.best.read_bytes())
+    assert main(["info", str(path)]) == 0
+    assert "preset w8a16" in capsys.readouterr().out
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "8 or more: " in capsys.readouterr().out
+    assert main(["build", str(path), str(tmp_path / "out.nequip.zip")]) == 0
+    (tmp_path / "out.nequip.zip").rename(tmp_path / "package")
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "package")]) == 0
+    assert "preset w8a16, frozen" in capsys.readouterr().out
+    assert adapter_for_file(tmp_path / "package").calculator(tmp_path / "package") is not None
+
+
+def test_info_says_what_other_files_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "data.xyz": (b"1\n\nH 0 0 0\n", "a file of structures (XYZ)"),
+        "stock.model": (b"\x80\x02cmace.modules.models\nScaleShiftMACE\n", "a MACE model. MACE is not installed here"),
+        "empty": (b"", "an empty file"),
+    }
+    for name, (content, words) in files.items():
+        (tmp_path / name).write_bytes(content)
+        for call in (main, cli.main):
+            assert call(["info" if call is main else "inspect", str(tmp_path / name)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert words in line
+
+
+def test_a_deployed_file_that_gives_nan_does_not_agree() -> None:
+    from ase import Atoms
+    from ase.calculators.calculator import Calculator, all_changes
+
+    class Constant(Calculator):
+        implemented_properties = ("energy", "forces")
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+            super().calculate(atoms, properties, system_changes)
+            self.results = {"energy": 0.0, "forces": np.full((len(atoms), 3), self.value)}
+
+    structures = [Atoms("H2", [[0, 0, 0], [0, 0, 1]])] * 2
+    assert deploy_check._compare(Constant(1.0), Constant(1.5), structures).forces == 500.0
+    assert np.isnan(deploy_check._compare(Constant(1.0), Constant(float("nan")), structures).forces)
 
 
 def test_without_a_compiler_nothing_is_begun(
@@ -156,10 +219,10 @@ def test_compiled(
     assert np.allclose(run_without_plugin(path, trained.folder / "test.xyz"), expected, atol=5e-3)
     stock = tmp_path / "stock.nequip.pt2"
     # NequIP itself cannot compile a molecule without a cell: the same example in a box.
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
-    save_data(with_cell(files.example_data(trained_float.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained_float.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
@@ -182,11 +245,11 @@ def test_stock_compile_of_a_quantized_checkpoint(trained: Any, command: Callable
     from ase.io import read
     from test_files import by_calculator, run_without_plugin
 
-    from gaq_nequip import files
-    from gaq_nequip.deploy.compile import save_data, with_cell
+    from gaq_nequip.deploy.compile import save_data
+    from gaq_nequip.example import example_data, with_cell
 
     path = tmp_path / "plain.nequip.pt2"
-    save_data(with_cell(files.example_data(trained.best)), tmp_path / "data.pt")
+    save_data(with_cell(example_data(trained.best)), tmp_path / "data.pt")
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained.best, path, *arguments)
     assert done.returncode == 0, done.stderr

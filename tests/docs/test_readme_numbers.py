@@ -1,0 +1,105 @@
+"""The tables of README hold what the committed results say, digit for digit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ABSENT = "\N{EN DASH}"
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPEED = {
+    ("MACE", "azobenzene, 24 atoms"): ("cpu_engine", "azobenzene, 24 atoms"),
+    ("MACE", "water box, 192 atoms"): ("cpu_engine", "water box, 192 atoms"),
+    ("MACE, density", "water box, 192 atoms"): ("cpu_engine", "water box, density model, 192 atoms"),
+    ("NequIP", "azobenzene, 24 atoms"): ("nequip_engine", "molecule"),
+    ("NequIP", "periodic box, 192 atoms"): ("nequip_engine", "periodic box"),
+    ("Allegro", "azobenzene, 24 atoms"): ("allegro_engine", "molecule"),
+    ("Allegro", "periodic box, 192 atoms"): ("allegro_engine", "periodic box"),
+}
+
+
+def rows_of(result: str) -> list[dict[str, Any]]:
+    content = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
+def tables(*header: str) -> list[list[list[str]]]:
+    """The cells of every table whose header begins with these cells, without it."""
+    found, lines = [], README.splitlines()
+    for n, line in enumerate(lines):
+        if line.startswith(f"| {' | '.join(header)} |"):
+            rows = []
+            for row in lines[n + 2 :]:
+                if not row.startswith("|"):
+                    break
+                rows.append([cell.strip() for cell in row.strip("|").split("|")])
+            found.append(rows)
+    return found
+
+
+@pytest.mark.parametrize(("number", "result"), [(0, "mace_presets"), (1, "nequip_presets")])
+def test_presets(number: int, result: str) -> None:
+    measured = {(row["scheme"], row["training"]): row for row in rows_of(result)}
+    table = tables("preset", "training", "F MAE meV/Å")[number]
+    for preset, training, *cells in table:
+        scheme = "w8a16" if preset.startswith("`gaq`") else preset.strip("`").lower()
+        kind = {ABSENT: "float", "PTQ": "ptq"}.get(training, "qat")
+        row = measured[scheme, kind]
+        assert cells == [
+            f"{row['force_mae_mev_per_angstrom']:.2f}",
+            f"{row['energy_mae_mev_per_atom']:.2f}",
+            f"{row['lee_mev_per_angstrom']:.3f}",
+            f"{100 * row['central_difference_relative_error']['0.01']:.2f} %",
+            f"{row['file_bytes'] / 1024:.0f}",
+            f"{row['size_ratio']:.1f}x",
+        ], (preset, training)
+    assert len(table) > 5
+
+
+def test_foundation_shapes() -> None:
+    measured = {row["shape"]: row for row in rows_of("foundation")}
+    (table,) = tables("shape", "elements", "file")
+    assert {row[0] for row in table} == set(measured)
+    for shape, _, size, time, step, speed in table:
+        row = measured[shape]
+        assert size == f"{row['float_bytes'] / row['bytes']:.1f}x smaller"
+        assert time == f"{row['quantize']['s'] / 60:.1f} min"
+        assert step == f"{1e3 * row['ours_step']['s']:.0f} ms ({1e3 * row['stock_step']['s']:.0f})"
+        assert speed == f"{row['speed_up']:.1f}x"
+    failing = sum(bool(row["failed_gates"]) for row in measured.values())
+    words = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+    assert f"{words[failing]} of these ten random models" in README
+
+
+def test_speed_on_the_cpu() -> None:
+    (table,) = tables("model", "structure", "stock", "compiled", "symmetrix")
+    assert len(table) == len(SPEED)
+    for model, structure, stock, compiled, symmetrix, *ours in table:
+        result, name = SPEED[model, structure]
+        rows = [row for row in rows_of(result) if row["threads"] == 1 and row["structure"] == name]
+        if result == "cpu_engine":
+            ratio = {row["kind"]: row["median_speedup_over_stock_eager"] for row in rows}
+            seconds = next(row["median_seconds_per_step"] for row in rows if row["kind"] == "stock eager")
+            kinds = ("stock compiled", "symmetrix, float32", "engine fp32", "engine w8", "engine gaq")
+            expected = [f"{ratio[kind]:.1f}x" if kind in ratio else ABSENT for kind in kinds]
+            assert [compiled, symmetrix, *ours] == expected
+            assert stock == f"{1e3 * seconds:.0f} ms"
+        else:
+            ratio = {row["scheme"]: row["times_faster"] for row in rows}
+            assert ours == [f"{ratio[f'{kind}_fused']:.1f}x" for kind in ("fp32", "w8", "gaq")]
+            assert stock == f"{next(row['median_ms'] for row in rows if row['scheme'] == 'fp32'):.0f} ms"
+
+
+def test_step_of_the_quickstart() -> None:
+    small, medium, large = rows_of("quickstart_step")
+    text = " ".join(README.split())
+    assert f"on {small['atoms']} atoms, gains {small['times_faster']:.1f} times only" in text
+    assert f"our {small['gaq_ms']:.0f} ms a step" in text
+    assert (medium["atoms"], large["atoms"]) == (8 * small["atoms"], 27 * small["atoms"])
+    gains = f"it gains {medium['times_faster']:.1f} times, with 27 times {large['times_faster']:.1f}"
+    assert f"With 8 times the atoms {gains}" in text
