@@ -88,7 +88,10 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         if suffix == ".safetensors":
+            part.touch()
+            mode = part.stat().st_mode
             save_safetensors(take_apart(model), part)
+            part.chmod(mode)  # the library makes files that only their owner can read
         else:
             torch.save(model, part)
             deflate(part, part)
