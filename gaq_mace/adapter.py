@@ -27,9 +27,9 @@ from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
-from gaq_mace.elements import element_names, select
+from gaq_mace.elements import element_names, head_names, select
 from gaq_mace.engine import serving
-from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
+from gaq_mace.evaluate import MACEPotential, energy_and_forces, keys_of, make_batches
 from gaq_mace.hook import status
 from gaq_mace.model import convert, prepare
 from gaq_mace.weights import weight_quantizers
@@ -80,6 +80,9 @@ class MACEAdapter:
     def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
         return element_names(model)
 
+    def heads(self, model: torch.nn.Module) -> list[str]:
+        return head_names(model)
+
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return prepare(model, config)
 
@@ -118,8 +121,7 @@ class MACEAdapter:
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
-        heads = getattr(model, "heads", None) or [None]
-        return [batch for head in heads for batch in make_batches(model, structures, atoms, head)]
+        return [batch for head in head_names(model) for batch in make_batches(model, structures, atoms, head)]
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
@@ -152,21 +154,32 @@ class MACEAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()
 
-    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
-        return MACEPotential(model, atoms)
+    def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
+        return MACEPotential(model, atoms, head)
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         pass  # MACE's files hold the model alone
 
     def calculator(
-        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "",
+        species: SpeciesMap | None = None,
+        head: str | None = None,
     ) -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)
+        options = {"device": device, "default_dtype": dtype, **({} if head is None else {"head": head})}
         if files.is_safetensors(path):
-            return Calculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
-        return Calculator(model_paths=str(path), device=device, default_dtype=dtype)
+            calculator = Calculator(models=[files.load(path, device)], **options)
+        else:
+            calculator = Calculator(model_paths=str(path), **options)
+        keys = keys_of(calculator.models[0])
+        calculator.info_keys |= keys.info_keys
+        calculator.arrays_keys |= keys.arrays_keys
+        return calculator
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""
