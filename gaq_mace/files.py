@@ -88,7 +88,10 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     with written_whole(path) as part:
         if suffix == ".safetensors":
+            part.touch()
+            mode = part.stat().st_mode
             save_safetensors(take_apart(model), part)
+            part.chmod(mode)  # the library makes files that only their owner can read
         else:
             torch.save(model, part)
             deflate(part, part)
