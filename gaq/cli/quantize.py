@@ -20,6 +20,7 @@ from gaq.cli.inputs import (
     read_structures,
 )
 from gaq.cli.lines import Say, gate_lines, say_unfused, speaker
+from gaq.files.whole import put
 from gaq.process import check_device
 from gaq.untyped import Document
 
@@ -170,7 +171,7 @@ def _write_judged(
     from gaq.reporting import failed_gates
 
     output = Path(arguments.output)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
         trial = Path(folder) / output.name
         reference = Path(arguments.model)
         if selected is not None:
@@ -199,5 +200,5 @@ def _write_judged(
         adapter.notes(quantized)["failed_gates"] = failed
         if arguments.force or not failed:
             adapter.save(quantized, trial)
-            trial.replace(output)
+            put(trial, output)
     return gates, failed
