@@ -186,7 +186,7 @@ class TestNequIPW4A8(Staircase, NequIPTests):
 class TestAllegroW8A8(Staircase, AllegroTests):
     preset = "w8a8"
     # In float32 a rotation moves a feature by some 1e-7 of its size. Where that takes one of the 8-bit features across
-    # the edge of a step, it changes by the whole step, 1 % of its range. Of 80 random rotations of a diamond of 16 atoms,
+    # the edge of a step, it changes by the whole step, 1 % of its range. Of 80 random rotations of diamond (16 atoms),
     # 20 for each of the seeds 123 to 126, 22 moved a feature across an edge (21 of them one that lay within 4e-4 of a
     # step of it), and 2 of these changed edge features by more than the bound of 1e-3: by 3.0e-3 and 1.7e-3. Without
     # such a move the largest change was 2e-7. So the draw decides whether a seed keeps the bound. In float64 rotations
