@@ -91,6 +91,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def heads(self, model: torch.nn.Module) -> list[str]:
+        """Return the names of a model's heads; empty for a framework without heads."""
+        ...
+
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module: ...
 
     def convert(self, model: torch.nn.Module) -> torch.nn.Module: ...
@@ -163,8 +167,11 @@ class Adapter(Protocol):
         """Return a context in which models run through plain operations."""
         ...
 
-    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
-        """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice."""
+    def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
+        """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice.
+
+        Of a model with several heads, `head` is evaluated, or the one that the framework takes by default.
+        """
         ...
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
@@ -172,9 +179,17 @@ class Adapter(Protocol):
         ...
 
     def calculator(
-        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "",
+        species: SpeciesMap | None = None,
+        head: str | None = None,
     ) -> Calculator:
-        """Return the framework's ASE calculator of a file; see `load` for `species`."""
+        """Return the framework's ASE calculator of a file, for one of its heads if it has several.
+
+        See `load` for `species`.
+        """
         ...
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 
 from gaq.adapter import adapter_for, adapter_for_file
-from gaq.checks.structures import check_calibration_structures
+from gaq.checks.labels import ENERGY_KEY, FORCES_KEY
+from gaq.checks.structures import check_structures, without_single_atoms
 from gaq.config.parse import ConfigSpec, parse_config
-from gaq.model.elements import SpeciesMap, check_calibration
+from gaq.model.elements import SpeciesMap, check_calibration, check_known
 from gaq.model.state import require_state
 from gaq.model.summary_table import format_rows
 from gaq.training import ptq
@@ -113,15 +114,16 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
 
     Args:
         model: a prepared model, not converted.
-        structures: structures like those the model will be used on; at least one.
+        structures: structures like those the model will be used on; at least one of several atoms. Those of a single
+            atom are left out, and a line in the log says so.
         progress: whether to show progress bars.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model is not prepared, there are no structures, or one has a single atom, or positions that
-            are not finite.
+        ValueError: if the model is not prepared, there are no structures of several atoms, no atoms of them interact,
+            one has an element that the model does not know, two atoms at one place, or positions that are not finite.
     """
     adapter = adapter_for(model)
     config = adapter.config(model)
@@ -131,7 +133,12 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
         raise ValueError("this model is converted: its rounding is final. Start again from the float model.")
     if not structures:
         raise ValueError("calibration needs at least one structure; the data given holds none.")
-    check_calibration_structures(structures)
+    check_structures(structures)
+    check_known(adapter.elements(model), structures)
+    structures, left_out = without_single_atoms(structures)
+    for line in left_out:
+        logger.warning(line)
+    ptq.check_interacting(adapter, model, structures)
     sample = choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True
@@ -208,7 +215,9 @@ def quantize(
     Raises:
         ValueError: as `select`, `prepare` and `calibrate`; and for structures of other elements than those chosen.
     """
+    check_structures(structures)
     if elements is None and head is None:
+        check_known(adapter_for(model).elements(model), structures)
         quantized = prepare(copy.deepcopy(model), config)
     else:
         quantized = select(model, elements, head)
@@ -235,12 +244,15 @@ def report(
     trained: bool = False,
     gates_only: bool = False,
     species: SpeciesMap | None = None,
+    head: str | None = None,
+    energy_key: str = ENERGY_KEY,
+    forces_key: str = FORCES_KEY,
 ) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
     Args:
         path: the model, quantized or float; no gates apply to a float one.
-        structures: labelled structures (energies in eV, forces in eV/Å).
+        structures: structures, with labels (energies in eV, forces in eV/Å) on as many as there are.
         reference: the float model to compare with.
         nve_ps: length of a simulation without thermostat; 0 leaves it out.
         progress: whether to show progress bars.
@@ -249,11 +261,20 @@ def report(
             themselves; those of a training loop of your own do not.
         gates_only: leave out what no gate judges: the time of a step, most of the reference's metrics.
         species: see `load`; of the model and the reference.
+        head: of a model with several, measure this one; by default all are, one after the other.
+        energy_key: key of the reference energy in ``info``.
+        forces_key: key of the reference forces in ``arrays``.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.
+
+    Raises:
+        ValueError: as `gaq.reporting.measure.measure_file`.
     """
     from gaq.reporting import measure_file
 
     options: Options = {"nve_ps": nve_ps, "progress": progress, "gates_only": gates_only}
-    return measure_file(path, structures, reference, trained=trained, device=device, species=species, **options)
+    options |= {"energy_key": energy_key, "forces_key": forces_key}
+    return measure_file(
+        path, structures, reference, trained=trained, device=device, species=species, head=head, **options
+    )

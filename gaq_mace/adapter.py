@@ -20,15 +20,15 @@ from gaq.kernels.cpu import native
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
-from gaq.process import default_dtype
+from gaq.process import dtype_restored
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
 from gaq_mace import engine, files, moments
 from gaq_mace import summary as inspection
-from gaq_mace.elements import element_names, select
+from gaq_mace.elements import element_names, head_names, select
 from gaq_mace.engine import serving
-from gaq_mace.evaluate import MACEPotential, energy_and_forces, make_batches
+from gaq_mace.evaluate import MACEPotential, energy_and_forces, keys_of, make_batches
 from gaq_mace.hook import status
 from gaq_mace.model import convert, prepare
 from gaq_mace.weights import weight_quantizers
@@ -56,7 +56,7 @@ class MACEAdapter:
 
     def process_state(self) -> AbstractContextManager[None]:
         # MACE sets torch's default dtype and leaves it so.
-        return default_dtype(torch.get_default_dtype())
+        return dtype_restored()
 
     def load(self, path: str | Path, device: str = "cpu", species: SpeciesMap | None = None) -> torch.nn.Module:
         _refuse_species(species)
@@ -77,6 +77,9 @@ class MACEAdapter:
 
     def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
         return element_names(model)
+
+    def heads(self, model: torch.nn.Module) -> list[str]:
+        return head_names(model)
 
     def prepare(self, model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return prepare(model, config)
@@ -116,8 +119,7 @@ class MACEAdapter:
 
     def batches(self, model: torch.nn.Module, structures: Sequence[Atoms], atoms: int) -> list[Batch]:
         # Readouts mask the channels of the other heads, so calibration needs the batches of every head.
-        heads = getattr(model, "heads", None) or [None]
-        return [batch for head in heads for batch in make_batches(model, structures, atoms, head)]
+        return [batch for head in head_names(model) for batch in make_batches(model, structures, atoms, head)]
 
     def energy_and_forces(
         self, model: torch.nn.Module, batch: Batch, create_graph: bool = False
@@ -150,21 +152,32 @@ class MACEAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return engine.disabled()
 
-    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
-        return MACEPotential(model, atoms)
+    def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
+        return MACEPotential(model, atoms, head)
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         pass  # MACE's files hold the model alone
 
     def calculator(
-        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "",
+        species: SpeciesMap | None = None,
+        head: str | None = None,
     ) -> MACECalculator:
         from gaq_mace.calculator import Calculator
 
         path = Path(path)
+        options = {"device": device, "default_dtype": dtype, **({} if head is None else {"head": head})}
         if files.is_safetensors(path):
-            return Calculator(models=[files.load(path, device)], device=device, default_dtype=dtype)
-        return Calculator(model_paths=str(path), device=device, default_dtype=dtype)
+            calculator = Calculator(models=[files.load(path, device)], **options)
+        else:
+            calculator = Calculator(model_paths=str(path), **options)
+        keys = keys_of(calculator.models[0])
+        calculator.info_keys |= keys.info_keys
+        calculator.arrays_keys |= keys.arrays_keys
+        return calculator
 
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""

@@ -8,7 +8,7 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from mace.calculators import MACECalculator
 
-from gaq.process import default_dtype, unchanged
+from gaq.process import alone, default_dtype, unchanged
 from gaq.untyped import Batch
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Calculator(MACECalculator):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with unchanged():
+        with unchanged(), alone():
             super().__init__(*args, **kwargs)
 
     def _atoms_to_batch(self, atoms: Atoms) -> Batch:

@@ -9,6 +9,7 @@ the same names. The reference path, TorchScript and pickles get the compiled cod
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -153,6 +154,25 @@ def _defer_contraction(model: fx.GraphModule, example_inputs: tuple[Tensor, ...]
     return Deferred(_Recipe(model, tuple(example_inputs), scripted=False))
 
 
+def _traced_apart(original: Callable[..., fx.GraphModule]) -> Callable[..., fx.GraphModule]:
+    """Stand for `torch.fx.symbolic_trace` where MACE's contractions call it, on functions of tensors.
+
+    That puts its tracer into `torch.nn.Module` for all threads: modules that other threads call meanwhile would land in
+    the graph.
+    """
+
+    def trace(function: Any) -> fx.GraphModule:
+        if not _active.get() or isinstance(function, torch.nn.Module):
+            return original(function)
+        graph = fx.Graph()
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        inputs = [fx.Proxy(graph.placeholder(name), tracer) for name in inspect.signature(function).parameters]
+        graph.output(function(*inputs).node)
+        return fx.GraphModule(torch.nn.Module(), graph, function.__name__)
+
+    return trace
+
+
 def _register_later(original: Callable[..., None]) -> Callable[..., None]:
     """Stand for e3nn's ``CodeGenMixin._codegen_register``."""
 
@@ -212,6 +232,7 @@ def constructing() -> Iterator[None]:
             (e3nn_linear, "optimize_einsums_full", _optimize_later),
             (e3nn_product, "optimize_einsums_full", _optimize_later),
             (opt_einsum_fx, "optimize_einsums_full", _defer_contraction),
+            (fx, "symbolic_trace", _traced_apart(fx.symbolic_trace)),
             (CodeGenMixin, "_codegen_register", _register_later(CodeGenMixin._codegen_register)),
             (cg, "_wigner_nj", _remembering(cg._wigner_nj)),
             (normalization, "moment", _remembering_moments(normalization.moment)),

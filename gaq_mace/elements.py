@@ -21,7 +21,7 @@ from gaq_mace.model import check_supported
 from gaq_mace.packed import build, model_config
 from gaq_mace.root import is_quantized
 
-__all__ = ["element_names", "select", "select_elements", "select_head"]
+__all__ = ["element_names", "head_names", "select", "select_elements", "select_head"]
 
 
 def element_names(model: torch.nn.Module) -> list[str]:
@@ -29,6 +29,11 @@ def element_names(model: torch.nn.Module) -> list[str]:
     from ase.data import chemical_symbols
 
     return [chemical_symbols[int(number)] for number in model.atomic_numbers]  # type: ignore[union-attr]  # a tensor
+
+
+def head_names(model: torch.nn.Module) -> list[str]:
+    """Names of a model's heads, in the model's order; one where the model does not name any."""
+    return [str(name) for name in getattr(model, "heads", None) or ["Default"]]
 
 
 def _cut(source: Tensor, shape: Sequence[int], rows: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def select_head(model: torch.nn.Module, head: str) -> torch.nn.Module:
         ValueError: if the model has no such head, is quantized, or cannot be quantized.
     """
     _check(model)
-    heads = [str(name) for name in getattr(model, "heads", None) or ["Default"]]
+    heads = head_names(model)
     if head not in heads:
         raise ValueError(f"head: the model has no head {head!r}; it has {', '.join(heads)}.")
     if len(heads) == 1:

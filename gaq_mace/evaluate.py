@@ -13,15 +13,18 @@ from mace import data
 from mace.tools import torch_geometric, utils
 from torch import Tensor
 
+from gaq.caches import cached
 from gaq.model.elements import check_known
 from gaq.process import default_dtype
 from gaq.training.sampling import by_atoms
+from gaq.untyped import AnyModule
+from gaq_mace.elements import head_names
 from gaq_mace.engine.serving import Served, engine_for
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["MACEPotential", "collated", "energy_and_forces", "make_batches"]
+__all__ = ["MACEPotential", "collated", "energy_and_forces", "keys_of", "make_batches"]
 
 FUSED_ATOMS = 512
 """Atoms in a batch for the fused kernels, from which on larger batches are no faster."""
@@ -42,7 +45,8 @@ def make_batches(
         head: for a model with several; by default the one called ``default``, or else the last.
 
     Raises:
-        ValueError: if there are no structures, or one has an element the model does not know.
+        ValueError: if there are no structures, one has an element the model does not know, or lacks a property that
+            the model embeds.
     """
     if not structures:
         raise ValueError("no structures were given.")
@@ -50,20 +54,17 @@ def make_batches(
     table = utils.AtomicNumberTable(numbers)
     check_known([_symbol(z) for z in numbers], structures)
     first = next(model.parameters())
-    heads = getattr(model, "heads", ["Default"])
+    heads = head_names(model)
     if head is None:
         head = next((h for h in heads if str(h).lower() == "default"), heads[-1])
-    keys = _keys_of(model)
+    keys = keys_of(model)
     with default_dtype(first.dtype):
-        graphs = [
-            data.AtomicData.from_config(
-                data.config_from_atoms(structure, key_specification=keys, head_name=head),
-                z_table=table,
-                cutoff=float(model.r_max),  # type: ignore[arg-type]  # a tensor
-                heads=heads,
-            )
-            for structure in structures
-        ]
+        graphs = []
+        for number, structure in enumerate(structures):
+            config = data.config_from_atoms(structure, key_specification=keys, head_name=head)
+            cutoff = float(model.r_max)  # type: ignore[arg-type]  # a tensor
+            graph = data.AtomicData.from_config(config, z_table=table, cutoff=cutoff, heads=heads)
+            graphs.append(_checked_graph(graph, keys, structure, number))
         return collated(graphs, atoms, first.device)
 
 
@@ -76,17 +77,43 @@ def collated(graphs: Sequence[Any], atoms: int, device: torch.device) -> list[di
     return batches
 
 
-_CALCULATOR_KEYS = {"total_charge": "charge", "total_spin": "spin"}
+@cached(most=1)
+def _calculator_keys() -> dict[str, dict[str, str]]:
+    """Where `MACECalculator` looks for properties, by name, in ``info`` and ``arrays`` of a structure: it is asked."""
+    from gaq_mace.calculator import Calculator
+
+    any_model: AnyModule = torch.nn.Linear(1, 1)
+    any_model.r_max, any_model.atomic_numbers, any_model.heads = torch.ones(()), [1], ["Default"]
+    calculator = Calculator(models=[any_model], device="cpu", default_dtype="float32")
+    return {"info": dict(calculator.info_keys), "arrays": {calculator.charges_key: "charges", **calculator.arrays_keys}}
 
 
-def _keys_of(model: torch.nn.Module) -> data.KeySpecification:
-    """Where structures hold the properties that a model embeds: where `MACECalculator` looks for them."""
-    info: dict[str, str] = {}
-    arrays: dict[str, str] = {}
+def keys_of(model: torch.nn.Module) -> data.KeySpecification:
+    """Where structures hold the properties that a model embeds.
+
+    It is where `MACECalculator` looks for them, and where training did for those that the calculator does not know.
+    """
+    keys = data.KeySpecification()
     for name, spec in (getattr(model, "embedding_specs", None) or {}).items():
-        place = info if spec["per"] == "graph" else arrays
-        place[name] = _CALCULATOR_KEYS.get(name, spec.get("key", name))
-    return data.KeySpecification(info_keys=info, arrays_keys=arrays)
+        place, of_place = ("info", keys.info_keys) if spec["per"] == "graph" else ("arrays", keys.arrays_keys)
+        of_place[name] = _calculator_keys()[place].get(name, spec.get("key", name))
+    return keys
+
+
+def _checked_graph(graph: Any, keys: data.KeySpecification, structure: Atoms, number: int) -> Any:
+    """The graph of a structure, if it has the properties that the model embeds.
+
+    Raises:
+        ValueError: naming the structure and the key of a property that has no default.
+    """
+    for place, of_place in (("info", keys.info_keys), ("arrays", keys.arrays_keys)):
+        for name, key in of_place.items():
+            if getattr(graph, name, None) is None:
+                raise ValueError(
+                    f"structure {number} ({structure.get_chemical_formula()}) has no {place}[{key!r}], the property "
+                    f"{name!r} that the model reads."
+                )
+    return graph
 
 
 def _symbol(number: int) -> str:
@@ -129,17 +156,19 @@ class MACEPotential:
     Args:
         model: any MACE model.
         atoms: most atoms in a batch; by default `FUSED_ATOMS`, or `REFERENCE_ATOMS` on the reference path.
+        head: see `make_batches`.
     """
 
-    def __init__(self, model: torch.nn.Module, atoms: int | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> None:
         self.model = model
         self.atoms = atoms
+        self.head = head
 
     def _batches(self, structures: Sequence[Atoms]) -> list[dict[str, Tensor]]:
         atoms = self.atoms
         if atoms is None:
             atoms = FUSED_ATOMS if isinstance(self.model, Served) and engine_for(self.model, {}) else REFERENCE_ATOMS
-        return make_batches(self.model, structures, atoms)
+        return make_batches(self.model, structures, atoms, self.head)
 
     def energies(self, structures: Sequence[Atoms]) -> np.ndarray:
         """Energies alone, shape (len(structures),), eV."""

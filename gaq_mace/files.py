@@ -20,7 +20,7 @@ import torch
 from gaq.files.archive import deflate
 from gaq.files.kinds import MACE_MLIAP, kind_of, new_name
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
-from gaq.process import check_device, default_dtype
+from gaq.process import alone, check_device, dtype_restored
 from gaq.third_party_warnings import known_hidden
 from gaq.untyped import Document
 from gaq_mace.deferred import constructing, mark
@@ -176,8 +176,9 @@ def load(path: str | Path, device: str = "cpu", exports: bool = False) -> torch.
             _check_archive(path)
         # A packed pickle sets dtype and random state and puts them back, except where MACE's constructor raises.
         with ExitStack() as stack:
+            stack.enter_context(dtype_restored())
+            stack.enter_context(alone())
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(default_dtype(torch.get_default_dtype()))
             stack.enter_context(known_hidden())
             if packed:
                 stack.enter_context(constructing())

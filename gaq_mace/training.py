@@ -18,7 +18,7 @@ from gaq.model.state import TRAINED, feature_quantizers, require_state, round_we
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
-from gaq.training.ptq import RANGE_ATOMS, round_at_end
+from gaq.training.ptq import RANGE_ATOMS, check_weights, round_at_end
 from gaq.training.sampling import choose
 from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
 from gaq.untyped import Batch, Loader, Patched, Structure
@@ -173,10 +173,16 @@ def round_after_loading(
 
 def finish(model: torch.nn.Module, dataset: Sequence[Structure], device: torch.device) -> None:
     """Round weights that were trained in float, by calibration on the training structures."""
+    _check_weights(model, dataset)
     search_ranges(model)
     with torch.enable_grad():
         for line in round_at_end(_TrainingData(device), model, dataset, require_state(model).config):
             logging.info(line)
+
+
+def _check_weights(model: torch.nn.Module, dataset: Sequence[Structure]) -> None:
+    """See `gaq.training.ptq.check_weights`; MACE itself goes on and saves a model of NaN."""
+    check_weights(dict(model.named_parameters()), (graph.to_dict() for graph in dataset))
 
 
 def run_epoch(original: Callable[..., object], *args: object, **kwargs: Any) -> object:
@@ -185,6 +191,7 @@ def run_epoch(original: Callable[..., object], *args: object, **kwargs: Any) -> 
     state = state_of(model)
     if state is None:
         return original(*args, **kwargs)
+    _check_weights(model, kwargs["data_loader"].dataset)
     epoch = kwargs["epoch"]
     branches = branch_state(state.config.vectors, epoch)
     rounds_vectors = state.config.vectors.magnitude_bits is not None

@@ -76,6 +76,9 @@ class NequIPAdapter:
     def elements(self, model: torch.nn.Module, strict: bool = True) -> list[str]:
         return list(species_of(model, strict))
 
+    def heads(self, model: torch.nn.Module) -> list[str]:
+        return []
+
     def prepare(self, model_: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
         return model.prepare(model_, config)
 
@@ -146,7 +149,7 @@ class NequIPAdapter:
     def reference_path(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def potential(self, model: torch.nn.Module, atoms: int | None = None) -> Potential:
+    def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
         if isinstance(model, files.CompiledModel):
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
@@ -155,7 +158,12 @@ class NequIPAdapter:
         model.__dict__[EXAMPLE] = from_structures(model, structures)
 
     def calculator(
-        self, path: str | Path, device: str = "cpu", dtype: str = "", species: SpeciesMap | None = None
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "",
+        species: SpeciesMap | None = None,
+        head: str | None = None,
     ) -> Calculator:
         model = files.load(path, device, species)
         return model.calculator() if isinstance(model, files.CompiledModel) else model_calculator(model, device)

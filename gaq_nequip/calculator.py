@@ -11,7 +11,7 @@ from nequip.utils.global_dtype import _GLOBAL_DTYPE
 
 from gaq.process import default_dtype
 from gaq.untyped import AnyModule
-from gaq_nequip.host import nequip_state
+from gaq_nequip.host import loading
 from gaq_nequip.species import species_of, type_names
 
 __all__ = ["Calculator", "compiled_calculator", "model_calculator", "saved_calculator"]
@@ -30,13 +30,13 @@ class Calculator(NequIPCalculator):
 
 def compiled_calculator(path: str | Path, device: str, species: dict[str, str]) -> Calculator:
     """The calculator of a compiled file, with the type name of each chemical symbol."""
-    with nequip_state():
+    with loading():
         return Calculator.from_compiled_model(str(path), device=device, chemical_species_to_atom_type_map=species)
 
 
 def saved_calculator(path: str | Path, device: str, species: dict[str, str]) -> Calculator:
     """The calculator of a checkpoint or a package, with the type name of each chemical symbol."""
-    with nequip_state():
+    with loading():
         return Calculator._from_saved_model(str(path), device=device, chemical_species_to_atom_type_map=species)
 
 
@@ -44,6 +44,6 @@ def model_calculator(model: AnyModule, device: str) -> Calculator:
     """The calculator of a model in memory, whose types are known by chemical symbols (`species_of`)."""
     metadata = model.metadata
     cutoff = float(metadata[graph_model.R_MAX_KEY])
-    with nequip_state():
+    with loading():
         transforms = basic_transforms(metadata, cutoff, type_names(model), species_of(model))
         return Calculator(model=model.eval(), device=device, transforms=transforms)

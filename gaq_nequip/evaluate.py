@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from ase.calculators.calculator import all_properties
 from nequip.data import AtomicDataDict, from_ase
 from nequip.integrations.utils import basic_transforms
 from nequip.nn import graph_model
@@ -63,10 +64,13 @@ def make_batches(model: torch.nn.Module, structures: Sequence[Atoms], atoms: int
     check_known(list(species), structures)
     r_max = float(metadata[graph_model.R_MAX_KEY])
     transforms = basic_transforms(metadata, r_max, type_names(model), species)
+    # As `NequIPCalculator` reads structures, but without what the model does not read: labels that only some have
+    # cannot be joined to batches.
+    unread = set(all_properties) - set(model.model_input_fields)  # type: ignore[arg-type]  # names, of NequIP's root
     graphs = []
     with default_dtype(_GLOBAL_DTYPE):
         for structure in structures:
-            data = from_ase(structure)
+            data = from_ase(structure, exclude_keys=list(unread))
             for transform in transforms:
                 data = transform(data)
             graphs.append(data)

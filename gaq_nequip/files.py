@@ -29,7 +29,7 @@ from gaq.process import check_device
 from gaq.untyped import AnyModule, Calculator, Document
 from gaq_nequip.example import example_of
 from gaq_nequip.forms import CHECKPOINT, COMPILED, PACKAGE, form_of, named
-from gaq_nequip.host import nequip_state
+from gaq_nequip.host import loading
 from gaq_nequip.model import graph_models, ranges_follow
 from gaq_nequip.names import EXAMPLE, SOURCE, SPECIES
 from gaq_nequip.species import check_given, in_metadata, species_in_file, species_of, type_names
@@ -202,7 +202,7 @@ def load(path: str | Path, device: str = "cpu", species: SpeciesMap | None = Non
     if kind == PACKAGE:
         _check_package(path)
     try:
-        with nequip_state(), ranges_follow(), named(path) as link:
+        with loading(), ranges_follow(), named(path) as link:
             loaded = _load_package(path) if kind == PACKAGE else load_saved_model(str(link), model_key=None)
     except _UNREADABLE as error:
         if str(error).startswith("Error(s) in loading state_dict"):

@@ -12,7 +12,7 @@ from nequip.utils import RankedLogger
 from torch import Tensor
 
 from gaq.model.state import UNFINISHED, require_state
-from gaq.training.ptq import round_at_end
+from gaq.training.ptq import check_weights, round_at_end
 from gaq.training.sampling import by_atoms
 from gaq.untyped import Batch, Document, Structure, Trainer, TrainingModule
 from gaq_nequip.adapter import NequIPAdapter
@@ -58,6 +58,7 @@ def finish(trainer: Trainer, module: TrainingModule) -> None:
     data = _TrainingData(loader.collate_fn, module.device)
     for model in quantized_models(module.model):
         state = require_state(model)
+        check_weights(dict(model.named_parameters()), loader.dataset)
         search_ranges(model)
         model.train()
         with eager(model), torch.enable_grad():

@@ -20,20 +20,39 @@ from nequip.utils.global_dtype import _GLOBAL_DTYPE
 
 from gaq import process
 
-__all__ = ["nequip_state"]
+__all__ = ["loading", "nequip_state"]
 
 
 @contextmanager
 def nequip_state() -> Iterator[None]:
-    """Within this context NequIP is set up; afterwards the process is as before, also if the context raises."""
+    """Within this context NequIP is set up; afterwards the process is as before, also if the context raises.
+
+    Threads may be in it at once; the last of them restores the process.
+    """
+    with process.default_dtype(_GLOBAL_DTYPE), _together():
+        yield
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """`nequip_state` for code that builds models, for which NequIP changes torch's default dtype: no other thread
+    relies on it meanwhile."""
+    with nequip_state(), process.alone(), process.default_dtype(_GLOBAL_DTYPE):
+        yield
+
+
+@contextmanager
+def _nequip_state() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(process.unchanged())
         stack.callback(workflow.set_workflow_state, workflow.get_workflow_state())
         stack.enter_context(_tf32_unchanged())
         if not global_state.global_state_initialized():
             stack.enter_context(_set_up())
-        torch.set_default_dtype(_GLOBAL_DTYPE)
         yield
+
+
+_together = process.Together(_nequip_state)
 
 
 @contextmanager

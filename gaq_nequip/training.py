@@ -28,6 +28,7 @@ from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
+from gaq.training.ptq import check_weights
 from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
 from gaq.untyped import Batch, Trainer, TrainingModule
 from gaq_nequip.error_comparison import ErrorComparison
@@ -213,6 +214,8 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
             logger.info(f"Epoch {epoch}: vectors are rounded from now on")
         for model in quantized_models(pl_module.model):
             require_state(model).status = "training"
+            if epoch > 0:
+                check_weights(dict(model.named_parameters()), trainer.datamodule.train_dataloader().dataset)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):

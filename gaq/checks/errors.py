@@ -1,4 +1,4 @@
-"""Errors against reference labels and against another potential, and reading labelled structures."""
+"""Errors against reference labels and against another potential, and reading structures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.checks.labels import ENERGY_KEY, FORCES_KEY, MissingLabelsError, labels_of, present_keys
 from gaq.checks.potential import Potential
-from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-
-class MissingLabelsError(ValueError):
-    """A structure has no reference energy or forces under the expected key."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +21,21 @@ class LabelErrors:
     """Errors against reference labels.
 
     Attributes:
-        force_mae_mev_per_angstrom: mean absolute error over all force components of all structures, meV/Å.
+        force_mae_mev_per_angstrom: mean absolute error over all labelled force components, meV/Å; None without labels.
         force_rmse_mev_per_angstrom: root mean square error over the same components, meV/Å.
-        energy_mae_mev_per_atom: over structures, of the energy difference per atom, meV/atom.
-        structures: number of structures.
+        energy_mae_mev_per_atom: over labelled structures, of the energy difference per atom, meV/atom; None without.
+        structures: number of structures with reference forces.
+        energies: number of structures with a reference energy.
         force_components: number of force components.
         force_labels: reference forces, shape (force_components,), eV/Å, for plots.
         force_predictions: predicted forces in the same order, shape (force_components,), eV/Å.
     """
 
-    force_mae_mev_per_angstrom: float
-    force_rmse_mev_per_angstrom: float
-    energy_mae_mev_per_atom: float
+    force_mae_mev_per_angstrom: float | None
+    force_rmse_mev_per_angstrom: float | None
+    energy_mae_mev_per_atom: float | None
     structures: int
+    energies: int
     force_components: int
     force_labels: np.ndarray
     force_predictions: np.ndarray
@@ -46,18 +44,17 @@ class LabelErrors:
 def force_and_energy_mae(
     potential: Potential,
     structures: Sequence[Atoms],
-    energy_key: str = "REF_energy",
-    forces_key: str = "REF_forces",
+    energy_key: str = ENERGY_KEY,
+    forces_key: str = FORCES_KEY,
 ) -> LabelErrors:
-    """Measure mean absolute errors of energies and forces against the labels of the structures.
+    """Measure mean absolute errors of energies and forces against the labels that the structures have.
 
-    Labels are looked up in ``structure.info[energy_key]`` and ``structure.arrays[forces_key]``, then among
-    the stored results of an attached ``SinglePointCalculator`` (where ASE puts ``energy`` and ``forces``
-    columns).
+    See `gaq.checks.labels.labels_of` for where labels are looked up. A structure without an energy, or without forces,
+    counts for what it has.
 
     Args:
         potential: the potential under test.
-        structures: labelled structures; all go to the potential in one list.
+        structures: structures, some of them labelled; those that are go to the potential in one list.
         energy_key: key of the total energy, eV.
         forces_key: key of the forces, shape (n_atoms, 3), eV/Å.
 
@@ -65,23 +62,35 @@ def force_and_energy_mae(
         The errors, and the forces for plotting.
 
     Raises:
-        MissingLabelsError: if a structure has no label; the message names the frame and the key.
-        ValueError: if there are no structures, or a label has the wrong shape or is not finite.
+        MissingLabelsError: if no structure has a label.
+        ValueError: if there are no structures.
     """
     if len(structures) == 0:
         raise ValueError("force_and_energy_mae: no structures given; pass at least one")
-    labels = [labels_of(structure, n, energy_key, forces_key) for n, structure in enumerate(structures)]
-    energies, forces = potential(_unconstrained(structures))
-    label_energies = np.array([energy for energy, _ in labels])
-    sizes = np.array([len(structure) for structure in structures])
-    expected = np.concatenate([label.ravel() for _, label in labels])
-    predicted = _flat(forces)
-    energy_errors = np.abs(np.asarray(energies, dtype=float) - label_energies) / sizes
+    labelled = [
+        (structure, label) for structure in structures if (label := labels_of(structure, energy_key, forces_key)).any
+    ]
+    if not labelled:
+        raise MissingLabelsError(
+            f"no structure has a reference energy {energy_key!r} or reference forces {forces_key!r}; "
+            f"{present_keys(structures)}."
+        )
+    energies, forces = potential(_unconstrained([structure for structure, _ in labelled]))
+    per_atom = [
+        abs(float(energy) - label.energy) / len(structure)
+        for energy, (structure, label) in zip(energies, labelled, strict=True)
+        if label.energy is not None
+    ]
+    pairs = [
+        (label.forces, force) for force, (_, label) in zip(forces, labelled, strict=True) if label.forces is not None
+    ]
+    expected, predicted = (_flat([pair[k] for pair in pairs]) for k in (0, 1))
     return LabelErrors(
-        force_mae_mev_per_angstrom=1e3 * float(np.mean(np.abs(predicted - expected))),
-        force_rmse_mev_per_angstrom=_rms(predicted - expected),
-        energy_mae_mev_per_atom=1e3 * float(np.mean(energy_errors)),
-        structures=len(structures),
+        force_mae_mev_per_angstrom=1e3 * float(np.mean(np.abs(predicted - expected))) if pairs else None,
+        force_rmse_mev_per_angstrom=_rms(predicted - expected) if pairs else None,
+        energy_mae_mev_per_atom=1e3 * float(np.mean(per_atom)) if per_atom else None,
+        structures=len(pairs),
+        energies=len(per_atom),
         force_components=len(expected),
         force_labels=expected,
         force_predictions=predicted,
@@ -129,7 +138,7 @@ def _unconstrained(structures: Sequence[Atoms]) -> list[Atoms]:
 
 
 def _flat(forces: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.asarray(force, dtype=float).ravel() for force in forces])
+    return np.concatenate([np.empty(0), *(np.asarray(force, dtype=float).ravel() for force in forces)])
 
 
 def _rms(forces: np.ndarray) -> float:
@@ -175,47 +184,3 @@ def spaced(structures: Sequence[Atoms], count: int) -> list[Atoms]:
     """Return at most `count` of the structures, evenly spaced, the first and the last among them."""
     count = min(count, len(structures))
     return [structures[int(n)] for n in np.linspace(0, len(structures) - 1, count)]
-
-
-def _stored_labels(structure: Atoms) -> Document:
-    from ase.calculators.singlepoint import SinglePointCalculator
-
-    # Only stored results are labels: any other calculator would compute new values.
-    return structure.calc.results if isinstance(structure.calc, SinglePointCalculator) else {}
-
-
-def has_labels(structure: Atoms, energy_key: str, forces_key: str) -> bool:
-    """Whether a structure has a reference energy or reference forces."""
-    return energy_key in structure.info or forces_key in structure.arrays or "forces" in _stored_labels(structure)
-
-
-def labels_of(structure: Atoms, frame: int, energy_key: str, forces_key: str) -> tuple[float, np.ndarray]:
-    """Return energy (eV) and forces (n_atoms, 3) (eV/Å) of a labelled structure.
-
-    Raises:
-        MissingLabelsError: if one is missing.
-        ValueError: if one is not finite or has the wrong shape.
-    """
-    stored = _stored_labels(structure)
-    energy = structure.info.get(energy_key, stored.get("energy"))
-    forces = structure.arrays.get(forces_key, stored.get("forces"))
-    for value, key, place, stored_key in (
-        (energy, energy_key, "info", "energy"),
-        (forces, forces_key, "arrays", "forces"),
-    ):
-        if value is None:
-            raise MissingLabelsError(
-                f"frame {frame} ({structure.get_chemical_formula()}) has no reference {stored_key}: no "
-                f"{place}[{key!r}] and no stored calculator result {stored_key!r}; present in {place}: "
-                f"{sorted(getattr(structure, place))}. Name the key your data uses, or label the data."
-            )
-    energy_value = np.asarray(energy, dtype=float)
-    force_values = np.asarray(forces, dtype=float)
-    if energy_value.size != 1 or not np.isfinite(energy_value).all():
-        raise ValueError(f"frame {frame}: reference energy {energy_key!r} is {energy!r}, not one finite number")
-    if force_values.shape != (len(structure), 3) or not np.isfinite(force_values).all():
-        raise ValueError(
-            f"frame {frame}: reference forces {forces_key!r} have shape {force_values.shape} or values "
-            f"that are not finite; expected finite values of shape ({len(structure)}, 3)"
-        )
-    return float(energy_value.ravel()[0]), force_values

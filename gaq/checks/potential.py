@@ -47,6 +47,8 @@ class CalculatorPotential:
         for structure in structures:
             atoms = structure.copy()
             atoms.calc = self.calculator
+            # Calculators take atoms at the same positions for the same structure, whatever arrays the model reads.
+            self.calculator.reset()
             forces.append(np.array(atoms.get_forces()))
             energies.append(atoms.get_potential_energy())
         return np.array(energies), forces

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gaq.checks.errors import has_labels, labels_of
+from gaq.checks.labels import ENERGY_KEY, FORCES_KEY, frames_text
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_calibration_structures", "check_labels", "check_structures", "hold_out", "rattled"]
+__all__ = ["check_structures", "coincident_atoms", "hold_out", "rattled", "without_single_atoms"]
 
 RATTLE = 0.05
 """Standard deviation of a displacement in `rattled`, Å: that of a light atom in a solid or molecule near 300 K."""
@@ -20,9 +20,13 @@ RATTLE = 0.05
 FEWEST_TO_SPLIT = 5
 """Fewest structures of which some are held out of calibration; fewer are all needed there."""
 
+SAME_PLACE = 1e-3
+"""Distance in Å below which two atoms are at one place. Files hold positions to a few digits, so an atom that is listed
+twice, at both ends of a cell, may be a little off itself; no potential has a meaning there."""
+
 
 def rattled(
-    structures: Sequence[Atoms], seed: int = 0, energy_key: str = "REF_energy", forces_key: str = "REF_forces"
+    structures: Sequence[Atoms], seed: int = 0, energy_key: str = ENERGY_KEY, forces_key: str = FORCES_KEY
 ) -> list[Atoms]:
     """Return a copy of each structure with every atom displaced at random by `RATTLE`; it has no labels."""
     rng = np.random.default_rng(seed)
@@ -60,7 +64,8 @@ def check_structures(structures: Sequence[Atoms]) -> None:
     """Refuse structures on which every number would be wrong.
 
     Raises:
-        ValueError: if there are none, or positions or a cell are not finite; the message names the frame.
+        ValueError: if there are none, positions or a cell are not finite, or two atoms are at one place; the message
+            names the frame and the atoms.
     """
     if len(structures) == 0:
         raise ValueError("no structures given; pass at least one")
@@ -68,34 +73,62 @@ def check_structures(structures: Sequence[Atoms]) -> None:
         for what, values in (("positions", structure.positions), ("cell", np.asarray(structure.cell))):
             if not np.isfinite(values).all():
                 raise ValueError(f"{_name(structure, frame)}: the {what} hold NaN or infinity; leave the frame out")
-
-
-def check_labels(structures: Sequence[Atoms], energy_key: str = "REF_energy", forces_key: str = "REF_forces") -> None:
-    """Refuse labels that are not finite, and those on some structures only. No labels at all are no error.
-
-    Raises:
-        gaq.checks.errors.MissingLabelsError: if some structures have labels and others have not.
-        ValueError: if a label is not finite or has the wrong shape; the message names the frame.
-    """
-    if any(has_labels(structure, energy_key, forces_key) for structure in structures):
-        for frame, structure in enumerate(structures):
-            labels_of(structure, frame, energy_key, forces_key)
-
-
-def check_calibration_structures(structures: Sequence[Atoms]) -> None:
-    """Refuse structures that cannot be calibrated on: as `check_structures`, and those of a single atom.
-
-    Raises:
-        ValueError: naming the frame.
-    """
-    check_structures(structures)
-    for frame, structure in enumerate(structures):
-        if len(structure) < 2:
+        if (pair := coincident_atoms(structure)) is not None:
+            symbols = [structure.symbols[atom] for atom in pair]
             raise ValueError(
-                f"{_name(structure, frame)} has a single atom, on which the force of any model is zero: nothing can be "
-                "calibrated or checked on it. Leave isolated atoms out; repeat the cell of a crystal until it holds a "
-                "few atoms, and displace them"
+                f"{_name(structure, frame)}: atoms {pair[0]} ({symbols[0]}) and {pair[1]} ({symbols[1]}) are at one "
+                "place, where forces are not defined; remove one of them, or leave the frame out"
             )
+
+
+def coincident_atoms(structure: Atoms) -> tuple[int, int] | None:
+    """Return two atoms at one place, periodic images counted; None where there are none.
+
+    Args:
+        structure: with finite positions and a finite cell.
+
+    Raises:
+        ValueError: if the vectors of a cell are linearly dependent.
+    """
+    from scipy.spatial import cKDTree
+
+    cell = structure.cell.complete().array
+    if abs(np.linalg.det(cell)) < 1e-12 * np.linalg.norm(cell, axis=1).prod():
+        raise ValueError(f"{structure.get_chemical_formula()}: the vectors of the cell are linearly dependent")
+    inverse = np.linalg.inv(cell)
+    scaled = structure.positions @ inverse
+    wrapped = scaled[:, structure.pbc] % 1.0
+    scaled[:, structure.pbc] = np.where(wrapped < 1.0, wrapped, 0.0)  # 1 is what is left of a tiny negative number
+    tree = cKDTree(scaled, boxsize=np.where(structure.pbc, 1.0, 0.0))
+    # A scaled distance is at most the distance times the largest stretch of the inverse.
+    for first, second in sorted(tree.query_pairs(SAME_PLACE * float(np.linalg.norm(inverse, 2)))):
+        if structure.get_distance(first, second, mic=True) < SAME_PLACE:
+            return int(first), int(second)
+    return None
+
+
+def without_single_atoms(structures: Sequence[Atoms]) -> tuple[list[Atoms], list[str]]:
+    """Leave out structures of a single atom: its force is zero in any model, and nothing can be learned from it.
+
+    Returns:
+        The others, and a line that says what was left out; no line where nothing was.
+
+    Raises:
+        ValueError: if no structure is left.
+    """
+    frames = [n for n, structure in enumerate(structures) if len(structure) < 2]
+    kept = [structure for structure in structures if len(structure) > 1]
+    if not kept:
+        raise ValueError(
+            "every structure has a single atom, on which the force of any model is zero: nothing can be calibrated or "
+            "checked on it. Give structures of several atoms; repeat the cell of a crystal until it holds a few, and "
+            "displace them"
+        )
+    if not frames:
+        return kept, []
+    return kept, [
+        f"left out: {len(frames)} of {len(structures)} structures, a single atom has no forces: {frames_text(frames)}"
+    ]
 
 
 def _name(structure: Atoms, frame: int) -> str:

@@ -61,6 +61,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_label_keys(command: argparse.ArgumentParser) -> None:
+    """Add the keys of labels, in both spellings: those of `mace_run_train` have underscores."""
+    from gaq.checks.labels import ENERGY_KEY, FORCES_KEY
+
+    for name, key in (("energy", ENERGY_KEY), ("forces", FORCES_KEY)):
+        text = f"key of reference {name} in the structures (default: {key}, or what ASE reads as {name})"
+        command.add_argument(f"--{name}-key", f"--{name}_key", metavar="KEY", default=key, help=text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Make the parser of ``gaq``."""
     root = argparse.ArgumentParser(
@@ -105,7 +114,10 @@ def _quantize(command: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="keep only these of the model's elements, such as Li,P,S,Cl: those of the calibration data",
     )
-    command.add_argument("--head", help="keep only this head of a model with several")
+    command.add_argument(
+        "--head", help="keep only this head of a model with several; by default all are kept and judged"
+    )
+    _add_label_keys(command)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     _add_species(command)
     command.add_argument("--force", action="store_true", help="write the model even if a gate fails, and mark it")
@@ -113,9 +125,11 @@ def _quantize(command: argparse.ArgumentParser) -> None:
 
 def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="the model, quantized or float")
-    command.add_argument("--data", required=True, help="labelled structures")
+    command.add_argument("--data", required=True, help="structures, labelled or not (any format ASE reads)")
     command.add_argument("-o", "--output", required=True, help="directory for report.json and report.html")
     command.add_argument("--reference", help="the float model to compare with")
+    command.add_argument("--head", help="measure this head only; by default each head of a model with several")
+    _add_label_keys(command)
     command.add_argument(
         "--trained",
         action="store_true",

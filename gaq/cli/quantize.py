@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     _check_calibration(arguments, config)
     check_device(arguments.device)
     structures = read_structures(arguments.calibration) if arguments.calibration else []
-    calibration, unseen = _split(structures)
+    calibration, unseen, left_out = _split(structures, arguments, say)
     model = load_model(adapter, arguments.model, arguments.device, arguments.species)
     if adapter.config(model) is not None:
         raise InputError(f"{arguments.model}: already quantized; give the float model it was made from.")
@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "times_smaller": None if after is None else before / after,
         "distillation": notes.get("distillation"),
         "not_fused": unfused,
+        "left_out": left_out,
         "gates": gates,
         "failed_gates": failed,
     }
@@ -113,15 +114,22 @@ def _check_calibration(arguments: argparse.Namespace, config: QuantizationConfig
         raise InputError(f"{purpose}: give --calibration DATA.xyz (labels are not needed){remedy}.")
 
 
-def _split(structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[Atoms]]:
-    """Check the structures, and split them into those to calibrate on and those to judge on."""
-    from gaq.checks.structures import check_calibration_structures, check_labels, hold_out
+def _split(
+    structures: Sequence[Atoms], arguments: argparse.Namespace, say: Say
+) -> tuple[Sequence[Atoms], Sequence[Atoms], list[str]]:
+    """Check the structures, and split them into those to calibrate on and those to judge on; say what is left out."""
+    from gaq.checks.labels import check_keys, left_out_labels
+    from gaq.checks.structures import check_structures, hold_out, without_single_atoms
 
     if not structures:
-        return structures, structures
-    check_calibration_structures(structures)
-    check_labels(structures)
-    return hold_out(structures)
+        return structures, structures, []
+    check_structures(structures)
+    check_keys(structures, arguments.energy_key, arguments.forces_key)
+    kept, lines = without_single_atoms(structures)
+    lines = [*left_out_labels(structures, arguments.energy_key, arguments.forces_key), *lines]
+    for line in lines:
+        say(line)
+    return (*hold_out(kept), lines)
 
 
 def _selected(
@@ -176,6 +184,8 @@ def _write_judged(
                 device=arguments.device,
                 gates_only=True,
                 species=arguments.species,
+                energy_key=arguments.energy_key,
+                forces_key=arguments.forces_key,
             )
             gates = measured["gates"]
             say(gate_lines(gates))

@@ -37,7 +37,12 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         device=arguments.device,
         trained=arguments.trained,
         species=arguments.species,
+        head=arguments.head,
+        energy_key=arguments.energy_key,
+        forces_key=arguments.forces_key,
     )
+    for line in report["left_out"]:
+        say(line)
     files = write_report(report, arguments.output)
     if report["gates"]:
         say(gate_lines(report["gates"]))

@@ -223,7 +223,8 @@ def convolution(
         graph: senders and receivers of the edges.
         features: of nodes, (atoms, rows, channels).
         vectors: of edges, (edges, 3) in Å, from sender to receiver or back, in the direction that the harmonics expect.
-            Edges of length zero, and of `r_max` or more, contribute nothing.
+            Edges of `r_max` or more contribute nothing. One of length zero has no direction: it makes the message of
+            its receiver NaN, and its own gradient.
         weights: coefficients of a `RadialTable`, (paths, intervals, COEFFICIENTS, channels), or of several, end to end
             (`Graph.tables` numbers them), or weights of each edge, (edges, paths, channels); in the dtype of the
             features.
@@ -272,8 +273,7 @@ def reference(
     """Compute `convolution` in plain torch, differentiable any number of times."""
     _check(problem, features, vectors, weights, tabulated, scales)
     lengths = vectors.norm(dim=-1)
-    inside = (lengths > 0) & (lengths < problem.r_max)
-    numbers = inside.nonzero()[:, 0]
+    numbers = (lengths < problem.r_max).nonzero()[:, 0]
     vectors, lengths = vectors[numbers], lengths[numbers]
     sh = harmonics.evaluate(list(problem.harmonics), vectors / lengths[:, None])
     if not tabulated:

@@ -254,6 +254,8 @@ def _difference_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training:
     if difference is None:
         return _gate("force_difference", None, None, "", missing, unit="meV/Å")
     error, force = float_error(difference, fp32), difference["force_rms_mev_per_angstrom"]
+    if force == 0.0:
+        return _gate("force_difference", None, None, "", "needs structures on which forces are not zero", unit="meV/Å")
     if bounds.force_mae_ptq is not None and training == "ptq":
         factor, share, only_ruin = difference_of_growth(bounds.force_mae_ptq), LOWEST_FLOAT_ERROR, False
     else:

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaq.checks.conservation import central_difference_error
-from gaq.checks.errors import ForceDifference, LabelErrors, force_and_energy_mae, force_difference, has_labels, spaced
+from gaq.checks.errors import ForceDifference, LabelErrors, force_and_energy_mae, force_difference, spaced
+from gaq.checks.labels import ENERGY_KEY, FORCES_KEY, check_keys, labels_of, left_out_labels
 from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
-from gaq.checks.structures import check_labels, check_structures, rattled
+from gaq.checks.structures import check_structures, rattled, without_single_atoms
 from gaq.model.elements import SpeciesMap
 from gaq.progress import explained
 from gaq.reporting.cost import cost
 from gaq.reporting.environment import hardware, versions
 from gaq.reporting.gates import BOUNDS, CENTRAL_DIFFERENCE_STEP, FLOAT, evaluate_gates, float_error, quotient
-from gaq.reporting.subject import Subject, open_file
+from gaq.reporting.heads import joined, labelled_in
+from gaq.reporting.subject import Subject, open_heads
 from gaq.reporting.watched import watched
 from gaq.untyped import Document
 
@@ -64,8 +66,8 @@ def quality(
     components: int = 6,
     steps: Sequence[float] = (0.1, 0.03, 0.01),
     seed: int = 0,
-    energy_key: str = "REF_energy",
-    forces_key: str = "REF_forces",
+    energy_key: str = ENERGY_KEY,
+    forces_key: str = FORCES_KEY,
     progress: bool = False,
     name: str = "model",
 ) -> Quality:
@@ -73,7 +75,7 @@ def quality(
 
     Args:
         subject: what to measure.
-        labelled: structures for the errors; their metrics are None if none of them has labels.
+        labelled: structures for the errors; a metric is None if none of them has its labels.
         rotated: structures for the rotation error.
         displaced: structures for central differences.
         rotations: random rotations per structure.
@@ -84,9 +86,6 @@ def quality(
         forces_key: key of the reference forces in ``arrays``.
         progress: whether to show progress bars.
         name: what they call the subject.
-
-    Raises:
-        ValueError: if only some structures are labelled.
     """
     metrics: Document = {}
     labels = None
@@ -115,9 +114,10 @@ def measure_file(
     trained: bool = False,
     device: str = "cpu",
     species: SpeciesMap | None = None,
+    head: str | None = None,
     **options: Any,
 ) -> Document:
-    """Measure and judge a model file.
+    """Measure and judge a model file; of one with several heads, each of them.
 
     Args:
         path: the model.
@@ -126,17 +126,34 @@ def measure_file(
         trained: apply the bounds of models that were trained with their rounding.
         device: device to run on.
         species: see `gaq.api.load`.
+        head: measure this head only. Without it, structures of a model with several heads are labelled for the head
+            that their ``info["head"]`` names, and for no other.
         options: options of `measure_subject`.
 
     Returns:
-        See `measure_subject`.
+        See `measure_subject`; for several heads, see `gaq.reporting.heads.joined`.
 
     Raises:
-        ValueError: for a file that cannot be read, structures that the model does not know, and as `measure_subject`.
+        ValueError: for a file that cannot be read, a head that it does not have, structures that the model does not
+            know, a key of labels other than the default that no structure has, and as `measure_subject`.
     """
-    subject = open_file(path, device, trained, structures=structures, species=species)
-    other = None if reference is None else open_file(reference, device, species=species)
-    return measure_subject(subject, structures, other, **options)
+    keys = {name: options[name] for name in ("energy_key", "forces_key") if name in options}
+    check_keys(structures, **{"energy_key": ENERGY_KEY, "forces_key": FORCES_KEY, **keys})
+    subjects = open_heads(path, device, trained, structures, species, head)
+    others = {} if reference is None else open_heads(reference, device, structures=structures, species=species)
+    if len(others) == 1:  # of that head, whatever its name: a float model that was trained by itself
+        others = dict.fromkeys(subjects, *others.values())
+    if missing := [name for name in subjects if others and name not in others]:
+        raise ValueError(f"{reference}: has no head {', '.join(map(str, missing))}, with which {path} is compared.")
+    if len(subjects) == 1:
+        ((name, subject),) = subjects.items()
+        return measure_subject(subject, structures, others.get(name), **options)
+    of_heads, lines = labelled_in(structures, list(subjects), **keys)
+    reports = {
+        name: measure_subject(subject, of_heads[name], others.get(name), **options)
+        for name, subject in subjects.items()
+    }
+    return joined(reports, lines)
 
 
 def measure_subject(
@@ -149,14 +166,15 @@ def measure_subject(
     progress: bool = False,
     checked_structures: int = 8,
     gates_only: bool = False,
-    energy_key: str = "REF_energy",
-    forces_key: str = "REF_forces",
+    energy_key: str = ENERGY_KEY,
+    forces_key: str = FORCES_KEY,
 ) -> Document:
     """Measure a model and its reference on the same data, and judge the model.
 
-    Errors against labels use every structure. Rotations and central differences, which cost dozens of evaluations per
-    structure, use ``checked_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use
-    the first structure. The force difference to the reference uses every structure that is labelled; without labels,
+    Errors against labels use every structure that has them. All else leaves out structures of a single atom, on which
+    forces are zero. Rotations and central differences, which cost dozens of evaluations per structure, use
+    ``checked_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use the first
+    structure. The force difference to the reference uses every structure with reference forces; where these are fewer,
     the spaced ones and a copy of each with displaced atoms, because forces on relaxed structures are zero.
 
     Args:
@@ -174,22 +192,24 @@ def measure_subject(
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
-        ``command``, ``gates``, all of plain Python types; and ``figures``, arrays for `gaq.reporting.write_report`,
-        which are not part of ``report.json``.
+        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used), ``heads``
+        (None; see `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for
+        `gaq.reporting.write_report`, which are not part of ``report.json``.
 
     Raises:
-        ValueError: if there are no structures, a file is missing, the preset is unknown, only some structures are
-            labelled, or a label or position is not finite.
+        ValueError: if there are no structures of several atoms, one is refused by
+            `gaq.checks.structures.check_structures`, a file is missing, or the preset is unknown.
     """
     check_structures(structures)
-    check_labels(structures, energy_key, forces_key)
+    left_out = left_out_labels(structures, energy_key, forces_key)
+    several_atoms, lines = without_single_atoms(structures)
     if subject.preset not in (*BOUNDS, FLOAT):
         raise ValueError(f"measure: no gates for preset {subject.preset!r}; nearest of: {', '.join(BOUNDS)}")
     subjects = {"model": subject, **({"reference": reference} if reference else {})}
     for measured in subjects.values():
         if measured.path is None or not Path(measured.path).is_file():
             raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
-    checked = spaced(structures, max(1, checked_structures))
+    checked = spaced(several_atoms, max(1, checked_structures))
     metrics: dict[str, Document] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
@@ -213,7 +233,7 @@ def measure_subject(
         if nve_ps > 0:
             runs[name] = nve_drift(
                 measured.calculator,
-                structures[0],
+                several_atoms[0],
                 duration_ps=nve_ps,
                 seed=seed,
                 progress=progress,
@@ -222,7 +242,7 @@ def measure_subject(
         file_metrics = _file_metrics(measured, runs.get(name))
         if not gates_only:
             file_metrics["seconds_per_step"], file_metrics["peak_bytes"] = cost(
-                measured.calculator, structures[0], seed, progress
+                measured.calculator, several_atoms[0], seed, progress
             )
         metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
     keys = (energy_key, forces_key)
@@ -241,6 +261,8 @@ def measure_subject(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
         "gates": {name: gate.to_dict() for name, gate in gates.items()},
+        "left_out": [*left_out, *lines],
+        "heads": None,
         "figures": {"labels": labels, "nve": runs, "scan": scan},
     }
 
@@ -248,8 +270,8 @@ def measure_subject(
 def _label_errors(
     potential: Potential, structures: Sequence[Atoms], energy_key: str, forces_key: str
 ) -> LabelErrors | None:
-    """Measure errors against labels; None if no structure is labelled. Labels on some structures only are an error."""
-    if not any(has_labels(structure, energy_key, forces_key) for structure in structures):
+    """Measure errors against labels; None if no structure is labelled."""
+    if not any(labels_of(structure, energy_key, forces_key).any for structure in structures):
         return None
     return force_and_energy_mae(potential, structures, energy_key, forces_key)
 
@@ -310,7 +332,7 @@ def _difference(
     progress: bool,
 ) -> Document:
     """Difference of the forces of model and reference, as a metric; see `measure_subject` for the structures."""
-    if labels:
+    if labels and labels["model"].structures >= len(checked):
         model, exact = labels["model"], labels["reference"]
         measured = ForceDifference.between(model.force_predictions, exact.force_predictions, model.structures)
         if float_error(asdict(measured), fp32) is not None:

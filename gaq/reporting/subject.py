@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gaq.checks.potential import CalculatorPotential, Potential
-from gaq.model.elements import SpeciesMap
+from gaq.model.elements import SpeciesMap, check_known
 from gaq.model.state import TRAINED
 from gaq.reporting.gates import FLOAT, NAIVE, quotient
 from gaq.untyped import Calculator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gaq.adapter import Adapter
 
-__all__ = ["Subject", "open_file", "open_model"]
+__all__ = ["Subject", "open_file", "open_heads", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def open_file(
     through_calculator: bool = False,
     structures: Sequence[Atoms] = (),
     species: SpeciesMap | None = None,
+    head: str | None = None,
 ) -> Subject:
     """Open a model file, float or quantized, of any installed framework.
 
@@ -92,47 +93,111 @@ def open_file(
         through_calculator: take every number through the stock calculator, in the precision of the file.
         structures: structures it will be measured on, to refuse unknown elements at once.
         species: see `gaq.api.load`.
+        head: of a model with several; by default the one that the framework takes.
 
     Raises:
-        ValueError: for a file that is missing, damaged or of no known kind, and for structures with elements that the
-            model does not know.
+        ValueError: for a file that is missing, damaged or of no known kind, a head that it does not have, and for
+            structures with elements that the model does not know.
     """
+    opened = _opened(path, device, trained, through_calculator, structures, species)
+    _check_head(opened.adapter, opened.model, path, head)
+    return opened.subject(head)
+
+
+def open_heads(
+    path: str | Path,
+    device: str = "cpu",
+    trained: bool = False,
+    structures: Sequence[Atoms] = (),
+    species: SpeciesMap | None = None,
+    head: str | None = None,
+) -> dict[str, Subject]:
+    """Open a model file once, and return a subject for each of its heads; see `open_file`.
+
+    Returns:
+        Subjects by head, the only one being `head` where it is given; its name is empty in a framework without heads.
+    """
+    opened = _opened(path, device, trained, False, structures, species)
+    _check_head(opened.adapter, opened.model, path, head)
+    heads = opened.adapter.heads(opened.model)
+    names = [head] if head is not None else heads or [""]
+    return {name: opened.subject(name or None) for name in names}
+
+
+def _check_head(adapter: Adapter, model: torch.nn.Module, path: str | Path, head: str | None) -> None:
+    heads = adapter.heads(model)
+    if head is not None and head not in heads:
+        known = f"it has {', '.join(heads)}" if heads else "its framework knows no heads"
+        raise ValueError(f"{path}: the model has no head {head!r}; {known}.")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A loaded file, of which subjects are made."""
+
+    adapter: Adapter
+    model: torch.nn.Module
+    path: str | Path
+    device: str
+    trained: bool
+    species: SpeciesMap | None
+    calculator: Calculator | None
+
+    @functools.cached_property
+    def exact(self) -> torch.nn.Module:
+        """The model in float64."""
+        return self.adapter.in_float64(self.model)
+
+    def subject(self, head: str | None) -> Subject:
+        adapter, model = self.adapter, self.model
+        config = adapter.config(model)
+        calculator = self.calculator
+        if calculator is not None:
+            potential: Potential = CalculatorPotential(calculator)
+            exact = potential
+        else:
+            potential, exact = (adapter.potential(m, head=head) for m in (model, self.exact))
+        has_weights = next(model.parameters(), None) is not None
+        return Subject(
+            potential=potential,
+            exact=exact,
+            make_calculator=lambda: self.make_calculator(head) if calculator is None else calculator,
+            path=str(self.path),
+            preset=FLOAT if config is None else config.preset,
+            training="qat" if config is not None and (self.trained or _was_trained(adapter, model)) else "ptq",
+            rounds_features=config is not None and (config.rounds_activations or config.attention is not None),
+            file_kind=adapter.file_kind(model, self.path),
+            weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
+            engine_error=_engine_error(adapter, model, head),
+            naive=_naive(adapter, model, head) if config is None and has_weights else None,
+        )
+
+    def make_calculator(self, head: str | None) -> Calculator:
+        """The stock calculator of the file, which loads it anew."""
+        first = next(self.model.parameters(), None)
+        # Passed on, because MACE's calculator warns if it has to find the dtype itself.
+        dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
+        return self.adapter.calculator(self.path, self.device, dtype, self.species, head)
+
+
+def _opened(
+    path: str | Path,
+    device: str,
+    trained: bool,
+    through_calculator: bool,
+    structures: Sequence[Atoms],
+    species: SpeciesMap | None,
+) -> _Opened:
     from gaq.adapter import adapter_for_file
 
     adapter = adapter_for_file(path)
     model = adapter.load(path, device, species)
     if len(structures):
-        adapter.batches(model, structures, 1)
-    config = adapter.config(model)
-    first = next(model.parameters(), None)
-    # Passed on, because MACE's calculator warns if it has to find the dtype itself.
-    dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
-    is_float = config is None
-    if is_float:
+        check_known(adapter.elements(model), structures)
+    if adapter.config(model) is None:
         model = adapter.accelerate(model)
-    if through_calculator:
-        calculator = adapter.calculator(path, device, dtype, species)
-        potential: Potential = CalculatorPotential(calculator)
-        exact = potential
-    else:
-        potential, exact = adapter.potential(model), adapter.potential(adapter.in_float64(model))
-
-    def make_calculator() -> Calculator:
-        return calculator if through_calculator else adapter.calculator(path, device, dtype, species)
-
-    return Subject(
-        potential=potential,
-        exact=exact,
-        make_calculator=make_calculator,
-        path=str(path),
-        preset=FLOAT if config is None else config.preset,
-        training="qat" if not is_float and (trained or _was_trained(adapter, model)) else "ptq",
-        rounds_features=config is not None and (config.rounds_activations or config.attention is not None),
-        file_kind=adapter.file_kind(model, path),
-        weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
-        engine_error=_engine_error(adapter, model),
-        naive=_naive(adapter, model) if is_float and first is not None else None,
-    )
+    opened = _Opened(adapter, model, path, device, trained, species, None)
+    return replace(opened, calculator=opened.make_calculator(None)) if through_calculator else opened
 
 
 def _was_trained(adapter: Adapter, model: torch.nn.Module) -> bool:
@@ -140,7 +205,9 @@ def _was_trained(adapter: Adapter, model: torch.nn.Module) -> bool:
     return bool(adapter.notes(model).get(TRAINED)) or adapter.status(model) == "training"
 
 
-def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], float | None] | None:
+def _engine_error(
+    adapter: Adapter, model: torch.nn.Module, head: str | None
+) -> Callable[[Sequence[Atoms]], float | None] | None:
     """Make `Subject.engine_error`; None in float64 too, where no more precise result exists.
 
     Both errors are relative to the same model in float64; errors relative to the unquantized model would measure the
@@ -153,7 +220,7 @@ def _engine_error(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequenc
 
     def measure(structures: Sequence[Atoms]) -> float | None:
         def forces(model: torch.nn.Module) -> np.ndarray:
-            return np.concatenate(adapter.potential(model)(samples)[1]).astype(float)
+            return np.concatenate(adapter.potential(model, head=head)(samples)[1]).astype(float)
 
         samples = _with_copies(structures, atoms=200)
         fused = forces(model)
@@ -177,7 +244,7 @@ def _with_copies(structures: Sequence[Atoms], atoms: int) -> list[Atoms]:
     return samples
 
 
-def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms]], Potential]:
+def _naive(adapter: Adapter, model: torch.nn.Module, head: str | None) -> Callable[[Sequence[Atoms]], Potential]:
     """Make `Subject.naive`."""
 
     def make(structures: Sequence[Atoms]) -> Potential:
@@ -186,6 +253,6 @@ def _naive(adapter: Adapter, model: torch.nn.Module) -> Callable[[Sequence[Atoms
 
         twin = adapter.prepare(copy.deepcopy(model), parse_config(NAIVE))
         observe_ranges(adapter, twin, structures)
-        return adapter.potential(adapter.in_float64(adapter.convert(twin)))
+        return adapter.potential(adapter.in_float64(adapter.convert(twin)), head=head)
 
     return make

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from gaq.adapter import Adapter
 from gaq.config.schema import QuantizationConfig
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Sensitivity",
     "calibrate_weights",
+    "check_interacting",
+    "check_weights",
     "gptq",
     "observe_ranges",
     "round_at_end",
@@ -47,6 +50,48 @@ of every edge."""
 
 MOMENT_ATOMS = 768
 """Most atoms whose inputs calibrated rounding sees: more make no difference."""
+
+
+def check_interacting(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
+    """Refuse structures that have no atoms within the cutoff of each other: all forces on them are exactly zero.
+
+    Evaluates one structure after the other until there is a force, so usually one.
+
+    Raises:
+        ValueError: if there is no force.
+    """
+    potential = adapter.potential(model)
+    if not any(forces.any() for structure in structures for forces in potential([structure])[1]):
+        raise ValueError(
+            "the forces of the model are zero on all structures, because no two atoms are within its cutoff of each "
+            "other: nothing can be calibrated on them. Give structures like those that the model will be used on."
+        )
+
+
+def check_weights(parameters: Mapping[str, Tensor], structures: Iterable[Mapping[str, object]]) -> None:
+    """Refuse weights that are not finite: they stay so, and no rounding of them means anything.
+
+    Args:
+        parameters: of a model in training.
+        structures: training structures as mappings; they are looked through for the reason if weights are not finite.
+
+    Raises:
+        ValueError: naming a weight, and the first training structure with a value that is not finite.
+    """
+    broken = [name for name, parameter in parameters.items() if not bool(torch.isfinite(parameter).all())]
+    if not broken:
+        return
+    values = ((n, key, value) for n, structure in enumerate(structures) for key, value in structure.items())
+    reason = next(
+        (
+            f"training structure {n} has {key} that are NaN or infinite: leave it out, or its label"
+            for n, key, value in values
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
+        ),
+        "the training structures are finite, so the learning rate may be too high",
+    )
+    others = f" and {len(broken) - 1} others" if len(broken) > 1 else ""
+    raise ValueError(f"the weights {broken[0]}{others} have become NaN or infinite in training; {reason}.")
 
 
 def observe_ranges(
@@ -120,6 +165,11 @@ def gptq(
                 hessian = moment[g] if moment.dim() == 3 else moment
                 if not bool(hessian.any()):
                     continue
+                if not bool(torch.isfinite(hessian).all()):
+                    raise ValueError(
+                        f"the inputs of {name} are NaN or infinite on the calibration structures; leave out those with "
+                        "positions that are NaN, two atoms at one place, or energies that the model gives as NaN."
+                    )
                 matrix = columns.view(rows, groups, -1)[:, g]
                 matrix_steps = steps.view(rows, groups, -1)[:, g]
                 codes = gptq_round(matrix, hessian, matrix_steps, quantizer.bits)

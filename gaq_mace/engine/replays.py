@@ -139,4 +139,5 @@ def stress_of(virials: Tensor | None, cell: Tensor) -> Tensor:
     # Not by a determinant: a linear algebra library may make the host wait for the GPU.
     volume = (torch.linalg.cross(first, second) * third).sum(-1).abs()
     stress = -virials / volume.view(-1, 1, 1)
-    return torch.where(torch.abs(stress) < 1e10, stress, torch.zeros_like(stress))
+    # NaN stays NaN (`gaq_mace.engine.soundness`).
+    return torch.where(torch.abs(stress) >= 1e10, torch.zeros_like(stress), stress)

@@ -24,6 +24,7 @@ from gaq.untyped import AnyModule, Options
 from gaq_mace.deferred import DEFERRED, settle
 from gaq_mace.engine.integers import integer_linears
 from gaq_mace.engine.reading import Unsupported, python_modules
+from gaq_mace.engine.soundness import checked, edge_lengths
 from gaq_mace.engine.step import Engine
 
 __all__ = [
@@ -76,12 +77,21 @@ class Served:
                 give_up(self, error)
         if DEFERRED in self.__dict__:
             settle(self)  # type: ignore[arg-type]  # a module, by its other base
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the next base, MACE's class
+        call = super().__call__  # type: ignore[misc]  # of the next base, MACE's class
+        data = args[0] if len(args) == 1 and not any(kwargs.get(name, False) for name in _NOT_CHECKED) else None
+        if not isinstance(data, dict) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return call(*args, **kwargs)
+        # Before the call, in which MACE changes positions and shifts.
+        batch: dict[str, torch.Tensor] = dict(data)
+        lengths = edge_lengths(batch)
+        return checked(call(*args, **kwargs), batch["positions"], lengths, batch["batch"], batch["edge_index"][0])
 
 
 # In each of these MACE needs a differentiable backward pass.
 _NOT_SERVED = ("training", "compute_hessian", "compute_edge_forces", "compute_atomic_stresses", "lammps_mliap")
 _DERIVATIVES = ("compute_virials", "compute_stress")
+# Data of LAMMPS have no positions, and a loss is NaN by MACE's own code.
+_NOT_CHECKED = ("training", "lammps_mliap")
 
 
 def is_accelerated(model: AnyModule) -> bool:

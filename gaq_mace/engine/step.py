@@ -24,6 +24,7 @@ from gaq_mace.engine.interactions import layer_of
 from gaq_mace.engine.layouts import to_mul_ir
 from gaq_mace.engine.reading import Unsupported, matrices_of
 from gaq_mace.engine.replays import beyond, held_by, inputs_of, replayed
+from gaq_mace.engine.soundness import checked
 
 __all__ = ["Engine"]
 
@@ -148,7 +149,7 @@ class Engine(torch.nn.Module):
             compute_hessian=False,
             compute_edge_forces=False,
         )
-        return {
+        outputs = {
             "energy": total,
             "node_energy": node_energy,
             "interaction_energy": interaction_energy,
@@ -162,6 +163,7 @@ class Engine(torch.nn.Module):
             "displacement": context.displacement,
             "node_feats": torch.cat(node_feats, dim=-1),
         }
+        return checked(outputs, context.positions, lengths, batch, data["edge_index"][0])
 
     def _edges(
         self,

@@ -12,6 +12,7 @@
 ``run_train.run``               compresses the model files when the run is over
 ``MACE.__setstate__``           puts the quantizers back when a packed file is loaded
 ``_atoms_to_batch``             keeps the neighbour lists of accelerated models over some steps
+``MACECalculator``              its constructor and ``calculate`` may run in several threads
 ==============================  =======================================================================================
 
 Without the key ``quantization``, that block and quantized models, each of them does what the original does.
@@ -26,6 +27,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -312,18 +314,44 @@ def _patch_models(module: Patched) -> None:
 
 
 def _patch_calculator(module: Patched) -> None:
-    original = module.MACECalculator._atoms_to_batch
+    """Keep neighbour lists, and let calculators be made and run in threads.
 
-    @functools.wraps(original)
+    A calculator computes in torch's default dtype, which its constructor sets, and which loading a packed model changes
+    for a moment.
+    """
+    calculator = module.MACECalculator
+    construct, batch_of, calculate_stock = calculator.__init__, calculator._atoms_to_batch, calculator.calculate
+
+    @functools.wraps(construct)
+    def __init__(self: Calculator, *args: Any, **kwargs: Any) -> None:
+        from gaq.process import alone
+
+        with alone():
+            construct(self, *args, **kwargs)
+
+    def dtype_of(calculator: Calculator) -> AbstractContextManager[None]:
+        import torch
+
+        from gaq.process import default_dtype
+
+        return default_dtype({"float64": torch.float64, "float32": torch.float32}[calculator.default_dtype])
+
+    @functools.wraps(batch_of)
     def _atoms_to_batch(self: Calculator, atoms: Atoms) -> Batch:
-        # If the module was never imported, no model is quantized or accelerated.
-        if "gaq_mace.engine" not in sys.modules:
-            return original(self, atoms)
-        from gaq_mace import neighbours
+        with dtype_of(self):
+            # If the module was never imported, no model is quantized or accelerated.
+            if "gaq_mace.engine" not in sys.modules:
+                return batch_of(self, atoms)
+            from gaq_mace import neighbours
 
-        return neighbours.atoms_to_batch(self, atoms, original)
+            return neighbours.atoms_to_batch(self, atoms, batch_of)
 
-    module.MACECalculator._atoms_to_batch = _atoms_to_batch
+    @functools.wraps(calculate_stock)
+    def calculate(self: Calculator, *args: Any, **kwargs: Any) -> None:
+        with dtype_of(self):
+            calculate_stock(self, *args, **kwargs)
+
+    calculator.__init__, calculator._atoms_to_batch, calculator.calculate = __init__, _atoms_to_batch, calculate
 
 
 _PATCHES = {

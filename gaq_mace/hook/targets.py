@@ -69,7 +69,9 @@ TARGETS = (
     Target("mace.tools.tables_utils", "create_error_table", ("model", "log_wandb")),
     Target(RUN_TRAIN, "run"),
     Target("mace.modules.models", "MACE.__setstate__", ("state",)),
+    Target("mace.calculators.mace", "MACECalculator.__init__", needed_to_train=False),
     Target("mace.calculators.mace", "MACECalculator._atoms_to_batch", ("atoms",), needed_to_train=False),
+    Target("mace.calculators.mace", "MACECalculator.calculate", needed_to_train=False),
 )
 
 

@@ -504,28 +504,28 @@ def test_a_sound_model_passes_without_labels(
     assert "gates measured, none failed" in printed.out
 
 
-def test_a_single_atom_or_a_label_that_is_no_number_is_refused(
-    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_frames_and_labels_that_are_there_are_used(
+    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before any work: exit code 2, one line that names the frame, and no file."""
-
-    def never(*arguments: Any, **options: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("gaq.api.prepare", never)
-    frames = trained.ethanol("::4")[:3]
-    isolated = frames[0][:1]
-    broken = frames[0].copy()
+    """One frame of an isolated atom, one without labels, one with a NaN, one with an energy alone."""
+    frames = trained.ethanol("::4")[:7]
+    single, broken, bare, energy = frames[0][:1], *(frame.copy() for frame in frames[:3])
     broken.arrays["REF_forces"][2, 1] = np.nan
-    for frame, words in ((isolated, "has a single atom"), (broken, "reference forces 'REF_forces'")):
-        ase.io.write(tmp_path / "data.xyz", [*frames, frame], format="extxyz")
-        output = tmp_path / f"out{next(iter(case.forms))}"
-        arguments = ["quantize", str(trained_file), "-o", str(output), "--calibration", str(tmp_path / "data.xyz")]
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert "frame 3" in error
-        assert words in error
-        assert [path.name for path in tmp_path.iterdir()] == ["data.xyz"]
+    del bare.info["REF_energy"], bare.arrays["REF_forces"], energy.arrays["REF_forces"]
+    data, output = tmp_path / "data.xyz", tmp_path / f"out{next(iter(case.forms))}"
+    ase.io.write(data, [single, broken, bare, energy, *frames[3:]], format="extxyz")
+    config = "{preset: gaq, distillation: {steps: 0}}"
+    arguments = ["quantize", str(trained_file), "-o", str(output), "--config", config, "--calibration", str(data)]
+    code = main(arguments)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    for line in (
+        "left out: energies 'REF_energy' of 1 of 8 structures, missing: frame 2",
+        "left out: forces 'REF_forces' of 2 of 8 structures, missing: frames 2, 3",
+        "left out: forces 'REF_forces' of 1 of 8 structures, not finite: frame 1",
+        "left out: 1 of 8 structures, a single atom has no forces: frame 0",
+    ):
+        assert line in printed
 
 
 # Equivariance

@@ -82,8 +82,6 @@ def random_graph(atoms: int, degree: int, generator: torch.Generator) -> tuple[T
     receiver = receiver[torch.randperm(receiver.numel(), generator=generator)]
     sender = torch.randint(0, atoms, receiver.shape, generator=generator)
     vectors = torch.randn(receiver.numel(), 3, generator=generator, dtype=torch.float64) * 1.5
-    if receiver.numel() > 2:
-        vectors[0] = 0.0
     return sender, receiver, vectors
 
 
@@ -115,6 +113,32 @@ def test_convolution_is_the_reference(
     for ours, theirs in zip(*results, strict=True):
         scale = float(theirs.abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("tabulated", [True, False])
+def test_an_edge_of_length_zero_makes_its_receiver_nan(tabulated: bool) -> None:
+    """It has no direction, so no finite number is right; the messages of other atoms stay as they are."""
+    generator = torch.Generator().manual_seed(3)
+    coefficients = torch.randn(1, 3, 3, generator=generator, dtype=torch.float64)
+    paths = (convolution.Path(0, 1, 0, coefficients), convolution.Path(0, 0, 1, torch.ones(1, 1, 1)))
+    problem = convolution.ConvolutionProblem(8, (0,), (1, 0), paths, SH, R_MAX)
+    sender, receiver, vectors = random_graph(5, 9, generator)
+    graph, at = convolution.Graph(sender, receiver), int((receiver == receiver[0]).nonzero()[-1])
+    shape = (2, 17, radial.COEFFICIENTS) if tabulated else (len(vectors), 2)
+    weights = torch.randn(*shape, 8, generator=generator, dtype=torch.float64)
+    features = torch.randn(5, 1, 8, generator=generator, dtype=torch.float64)
+    others = torch.arange(5) != receiver[at]
+    for function in (convolution.convolution, convolution.reference):
+        before = function(problem, graph, features, vectors, weights, tabulated)
+        r = vectors.clone()
+        r[at] = 0.0
+        r.requires_grad_()
+        out = function(problem, graph, features, r, weights, tabulated)
+        vector_rows, expected = (problem.split(m, 5)[0].reshape(5, -1) for m in (out.detach(), before))
+        assert vector_rows[~others].isnan().all()
+        torch.testing.assert_close(vector_rows[others], expected[others], rtol=0, atol=0)
+        (gradient,) = torch.autograd.grad(out.nansum(), r)
+        assert gradient[at].isnan().all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,8 @@ from ase.constraints import FixAtoms
 from ase.io import write
 
 from gaq.checks.conservation import central_difference_error
-from gaq.checks.errors import MissingLabelsError, force_and_energy_mae, read_structures
+from gaq.checks.errors import force_and_energy_mae, read_structures
+from gaq.checks.labels import MissingLabelsError
 from gaq.checks.lee import local_equivariance_error, random_rotations
 from gaq.checks.nve import fit_drift, nve_drift
 from gaq.checks.potential import CalculatorPotential
@@ -468,20 +469,30 @@ class TestLabels:
         stored = force_and_energy_mae(potential, frames)
         assert stored.energy_mae_mev_per_atom == pytest.approx(2.0)
 
-    def test_missing_labels_name_frame_and_key(self):
+    def test_labels_that_are_there_count(self):
+        """One frame without forces, one with an energy that is no number, one with neither."""
         frames = self.labelled()
         del frames[1].arrays["REF_forces"]
-        with pytest.raises(MissingLabelsError, match=r"frame 1 \(P4\).*forces.*'REF_forces'"):
-            force_and_energy_mae(CalculatorPotential(morse()), frames)
-        # A live calculator is not a source of labels.
-        frames[1].calc = morse()
-        with pytest.raises(MissingLabelsError):
-            force_and_energy_mae(CalculatorPotential(morse()), frames)
-
-    def test_bad_labels(self):
-        frames = self.labelled()
+        frames[1].calc = morse()  # a live calculator is not a source of labels
         frames[2].info["REF_energy"] = np.nan
-        with pytest.raises(ValueError, match=r"frame 2.*finite"):
+        bare = clusters(1)
+        errors = force_and_energy_mae(CalculatorPotential(morse()), [*frames, *bare])
+        assert errors.force_mae_mev_per_angstrom == pytest.approx(3.0)
+        assert errors.energy_mae_mev_per_atom == pytest.approx(2.0)
+        assert (errors.structures, errors.energies, errors.force_components) == (2, 2, 24)
+
+    def test_energies_alone(self):
+        frames = self.labelled()
+        for frame in frames:
+            del frame.arrays["REF_forces"]
+        errors = force_and_energy_mae(CalculatorPotential(morse()), frames)
+        assert errors.energy_mae_mev_per_atom == pytest.approx(2.0)
+        assert errors.force_mae_mev_per_angstrom is errors.force_rmse_mev_per_angstrom is None
+        assert (errors.structures, errors.energies) == (0, 3)
+
+    def test_no_labels(self):
+        frames = self.labelled("dft_energy", "dft_forces")
+        with pytest.raises(MissingLabelsError, match=r"no structure has.*dft_energy.*--energy-key and --forces-key"):
             force_and_energy_mae(CalculatorPotential(morse()), frames)
         with pytest.raises(ValueError, match="no structures"):
             force_and_energy_mae(CalculatorPotential(morse()), [])

@@ -6,9 +6,11 @@ import logging
 import os
 import random
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -67,3 +69,126 @@ def test_what_a_command_says() -> None:
     with process.command_output(logging.WARNING):
         assert not logging.getLogger("gaq").isEnabledFor(logging.INFO)
         assert logging.getLogger("gaq").isEnabledFor(logging.WARNING)
+
+
+def run_threads(*functions: Callable[[], object]) -> None:
+    """Run functions in a thread each; the first exception is raised here, and threads that wait for ever fail."""
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    if errors:
+        raise errors[0]
+
+
+def test_threads_that_need_other_dtypes_take_turns() -> None:
+    """Also where contexts are nested, and where code changes the dtype itself."""
+
+    def rely_on(dtype: torch.dtype, other: torch.dtype) -> None:
+        for _ in range(50):
+            with process.default_dtype(dtype):
+                time.sleep(0)
+                assert torch.get_default_dtype() == dtype
+                with process.default_dtype(other):
+                    time.sleep(0)
+                    assert torch.get_default_dtype() == other
+                    with process.default_dtype(other):
+                        assert torch.get_default_dtype() == other
+                assert torch.get_default_dtype() == dtype
+
+    def change() -> None:
+        for _ in range(50):
+            with process.dtype_restored(), process.alone():
+                for dtype in (torch.float64, torch.float32, torch.float64):
+                    torch.set_default_dtype(dtype)
+                    time.sleep(0)
+                    assert torch.get_default_dtype() == dtype
+                    with process.default_dtype(torch.float32):
+                        assert torch.get_default_dtype() == torch.float32
+                    assert torch.get_default_dtype() == dtype
+
+    first, second = torch.float32, torch.float64
+    before = torch.get_default_dtype()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        run_threads(
+            *(lambda: rely_on(first, second), lambda: rely_on(second, first)),
+            *(lambda: rely_on(first, first), change, change),
+        )
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.get_default_dtype() == before
+
+
+def test_threads_that_need_the_same_dtype_run_at_once() -> None:
+    barrier = threading.Barrier(3)
+
+    def run() -> None:
+        with process.default_dtype(torch.float64):
+            barrier.wait(10)
+
+    run_threads(run, run, run)
+
+
+def test_a_thread_that_must_be_alone_gets_its_turn() -> None:
+    """Others that begin again and again do not keep it waiting."""
+    done = threading.Event()
+
+    def again_and_again() -> None:
+        while not done.is_set():
+            with process.default_dtype(torch.float64):
+                time.sleep(0.002)
+
+    def be_alone() -> None:
+        time.sleep(0.05)
+        try:
+            with process.alone():
+                pass
+        finally:
+            done.set()
+
+    run_threads(again_and_again, again_and_again, again_and_again, be_alone)
+
+
+def test_what_code_that_is_alone_sets_stays() -> None:
+    before = torch.get_default_dtype()
+    other = torch.float64 if before == torch.float32 else torch.float32
+    with process.alone():
+        torch.set_default_dtype(other)
+    assert torch.get_default_dtype() == other
+    with process.default_dtype(before), process.unchanged(), process.alone():
+        torch.set_default_dtype(other)
+    assert torch.get_default_dtype() == other
+
+
+def test_the_last_of_several_threads_restores() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        events.append("set")
+        yield
+        events.append("restored")
+
+    together = process.Together(context)
+    barrier = threading.Barrier(2)
+
+    def run() -> None:
+        with together(), together():
+            barrier.wait(10)
+            assert events == ["set"]
+            barrier.wait(10)
+
+    run_threads(run, run)
+    assert events == ["set", "restored"]

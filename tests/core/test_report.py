@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.calculators.morse import MorsePotential
 from reports import Staircase, cluster, morse
 
@@ -83,8 +84,11 @@ class TestReport:
             "hardware",
             "command",
             "gates",
+            "left_out",
+            "heads",
             "figures",
         }
+        assert good_report["left_out"] == []
         assert set(good_report["model"]) == METRICS | OF_THE_MODEL | {"path"}
         assert set(good_report["reference"]) == METRICS | {"path"}
         model = good_report["model"]
@@ -249,16 +253,59 @@ class TestReport:
     def test_bad_input(self, case):
         subject, structures = case
         good = subject("quantized.model", "gaq")
-        lost, unlabelled = cluster(), structures[0].copy()
+        lost, double = cluster(), cluster()
         lost.positions[1, 2] = math.nan
-        unlabelled.arrays["REF_forces"][0, 0] = math.nan
+        double.positions[3] = double.positions[1]
         for frames, model, message in (
             ([], good, "no structures"),
             ([cluster(), lost], good, r"frame 1 \(P4\): the positions hold NaN"),
-            ([structures[1], unlabelled], good, "frame 1: reference forces"),
+            ([cluster(), double], good, r"frame 1 \(P4\): atoms 1 \(P\) and 3 \(P\) are at one place"),
+            ([cluster()[:1]] * 3, good, "every structure has a single atom"),
             (structures, subject("none.model", "gaq"), "none.model does not exist"),
             (structures, subject("quantized.model", "w2"), "'w2'"),
-            ([*structures, cluster()], good, "frame 10"),
         ):
             with pytest.raises(ValueError, match=message):
                 measure_subject(model, frames)
+
+    def test_what_is_there_is_used_and_the_rest_is_said(self, case):
+        """Errors are those of the labelled structures; a single atom is neither rotated nor simulated."""
+        subject, structures = case
+        model, reference = subject("quantized.model", "gaq"), subject("fp32.model")
+        whole = measure_subject(model, structures, reference)
+        broken, energy_only, single = structures[0].copy(), structures[1].copy(), cluster()[:1]
+        broken.arrays["REF_forces"][0, 0] = broken.info["REF_energy"] = math.nan
+        del energy_only.arrays["REF_forces"]
+        report = measure_subject(model, [single, *structures, broken, energy_only, cluster()], reference)
+        for metric in ("force_mae_mev_per_angstrom", "energy_mae_mev_per_atom"):
+            assert report["model"][metric] == pytest.approx(whole["model"][metric])
+        assert report["left_out"] == [
+            "left out: energies 'REF_energy' of 2 of 14 structures, missing: frames 0, 13",
+            "left out: energies 'REF_energy' of 1 of 14 structures, not one finite number: frame 11",
+            "left out: forces 'REF_forces' of 3 of 14 structures, missing: frames 0, 12, 13",
+            "left out: forces 'REF_forces' of 1 of 14 structures, not finite: frame 11",
+            "left out: 1 of 14 structures, a single atom has no forces: frame 0",
+        ]
+        assert report["model"]["lee_mev_per_angstrom"] == pytest.approx(
+            whole["model"]["lee_mev_per_angstrom"], abs=1e-9
+        )
+
+    def test_energies_without_forces(self, case):
+        subject, structures = case
+        frames = [structure.copy() for structure in structures]
+        for frame in frames:
+            del frame.arrays["REF_forces"]
+        report = measure_subject(subject("quantized.model", "gaq"), frames, subject("fp32.model"))
+        assert report["model"]["energy_mae_mev_per_atom"] == pytest.approx(1.0)
+        assert report["model"]["force_mae_mev_per_angstrom"] is None
+        assert report["gates"]["force_mae_ratio"]["passed"] is None
+        assert report["gates"]["force_difference"]["passed"]
+        assert report["left_out"] == [
+            "left out: forces 'REF_forces' of all structures, missing: frames 0, 1, 2, 3, 4 and 5 more"
+        ]
+
+    def test_forces_that_vanish_pass_nothing(self, case):
+        """Atoms out of each other's reach: a difference of zero to a force of zero is not measured."""
+        subject, _ = case
+        apart = [Atoms("P2", positions=[[0, 0, 0], [60.0 + n, 0, 0]]) for n in range(3)]
+        report = measure_subject(subject("quantized.model", "gaq"), apart, subject("fp32.model"))
+        assert report["gates"]["force_difference"]["passed"] is None

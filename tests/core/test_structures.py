@@ -10,8 +10,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
-from gaq.checks.errors import MissingLabelsError
-from gaq.checks.structures import check_calibration_structures, check_labels, check_structures, hold_out, rattled
+from gaq.checks.labels import MissingLabelsError, check_keys, labels_of, left_out_labels
+from gaq.checks.structures import check_structures, coincident_atoms, hold_out, rattled, without_single_atoms
 
 
 def pair(length: float = 1.0, **labels: object) -> Atoms:
@@ -57,39 +57,87 @@ def test_displacements_repeat() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
-    moved, strained, energy, forces, stored = (pair(labels=True) for _ in range(5))
+def test_positions_that_are_not_finite_are_refused(value: float) -> None:
+    moved, strained = pair(), pair()
     moved.positions[1, 0] = value
     strained.cell[2, 2] = value
-    energy.info["REF_energy"] = value
-    forces.arrays["REF_forces"][1, 1] = value
-    stored = pair()
-    stored.calc = SinglePointCalculator(stored, energy=-1.0, forces=np.full((2, 3), value))
-    good = pair(labels=True)
     with pytest.raises(ValueError, match=r"frame 1 \(CO\): the positions hold NaN or infinity"):
-        check_structures([good, moved])
+        check_structures([pair(), moved])
     with pytest.raises(ValueError, match=r"frame 1 \(CO\): the cell hold NaN or infinity"):
-        check_structures([good, strained])
-    with pytest.raises(ValueError, match="frame 1: reference energy 'REF_energy'"):
-        check_labels([good, energy])
-    with pytest.raises(ValueError, match="frame 2: reference forces 'REF_forces'"):
-        check_labels([good, good, forces])
-    with pytest.raises(ValueError, match="frame 0: reference forces"):
-        check_labels([stored])
-    check_labels([good, good])
-    check_labels([pair(), pair()])
-
-
-def test_labels_on_some_structures_only_are_refused() -> None:
-    with pytest.raises(MissingLabelsError, match="frame 1"):
-        check_labels([pair(labels=True), pair()])
-
-
-def test_a_single_atom_is_no_calibration() -> None:
-    crystal = Atoms("Al", cell=[[0, 2, 2], [2, 0, 2], [2, 2, 0]], pbc=True)
-    with pytest.raises(ValueError, match=r"frame 1 \(Al\) has a single atom.*repeat the cell"):
-        check_calibration_structures([pair(), crystal])
-    check_calibration_structures([pair(), crystal.repeat((2, 1, 1))])
-    check_structures([crystal])
+        check_structures([pair(), strained])
     with pytest.raises(ValueError, match="no structures"):
         check_structures([])
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc", "vector", "expected"),
+    [
+        ([0, 0, 0], False, [0, 0, 0], True),
+        ([0, 0, 0], False, [5e-4, 0, -5e-4], True),
+        ([0, 0, 0], False, [0.01, 0, 0], False),
+        ([9, 9, 9], True, [9, -9, 18], True),
+        ([9, 9, 9], [True, False, True], [9, -9, 18], False),
+        ([9, 9, 9], [True, False, True], [9, 0, 18], True),
+        ([9, 0, 0], [True, False, False], [9.0004, 0, 0], True),
+        ([9, 9, 9], False, [9, 0, 0], False),
+        ([[0, 2, 2], [2, 0, 2], [2, 2, 0]], True, [4, 4, 8.0], True),
+        ([[0, 2, 2], [2, 0, 2], [2, 2, 0]], True, [2, 0, 0], False),
+        ([[9, 0, 0], [8.9, 0.5, 0], [0, 0, 9]], True, [0.1, -0.5 + 2e-4, 0], True),
+    ],
+)
+def test_atoms_at_one_place_are_named(cell: object, pbc: object, vector: list[float], expected: bool) -> None:
+    """Also across periods of a crystal, and where positions were written with few digits."""
+    atoms = Atoms("HCO", positions=[[-1e-17, 0, 0], [0.7, 0.3, 0.2], vector], cell=cell, pbc=pbc)
+    assert coincident_atoms(atoms) == ((0, 2) if expected else None)
+    if expected:
+        with pytest.raises(ValueError, match=r"frame 1 \(CHO\): atoms 0 \(H\) and 2 \(O\) are at one place"):
+            check_structures([pair(), atoms])
+
+
+def test_a_flat_cell_is_refused() -> None:
+    with pytest.raises(ValueError, match="linearly dependent"):
+        coincident_atoms(
+            Atoms("CO", positions=[[0, 0, 0], [0, 0, 1]], cell=[[1, 0, 0], [2, 0, 0], [0, 0, 3]], pbc=True)
+        )
+
+
+def test_single_atoms_are_left_out() -> None:
+    crystal = Atoms("Al", cell=[[0, 2, 2], [2, 0, 2], [2, 2, 0]], pbc=True)
+    good = [pair(), pair(1.1)]
+    assert without_single_atoms(good) == (good, [])
+    kept, lines = without_single_atoms([crystal, *good, crystal])
+    assert kept == good
+    assert lines == ["left out: 2 of 4 structures, a single atom has no forces: frames 0, 3"]
+    with pytest.raises(ValueError, match=r"every structure has a single atom.*repeat the cell"):
+        without_single_atoms([crystal])
+
+
+def test_labels_that_cannot_be_used_are_said() -> None:
+    """Those of other structures are used; where none has a label, there is nothing to say."""
+    good = pair(labels=True)
+    energy, forces, text, shape = (pair(labels=True) for _ in range(4))
+    energy.info["REF_energy"] = math.nan
+    forces.arrays["REF_forces"][1, 1] = math.inf
+    text.info["REF_energy"] = "unknown"
+    shape.arrays["REF_forces"] = np.zeros((2, 2))
+    stored = pair()
+    stored.calc = SinglePointCalculator(stored, energy=-1.0, forces=np.full((2, 3), math.nan))
+    assert left_out_labels([good, good]) == left_out_labels([pair(), pair()]) == []
+    assert left_out_labels([good, energy, forces, text, shape, stored, pair()]) == [
+        "left out: energies 'REF_energy' of 2 of 7 structures, not one finite number: frames 1, 3",
+        "left out: energies 'REF_energy' of 1 of 7 structures, missing: frame 6",
+        "left out: forces 'REF_forces' of 2 of 7 structures, not finite: frames 2, 5",
+        "left out: forces 'REF_forces' of 1 of 7 structures, not of shape (atoms, 3): frame 4",
+        "left out: forces 'REF_forces' of 1 of 7 structures, missing: frame 6",
+    ]
+    assert labels_of(energy).forces is not None
+    assert labels_of(stored).energy == -1.0
+    assert not labels_of(pair()).any
+
+
+def test_a_key_that_no_structure_has_is_refused() -> None:
+    check_keys([pair()], "REF_energy", "REF_forces")
+    with pytest.raises(MissingLabelsError, match=r"no structure has info\['dft'\]; present in info: .*charge"):
+        check_keys([pair(labels=True)], "dft", "REF_forces")
+    with pytest.raises(MissingLabelsError, match=r"arrays\['dft'\].*in arrays: REF_forces.*--forces-key"):
+        check_keys([pair(labels=True)], "REF_energy", "dft")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,7 +80,7 @@ def problems(draw: Any) -> tuple[ConvolutionProblem, torch.Generator]:
 
 
 def random_edges(atoms: int, degree: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges: up to `degree` for an atom, none for one atom, with lengths of zero, of the cutoff and beyond."""
+    """Edges: up to `degree` for an atom, none for one atom, with lengths of the cutoff and beyond."""
     degrees = torch.randint(0, degree + 1, (atoms,), generator=generator)
     degrees[0] = degree
     degrees[-1] = 0
@@ -88,7 +89,6 @@ def random_edges(atoms: int, degree: int, generator: torch.Generator) -> tuple[T
     sender = torch.randint(0, max(1, atoms - 2), receiver.shape, generator=generator)
     vectors = torch.randn(receiver.numel(), 3, generator=generator, dtype=torch.float64) * 1.3
     if receiver.numel() > 3:
-        vectors[0] = 0.0
         vectors[1] = torch.tensor([0.0, R_MAX, 0.0])
         vectors[2] = torch.tensor([R_MAX, 1.0, -2.0])
     return sender, receiver, vectors
@@ -197,6 +197,27 @@ def test_one_atom_of_many_neighbours(of_features: bool) -> None:
     features = torch.randn(3, 3, 4, generator=generator, dtype=torch.float64)
     table = torch.randn(1, 1, radial.COEFFICIENTS, 4, generator=generator, dtype=torch.float64)  # one interval only
     compare(problem, Graph(sender, receiver), features, vectors, table, True, of_features)
+
+
+@pytest.mark.parametrize("tabulated", [True, False])
+def test_an_edge_of_length_zero_makes_its_receiver_nan(tabulated: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    problem = make(5, (0, 1), (1,), [(0, 1, 0), (1, 0, 0)], generator, zeros=0.0)
+    sender, receiver, vectors = random_edges(4, 3, generator)
+    vectors[-1] = 0.0
+    shape = (2, 9, radial.COEFFICIENTS) if tabulated else (len(vectors), 2)
+    weights = torch.randn(*shape, 5, generator=generator, dtype=torch.float64)
+    features = torch.randn(4, 4, 5, generator=generator, dtype=torch.float64)
+    r = vectors.to(DEVICE).requires_grad_()
+    graph = Graph(sender.to(DEVICE), receiver.to(DEVICE))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of Triton's interpreter
+        out = convolution.convolution(problem, graph, features.to(DEVICE), r, weights.to(DEVICE), tabulated)
+        (gradient,) = torch.autograd.grad(out.nansum(), r)
+    by_atom = problem.split(out.detach().cpu(), 4)[0].reshape(4, 3, 2, 5)
+    alike = torch.arange(4) != receiver[-1]
+    assert by_atom[~alike][:, :, 0].isnan().all()
+    assert by_atom[alike].isfinite().all()
+    assert gradient[-1].isnan().all()
 
 
 @pytest.mark.parametrize("tabulated", [True, False])

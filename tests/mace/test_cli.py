@@ -49,20 +49,12 @@ def folder(
     ase.io.write(path / "data.xyz", labelled, format="extxyz")
     gold = [ase.Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])]
     ase.io.write(path / "gold.xyz", gold, format="extxyz")
-    for name in ("forces", "energy", "half"):
-        spoiled = [atoms.copy() for atoms in labelled]
-        if name == "forces":
-            spoiled[1].arrays["REF_forces"][0, 0] = np.nan
-        elif name == "energy":
-            spoiled[1].info["REF_energy"] = float("nan")
-        else:
-            del spoiled[1].arrays["REF_forces"]
-        ase.io.write(path / f"{name}.xyz", spoiled, format="extxyz")
-    single = [*labelled, ase.Atoms("C", cell=[3.0] * 3, pbc=True)]
-    for atoms in single:
-        atoms.info.pop("REF_energy", None)
-        atoms.arrays.pop("REF_forces", None)
-    ase.io.write(path / "single.xyz", [atoms.copy() for atoms in single], format="extxyz")
+    single = ase.Atoms("C", cell=[3.0] * 3, pbc=True)
+    ase.io.write(path / "single.xyz", [single, single], format="extxyz")
+    double = labelled[1].copy()
+    double.positions[2] = double.positions[0]
+    ase.io.write(path / "double.xyz", [labelled[0], double], format="extxyz")
+    ase.io.write(path / "apart.xyz", [ase.Atoms("C2", positions=[[0, 0, 0], [0, 0, 30.0]])], format="extxyz")
     (path / "empty.xyz").write_text("")
     (path / "noise.xyz").write_text("these are\nnot structures\n")
     return path
@@ -310,9 +302,8 @@ def test_bad_configuration(
         ("noise.xyz", ("noise.xyz",)),
         (".", ("directory",)),
         ("gold.xyz", ("Au", "H, C, O")),
-        ("forces.xyz", ("frame 1", "REF_forces", "not finite")),
-        ("energy.xyz", ("frame 1", "REF_energy", "not one finite number")),
-        ("half.xyz", ("frame 1", "no reference forces")),
+        ("single.xyz", ("single atom", "repeat the cell")),
+        ("double.xyz", ("frame 1", "atoms 0 (O) and 2 (H) are at one place")),
         (None, ("--calibration",)),
     ],
 )
@@ -337,12 +328,35 @@ def test_bad_data(
         assert not list(tmp_path.iterdir())
 
 
-def test_calibration_cells_of_one_atom(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_isolated_atoms_are_no_calibration(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All forces are zero in any model, so nothing could fail."""
     output = tmp_path / "out.model"
-    error = refused(capsys, "quantize", folder / "float.model", "-o", output, "--calibration", folder / "single.xyz")
-    assert "frame 2 (C) has a single atom" in error
-    assert "repeat the cell" in error
+    error = refused(capsys, "quantize", folder / "float.model", "-o", output, "--calibration", folder / "apart.xyz")
+    assert "no two atoms are within its cutoff" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_keys_of_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key that is named but absent ends the command at once; named as in the data, its labels are used."""
+    frames = ase.io.read(folder / "data.xyz", ":")
+    for atoms in frames:
+        atoms.info["dft_energy"], atoms.arrays["dft_forces"] = atoms.info.pop("REF_energy"), atoms.arrays["REF_forces"]
+        del atoms.arrays["REF_forces"]
+    ase.io.write(tmp_path / "data.xyz", frames, format="extxyz")
+    calibrated = ("quantize", folder / "float.model", "-o", tmp_path / "out.model", "--calibration")
+    measured = ("report", folder / "float.model", "-o", tmp_path / "report", "--nve-ps", "0", "--data")
+    for start in (calibrated, measured):
+        error = refused(capsys, *start, tmp_path / "data.xyz", "--energy-key", "energy_dft")
+        assert "no structure has info['energy_dft']; present in info: dft_energy" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.xyz"]
+    keys = ("--energy-key", "dft_energy", "--forces_key", "dft_forces")  # both spellings
+    assert main([*map(str, measured), str(tmp_path / "data.xyz"), *keys]) == 0
+    named = json.loads((tmp_path / "report" / "report.json").read_text())["model"]
+    assert main([*map(str, measured), str(folder / "data.xyz")]) == 0
+    default = json.loads((tmp_path / "report" / "report.json").read_text())["model"]
+    for metric in ("force_mae_mev_per_angstrom", "energy_mae_mev_per_atom"):
+        assert named[metric] == pytest.approx(default[metric])
+        assert named[metric] is not None
 
 
 def test_bad_input_ends_before_the_long_work(
@@ -351,7 +365,7 @@ def test_bad_input_ends_before_the_long_work(
     """Nothing is prepared or calibrated, and no graph is made."""
     for name in ("gaq.api.prepare", "gaq.api.calibrate", "gaq_mace.adapter.make_batches"):
         monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
-    cases = {"gold": "does not know", "forces": "not finite", "single": "a single atom"}
+    cases = {"gold": "does not know", "double": "at one place", "single": "a single atom"}
     start = ("quantize", folder / "float.model", "-o", tmp_path / "out.model", "--calibration")
     for name, words in cases.items():
         assert words in refused(capsys, *start, folder / f"{name}.xyz")
@@ -426,6 +440,7 @@ def test_bad_numbers_of_the_report(folder: Path, tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.iterdir())
     (tmp_path / "report").write_text("taken")
     assert "is a file" in refused(capsys, *arguments)
+    assert "is a file" in refused(capsys, *arguments[:-1], tmp_path / "report" / "below")
 
 
 def test_usage_errors() -> None:

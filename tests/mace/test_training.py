@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from ase.calculators.emt import EMT
-from ase.io import write
+from ase.io import read, write
 from mace_runs import (
     BASE,
     GAQ,
@@ -316,3 +316,17 @@ def test_own_command_without_autoload(train: Any, tmp_path: Path) -> None:
     assert "unrecognized arguments: --quantization=gaq" in refused.log
     run = execute(tmp_path, {**BASE, "quantization": GAQ}, ("gaq_mace_train",), **off)
     check(run)
+
+
+def test_a_label_that_is_nan_ends_the_run_with_its_reason(train: Any, tmp_path: Path) -> None:
+    """MACE itself goes on, and saves a model whose weights are NaN. Nothing could be rounded there."""
+    frames = read(tmp_path / "train.xyz", ":")
+    for atoms in frames:
+        atoms.arrays["REF_forces"][0, 0] = float("nan")
+    write(tmp_path / "train.xyz", frames)
+    run = train(quantization="gaq", max_num_epochs=2)
+    assert run.code != 0
+    (line,) = [line for line in run.log.splitlines() if "have become NaN or infinite in training" in line]
+    assert re.search(
+        r"ValueError: the weights .* and \d+ others .*; training structure 0 has forces that are NaN", line
+    )

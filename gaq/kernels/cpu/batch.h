@@ -81,8 +81,8 @@ template <typename T> struct Batch {
         const T* v = vectors + 3 * order[k];
         const T squared = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
         // Beyond the cutoff (a neighbour list may have a skin) the weights are zero. An edge of length 0 has no
-        // direction.
-        if (!(squared > 0) || !(squared < most_squared)) continue;
+        // direction, and makes NaN.
+        if (!(squared < most_squared)) continue;
         number[count] = order[k], sender[count] = senders[order[k]];
         for (int i = 0; i < 3; ++i) direction[i][count] = v[i];
         length[count++] = squared;

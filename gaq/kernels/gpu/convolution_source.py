@@ -109,7 +109,7 @@ class _Source:
         """Write the geometry of edge number e: its length, direction, and place in the table if within the cutoff."""
         self.put("vx = tl.load(vectors + 3 * e)", "vy = tl.load(vectors + 3 * e + 1)")
         self.put("vz = tl.load(vectors + 3 * e + 2)", "length = tl.sqrt(vx * vx + vy * vy + vz * vz)")
-        self.put(f"if (length > 0.0) & (length < {float(self.problem.r_max)!r}):")
+        self.put(f"if length < {float(self.problem.r_max)!r}:")
         self.depth += 1
         self.put("inverse = 1.0 / length")
         self.put("x1 = vx * inverse", "y1 = vy * inverse", "z1 = vz * inverse")
