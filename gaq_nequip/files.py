@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,6 +22,7 @@ from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.files.kinds import new_name
+from gaq.files.whole import written_whole
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq.process import check_device
@@ -250,13 +250,11 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
         )
     kind = check_output(path, Path(source))
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        trial = Path(folder) / path.name
+    with written_whole(path) as trial:
         if kind == CHECKPOINT:
             _save_checkpoint(model, Path(source), trial)
         else:
             _save_package(model, Path(source), trial)
-        trial.replace(path)
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
