@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -224,6 +225,23 @@ def unchanged() -> Iterator[None]:
 
 
 @contextmanager
+def _terminated_by_an_exception() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers end a job, leave contexts as Ctrl-C does, so that temporary files go."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
 def command_output(level: int) -> Iterator[None]:
     """Send logs of `level` and above to the terminal within this context, without warnings of torch and e3nn.
 
@@ -234,7 +252,7 @@ def command_output(level: int) -> Iterator[None]:
     """
     root = logging.getLogger()
     disabled, root_level, handlers = root.manager.disable, root.level, list(root.handlers)
-    with hidden_in_commands():
+    with hidden_in_commands(), _terminated_by_an_exception():
         logging.basicConfig(level=level, format="%(message)s")
         logging.disable(level - 1)
         try:

@@ -22,7 +22,7 @@ SHOWN_AFTER = 2.0
 LOG_INTERVAL = 30.0
 """Least seconds between two lines of progress in a file, whatever they are about."""
 
-_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
+_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}"
 _last_line = -LOG_INTERVAL
 
 Item = TypeVar("Item")
@@ -90,7 +90,7 @@ class Progress:
         from tqdm import tqdm
 
         now = time.monotonic()
-        if now - self._start < SHOWN_AFTER or now - _last_line < LOG_INTERVAL:
+        if now - self._start < SHOWN_AFTER or now - _last_line < LOG_INTERVAL or self._done >= self.total:
             return
         _last_line = now
         line = tqdm.format_meter(
@@ -98,7 +98,7 @@ class Progress:
             self.total,
             now - self._start,
             prefix=self.description,
-            unit=self.unit,
+            unit=self.unit + ("es" if self.unit.endswith("ch") else "s"),
             bar_format=_FORMAT,
             postfix=self._note or None,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.files.kinds import new_name
+from gaq.files.whole import written_whole
 from gaq.kernels.cpu import native
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
@@ -70,7 +71,8 @@ class MACEAdapter:
         files.save(model, path)
 
     def save_float(self, model: torch.nn.Module, path: str | Path) -> None:
-        torch.save(model, path)
+        with written_whole(Path(path)) as part:
+            torch.save(model, part)
 
     def select(self, model: torch.nn.Module, elements: str | Iterable[str] | None, head: str | None) -> torch.nn.Module:
         return select(model, elements, head)

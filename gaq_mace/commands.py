@@ -106,17 +106,15 @@ def _write(exported: torch.nn.Module, target: Path, format_: str) -> None:
     """Write an exported model; nothing is left behind if writing fails."""
     import torch
 
-    part = target.with_name(target.name + ".part")
-    try:
+    from gaq.files.whole import written_whole
+
+    with written_whole(target) as part:
         if format_ == "mliap":
             torch.save(exported, part)
         else:
             from e3nn.util import jit
 
             jit.compile(exported).save(str(part))
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

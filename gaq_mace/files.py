@@ -19,6 +19,7 @@ import torch
 
 from gaq.files.archive import deflate
 from gaq.files.kinds import MACE_MLIAP, kind_of, new_name
+from gaq.files.whole import written_whole
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
 from gaq.process import alone, check_device, dtype_restored
 from gaq.third_party_warnings import known_hidden
@@ -85,16 +86,15 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
     suffix = new_name(path, SUFFIXES)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
-    part = path.with_name(path.name + ".part")
-    try:
+    with written_whole(path) as part:
         if suffix == ".safetensors":
+            part.touch()
+            mode = part.stat().st_mode
             save_safetensors(take_apart(model), part)
+            part.chmod(mode)  # the library makes files that only their owner can read
         else:
             torch.save(model, part)
             deflate(part, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _is_compressed(path: Path) -> bool:
@@ -111,12 +111,8 @@ def compress_packed(folder: str | Path, name: str) -> None:
     """
     for path in Path(folder).glob(f"{glob.escape(name)}*.model"):
         if is_packed(path) and not _is_compressed(path):
-            part = path.with_name(path.name + ".part")
-            try:
+            with written_whole(path) as part:
                 deflate(path, part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
 
 
 def _check_archive(path: Path) -> None:

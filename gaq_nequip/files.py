@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from torch import Tensor
+from torch.package import OrderedImporter
+from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
 from gaq.files.archive import deflate
 from gaq.files.kinds import new_name
+from gaq.files.whole import written_whole
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import TRAINED, FixedWeight, ModelFileError, ModelState, check_format, state_of
 from gaq.process import check_device
@@ -250,13 +252,11 @@ def save(model: torch.nn.Module, path: str | Path) -> None:
             "gaq.load(path), quantize that, and save it; or train with the key `quantization`."
         )
     kind = check_output(path, Path(source))
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        trial = Path(folder) / path.name
+    with written_whole(path) as trial:
         if kind == CHECKPOINT:
             _save_checkpoint(model, Path(source), trial)
         else:
             _save_package(model, Path(source), trial)
-        trial.replace(path)
 
 
 def _save_checkpoint(model: torch.nn.Module, source: Path, path: Path) -> None:
@@ -315,6 +315,19 @@ def _check_same_tensors(entries: Document, model_entries: Document, prefix: str,
         )
 
 
+class _FirstThatKnows(OrderedImporter):
+    """Names an object by the first importer that has it; `OrderedImporter` of torch 2.8 does not."""
+
+    def get_name(self, obj: object, name: str | None = None) -> tuple[str, str]:
+        errors: list[Exception] = []
+        for importer in self._importers:
+            try:
+                return importer.get_name(obj, name)
+            except (ObjNotFoundError, ObjMismatchError) as error:
+                errors.append(error)
+        raise errors[-1]
+
+
 def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     """Write a package with the frozen model, in one copy and compressed."""
     import copy
@@ -331,7 +344,6 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     frozen.freeze_weights()
     for key in (SOURCE, EXAMPLE):
         frozen.__dict__.pop(key, None)
-    sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
@@ -357,7 +369,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
             data = example_of(model, source)
         metadata["versions"] = get_current_code_versions(verbose=False)
         metadata["available_models"] = ["eager"]
-        with torch.package.PackageExporter(str(plain), importer=importers) as exporter:
+        with torch.package.PackageExporter(str(plain), importer=_FirstThatKnows(*importers)) as exporter:
             exporter.mock([f"{name}.**" for name in utils._MOCK_MODULES])
             exporter.extern([f"{name}.**" for name in utils._EXTERNAL_MODULES])
             exporter.intern([f"{name}.**" for name in (*utils._INTERNAL_MODULES, "gaq", "gaq_nequip")])

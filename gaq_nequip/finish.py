@@ -11,6 +11,7 @@ from nequip.data import AtomicDataDict
 from nequip.utils import RankedLogger
 from torch import Tensor
 
+from gaq.files.whole import written_whole
 from gaq.model.state import UNFINISHED, require_state
 from gaq.training.ptq import check_weights, round_at_end
 from gaq.training.sampling import by_atoms
@@ -93,9 +94,8 @@ def finish_checkpoints(trainer: Trainer, module: TrainingModule) -> None:
         checkpoint["state_dict"] = finished(_copy(checkpoint["state_dict"]))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            part = path.with_name(path.name + ".part")
-            torch.save(checkpoint, part)
-            part.replace(path)
+            with written_whole(path) as part:
+                torch.save(checkpoint, part)
         trainer.strategy.barrier()
         logger.info(f"The weights in {path} are rounded")
     module.load_state_dict(finished(in_memory))

@@ -30,12 +30,14 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     if arguments.sensitivity is not None:
         check_structure_file("--sensitivity", arguments.sensitivity)
     check_device(arguments.device)
+    kind = kind_of(arguments.model)
+    if arguments.sensitivity is not None and kind.name in ("export", "compiled"):
+        raise InputError(f"--sensitivity needs the float model, and {arguments.model} is {kind.words}.")
     model = load_model(adapter, arguments.model, arguments.device, arguments.species, exports=True)
     config = adapter.config(model)
     if arguments.sensitivity is not None and config is not None:
         raise InputError("--sensitivity needs the float model: this one is rounded already.")
     rows, notes = adapter.rows(model), adapter.notes(model)
-    kind = kind_of(arguments.model)
     unfused = {} if config is None else adapter.unfused(model)
     state = "a float model" if config is None else f"preset {config.preset}, {adapter.status(model)}"
     say(f"{arguments.model}: {state}" + (f" ({kind.words})" if kind.name == "export" else ""))

@@ -20,6 +20,7 @@ from gaq.cli.inputs import (
     read_structures,
 )
 from gaq.cli.lines import Say, gate_lines, say_unfused, speaker
+from gaq.files.whole import put
 from gaq.process import check_device
 from gaq.untyped import Document
 
@@ -36,6 +37,7 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     """Quantize a model, judge it, and write it; returns the exit code and the result."""
     from gaq import api
+    from gaq.config.effect import training_only_note
     from gaq.config.parse import parse_config
     from gaq.model.elements import check_known
 
@@ -44,6 +46,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     output = checked_output("--output", arguments.output, arguments.model)
     adapter.check_output(output, Path(arguments.model))
     config = parse_config(arguments.config)
+    if (note := training_only_note(config)) is not None:
+        print(note, file=sys.stderr)
     _check_calibration(arguments, config)
     check_device(arguments.device)
     structures = read_structures(arguments.calibration) if arguments.calibration else []
@@ -167,7 +171,7 @@ def _write_judged(
     from gaq.reporting import failed_gates
 
     output = Path(arguments.output)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
         trial = Path(folder) / output.name
         reference = Path(arguments.model)
         if selected is not None:
@@ -196,5 +200,5 @@ def _write_judged(
         adapter.notes(quantized)["failed_gates"] = failed
         if arguments.force or not failed:
             adapter.save(quantized, trial)
-            trial.replace(output)
+            put(trial, output)
     return gates, failed

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gaq.files.whole import written_whole
 from gaq.reporting.gates import failed_gates, passes_all, summary, unmeasured
 from gaq.reporting.plots import figures
 from gaq.reporting.tables import format_number, gate_rows, metric_rows
@@ -48,8 +49,10 @@ def write_report(report: ReadOnlyDocument, directory: str | Path) -> tuple[Path,
     directory.mkdir(parents=True, exist_ok=True)
     data = {key: value for key, value in report.items() if key != "figures"}
     json_path, html_path = directory / "report.json", directory / "report.html"
-    json_path.write_text(json.dumps(json_types(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    html_path.write_text(_page(report), encoding="utf-8")
+    text = json.dumps(json_types(data), indent=2, allow_nan=False) + "\n"
+    for path, content in ((json_path, text), (html_path, _page(report))):
+        with written_whole(path) as part:
+            part.write_text(content, encoding="utf-8")
     return json_path, html_path
 
 

@@ -1,10 +1,10 @@
 """Self-distillation without labels: a rounded model learns the forces of its float model.
 
-The float weights beneath the rounding are trained (straight-through estimator), and the scales with them (Esser et al.
-2020, LSQ, arXiv 1902.08153).
+The float weights beneath the rounding are trained (straight-through estimator). Scales stay: they are kept in bfloat16,
+where the next value is 0.4 % away, and such a step moves the codes of the large weights by half a code at once.
 
 It is a repair: it runs only where calibrated rounding leaves the forces further from the float model's than `TARGET`.
-It ends where they are as near, and where they do not come nearer fast enough (`is_slow`).
+It ends where they are as near, and where they no longer come nearer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gaq.untyped import Batch, Document, Structure
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["TARGET", "DistillationResult", "Labelled", "distill", "force_rms", "is_slow", "label"]
+__all__ = ["TARGET", "DistillationResult", "Labelled", "distill", "force_rms", "label"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +47,11 @@ VALIDATION_ATOMS = 768
 CHECK_INTERVAL = 10
 """Steps between two measurements on the held-out structures."""
 
-ENOUGH = difference_of_growth(ERROR_GROWTH) / difference_of_growth(1.0 + (ERROR_GROWTH - 1.0) / 10.0)
-"""Force difference that passes the accuracy gate for a very accurate model too, relative to the target."""
-
 LEAST_GAIN = 0.02
-"""Smallest gain, relative to the error at the start, for which training goes on after `FIRST_JUDGEMENT`."""
+"""Gain, relative to the smallest error before, without which a measurement halves the learning rate."""
 
-FIRST_JUDGEMENT = 20
-"""Steps before training may end because its progress is too slow: two measurements."""
-
-WARM_UP = 1 / 3
-"""Share of the steps in which the learning rate rises, from `LOWEST_RATE` of its full value. Calibrated rounding is a
-good start, which a full rate from the first step throws away: at 4 bits the error of azobenzene's model went from 3.2
-to 8.1 meV/Å in 10 steps and was given up after 20; so it went to 2.8, and met a target of 1.6 after 160."""
-
-LOWEST_RATE = 0.03
+HALVINGS = 5
+"""Training ends where the learning rate would be halved once more."""
 
 EVALUATION_ATOMS = 128
 """Atoms in a batch that is evaluated without second derivatives, through the reference path."""
@@ -80,7 +70,7 @@ class DistillationResult:
         steps: optimiser steps taken; 0 where `before` met the target.
         structures: number of training structures that were labelled, without the held-out ones.
         target: RMS force difference that is near enough, meV/Å.
-        slow: whether training ended before its last step because progress was slow; see `is_slow`.
+        slow: whether training ended before its last step because it had ceased to gain; see `HALVINGS`.
     """
 
     before: float
@@ -150,7 +140,7 @@ def distill(
     progress: bool = True,
     teacher: torch.nn.Module | None = None,
 ) -> DistillationResult:
-    """Train weights and scales until the rounded model reproduces the float model's forces.
+    """Train weights until the rounded model reproduces the float model's forces.
 
     The loss is the squared difference to the float model's forces plus the weighted one of the energy per atom; no
     reference labels enter. Activations stay exact meanwhile: rounding at 16 bits is noise far below the fitted errors,
@@ -158,8 +148,9 @@ def distill(
     whose rounding is ``negligible`` are not rounded either while they are trained.
 
     One structure in ten is held out. Where the forces on these are within `TARGET` at once, nothing is trained; where
-    they come within it, training ends, and also where `is_slow` says that they will not. The weights with the
-    smallest error are kept, those of the start if no others were better.
+    they come within it, training ends. Where they come no nearer the learning rate is halved, and training also
+    ends after `HALVINGS` of these. The weights with the smallest error are kept, those of the start if no others were
+    better.
 
     Args:
         adapter: adapter of the model's framework.
@@ -193,36 +184,6 @@ def distill(
         descent = _Descent(adapter, model, quantizers, config)
         after, steps, slow = descent.run(training, validation, before, target, progress)
     return DistillationResult(before, after, steps, training.structures, target, slow)
-
-
-def is_slow(before: float, best: float, target: float, taken: int, steps: int) -> bool:
-    """Whether training is to end although its target is not met.
-
-    It is where the error is one that the accuracy gate allows any model (`ENOUGH`), and going on as it went on average
-    would still miss the target: errors are taken to fall by the same factor in every step, and in fact they fall ever
-    more slowly. Where more than that is missing, training ends if less than `LEAST_GAIN` was gained while the learning
-    rate is still low. It does not end for a pause later on: at the full rate errors stay, and fall with it.
-
-    Args:
-        before: error at the start.
-        best: smallest error so far, at most `before`.
-        target: error to reach.
-        taken: steps taken.
-        steps: most steps.
-    """
-    if not FIRST_JUDGEMENT <= taken < steps or best <= target:
-        return False
-    if best <= ENOUGH * target:
-        return best * (best / before) ** ((steps - taken) / taken) > target
-    return WARM_UP * steps >= FIRST_JUDGEMENT and best > (1.0 - LEAST_GAIN) * before
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning rate of a step relative to its full value: linear over `WARM_UP` of the steps, then half a cosine."""
-    warm_up = WARM_UP * steps
-    if step < warm_up:
-        return LOWEST_RATE + (1.0 - LOWEST_RATE) * step / warm_up
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1.0)))
 
 
 def _announce(seconds: float, steps: int) -> None:
@@ -268,7 +229,7 @@ class _Training:
 
 
 class _Descent:
-    """Optimizes weights and scales in a distillation.
+    """Optimizes weights in a distillation.
 
     Args:
         adapter: adapter of the model's framework.
@@ -291,55 +252,33 @@ class _Descent:
         self.weights = [self.parameters[name] for name in quantizers]
         # Weights whose rounding is negligible are not rounded while they are trained.
         self.negligible = {name: q for name, q in quantizers.items() if q.negligible and q.enabled}
-        self.learned = {name: q for name, q in quantizers.items() if name not in self.negligible}
-        # Each scale is learned relative to its start, ``start * factor / typical``: where channels differ by orders of
-        # magnitude, an optimizer step that suits large scales would take small ones through zero.
-        self.starts = [q.fixed_step.detach().clone() for q in self.learned.values()]
-        self.typical = [float(start.mean()) for start in self.starts]
-        self.factors = [
-            torch.full_like(start, mean).requires_grad_(True)
-            for start, mean in zip(self.starts, self.typical, strict=True)
-        ]
         self.requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
         self.optimizer = torch.optim.Adam(self._groups(quantizers), betas=(0.9, 0.99))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, config.steps))
 
     def _groups(self, quantizers: Mapping[str, WeightQuantizer]) -> list[Document]:
-        """Parameter groups of weights and scales, with their learning rates."""
+        """Parameter groups of weights, with their learning rates."""
         groups: list[Document] = []
-        rates = {}
-        for (name, quantizer), weight in zip(quantizers.items(), self.weights, strict=True):
+        for quantizer, weight in zip(quantizers.values(), self.weights, strict=True):
             size = float(weight.detach().pow(2).mean().sqrt()) or 1.0
             # A code changes once its weight has moved by about a step, and steps double with every bit less.
-            rates[name] = self.config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
-            groups.append({"params": [weight.requires_grad_(True)], "lr": rates[name] * size})
-        for name, factor, mean in zip(self.learned, self.factors, self.typical, strict=True):
-            groups.append({"params": [factor], "lr": 0.1 * rates[name] * mean})
+            rate = self.config.learning_rate * 2.0 ** max(8 - quantizer.effective_bits, 0)
+            groups.append({"params": [weight.requires_grad_(True)], "lr": rate * size})
         return groups
 
-    def _apply_scales(self) -> None:
-        for quantizer, start, factor, mean in zip(
-            self.learned.values(), self.starts, self.factors, self.typical, strict=True
-        ):
-            quantizer.fixed_step = start * (factor / mean)
-
     def _snapshot(self) -> list[Tensor]:
-        """Copy the weights and the factors of their scales."""
-        return [tensor.detach().clone() for tensor in (*self.weights, *self.factors)]
+        return [weight.detach().clone() for weight in self.weights]
 
     def _step(self, item: Labelled) -> None:
-        self._apply_scales()
         energy, forces, counts = self.adapter.energy_and_forces(self.model, item.batch, create_graph=True)
         force_error = ((forces - item.forces) ** 2).mean()
         energy_error = (((energy - item.energy) / counts) ** 2).mean()
         loss = force_error + ENERGY_WEIGHT * energy_error
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*self.weights, *self.factors], 10.0)
+        torch.nn.utils.clip_grad_norm_(self.weights, 10.0)
         self.optimizer.step()
-        self.schedule.step()
 
     def run(
         self,
@@ -366,7 +305,7 @@ class _Descent:
             quantizer.enabled = False
         best = force_rms(self.adapter, self.model, validation) if self.negligible else before
         kept, taken, slow = start, 0, False
-        first, began = best, 0.0
+        gained, halvings, began = best, 0, 0.0
         items = iter(training)
         bar = Progress(self.config.steps, "self-distillation (at most)", shown=progress)
         try:
@@ -378,12 +317,17 @@ class _Descent:
                     _announce(time.perf_counter() - began, self.config.steps)
                 began = time.perf_counter()
                 if taken % CHECK_INTERVAL == 0 or taken == self.config.steps:
-                    self._apply_scales()
                     error = force_rms(self.adapter, self.model, validation)
                     bar.note(f"{_digits(error)} meV/Å (from {_digits(before)}, target {_digits(target)})")
                     if error < best:
                         best, kept = error, self._snapshot()
-                    slow = is_slow(first, best, target, taken, self.config.steps)
+                    if error <= (1.0 - LEAST_GAIN) * gained:
+                        gained = error
+                    else:
+                        halvings += 1
+                        for group in self.optimizer.param_groups:
+                            group["lr"] *= 0.5
+                    slow = error > target and halvings > HALVINGS and taken < self.config.steps
                     if error <= target or slow:
                         break
         finally:
@@ -399,13 +343,12 @@ class _Descent:
         return after, taken, slow
 
     def _finish(self, kept: Sequence[Tensor]) -> None:
-        """Restore the best weights and scales, and the flags of a prepared model."""
+        """Restore the best weights, and the flags of a prepared model."""
         with torch.no_grad():
-            for tensor, value in zip((*self.weights, *self.factors), kept, strict=True):
-                tensor.requires_grad_(False)
-                tensor.copy_(value)
-                tensor.grad = None
-            self._apply_scales()
+            for weight, value in zip(self.weights, kept, strict=True):
+                weight.requires_grad_(False)
+                weight.copy_(value)
+                weight.grad = None
         for name, quantizer in self.negligible.items():
             quantizer.enabled = True
             quantizer.refresh_scale(self.parameters[name])

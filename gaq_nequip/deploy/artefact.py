@@ -20,7 +20,6 @@ This module needs only the standard library.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -31,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from gaq.files.whole import written_whole
 
 __all__ = ["ArtefactError", "ArtefactSizes", "metadata", "sections", "slim"]
 
@@ -88,30 +89,22 @@ def slim(source: Path, target: Path) -> bool:
     source, target = Path(source), Path(target)
     if not target.parent.is_dir():
         raise ArtefactError(f"{target}: the folder {target.parent} does not exist; make it, or name another.")
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file, _reading(source) as archive:
-            library = _library(archive, source)
-            code = archive.read(library)
-            stripped = _strip(code)
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as result:
-                for entry in archive.infolist():
-                    kept = _kept(entry.filename, library)
-                    if kept is None:
-                        continue
-                    if entry.filename == library:
-                        data = code if stripped is None else stripped
-                    else:
-                        data = archive.read(entry) if kept else b""
-                    # No time stamp, so that equal models give equal files.
-                    result.writestr(zipfile.ZipInfo(entry.filename), data, zipfile.ZIP_DEFLATED, compresslevel=9)
-        # mkstemp makes files that only the owner can read.
-        shutil.copymode(source, temporary)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _reading(source) as archive, written_whole(target) as part:
+        library = _library(archive, source)
+        code = archive.read(library)
+        stripped = _strip(code)
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as result:
+            for entry in archive.infolist():
+                kept = _kept(entry.filename, library)
+                if kept is None:
+                    continue
+                if entry.filename == library:
+                    data = code if stripped is None else stripped
+                else:
+                    data = archive.read(entry) if kept else b""
+                # No time stamp, so that equal models give equal files.
+                result.writestr(zipfile.ZipInfo(entry.filename), data, zipfile.ZIP_DEFLATED, compresslevel=9)
+        shutil.copymode(source, part)
     return stripped is not None
 
 

@@ -20,6 +20,7 @@ from gaq.cli import frame
 from gaq.cli.arguments import EXIT_CODES, add_common
 from gaq.cli.frame import DONE, FAILED
 from gaq.cli.inputs import InputError, check_structure_file, checked_output, find_adapter, number_of_at_least
+from gaq.files.whole import put
 from gaq.progress import explained
 from gaq.untyped import AnyModule, Document
 
@@ -114,7 +115,7 @@ def _build(arguments: argparse.Namespace) -> int:
         structures_of(example, species_of(model), type_names(model))
     frozen = frozen_copy(model, to_compile=kind == COMPILED)
     sizes = WeightSizes.of(model, frozen)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
         trial = Path(folder) / output.name
         if kind == PACKAGE:
             with explained("packaging: the code of all modules goes into the file"):
@@ -134,7 +135,7 @@ def _build(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return FAILED
-        trial.replace(output)
+        put(trial, output)
     print(f"written: {output}")
     return DONE
 

@@ -45,6 +45,13 @@ def test_what_is_over_within_two_seconds_is_silent(clock: list[float], capsys: p
     assert capsys.readouterr().err == ""
 
 
+def test_plurals_and_the_end(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """The last unit has no line of its own: nothing is left."""
+    for _ in progress_over(range(2), 2, "inputs of layers", "batch"):
+        clock[0] += 31
+    assert capsys.readouterr().err == "inputs of layers: 1 of 2 batches, 00:31 elapsed, 00:31 left\n"
+
+
 def test_silence(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     for _ in progress_over(range(10), 10, "long", shown=False):
         clock[0] += 60
@@ -119,3 +126,33 @@ def test_progress_is_shown_by_one_helper() -> None:
         if "import tqdm" in path.read_text(encoding="utf-8")
     }
     assert users - {Path(__file__).relative_to(ROOT).as_posix()} == {"gaq/progress.py"}
+
+
+def test_data_of_the_quickstart(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred frames at a second each, on springs in place of quantum chemistry."""
+    from ase.calculators.calculator import Calculator, all_changes
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import xtb_dataset
+
+    molecule = xtb_dataset.trans_azobenzene()
+    home = molecule.positions.copy()
+
+    class Springs(Calculator):
+        implemented_properties = ("energy", "forces")
+
+        def calculate(self, atoms: Any = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+            super().calculate(atoms, properties, system_changes)
+            clock[0] += 1.0 / xtb_dataset.STEPS_BETWEEN_FRAMES
+            moved = atoms.positions - home
+            self.results = {"energy": 50.0 * float((moved**2).sum()), "forces": -100.0 * moved}
+
+    molecule.calc = Springs()
+    with Progress(100, "GFN2-xTB dynamics", "frame") as shown:
+        frames = xtb_dataset.sample(molecule, 90, np.random.default_rng(0), shown, warm_up=10)
+    assert len(frames) == 90
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 4
+    assert all(line.startswith("GFN2-xTB dynamics: ") and line.endswith(" left") for line in lines)

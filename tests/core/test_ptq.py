@@ -289,10 +289,11 @@ def test_distillation_reproduces_the_forces_of_the_float_model(adapter: Any) -> 
     config = DistillationConfig(steps=300, learning_rate=RATE)
     result = ptq.distill(adapter, model, structures(60), config, progress=False)
     after = rms(forces(adapter, model, fresh) - target)
-    # 34 to 2 meV/Å, on the structures held out and on others.
+    # 34 to 2 meV/Å, on the structures held out and on others, long before the last step.
     assert result.before / result.after > 8
     assert before / after > 8
-    assert (result.steps, result.structures) == (300, 54)
+    assert result.slow
+    assert (result.steps, result.structures) == (100, 54)
 
 
 def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> None:
@@ -301,7 +302,7 @@ def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> 
     for quantizer in model.features:
         quantizer.scalars_enabled = quantizer.vectors_enabled = False
     data = structures(60)
-    config = DistillationConfig(steps=40, learning_rate=0.3 * RATE, max_structures=40)
+    config = DistillationConfig(steps=40, learning_rate=RATE, max_structures=40)
     held = held_out(data, config)
     assert len(held) == 4
     target = exact_forces(adapter, model, held)
@@ -342,6 +343,7 @@ def test_weights_whose_rounding_is_negligible_move_exactly(adapter: Any) -> None
 
 
 def test_distillation_leaves_everything_else_as_it_was(adapter: Any) -> None:
+    """Scales too: kept in bfloat16, they could move in steps of 0.4 % only, half a code of a large weight."""
     model = prepared(adapter)
     model.scale.requires_grad_(False)
     model.mix.weight.requires_grad_(False)
@@ -350,6 +352,7 @@ def test_distillation_leaves_everything_else_as_it_was(adapter: Any) -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ranges = [q.ranges() for q in model.features]
+    scales = {name: q.current_scale(before[name]) for name, q in adapter.weight_quantizers(model).items()}
     ptq.distill(adapter, model, structures(20), DistillationConfig(steps=20, learning_rate=RATE), progress=False)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
@@ -359,7 +362,8 @@ def test_distillation_leaves_everything_else_as_it_was(adapter: Any) -> None:
         assert module.quantizer.enabled
         assert module.quantizer.scale_is_fixed
         assert not module.quantizer.fixed_step.requires_grad
-        assert (module.quantizer.fixed_step > 0).all()
+    for name, quantizer in adapter.weight_quantizers(model).items():
+        assert torch.equal(quantizer.current_scale(before[name]), scales[name]), name
     for quantizer, observed in zip(model.features, ranges, strict=True):
         assert torch.equal(quantizer.ranges(), observed)
     assert (fine.scalars_enabled, fine.vectors_enabled) == (True, True)
@@ -397,7 +401,7 @@ def test_distillation_is_left_out_where_rounding_met_the_target(adapter: Any) ->
 
 def test_distillation_ends_where_it_meets_the_target(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = structures(60), DistillationConfig(steps=200, learning_rate=RATE)
-    monkeypatch.setattr(distillation, "TARGET", 0.01)
+    monkeypatch.setattr(distillation, "TARGET", 0.02)
     model = prepared(adapter)
     result = ptq.distill(adapter, model, data, config, progress=False)
     assert result.after <= result.target < result.before
@@ -407,29 +411,6 @@ def test_distillation_ends_where_it_meets_the_target(adapter: Any, monkeypatch: 
     assert result.structures <= min(54, 20 * result.steps)
 
 
-@pytest.mark.parametrize(
-    ("best", "taken", "steps", "slow"),
-    [
-        (2.9, 10, 300, False),  # two measurements at least
-        (2.9, 20, 300, True),  # within three times the target: 2.9 * (2.9 / 3) ** 14 is 1.8
-        (2.8, 20, 300, False),  # and 2.8 * (2.8 / 3) ** 14 is 1.07, which would do with a little luck
-        (2.8, 300, 300, False),  # that was the last step
-        (0.9, 20, 300, False),  # the target is met
-    ],
-)
-def test_slow_progress_within_what_the_gate_allows(best: float, taken: int, steps: int, slow: bool) -> None:
-    assert distillation.is_slow(3.0, best, 1.1, taken, steps) is slow
-
-
-@pytest.mark.parametrize(
-    ("best", "taken", "steps", "slow"),
-    [(10.0, 20, 300, True), (9.9, 200, 300, True), (9.7, 20, 300, False), (10.0, 20, 50, False)],
-)
-def test_slow_progress_far_from_the_target(best: float, taken: int, steps: int, slow: bool) -> None:
-    """Only a start that does not move ends it, and not a budget so small that the learning rate is high at once."""
-    assert distillation.is_slow(10.0, best, 1.0, taken, steps) is slow
-
-
 def test_distillation_ends_where_it_does_not_help(adapter: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The start is kept, one line says why, and another one said before how long it might take."""
     model = prepared(adapter)
@@ -437,11 +418,11 @@ def test_distillation_ends_where_it_does_not_help(adapter: Any, caplog: pytest.L
     config = DistillationConfig(steps=300, learning_rate=3e5 * RATE)
     with caplog.at_level("INFO", "gaq.training.distillation"):
         result = ptq.distill(adapter, model, structures(20), config, progress=False)
-    assert (result.steps, result.slow) == (distillation.FIRST_JUDGEMENT, True)
+    assert (result.steps, result.slow) == (10 * (distillation.HALVINGS + 1), True)
     assert result.after == result.before
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
-    assert "after 20 steps of self-distillation" in result.describe()
+    assert "after 60 steps of self-distillation" in result.describe()
     assert result.describe().endswith("ended, because more steps would gain too little")
     (announced,) = [record.getMessage() for record in caplog.records]
     assert announced.startswith("self-distillation: at most 300 steps of about ")
@@ -516,13 +497,9 @@ def test_distillation_serves_channels_of_very_different_size(adapter: Any) -> No
         model.mix.weight[:, ::4] *= 1e-3
         model.quiet.weight[::4] *= 1e3
         model.loud.weight[::4] *= 1e3
-    start = model.mix.quantizer.current_scale(model.mix.weight)
     config = DistillationConfig(steps=200, learning_rate=RATE)
     result = ptq.distill(adapter, model, structures(60), config, progress=False)
-    assert result.before / result.after > 4
-    # No scale went astray, of however small a channel.
-    moved = model.mix.quantizer.fixed_step / start
-    assert ((moved > 0.5) & (moved < 2)).all()
+    assert result.before / result.after > 3  # 269 to 80 meV/Å
 
 
 # Sensitivity.

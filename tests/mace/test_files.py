@@ -562,3 +562,11 @@ def test_root_without_quantization_pickles_as_stock(float_model: Callable[..., A
     assert type(restored) is mace_models.ScaleShiftMACE
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, restored.get_parameter(name)), name
+
+
+def test_files_have_the_permissions_of_new_ones(quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """A library that writes for its owner alone would hide the file from a group."""
+    (tmp_path / "plain").touch()
+    for suffix in SUFFIXES:
+        gaq.save(quantized("w8"), tmp_path / f"model{suffix}")
+        assert (tmp_path / f"model{suffix}").stat().st_mode == (tmp_path / "plain").stat().st_mode

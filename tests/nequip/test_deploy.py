@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -366,3 +367,21 @@ def test_the_model_is_loaded_once_and_frozen_once(
 def test_sizes_without_freezing(trained: Any) -> None:
     model = gaq.load(trained.best)
     assert deploy_sizes.unfolded_bytes(model) == deploy_sizes.packed_bytes(model, fold=False)[0]
+
+
+def test_compiled_files_are_shown_without_being_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under any name; their library, which is none here, is not loaded."""
+    path = tmp_path / "compiled"
+    metadata = {"r_max": "4.0", "type_names": "H C O", "gaq_preset": "w8", "gaq_weight_bytes": "1234"}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data/aotinductor/model/a.so", b"no library")
+        archive.writestr("x/data/aotinductor/model/a_metadata.json", json.dumps(metadata))
+    assert main(["info", str(path)]) == 0
+    assert "gaq_preset                   w8" in capsys.readouterr().out
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["kind"], result["bytes"]) == ("a compiled NequIP model", 1234)
+    assert cli.main(["inspect", str(path), "--sensitivity", str(path)]) == 2
+    assert "is a compiled NequIP model" in capsys.readouterr().err
+    assert cli.main(["quantize", str(path), "-o", str(tmp_path / "out.ckpt")]) == 2
+    assert "a compiled file cannot be changed" in capsys.readouterr().err

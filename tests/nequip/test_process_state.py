@@ -79,7 +79,7 @@ unchanged("deploy bad input", lambda: deploy.main(["build", str(broken), str(fol
 import nequip.utils.aot as aot
 aot.aot_export_model = stop
 unchanged("compile", lambda: deploy.main(["build", str(checkpoint), str(folder / "out.nequip.pt2")]), Stop)
-type(adapter_for_file(checkpoint)).load = stop
+type(adapter_for_file(checkpoint)).load_export = stop
 unchanged("a command that stops", lambda: cli.main(["inspect", str(checkpoint)]), Stop)
 print("FAILED" + "\\n".join(failed))
 """

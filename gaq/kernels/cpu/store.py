@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from gaq import settings
 from gaq.caches import cached
+from gaq.progress import explained
 
 __all__ = ["cache_folder", "folders", "obtain", "obtain_any", "writable_folder"]
 
@@ -147,7 +148,8 @@ def obtain(name: str, file: str, build: Callable[[], Path], use: Callable[[Path]
         place = folder / name
         if not _is_whole(place, file):
             _check_writable(folder)
-            with _locked(folder):
+            reason = f"compiling the C++ kernels into {folder}, once on this machine"
+            with explained(reason, say=logger.info), _locked(folder):
                 # Another process may have built it meanwhile.
                 if not _is_whole(place, file):
                     if not built:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path as File
 from types import ModuleType
@@ -19,6 +17,7 @@ from types import ModuleType
 from torch import Tensor
 
 from gaq.caches import cached
+from gaq.files.whole import written_whole
 from gaq.kernels.cpu.native import refuse_second_derivative
 from gaq.kernels.cpu.store import writable_folder
 from gaq.kernels.gpu import tracing, why_not
@@ -62,10 +61,9 @@ def register(problem: ConvolutionProblem, tabulated: bool) -> str:
         key = f"convolution_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
         path = _folder() / f"{key}.py"
         if not path.exists():
-            # Under a temporary name first: processes that start together must not read half a file.
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".py", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
+            # Processes that start together must not read half a file.
+            with written_whole(path) as part:
+                part.write_text(text)
         problem.sources[tabulated] = key
     return problem.sources[tabulated]
 
