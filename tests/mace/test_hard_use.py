@@ -56,12 +56,11 @@ from ase.build import molecule
 from mace.calculators import MACECalculator
 torch.set_num_threads(int(sys.argv[2]))
 calculator = MACECalculator(model_paths=[sys.argv[1]], device="cpu", default_dtype="float32")
-for name in ("CH3CH2OH", "H2O", "CO2"):
-    atoms = molecule(name)
-    for step in range(3):
-        atoms.rattle(0.03, seed=step)
-        atoms.calc = calculator
-        print("BITS", np.float64(atoms.get_potential_energy()).tobytes().hex(), atoms.get_forces().tobytes().hex())
+atoms = molecule("CH3CH2OH")
+for step in range(3):
+    atoms.rattle(0.03, seed=step)
+    atoms.calc = calculator
+    print("BITS", np.float64(atoms.get_potential_energy()).tobytes().hex(), atoms.get_forces().tobytes().hex())
 """
 
 
@@ -70,5 +69,5 @@ def test_the_same_bits_from_run_to_run(quantized: Callable[..., Any], tmp_path: 
     gaq.save(quantized("gaq", "agnesi", torch.float32), tmp_path / "quantized.model")
     command = [sys.executable, "-W", "ignore", "-c", ENERGIES, str(tmp_path / "quantized.model"), threads]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert runs[0].count("BITS") == 9
+    assert runs[0].count("BITS") == 3
     assert runs[0] == runs[1]
