@@ -61,11 +61,15 @@ def quantization(block: str, scheme: str, epochs: int) -> Document | None:
         return None
     start = 2 * epochs // 3
     scalars = PRESETS[scheme].scalars.bits
-    return {
+    key: Document = {
         "preset": scheme,
         "vectors": {"start_epoch": start, "anneal_epochs": max(1, (epochs - start) // 2)},
-        "attention": {"bits": scalars and min(scalars, 16), "normalize": block != "attention_dot"},
     }
+    if block != "residual":  # it has nothing to bound
+        key["attention"] = {"bits": scalars and min(scalars, 16)}
+    if block == "attention_dot":
+        key["attention"]["normalize"] = False
+    return key
 
 
 def training_input(args: argparse.Namespace, block: str, scheme: str, seed: int, train: Path) -> Document:

@@ -20,6 +20,8 @@ import yaml
 from common import SHARED
 from presets import Framework, main, run_name
 
+from gaq.config.schema import PRESETS
+
 
 def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> dict[str, Any]:
     """The YAML of a fine-tuning run; that of FP32 lacks only the last key."""
@@ -49,7 +51,9 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
         "seed": seed,
     }
     if preset is not None:
-        config["quantization"] = {"preset": preset, "vectors": {"start_epoch": 1, "anneal_epochs": 2}}
+        config["quantization"] = {"preset": preset}
+        if PRESETS[preset].vectors.magnitude_bits is not None:
+            config["quantization"]["vectors"] = {"start_epoch": 1, "anneal_epochs": 2}
     return config
 
 

@@ -21,6 +21,7 @@ import yaml
 from common import SHARED
 from presets import Framework, main, run_name
 
+from gaq.config.schema import PRESETS
 from gaq_nequip.deploy.sizes import packed_bytes
 
 
@@ -64,7 +65,9 @@ def training_input(args: argparse.Namespace, preset: str | None, seed: int) -> d
         "training_module": module,
     }
     if preset is not None:
-        config["quantization"] = {"preset": preset, "vectors": {"start_epoch": 1, "anneal_epochs": 2}}
+        config["quantization"] = {"preset": preset}
+        if PRESETS[preset].vectors.magnitude_bits is not None:
+            config["quantization"]["vectors"] = {"start_epoch": 1, "anneal_epochs": 2}
     return config
 
 

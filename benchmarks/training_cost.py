@@ -36,7 +36,9 @@ def seconds(args: argparse.Namespace, preset: str | None, epochs: int) -> float:
     def training_input(given: argparse.Namespace, preset: str | None, seed: int) -> Document:
         config: Document = of_the_tables(given, preset, seed)
         if preset is not None:
-            config["quantization"] |= {"vectors": VECTORS_AT_ONCE, "distillation": {"steps": 0}}
+            config["quantization"] |= {"distillation": {"steps": 0}}
+            if "vectors" in config["quantization"]:
+                config["quantization"]["vectors"] = VECTORS_AT_ONCE
         return config
 
     folder = args.work / f"{epochs}_epochs"

@@ -15,6 +15,7 @@ import torch
 from gaq.adapter import adapter_for, adapter_for_file
 from gaq.checks.labels import ENERGY_KEY, FORCES_KEY
 from gaq.checks.structures import check_structures, without_single_atoms
+from gaq.config.effect import training_only_note
 from gaq.config.parse import ConfigSpec, parse_config
 from gaq.model.elements import SpeciesMap, check_calibration, check_known
 from gaq.model.state import require_state
@@ -216,6 +217,9 @@ def quantize(
         ValueError: as `select`, `prepare` and `calibrate`; and for structures of other elements than those chosen.
     """
     check_structures(structures)
+    config = parse_config(config)
+    if (note := training_only_note(config)) is not None:
+        logger.warning(note)
     if elements is None and head is None:
         check_known(adapter_for(model).elements(model), structures)
         quantized = prepare(copy.deepcopy(model), config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from typing import SupportsIndex
 
 import mace  # noqa: F401  (before e3nn)
@@ -18,11 +17,13 @@ from gaq.config.parse import ConfigError, parse_stored, resolve_overrides
 from gaq.model.bits import settle_bits
 from gaq.model.insertion import new_feature_quantizer, new_weight_quantizers
 from gaq.model.state import (
+    SCHEDULE,
     ModelFileError,
     ModelState,
     StoredState,
     check_format,
-    keep_earlier_bits,
+    describe_other_grid,
+    keep_earlier_preset,
     same_grid,
     state_of,
 )
@@ -34,7 +35,11 @@ from gaq_mace.insertion import configure_attention, insert
 from gaq_mace.sites import find_sites
 from gaq_mace.weights import weight_quantizers
 
-__all__ = ["ScaleShiftMACE", "adopt", "is_quantized", "restore"]
+__all__ = ["OtherSettingsError", "ScaleShiftMACE", "adopt", "is_quantized", "restore"]
+
+
+class OtherSettingsError(ValueError):
+    """A checkpoint of a model that is quantized otherwise than the one it is loaded into."""
 
 
 @compile_mode("script")
@@ -123,18 +128,24 @@ def restore(model: torch.nn.Module, stored: StoredState) -> torch.nn.Module:
 
 
 def _take_over(model: torch.nn.Module, plain: Document) -> None:
-    """Make a model the quantized one that a state dict describes, or take its ranges if it is quantized already."""
+    """Make a model the quantized one that a state dict describes, or take its ranges if it is quantized already.
+
+    Raises:
+        OtherSettingsError: if it is quantized with other settings.
+    """
     stored = StoredState.from_json(plain)
     state = state_of(model)
     if state is None:
         restore(model, stored)
         return
-    keep_earlier_bits(model, stored.meta["config"])
-    if same_grid(state.config.to_dict(), stored.meta["config"]):
-        # A checkpoint of the same run: the quantizers are in place, and only their ranges differ.
-        state.resumed = True
-        stored.load_ranges(model, weight_quantizers(model))
-    else:
-        logging.warning(
-            "The checkpoint was written with other quantization settings: its weights are taken, its ranges are not."
-        )
+    keep_earlier_preset(model, stored.meta["config"])
+    if not same_grid(state.config.to_dict(), stored.meta["config"]):
+        # MACE's command swallows what is raised here and trains from the start; `gaq_mace.training.run` asks again.
+        state.conflict = describe_other_grid(state.config, stored.meta["config"])
+        raise OtherSettingsError(state.conflict)
+    state.conflict = ""
+    # A checkpoint of the same run: the quantizers are in place, and only their ranges differ.
+    state.resumed = True
+    if SCHEDULE in (notes := stored.meta.get("notes", {})):
+        state.notes[SCHEDULE] = notes[SCHEDULE]
+    stored.load_ranges(model, weight_quantizers(model))

@@ -13,32 +13,48 @@ import torch
 from torch import Tensor
 
 from gaq.checks.rotations import random_rotation
-from gaq.config.parse import CalibrationConfig, QuantizationConfig, VectorConfig
+from gaq.config.parse import CalibrationConfig, QuantizationConfig
 from gaq.model.state import TRAINED, feature_quantizers, require_state, round_weights, state_of, unquantized
 from gaq.model.summary_table import format_rows
 from gaq.quantizers.features import OBSERVER_DECAY
 from gaq.training.averaging import averaging_deployed
 from gaq.training.ptq import RANGE_ATOMS, check_weights, round_at_end
 from gaq.training.sampling import choose
-from gaq.training.schedule import DEPLOYED, branch_state, describe_schedule, set_branches
+from gaq.training.schedule import (
+    DEPLOYED,
+    branch_state,
+    check_reached,
+    describe_branches,
+    describe_schedule,
+    never_reached,
+    noted_schedule,
+    set_branches,
+    settle_schedule,
+)
 from gaq.untyped import Batch, Loader, Patched, Structure
 from gaq_mace.adapter import MACEAdapter
 from gaq_mace.evaluate import collated
 from gaq_mace.files import compress_packed
 from gaq_mace.model import prepare, search_ranges
-from gaq_mace.root import is_quantized
+from gaq_mace.root import OtherSettingsError, is_quantized
 from gaq_mace.summary import rows
 from gaq_mace.weights import weight_quantizers
 
 __all__ = ["EquivarianceLoss", "error_table", "finish", "run", "run_epoch", "set_branches", "start"]
 
 
-def start(model: torch.nn.Module, config: QuantizationConfig) -> None:
+def start(model: torch.nn.Module, config: QuantizationConfig, epochs: int | None = None) -> None:
     """Insert quantizers into a float model before the optimizer is made, and log what is quantized.
 
+    Args:
+        model: of the run, in float.
+        config: from the key ``quantization``.
+        epochs: length of the run.
+
     Raises:
-        ValueError: if the model is quantized already or cannot be.
+        ValueError: if the model is quantized already or cannot be, or the configuration cannot be followed.
     """
+    check_reached(config, epochs)
     if is_quantized(model):
         raise ValueError(
             "this model is already quantized: train the float model it was made from, or remove the key `quantization`."
@@ -105,25 +121,18 @@ def _calibrate(model: torch.nn.Module, calibration: CalibrationConfig, loader: L
     return calibrate_on_dataset(model, loader.dataset, calibration.frames, calibration.seed, device)
 
 
-def _announce_vectors(vectors: VectorConfig, first: int, end: int) -> None:
-    """Log what the first and the last epoch of a run mean for the rounding of vectors."""
-    if vectors.magnitude_bits is None:
-        return
-    if vectors.start_epoch >= end:
-        logging.warning(
-            f"vectors.start_epoch {vectors.start_epoch} is not reached in {end} epochs: the model is never trained "
-            "with rounded vectors, though its vectors are rounded in use. Set quantization.vectors.start_epoch lower."
-        )
-    elif vectors.start_epoch < first:
-        logging.info(f"Training goes on at epoch {first}: vectors are rounded already")
-
-
 def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object:
-    """Run `mace.tools.train` with calibration before the first epoch and frozen ranges after the last."""
+    """Run `mace.tools.train` with calibration before the first epoch and frozen ranges after the last.
+
+    Raises:
+        gaq_mace.root.OtherSettingsError: if the run was to go on from a checkpoint of other settings.
+    """
     model = kwargs["model"]
     state = state_of(model)
     if state is None:
         return original(*args, **kwargs)
+    if state.conflict:
+        raise OtherSettingsError(state.conflict)
     at_end = state.config.rounds_weights_at_end
     state.notes[TRAINED] = True
     if state.resumed:
@@ -134,7 +143,9 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
         if feature_quantizers(model):
             used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
             logging.info(f"Activation ranges calibrated on {used} training structures")
-    _announce_vectors(state.config.vectors, kwargs["start_epoch"], kwargs["max_num_epochs"])
+    epochs = kwargs["max_num_epochs"]
+    schedule = settle_schedule(state, kwargs["start_epoch"], epochs)
+    logging.info(describe_branches(state.config, schedule, epochs))
     set_branches(model, DEPLOYED, observing=False)
     round_weights(model, not at_end)
     try:
@@ -142,6 +153,8 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
     finally:
         round_weights(model, True)
         set_branches(model, DEPLOYED, observing=False)
+    if state.last_epoch >= 0 and (warning := never_reached(schedule, state.last_epoch)):
+        logging.warning(warning)
     if at_end:
         round_after_loading(kwargs["checkpoint_handler"], model, kwargs["train_loader"].dataset, kwargs["device"])
     return result
@@ -192,10 +205,9 @@ def run_epoch(original: Callable[..., object], *args: object, **kwargs: Any) -> 
     if state is None:
         return original(*args, **kwargs)
     _check_weights(model, kwargs["data_loader"].dataset)
-    epoch = kwargs["epoch"]
-    branches = branch_state(state.config.vectors, epoch)
-    rounds_vectors = state.config.vectors.magnitude_bits is not None
-    if rounds_vectors and epoch == state.config.vectors.start_epoch:
+    epoch = state.last_epoch = kwargs["epoch"]
+    schedule = noted_schedule(state)
+    if epoch == schedule.start:
         logging.info(f"Epoch {epoch}: vectors are rounded from now on")
     loss = state.config.equivariance_loss
     if loss.weight > 0:
@@ -205,7 +217,7 @@ def run_epoch(original: Callable[..., object], *args: object, **kwargs: Any) -> 
         # A line search needs the same function at every step: ranges move between epochs only.
         _calibrate(model, state.config.calibration, kwargs["data_loader"], kwargs["device"])
     refresh_scales(model)
-    set_branches(model, branches, observing=not line_search)
+    set_branches(model, branch_state(schedule, epoch), observing=not line_search)
     try:
         average = kwargs.get("ema") if state.config.training.average_rounded else None
         with averaging_deployed(average, "update", dict(model.named_parameters()), weight_quantizers(model)):

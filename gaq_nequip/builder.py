@@ -46,6 +46,6 @@ def quantized(model: Document, quantization: object = "gaq", **keys: object) -> 
     pretrained = is_trained(model_config)
     built = get_method(model_config.pop("_target_"))(**model_config)
     # The first build under way is that of the training module; a second one means that a checkpoint is being loaded.
-    config = read_key(quantization, loaded=_building.get() > 1)
-    start(built, config, pretrained=pretrained)
+    config, written = read_key(quantization, loaded=_building.get() > 1)
+    start(built, config, pretrained=pretrained, written=written)
     return built

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from torch import Tensor
+from torch.package import OrderedImporter
+from torch.package.importer import ObjMismatchError, ObjNotFoundError, sys_importer
 
 from gaq.caches import WeakValueCache
 from gaq.config.parse import parse_stored
@@ -313,6 +315,19 @@ def _check_same_tensors(entries: Document, model_entries: Document, prefix: str,
         )
 
 
+class _FirstThatKnows(OrderedImporter):
+    """Names an object by the first importer that has it; `OrderedImporter` of torch 2.8 does not."""
+
+    def get_name(self, obj: object, name: str | None = None) -> tuple[str, str]:
+        errors: list[Exception] = []
+        for importer in self._importers:
+            try:
+                return importer.get_name(obj, name)
+            except (ObjNotFoundError, ObjMismatchError) as error:
+                errors.append(error)
+        raise errors[-1]
+
+
 def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     """Write a package with the frozen model, in one copy and compressed."""
     import copy
@@ -329,7 +344,6 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
     frozen.freeze_weights()
     for key in (SOURCE, EXAMPLE):
         frozen.__dict__.pop(key, None)
-    sys_importer = torch.package.importer.sys_importer  # type: ignore[attr-defined]  # not exported in its stub
     importers: tuple[Importer, ...] = (sys_importer,)
     plain = path.with_name("plain" + PACKAGE)
     with _suppress_package_importer_exporter_warnings():
@@ -355,7 +369,7 @@ def _save_package(model: torch.nn.Module, source: Path, path: Path) -> None:
             data = example_of(model, source)
         metadata["versions"] = get_current_code_versions(verbose=False)
         metadata["available_models"] = ["eager"]
-        with torch.package.PackageExporter(str(plain), importer=importers) as exporter:
+        with torch.package.PackageExporter(str(plain), importer=_FirstThatKnows(*importers)) as exporter:
             exporter.mock([f"{name}.**" for name in utils._MOCK_MODULES])
             exporter.extern([f"{name}.**" for name in utils._EXTERNAL_MODULES])
             exporter.intern([f"{name}.**" for name in (*utils._INTERNAL_MODULES, "gaq", "gaq_nequip")])

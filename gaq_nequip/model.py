@@ -120,9 +120,9 @@ def ranges_follow() -> Iterator[None]:
         _ranges_follow.reset(token)
 
 
-def prepare(model: torch.nn.Module, config: QuantizationConfig) -> torch.nn.Module:
+def prepare(model: torch.nn.Module, config: QuantizationConfig, written: bool = True) -> torch.nn.Module:
     """Insert quantizers into a complete NequIP or Allegro model, in place; see `gaq.model.insertion.prepare`."""
-    return shared.prepare(HOST, model, config, search=not _ranges_follow.get())
+    return shared.prepare(HOST, model, config, search=not _ranges_follow.get(), written=written)
 
 
 def search_ranges(model: torch.nn.Module) -> None:

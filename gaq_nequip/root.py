@@ -23,8 +23,9 @@ from gaq.model.state import (
     TRAINED,
     ModelState,
     StoredState,
+    describe_other_grid,
     is_kind,
-    keep_earlier_bits,
+    keep_earlier_preset,
     require_state,
     same_grid,
     settle_codes,
@@ -95,13 +96,9 @@ class _QuantizedRoot:
         if not text or model_state is None:
             return
         stored = StoredState.from_json(json.loads(text))
-        keep_earlier_bits(model, stored.meta["config"])
+        keep_earlier_preset(model, stored.meta["config"])
         if not same_grid(model_state.config.to_dict(), stored.meta["config"]):
-            raise ValueError(
-                "this checkpoint was written with other quantization settings "
-                f"(preset {stored.meta['config']['preset']}) than the ones given (preset {model_state.config.preset}). "
-                "Restart with the settings it was written with, or start a new run from its float model."
-            )
+            raise ValueError(describe_other_grid(model_state.config, stored.meta["config"]))
         model_state.resumed = True
         model_state.status = stored.meta["status"]
         if model_state.status != "training":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
 import lightning
@@ -29,7 +30,18 @@ from gaq.quantizers.features import OBSERVER_DECAY, FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.training.averaging import averaging_deployed
 from gaq.training.ptq import check_weights
-from gaq.training.schedule import DEPLOYED, BranchState, branch_state, describe_schedule, set_branches
+from gaq.training.schedule import (
+    DEPLOYED,
+    BranchState,
+    branch_state,
+    check_reached,
+    describe_branches,
+    describe_schedule,
+    never_reached,
+    noted_schedule,
+    set_branches,
+    settle_schedule,
+)
 from gaq.untyped import Batch, Trainer, TrainingModule
 from gaq_nequip.error_comparison import ErrorComparison
 from gaq_nequip.finish import finish_checkpoints
@@ -51,16 +63,18 @@ def is_quantized(model: torch.nn.Module) -> bool:
     return bool(quantized_models(model))
 
 
-def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool = False) -> None:
+def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool = False, written: bool = True) -> None:
     """Insert quantizers into a model that was just built, and write to the log what was done.
 
     Args:
         model: float model.
         config: configuration given by the key `quantization`.
         pretrained: whether the weights come from a trained model.
+        written: whether a user wrote the configuration for this run; see `gaq.model.insertion.prepare`.
 
     Raises:
-        gaq.config.parse.ConfigError: if attention over messages is asked for in a trained model.
+        gaq.config.parse.ConfigError: if the configuration cannot be used for this model, or attention over messages is
+            asked for in a trained model.
     """
     if pretrained and config.attention is not None and config.attention.messages:
         raise ConfigError(
@@ -68,7 +82,7 @@ def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool =
             "Train from scratch with it, or leave it out."
         )
     for name, graph_model in graph_models(model).items():
-        prepare(graph_model, config)
+        prepare(graph_model, config, written=written)
         if get_workflow_state() != "train":
             continue  # the model of a checkpoint, which was described when it was trained
         logger.info("=========== QUANTIZATION" + (f" of {name}" if name else "") + " ===========")
@@ -82,6 +96,15 @@ def start(model: torch.nn.Module, config: QuantizationConfig, pretrained: bool =
             feature_quantizers(graph_model),
         )
         logger.info("Quantized layers:\n" + format_rows(table))
+
+
+def _epochs(trainer: Trainer) -> int | None:
+    """Length of a run in epochs; None if it ends by another criterion."""
+    epochs: list[int] = [] if trainer.max_epochs is None or trainer.max_epochs < 0 else [trainer.max_epochs]
+    batches = trainer.num_training_batches
+    if trainer.max_steps > 0 and batches and math.isfinite(batches):
+        epochs.append(math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / batches))
+    return min(epochs, default=None)
 
 
 def _features(model: torch.nn.Module) -> list[FeatureQuantizer]:
@@ -133,6 +156,21 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         self._codes_before: list[dict[str, Tensor]] = []
         self._comparison = ErrorComparison()
 
+    def setup(self, trainer: Trainer, pl_module: TrainingModule, stage: str) -> None:
+        """Refuse to train a model that has no weights left, before an optimizer is made for it.
+
+        Raises:
+            ValueError: saying what to train instead.
+        """
+        if stage == "fit" and any(
+            require_state(model).status == "frozen" for model in quantized_models(pl_module.model)
+        ):
+            raise ValueError(
+                "training_module.model: this package is quantized, so it holds integer codes and no weights that could "
+                "be trained. Give the package or checkpoint of the float model it was made from, with the key "
+                f"`quantization: {self._config(pl_module).preset}` to train it with rounding."
+            )
+
     # -- data --
 
     def _batches(self, trainer: Trainer, module: TrainingModule, count: int | None = None) -> list[Batch]:
@@ -161,7 +199,12 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     # -- training --
 
     def on_fit_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
-        """Set ranges and scales before anything is evaluated."""
+        """Set ranges and scales before anything is evaluated.
+
+        Raises:
+            gaq.config.parse.ConfigError: if the schedule names an epoch that the run does not reach.
+        """
+        check_reached(self._config(pl_module), _epochs(trainer))
         for model in quantized_models(pl_module.model):
             state = require_state(model)
             state.holds_scales = True
@@ -178,7 +221,11 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
                 logger.info(f"Activation ranges observed on {len(self._sample or [])} training structures")
 
     def on_train_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
-        """Make NequIP's average, where there is one, follow the rounded weights."""
+        """Settle the schedule, and make NequIP's average, where there is one, follow the rounded weights."""
+        epochs = _epochs(trainer)
+        for model in quantized_models(pl_module.model):
+            schedule = settle_schedule(require_state(model), trainer.current_epoch, epochs)
+        logger.info(describe_branches(self._config(pl_module), schedule, epochs))
         parameters: dict[str, torch.nn.Parameter] = {}
         quantizers: dict[str, WeightQuantizer] = {}
         for index, model in enumerate(quantized_models(pl_module.model)):
@@ -195,6 +242,9 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     def on_train_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Undo `on_train_start`, and choose codes for the present weights from now on."""
         self._averaging.close()
+        state = require_state(quantized_models(pl_module.model)[0])
+        if state.last_epoch >= 0 and (warning := never_reached(noted_schedule(state), state.last_epoch)):
+            logger.warning(warning)
         for model in quantized_models(pl_module.model):
             release_codes(model)
 
@@ -208,19 +258,20 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         """Set the branches of this epoch, and ranges and scales for the present weights."""
-        config = self._config(pl_module)
         epoch = trainer.current_epoch
-        if config.vectors.magnitude_bits is not None and epoch == config.vectors.start_epoch:
+        schedule = noted_schedule(require_state(quantized_models(pl_module.model)[0]))
+        if epoch == schedule.start:
             logger.info(f"Epoch {epoch}: vectors are rounded from now on")
         for model in quantized_models(pl_module.model):
             require_state(model).status = "training"
+            require_state(model).last_epoch = epoch
             if epoch > 0:
                 check_weights(dict(model.named_parameters()), trainer.datamodule.train_dataloader().dataset)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):
                 calibrate_on(model, self._batches(trainer, pl_module))
-        self._set_branches(pl_module, branch_state(config.vectors, epoch), observing=True)
+        self._set_branches(pl_module, branch_state(schedule, epoch), observing=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: TrainingModule, batch: Batch, batch_idx: int) -> None:
         """Observe ranges every `EARLY_STEPS` steps in the first epoch of a train-time compiled model."""

@@ -37,6 +37,7 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     """Quantize a model, judge it, and write it; returns the exit code and the result."""
     from gaq import api
+    from gaq.config.effect import training_only_note
     from gaq.config.parse import parse_config
     from gaq.model.elements import check_known
 
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     output = checked_output("--output", arguments.output, arguments.model)
     adapter.check_output(output, Path(arguments.model))
     config = parse_config(arguments.config)
+    if (note := training_only_note(config)) is not None:
+        print(note, file=sys.stderr)
     _check_calibration(arguments, config)
     check_device(arguments.device)
     structures = read_structures(arguments.calibration) if arguments.calibration else []

@@ -14,10 +14,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import yaml
 
+from gaq.config.effect import check_keys
 from gaq.config.schema import (
     PRESETS,
     REMOVED,
@@ -26,6 +28,7 @@ from gaq.config.schema import (
     VERSION,
     AttentionConfig,
     CalibrationConfig,
+    ConfigError,
     DistillationConfig,
     EquivarianceLossConfig,
     QuantizationConfig,
@@ -56,14 +59,24 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
-    """Invalid quantization configuration; the message names the key path."""
-
-
 ConfigSpec = str | Mapping[str, object] | QuantizationConfig
 """What `parse_config` reads: a preset, the text of a mapping or the path of a file; a mapping; a configuration."""
 
 _BITS_OF_GROUPS = ("sensitive_bits", "first_bits", "mixing_bits", "species_bits")
+
+
+_values = Repr()
+_values.maxlevel, _values.maxdict, _values.maxlist, _values.maxtuple = 4, 12, 12, 12
+_values.maxstring, _values.maxother, _values.maxlong = 200, 200, 500
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message: as Python writes it, with the middle left out where it is long."""
+    try:
+        text = _values.repr(value)
+        return text if len(text) <= 1000 else f"{text[:480]} ... {text[-480:]}"
+    except ValueError:  # Python does not write integers of thousands of digits
+        return f"a {type(value).__name__} too long to write"
 
 
 def _options(names: Iterable[object]) -> str:
@@ -119,20 +132,22 @@ def _check_value(path: str, relative: str, value: Any, field: dataclasses.Field[
     elif not isinstance(given, {"str": str, "bool": bool}[kind]):
         value = None
     if value is None:
-        raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {given!r}.")
-    choices, bits, minimum = (field.metadata.get(name) for name in ("choices", "bits", "minimum"))
+        raise ConfigError(f"{path}: expected {kind}{' or null' if optional else ''}, got {_shown(given)}.")
+    choices, bits, minimum, below = (field.metadata.get(n) for n in ("choices", "bits", "minimum", "below"))
     if choices is not None and value not in choices:
         if (advice := REMOVED_VALUES.get((relative, value))) is not None:
-            raise ConfigError(f"{path}: {value!r} is gone; {advice}.")
+            raise ConfigError(f"{path}: {_shown(value)} is gone; {advice}.")
         hint = _closest(str(value), choices)
-        raise ConfigError(f"{path}: {value!r} is not one of {_options(choices)}.{hint}")
+        raise ConfigError(f"{path}: {_shown(value)} is not one of {_options(choices)}.{hint}")
     if bits is not None and value not in bits:
         raise ConfigError(
-            f"{path}: {value} bits cannot be stored; choose one of {_options(bits)}"
+            f"{path}: {_shown(value)} bits cannot be stored; choose one of {_options(bits)}"
             f"{' or null to leave it in float' if optional else ''}."
         )
     if minimum is not None and not value >= minimum:
-        raise ConfigError(f"{path}: {value} is too small; the least allowed is {minimum:g}.")
+        raise ConfigError(f"{path}: {_shown(value)} is too small; the least allowed is {minimum:g}.")
+    if below is not None and not value < below:
+        raise ConfigError(f"{path}: {_shown(value)} is too large; the key is a share, less than {below:g}.")
     return value
 
 
@@ -145,7 +160,7 @@ def _temperature(path: str, value: object) -> str | float:
     if number is not None and low < number < high:
         return float(number)
     hint = _closest(value, ["learned"]) if isinstance(value, str) else ""
-    raise ConfigError(f"{path}: {value!r} is neither 'learned' nor a number between {low:g} and {high:g}.{hint}")
+    raise ConfigError(f"{path}: {_shown(value)} is neither 'learned' nor a number between {low:g} and {high:g}.{hint}")
 
 
 def type_name(annotation: object) -> str:
@@ -190,7 +205,7 @@ def _merge(base: Any, changes: ReadOnlyDocument, path: str, section: str = "") -
                 continue
             if not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{key_path}: expected a mapping, got {value!r}. "
+                    f"{key_path}: expected a mapping, got {_shown(value)}. "
                     f"Allowed in {key_path}: {_options(f.name for f in dataclasses.fields(current))}."
                 )
             values[key] = _merge(current, value, key_path, f"{key}.")
@@ -210,51 +225,112 @@ def _check_overrides(value: object, path: str) -> Document:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{path}: expected a mapping from module-name patterns to a preset, a mapping or null, "
-            f"got {value!r}. Example: {{'readouts.*': null}}."
+            f"got {_shown(value)}. Example: {{'readouts.*': null}}."
         )
+    overrides: Document = {}
     for pattern, override in value.items():
         key_path = f"{path}['{pattern}']"
         if not isinstance(pattern, str):
             raise ConfigError(f"{key_path}: a pattern must be a string such as 'readouts.*'.")
-        if override is not None:
-            parsed = parse_config(override, path=key_path)
-            if parsed.overrides:
-                raise ConfigError(f"{key_path}: an override cannot hold overrides of its own.")
-    return dict(value)
+        # What a file holds, and not its name, is stored in the model.
+        override = _contents(override, key_path)
+        if isinstance(override, Mapping) and override.get("overrides"):
+            raise ConfigError(f"{key_path}: an override cannot hold overrides of its own.")
+        overrides[pattern] = override
+    return overrides
 
 
 def _preset(name: object, path: str, version: int) -> QuantizationConfig:
     """Return a preset by name, as it was in a version of the configuration."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            f"{path}: {name!r} is not a preset.{_closest(str(name), PRESETS)} Presets: {_options(sorted(PRESETS))}."
+            f"{path}: {_shown(name)} is not a preset.{_closest(str(name), PRESETS)} "
+            f"Presets: {_options(sorted(PRESETS))}."
         )
     return preset_of(name, version)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, where YAML's own loader takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for (_, name), (key, _) in zip(keys, node.value, strict=False):
+            if keys.count((key.tag, name)) > 1 and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# What PyYAML raises for text that is no YAML or has values that Python cannot hold, besides its own errors.
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _parse_yaml(text: str) -> object:
+    """Read YAML; raises one of `_UNREADABLE`."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def _check_literal(text: str, path: str) -> None:
+    """Refuse a Python literal with a key given twice."""
+    for node in ast.walk(ast.parse(text, mode="eval")):
+        if isinstance(node, ast.Dict):
+            keys = [ast.dump(key) for key in node.keys if key is not None]
+            for key in node.keys:
+                if key is not None and keys.count(ast.dump(key)) > 1:
+                    raise ConfigError(f"{path}: the key {ast.unparse(key)} is given twice.")
 
 
 def _read_mapping(text: str, path: str) -> object:
     """Read the text of a mapping, a Python literal or YAML."""
     try:
-        return ast.literal_eval(text)
+        literal = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: cannot read the mapping {text!r}: {error}") from error
+            return _parse_yaml(text)
+        except _UNREADABLE as error:
+            raise ConfigError(f"{path}: cannot read the mapping {_shown(text)}: {error}") from error
+    _check_literal(text, path)
+    return literal
 
 
 def _read_file(name: str, path: str) -> object:
     """Read a YAML file; of one with the key ``quantization``, what stands under it."""
     file = Path(name)
-    if not file.is_file():
-        raise ConfigError(f"{path}: there is no file {name!r}.")
     try:
-        loaded = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not file.is_file():
+            raise ConfigError(f"{path}: there is no file {_shown(name)}.")
+        loaded = _parse_yaml(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read {_shown(name)}: {error.strerror}.") from error
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
         raise ConfigError(f"{path}: {name} is not valid YAML: {error}") from error
-    if isinstance(loaded, Mapping) and "quantization" in loaded:
-        return loaded["quantization"]
-    return loaded
+    if not isinstance(loaded, Mapping) or "quantization" not in loaded:
+        return loaded
+    beside = [field.name for field in dataclasses.fields(QuantizationConfig) if field.name in loaded]
+    if beside:
+        raise ConfigError(
+            f"{path}: {name} has {_options(beside)} beside the key quantization, where it has no effect. "
+            "Write it under quantization, or leave it out."
+        )
+    return loaded["quantization"]
+
+
+def _contents(spec: object, path: str) -> object:
+    """Return a mapping or the name of a preset where `spec` is text: that of a mapping, or the name of a file."""
+    files: list[str] = []
+    while isinstance(spec, str):
+        text = spec.strip()
+        if text.startswith("{"):
+            return _read_mapping(text, path)
+        if not text.endswith((".yml", ".yaml")):
+            return text
+        if text in files:
+            raise ConfigError(f"{path}: {' names '.join((*files, text))}: no configuration is in any of them.")
+        files.append(text)
+        spec = _read_file(text, path)
+    return spec
 
 
 def parse_config(spec: object, path: str = "quantization", version: int = VERSION) -> QuantizationConfig:
@@ -270,21 +346,26 @@ def parse_config(spec: object, path: str = "quantization", version: int = VERSIO
         The resolved configuration.
 
     Raises:
-        ConfigError: for unknown keys, wrong types, impossible bit widths or unknown presets, naming
-            the key path and what is allowed.
+        ConfigError: for unknown keys, wrong types, impossible bit widths, unknown presets, or keys that cannot act
+            (`gaq.config.effect`), naming the key path and what is allowed.
     """
+    config = _resolve(spec, path, version)
+    check_keys(config, path)
+    for pattern, override in config.overrides.items():
+        _override(config, override, f"{path}.overrides['{pattern}']", check=True)
+    return config
+
+
+def _resolve(spec: object, path: str, version: int = VERSION) -> QuantizationConfig:
+    """`parse_config` without the checks of which keys act; for what a file holds."""
     if isinstance(spec, QuantizationConfig):
         spec = spec.to_dict()
+    spec = _contents(spec, path)
     if isinstance(spec, str):
-        text = spec.strip()
-        if text.endswith((".yml", ".yaml")) and not text.startswith("{"):
-            return parse_config(_read_file(text, path), path, version)
-        if not text.startswith("{"):
-            return _preset(text, path, version)
-        spec = _read_mapping(text, path)
+        return _preset(spec, path, version)
     if not isinstance(spec, Mapping):
         raise ConfigError(
-            f"{path}: expected a preset name or a mapping, got {spec!r}. Presets: {_options(sorted(PRESETS))}."
+            f"{path}: expected a preset name or a mapping, got {_shown(spec)}. Presets: {_options(sorted(PRESETS))}."
         )
     if "version" in spec:
         version = _check_version(spec["version"], f"{path}.version")
@@ -294,6 +375,8 @@ def parse_config(spec: object, path: str = "quantization", version: int = VERSIO
         base = dataclasses.replace(base, weights=dataclasses.replace(base.weights, least_compression=None))
     config: QuantizationConfig = _merge(base, spec, path)
     _check_consistency(config, path)
+    for pattern, override in config.overrides.items():
+        _override(config, override, f"{path}.overrides['{pattern}']")
     return config
 
 
@@ -319,7 +402,7 @@ def parse_stored(spec: object, finished: bool, path: str = "quantization") -> Qu
         ConfigError: for anything that `parse_config` refuses, except removed keys without effect in this file.
     """
     if not isinstance(spec, Mapping):
-        return parse_config(spec, path)
+        return _resolve(spec, path)
     present: Document = {}
     plain = without_removed(spec)
     for name in REMOVED:
@@ -328,15 +411,15 @@ def parse_stored(spec: object, finished: bool, path: str = "quantization") -> Qu
         if isinstance(keys, Mapping) and key in keys:
             present[name] = keys[key]
             plain[section] = {other: value for other, value in keys.items() if other != key}
-    config = parse_config(plain, path)
+    config = _resolve(plain, path)
     idle = {"until_rounded", "throughout"} if finished else set()
     if config.rounds_weights_at_end:
         idle.add("throughout")
     for name, value in present.items():
         if REMOVED[name].acts not in idle:
             raise ConfigError(
-                f"{path}.{name}: {value!r} is at work in this file, and the key is gone. Make the file again from its "
-                f"float model: {REMOVED[name].advice}."
+                f"{path}.{name}: {_shown(value)} is at work in this file, and the key is gone. "
+                f"Make the file again from its float model: {REMOVED[name].advice}."
             )
     return config
 
@@ -354,8 +437,20 @@ def _check_consistency(config: QuantizationConfig, path: str) -> None:
         raise ConfigError(f"{path}: weights, scalars and vectors are all null, so nothing would be quantized.")
 
 
-def _override(config: QuantizationConfig, override: object, path: str) -> QuantizationConfig | None:
-    """Apply one override to a configuration; None if it leaves modules alone."""
+def _override(
+    config: QuantizationConfig, override: object, path: str, check: bool = False
+) -> QuantizationConfig | None:
+    """Apply one override to a configuration; None if it leaves modules alone.
+
+    Args:
+        config: that holds the override.
+        override: a preset, a mapping or None.
+        path: key path of the override.
+        check: whether keys that cannot act are refused.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
     if override is None:
         return None
     if isinstance(override, Mapping) and "preset" not in override:
@@ -367,8 +462,14 @@ def _override(config: QuantizationConfig, override: object, path: str) -> Quanti
             base = dataclasses.replace(base, weights=dataclasses.replace(config.weights, **groups))
         changed: QuantizationConfig = _merge(base, override, path)
         _check_consistency(changed, path)
-        return changed
-    return parse_config(override, path, config.version)
+    else:
+        base = changed = _resolve(override, path, config.version)
+        base = preset_of(changed.preset, changed.version)
+        # Weights that are the same object are those of the model itself; see `gaq.model.bits.settle_bits`.
+        changed = dataclasses.replace(changed, weights=dataclasses.replace(changed.weights))
+    if check:
+        check_keys(changed, path, base)
+    return changed
 
 
 def resolve_overrides(config: QuantizationConfig, module_names: Iterable[str]) -> dict[str, QuantizationConfig | None]:

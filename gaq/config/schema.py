@@ -13,14 +13,17 @@ from typing import Any, TypeVar
 from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
+    "GROUPED_BITS",
     "MOST_SCALAR_BITS",
     "PRESETS",
     "REMOVED",
     "REMOVED_VALUES",
+    "STATIC",
     "TEMPERATURES",
     "VERSION",
     "AttentionConfig",
     "CalibrationConfig",
+    "ConfigError",
     "DistillationConfig",
     "EquivarianceLossConfig",
     "QuantizationConfig",
@@ -32,20 +35,34 @@ __all__ = [
     "preset_of",
 ]
 
-VERSION = 2
+VERSION = 3
 """Version of the keys below and of the presets; a configuration of a later one is refused.
 
 1: scalars had 16 bits at most, and the presets that round features finely rounded them so.
+2: the presets rounded vectors from epoch 10 on, however long the run was; see `EARLIER_EPOCHS`.
 """
 
-MOST_SCALAR_BITS = {1: 16, 2: 24}
+MOST_SCALAR_BITS = {1: 16, 2: 24, 3: 24}
 """Most bits of scalars in each version."""
 
+EARLIER_EPOCHS = (10, 5)
+"""``vectors.start_epoch`` and ``anneal_epochs`` of presets before version 3; ``naive_w8a8`` had 0 and 0."""
+
+GROUPED_BITS = 5
+"""Most bits at which scales per group of inputs are worth their bytes: 2 bytes per 32 weights are half a bit each."""
+
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-FEATURE_GRANULARITIES = ("per_tensor", "per_channel", "per_atom")
+STATIC = ("per_tensor", "per_channel")
+"""Granularities of features whose ranges are observed in calibration."""
+FEATURE_GRANULARITIES = (*STATIC, "per_atom")
+
+
+class ConfigError(ValueError):
+    """Invalid quantization configuration; the message names the key path."""
+
 
 Width = TypeVar("Width", int, int | None)
-Number = TypeVar("Number", int, float, float | None)
+Number = TypeVar("Number", int, float, int | None, float | None)
 
 
 def _choice(default: str, *choices: str) -> str:
@@ -61,6 +78,9 @@ def preset_of(name: str, version: int) -> "QuantizationConfig":
     bits = preset.scalars.bits
     if bits is not None and bits > MOST_SCALAR_BITS[version]:
         preset = dataclasses.replace(preset, scalars=dataclasses.replace(preset.scalars, bits=16))
+    start, anneal = EARLIER_EPOCHS if preset.vectors.start > 0 else (0, 0)
+    vectors = dataclasses.replace(preset.vectors, start_epoch=start, anneal_epochs=anneal)
+    preset = dataclasses.replace(preset, vectors=vectors)
     return dataclasses.replace(preset, version=version)
 
 
@@ -72,6 +92,11 @@ def _bits(default: Width, most: int = 16) -> Width:
 def _at_least(minimum: float, default: Number) -> Number:
     """A field for a number with a lower bound."""
     return field(default=default, metadata={"minimum": minimum})
+
+
+def _share(default: float) -> float:
+    """A field for a share: 0 or more and below 1."""
+    return field(default=default, metadata={"minimum": 0.0, "below": 1.0})
 
 
 @dataclass(frozen=True)
@@ -149,8 +174,11 @@ class VectorConfig:
         frame: axes of the direction code (``mddq``): ``local`` takes them from mixtures of the features of the same
             atom, which makes rounding exactly equivariant; ``fixed`` are the axes of the laboratory.
         granularity: the range that the steps of the magnitude divide, as for scalars.
-        start_epoch: in training, the epoch from which vectors are quantized.
-        anneal_epochs: epochs over which their range shrinks from twice the observed range to the observed range.
+        start: in training, the share of the run's epochs after which vectors are rounded; see `gaq.training.schedule`.
+        anneal: share of the epochs over which their range then shrinks from twice the observed range to that range.
+        start_epoch: the epoch from which vectors are rounded, in place of ``start``, for runs whose length is not known
+            beforehand.
+        anneal_epochs: number of epochs in place of ``anneal``.
     """
 
     scheme: str = _choice("mddq", "mddq", "components")
@@ -159,8 +187,10 @@ class VectorConfig:
     codebook: str = _choice("octahedral", "octahedral", "geodesic")
     frame: str = _choice("local", "local", "fixed")
     granularity: str = _choice("per_atom", *FEATURE_GRANULARITIES)
-    start_epoch: int = _at_least(0, 10)
-    anneal_epochs: int = _at_least(0, 5)
+    start: float = _share(0.2)
+    anneal: float = _share(0.1)
+    start_epoch: int | None = _at_least(0, None)
+    anneal_epochs: int | None = _at_least(0, None)
 
 
 TEMPERATURES = (0.25, 8.0)
@@ -259,8 +289,8 @@ class EquivarianceLossConfig:
 class QuantizationConfig:
     """A resolved configuration; `to_dict` gives what is stored in a model.
 
-    Fields carry what is allowed in them as metadata: ``choices``, ``bits`` or ``minimum``; `gaq.config.parse` checks
-    what a user writes against it.
+    Fields carry what is allowed in them as metadata: ``choices``, ``bits``, ``minimum`` or ``below``;
+    `gaq.config.parse` checks what a user writes against it.
     """
 
     version: int = _at_least(1, VERSION)
@@ -344,9 +374,7 @@ PRESETS: dict[str, QuantizationConfig] = {
         preset="naive_w8a8",
         weights=WeightConfig(bits=8, granularity="per_tensor", range="absmax", rounding="nearest", sensitive_bits=None),
         scalars=ScalarConfig(bits=8, granularity="per_tensor"),
-        vectors=VectorConfig(
-            scheme="components", magnitude_bits=8, granularity="per_tensor", start_epoch=0, anneal_epochs=0
-        ),
+        vectors=VectorConfig(scheme="components", magnitude_bits=8, granularity="per_tensor", start=0.0, anneal=0.0),
         radial_activations=True,
         calibration=CalibrationConfig(headroom=1.0),
         distillation=DistillationConfig(steps=0),

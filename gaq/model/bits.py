@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from gaq.config.schema import QuantizationConfig, TrainingConfig, WeightConfig
+from gaq.config.schema import GROUPED_BITS, QuantizationConfig, TrainingConfig, WeightConfig
 from gaq.files.packing import packed_bytes
 from gaq.model.sites import Site
 from gaq.untyped import Document
@@ -34,8 +34,6 @@ HIGHEST_LEVEL = 10
 """Most bits that the sensitive tensors get above ``bits``: at 4 bits they reach 14, and the rest 10."""
 FINE_BITS = 14
 """If all weights have at least so many bits, they are rounded at the end of training, unless configured otherwise."""
-GROUPED_BITS = 5
-"""Most bits at which scales per group of inputs are worth their bytes: 2 bytes per 32 weights are half a bit each."""
 
 
 def group_of(site: Site, weights: WeightConfig) -> str:
@@ -150,28 +148,35 @@ def settle_bits(
     Returns:
         Both without ``compression`` and ``least_compression``, and with ``training.round_weights`` decided.
     """
-    settled_by_id: dict[int, QuantizationConfig] = {}
-    for site_config in resolved.values():
-        if site_config is None or site_config.weights.bits is None or id(site_config) in settled_by_id:
+    settled_weights: dict[int, WeightConfig] = {}
+    of_site = {name: None if site_config is None else site_config.weights for name, site_config in resolved.items()}
+    # An override that says nothing about weights has the weights of the model itself, and shares its budget.
+    for given in of_site.values():
+        if given is None or given.bits is None or id(given) in settled_weights:
             continue
-        weights = site_config.weights
-        is_main = site_config is config
+        weights = given
+        is_main = given is config.weights
         ratio, least = weights.compression, weights.least_compression if is_main and of_a_file else None
         if ratio is not None or least is not None:
-            members = [site for site in sites if resolved[site.name] is site_config and site.weights]
-            others = [site for site in sites if resolved[site.name] is not site_config]
+            members = [site for site in sites if of_site[site.name] is given and site.weights]
+            others = [site for site in sites if of_site[site.name] is not given]
             size = float_bytes() - _float_bytes(others) if is_main else _float_bytes(members)
             besides = overhead if is_main else 0
             if ratio is not None:
                 weights = spend(members, weights, size / ratio - besides)
             if least is not None:
                 weights = _at_least(members, weights, size / least - besides)
-        settled_by_id[id(site_config)] = dataclasses.replace(site_config, weights=_settled(weights))
+        settled_weights[id(given)] = _settled(weights)
+
+    def settle(site_config: QuantizationConfig) -> QuantizationConfig:
+        weights = settled_weights.get(id(site_config.weights), site_config.weights)
+        return dataclasses.replace(site_config, weights=weights)
+
+    main = settle(config)
     settled = {
-        name: None if site_config is None else settled_by_id.get(id(site_config), site_config)
+        name: site_config if site_config is None else main if site_config is config else settle(site_config)
         for name, site_config in resolved.items()
     }
-    main = settled_by_id.get(id(config), config)
     decided = dataclasses.replace(main, training=_decided(main.training, sites, settled))
     return decided, {name: decided if site_config is main else site_config for name, site_config in settled.items()}
 

@@ -15,6 +15,7 @@ import torch
 from gaq.config.parse import ConfigError, resolve_overrides
 from gaq.config.schema import QuantizationConfig
 from gaq.model.bits import bits_of, granularity_of, group_of, settle_bits
+from gaq.model.effect import check_effect
 from gaq.model.sites import Site
 from gaq.model.state import FixedWeight, ModelState, is_kind, require_state, state_of
 from gaq.quantizers.attention import BoundedGate, GridQuantizer
@@ -110,7 +111,9 @@ def new_feature_quantizer(site: Site, config: QuantizationConfig) -> FeatureQuan
     return FeatureQuantizer(site.features, scalars, vectors, config.calibration.headroom)
 
 
-def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig, search: bool = True) -> torch.nn.Module:
+def prepare(
+    host: Host, model: torch.nn.Module, config: QuantizationConfig, search: bool = True, written: bool = True
+) -> torch.nn.Module:
     """Insert quantizers into a float model, in place.
 
     The weights stay in float; each forward pass rounds them (straight-through, so that the model can be trained).
@@ -121,12 +124,14 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig, sear
         model: a float model.
         config: from `gaq.config.parse.parse_config`.
         search: whether to search the ranges of weights; False where a file brings both, weights and ranges.
+        written: whether a user wrote the configuration for this model; that of a file is taken as it is.
 
     Returns:
         The same model.
 
     Raises:
-        gaq.config.parse.ConfigError: for a configuration that this model cannot use, or overrides that match nothing.
+        gaq.config.parse.ConfigError: for a configuration that this model cannot use, keys that cannot act on it
+            (`gaq.model.effect`), or overrides that match nothing.
         ValueError: for a model that cannot be quantized, or is quantized already.
     """
     host.check_supported(model)
@@ -138,7 +143,10 @@ def prepare(host: Host, model: torch.nn.Module, config: QuantizationConfig, sear
     if all(site_config is None for site_config in resolved.values()):
         raise ConfigError("quantization.overrides: every module is left alone, so nothing would be quantized.")
     size = host.float_size(model)
+    given, given_resolved = config, resolved
     config, resolved = settle_bits(config, sites, resolved, size.measure, size.overhead, size.of_a_file)
+    if written:
+        check_effect(given, sites, given_resolved, resolved, size.of_a_file)
     parameters = dict(model.named_parameters())
     for site in sites:
         site_config = resolved[site.name]

@@ -21,6 +21,7 @@ from gaq.untyped import Document, ReadOnlyDocument
 
 __all__ = [
     "FORMAT",
+    "SCHEDULE",
     "TRAINED",
     "UNFINISHED",
     "FixedWeight",
@@ -28,12 +29,13 @@ __all__ = [
     "ModelState",
     "StoredState",
     "check_format",
+    "describe_other_grid",
     "exact_features",
     "feature_quantizers",
     "finish_features",
     "fixed_codes",
     "is_kind",
-    "keep_earlier_bits",
+    "keep_earlier_preset",
     "require_state",
     "round_weights",
     "same_grid",
@@ -58,6 +60,9 @@ UNFINISHED = "weights_unrounded"
 
 TRAINED = "trained"
 """Note in the state of a model that a framework's command trained with the key ``quantization``."""
+
+SCHEDULE = "schedule"
+"""Note in the state of a model in training: its `gaq.training.schedule.Schedule`, for runs that go on from here."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,8 @@ class ModelState:
         resumed: whether the ranges came from a checkpoint of the same configuration; not stored.
         holds_scales: whether the training loop refreshes the scales of the weights when it chooses to; otherwise an
             evaluation takes them from the present weights. Not stored.
+        last_epoch: last epoch that was trained in this process. Not stored.
+        conflict: why a checkpoint was refused that was loaded last; empty if it was not. Not stored.
     """
 
     config: QuantizationConfig
@@ -97,6 +104,8 @@ class ModelState:
     notes: Document = field(default_factory=dict)
     resumed: bool = False
     holds_scales: bool = False
+    last_epoch: int = -1
+    conflict: str = ""
 
 
 def state_of(model: torch.nn.Module) -> ModelState | None:
@@ -294,11 +303,12 @@ class StoredState:
                 weight_quantizer.fix_scale(self.steps[name], scale=self.steps[name])
 
 
-def keep_earlier_bits(model: torch.nn.Module, stored: ReadOnlyDocument) -> None:
-    """Give a model that was built from the name of a preset the scalars which that preset had when it was stored.
+def keep_earlier_preset(model: torch.nn.Module, stored: ReadOnlyDocument) -> None:
+    """Give a model that was built from the name of a preset what that name meant when its state was stored.
 
-    A checkpoint may hold no more than that name. In the versions before, no scalars had more than
-    `gaq.config.schema.MOST_SCALAR_BITS`, so a quantizer with more has them from a preset of today.
+    A checkpoint may hold no more than that name. The schedule of vectors was one of epochs before it was relative to
+    the run. In the versions before, no scalars had more than `gaq.config.schema.MOST_SCALAR_BITS`, so a quantizer with
+    more has them from a preset of today.
 
     Args:
         model: quantized model.
@@ -314,10 +324,13 @@ def keep_earlier_bits(model: torch.nn.Module, stored: ReadOnlyDocument) -> None:
         quantizer.set_scalar_bits(most)
     if wide:
         logger.info("The state was written when presets rounded scalars to %d bits, which this model keeps.", most)
-    scalars = state.config.scalars
+    scalars, vectors = state.config.scalars, state.config.vectors
     if scalars.bits is not None and scalars.bits > most:
         scalars = dataclasses.replace(scalars, bits=most)
-    state.config = dataclasses.replace(state.config, version=version, scalars=scalars)
+    if vectors.start_epoch is None:
+        epochs = {key: stored["vectors"].get(key) for key in ("start_epoch", "anneal_epochs")}
+        vectors = dataclasses.replace(vectors, **epochs)
+    state.config = dataclasses.replace(state.config, version=version, scalars=scalars, vectors=vectors)
 
 
 def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:
@@ -328,10 +341,31 @@ def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:
 
     def grid(config: ReadOnlyDocument) -> Document:
         plain = {key: value for key, value in without_removed(config).items() if key not in _NOT_GRID}
-        plain["vectors"] = {k: v for k, v in plain["vectors"].items() if k not in ("start_epoch", "anneal_epochs")}
+        plain["vectors"] = {k: v for k, v in plain["vectors"].items() if k not in _SCHEDULE_KEYS}
         return plain
 
     return grid(a) == grid(b)
 
 
+def describe_other_grid(given: QuantizationConfig, stored: ReadOnlyDocument) -> str:
+    """Say how the settings of a checkpoint differ from those of the run that is to go on from it, and what to do."""
+    plain = given.to_dict()
+    differing = []
+    for section, value in without_removed(stored).items():
+        if section in _NOT_GRID or value == plain.get(section):
+            continue
+        if not isinstance(value, Mapping) or section == "overrides":
+            differing.append(section)
+            continue
+        mine = plain.get(section) or {}
+        keys = [key for key in value if value[key] != mine.get(key) and key not in _SCHEDULE_KEYS]
+        differing += [f"{section}.{key} {value[key]} there, {mine.get(key)} here" for key in keys]
+    return (
+        "this checkpoint was written with other quantization settings "
+        f"(preset {stored['preset']}) than the ones given (preset {given.preset}): {'; '.join(differing)}. "
+        "Restart with the settings it was written with, or start a new run from its float model."
+    )
+
+
+_SCHEDULE_KEYS = ("start", "anneal", "start_epoch", "anneal_epochs")
 _NOT_GRID = ("version", "preset", "calibration", "distillation", "training", "equivariance_loss")

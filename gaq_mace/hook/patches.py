@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gaq.untyped import AnyModule, Batch, Calculator, Document, Patched
 from gaq_mace.hook import targets
@@ -140,6 +140,13 @@ def _check_quantization(parser: argparse.ArgumentParser, namespace: argparse.Nam
         parser.error(
             f"quantization does not support model: {namespace.model}; supported are {' and '.join(SUPPORTED_MODELS)}."
         )
+    from gaq.config.parse import ConfigError
+    from gaq.training.schedule import check_reached
+
+    try:
+        check_reached(namespace.quantization.config, namespace.max_num_epochs)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def _patch_arg_parser(module: Patched) -> None:
@@ -174,6 +181,13 @@ def _patch_arg_parser(module: Patched) -> None:
     module.build_default_arg_parser = build_default_arg_parser
 
 
+def _end(error: ValueError) -> NoReturn:
+    """End the command with a reason."""
+    logging.error(str(error))
+    print(f"mace_run_train: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
 def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, packed: bool) -> None:
     """Make the model of a run a quantized one, or end the command with the reason.
 
@@ -189,11 +203,10 @@ def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, pac
     writes(args.name, args.model_dir, args.checkpoints_dir)
     try:
         # Arguments that did not come through the parser have not been read yet.
-        start(model, key.config if isinstance(key, QuantizationArgument) else parse_config(key))
+        config = key.config if isinstance(key, QuantizationArgument) else parse_config(key)
+        start(model, config, epochs=args.max_num_epochs)
     except ValueError as error:
-        logging.error(str(error))
-        print(f"mace_run_train: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(error)
     if packed:
         logging.warning(
             f"The foundation model {args.foundation_model} is quantized: training starts from its rounded "
@@ -251,8 +264,12 @@ def _patch_train(module: Patched) -> None:
     @functools.wraps(original_train)
     def train(*args: object, **kwargs: object) -> object:
         from gaq_mace import training
+        from gaq_mace.root import OtherSettingsError
 
-        return training.run(original_train, *args, **kwargs)
+        try:
+            return training.run(original_train, *args, **kwargs)
+        except OtherSettingsError as error:
+            _end(error)
 
     @functools.wraps(original_epoch)
     def train_one_epoch(*args: object, **kwargs: object) -> object:

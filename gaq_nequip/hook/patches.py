@@ -70,29 +70,54 @@ def _requested(model_config: ReadOnlyDocument) -> object:
     of_model = _plain(model_config.get(KEY, _MISSING))
     if _building.get():
         return of_model  # a checkpoint is loaded within another build: the top level does not apply to its model
-    top = _top_level()
-    if top is _MISSING:
-        return of_model
     config = _run_config()
     restart = config is not None and config.get("ckpt_path") is not None
+    top = _top_level()
+    if restart and config is not None and top is _MISSING:
+        # NequIP takes the module of the checkpoint and ignores that of the YAML.
+        written = (config.get("training_module") or {}).get("model") or {}
+        top = _plain(written.get(KEY, _MISSING))
+    if top is _MISSING:
+        return of_model
     if of_model is _MISSING and restart:
         raise ValueError(
             f"{KEY}: this run continues a checkpoint that was trained in float (ckpt_path). To quantize it, start a "
             "new run with `training_module.model: {_target_: nequip.model.ModelFromCheckpoint, checkpoint_path: ...}`."
         )
-    if of_model is not _MISSING and not restart and of_model != top:
-        raise ValueError(
-            f"{KEY}: {top!r} at the top level, but {of_model!r} under training_module.model.{KEY}. Give it once."
-        )
-    return top if of_model is _MISSING else of_model
+    if of_model is not _MISSING and of_model != top:
+        if not restart:
+            raise ValueError(
+                f"{KEY}: {top!r} at the top level, but {of_model!r} under training_module.model.{KEY}. Give it once."
+            )
+        _check_restart(top, of_model)
+    return top
 
 
-def read_key(spec: object, loaded: bool) -> QuantizationConfig:
+def _check_restart(written: object, stored: object) -> None:
+    """Refuse a run that goes on from a checkpoint with a key that rounds otherwise than that of the checkpoint.
+
+    Keys of the schedule, the data and the losses may differ; those of the new run apply.
+
+    Raises:
+        ValueError: naming both settings.
+    """
+    from gaq.config.parse import parse_config, parse_stored
+    from gaq.model.state import describe_other_grid, same_grid
+
+    given, before = parse_config(written), parse_stored(stored, finished=False).to_dict()
+    if not same_grid(given.to_dict(), before):
+        raise ValueError(f"{KEY}: {describe_other_grid(given, before)}")
+
+
+def read_key(spec: object, loaded: bool) -> tuple[QuantizationConfig, bool]:
     """Parse a value of the key, which a user wrote or a file holds.
 
     Args:
         spec: value of the key.
         loaded: whether its model is loaded from a checkpoint within the build of another model.
+
+    Returns:
+        The configuration, and whether a user wrote it.
 
     Raises:
         gaq.config.parse.ConfigError: if the configuration cannot be used.
@@ -104,9 +129,9 @@ def read_key(spec: object, loaded: bool) -> QuantizationConfig:
     run = _run_config()
     restarts = run is not None and run.get("ckpt_path") is not None and KEY not in run
     if get_workflow_state() == "train" and not loaded and not restarts:
-        return parse_config(spec)
+        return parse_config(spec), True
     # The file may come from an earlier version.
-    return parse_stored(spec, finished=not restarts)
+    return parse_stored(spec, finished=not restarts), False
 
 
 def is_trained(model_config: object) -> bool:
@@ -153,7 +178,8 @@ def _patch_lightning(cls: Patched) -> None:
             return model
         from gaq_nequip.training import start
 
-        start(model, read_key(spec, loaded=_building.get() > 0), pretrained=is_trained(inner))
+        config, written = read_key(spec, loaded=_building.get() > 0)
+        start(model, config, pretrained=is_trained(inner), written=written)
         _remember(self, model_config, spec)
         return model
 
@@ -197,7 +223,8 @@ def _patch_modifiers(cls: Patched, model_modifier: Callable[..., Callable[..., o
         """Quantize the model: ``preset`` and the other keys of a quantization mapping."""
         from gaq_nequip.model import prepare
 
-        return prepare(model, read_key({"preset": preset, **keys}, loaded=_building.get() > 1))
+        config, written = read_key({"preset": preset, **keys}, loaded=_building.get() > 1)
+        return prepare(model, config, written=written)
 
     cls.enable_GAQ = model_modifier(persistent=True)(classmethod(enable_GAQ))  # type: ignore[arg-type]  # takes class methods
 

@@ -109,8 +109,11 @@ def test_null_means_float() -> None:
     assert not parse_config({"scalars": None, "vectors": None}).rounds_activations
 
 
+STATIC: dict[str, Any] = {"scalars": {"granularity": "per_channel"}}
+
+
 def test_numbers_come_out_in_the_type_of_the_field() -> None:
-    config = parse_config({"weights": {"bits": 4.0}, "calibration": {"headroom": 3}})
+    config = parse_config({"weights": {"bits": 4.0}, "calibration": {"headroom": 3}, **STATIC})
     assert type(config.weights.bits) is int
     assert type(config.calibration.headroom) is float
 
@@ -296,7 +299,8 @@ def test_bad_choices(key: str, wrong: str, allowed: str, meant: str) -> None:
 
 
 def test_groups_are_for_weights_only() -> None:
-    assert parse_config({"weights": {"granularity": "per_group"}}).weights.granularity == "per_group"
+    weights = {"granularity": "per_group", "bits": 4}
+    assert parse_config({"weights": weights}).weights.granularity == "per_group"
     for section in ("scalars", "vectors"):
         assert "not one of per_tensor, per_channel, per_atom." in message({section: {"granularity": "per_group"}})
 
@@ -305,6 +309,7 @@ def test_groups_are_for_weights_only() -> None:
     ("key", "wrong", "least"),
     [
         ("weights.group_size", 1, "2"),
+        ("vectors.start", -0.1, "0"),
         ("vectors.start_epoch", -1, "0"),
         ("vectors.anneal_epochs", -1, "0"),
         ("attention.gate_limit", 0.0, "0.001"),
@@ -323,7 +328,20 @@ def test_numbers_that_are_too_small(key: str, wrong: float, least: str) -> None:
     section, name = key.split(".")
     expected = f"quantization.{key}: {wrong} is too small; the least allowed is {least}."
     assert message({section: {name: wrong}}) == expected
-    assert getattr(getattr(parse_config({section: {name: float(least)}}), section), name) == float(least)
+    # With what lets the key act.
+    more = {"weights": {"granularity": "per_group", "bits": 4}, "calibration": STATIC["scalars"]}.get(section, {})
+    spec = {"weights": {**more, name: float(least)}} if section == "weights" else {section: {name: float(least)}}
+    if section == "equivariance_loss" and name == "rotations":
+        spec[section]["weight"] = 1.0
+    if name == "headroom":
+        spec["scalars"] = more
+    assert getattr(getattr(parse_config(spec), section), name) == float(least)
+
+
+@pytest.mark.parametrize("key", ["start", "anneal"])
+def test_shares_are_less_than_one(key: str) -> None:
+    expected = f"quantization.vectors.{key}: 1.0 is too large; the key is a share, less than 1."
+    assert message({"vectors": {key: 1}}) == expected
 
 
 def test_unknown_presets() -> None:
@@ -577,7 +595,7 @@ def test_presets_of_version_1_round_scalars_to_at_most_16_bits(preset: str) -> N
     before = parse_config({"preset": preset, "version": 1})
     bits = today.scalars.bits
     assert before.scalars.bits == (bits if bits is None else min(bits, 16))
-    assert dataclasses.replace(before, scalars=today.scalars, version=VERSION) == today
+    assert dataclasses.replace(before, scalars=today.scalars, vectors=today.vectors, version=VERSION) == today
     assert parse_config(preset, version=1) == before
     assert parse_stored(before.to_dict(), finished=True) == before
     holder = parse_config({"version": 1, "overrides": {"a": preset, "b": {"preset": preset}, "c": {}}})
@@ -586,6 +604,21 @@ def test_presets_of_version_1_round_scalars_to_at_most_16_bits(preset: str) -> N
     assert resolved["c"] == dataclasses.replace(parse_config({"version": 1}), overrides={})
     resolved = resolve_overrides(parse_config({"overrides": {"a": preset, "b": {"preset": preset}}}), ["a", "b"])
     assert resolved["a"] == resolved["b"] == today
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_before_version_3_have_a_schedule_of_epochs(preset: str) -> None:
+    today = PRESETS[preset]
+    before = parse_config({"preset": preset, "version": 2})
+    epochs = (0, 0) if preset == "naive_w8a8" else (10, 5)
+    assert (before.vectors.start_epoch, before.vectors.anneal_epochs) == epochs
+    assert (today.vectors.start_epoch, today.vectors.anneal_epochs) == (None, None)
+    assert dataclasses.replace(before, vectors=today.vectors, version=VERSION) == today
+    stored = before.to_dict()
+    for key in ("start", "anneal"):
+        del stored["vectors"][key]  # as version 2 stored it
+    assert parse_stored(stored, finished=False) == before
+    assert same_grid(stored, today.to_dict())
 
 
 def test_versions_of_the_configuration() -> None:

@@ -188,13 +188,14 @@ def check(
     """What every successful quantized run owes its user."""
     assert run.code == 0, run.log[-4000:]
     late = "Weights are trained in float" in run.log
-    table = re.split("rounded from the first epoch|Weights are trained", run.log.split("Quantized layers:")[1])[0]
+    table = re.split("Rounded in training|Weights are ", run.log.split("Quantized layers:")[1])[0]
     assert re.search(r"interactions\.0\.linear_up .*int\d+ per_", table)
     assert re.search(r"products\.0\.symmetric_contractions .*int\d+ per_", table)
-    assert late or "rounded from the first epoch" in run.log
+    assert ("Rounded in training: weights when training is over" in run.log) == late
+    assert ("Rounded in training: weights from epoch 0" in run.log) != late
     assert late == ("Weights rounded: RMS force difference to the float model" in run.log)
     if activations:
-        assert "Vectors (l > 0) are rounded from epoch" in run.log
+        assert "; vectors (l > 0) from epoch" in run.log
         assert re.search("Activation ranges calibrated on|Quantization ranges taken from the checkpoint", run.log)
     assert run.log.count("The same weights without quantization") >= 1
     model = files.load(run.model)

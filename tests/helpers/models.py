@@ -44,8 +44,10 @@ class Models:
     ) -> torch.nn.Module:
         """A fresh copy of a model that is calibrated, and converted unless ``status`` is ``training``."""
 
+        layered = variant not in ("allegro", "spline")
+
         def calibrated() -> torch.nn.Module:
-            model = gaq.prepare(self.float_model(variant, dtype, **options), few_bits(preset))
+            model = gaq.prepare(self.float_model(variant, dtype, **options), few_bits(preset, layered))
             return gaq.calibrate(model, [*molecules(), diamond()], progress=False)
 
         model = self._copy((preset, variant, dtype or self.dtype, *options.items()), calibrated)

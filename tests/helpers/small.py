@@ -13,11 +13,16 @@ def without_distillation(preset: Any, **keys: Any) -> dict[str, Any]:
     return {"preset": preset, "distillation": {"steps": 0}, **keys}
 
 
-def few_bits(preset: str) -> dict[str, Any]:
-    """The same, with as few bits as larger models have: these here are so small that a size leaves room for many."""
+def few_bits(preset: str, layered: bool = True) -> dict[str, Any]:
+    """The same, with as few bits as larger models have: these here are so small that a size leaves room for many.
+
+    Args:
+        preset: name of the preset.
+        layered: whether the model has interactions, as all but Allegro models do.
+    """
     weights: dict[str, Any] = {} if preset.startswith("naive") else {"compression": None}
     if preset.startswith("w4"):
-        weights |= {"sensitive_bits": 8, "first_bits": 6, "mixing_bits": 5}
+        weights |= {"sensitive_bits": 8} | ({"first_bits": 6, "mixing_bits": 5} if layered else {})
     return without_distillation(preset, weights=weights)
 
 

@@ -212,16 +212,9 @@ def test_with_rounding_off_the_key_is_an_exact_no_op(evaluate: Callable[..., Any
         assert np.array_equal(first, second)
 
 
-def test_on_a_trained_model_without_attention_the_key_changes_nothing(
-    trained_file: Path, trained_frames: Sequence[Atoms], evaluate: Callable[..., Any]
-) -> None:
-    frames = list(trained_frames)[:3]
-    results = []
-    for spec in (without_distillation("gaq", **NEAREST), with_attention("gaq")):
-        model = gaq.prepare(gaq.load(trained_file), spec)
-        results.append(evaluate(gaq.calibrate(model, frames, progress=False), frames))
-    assert np.array_equal(results[0][0], results[1][0])
-    assert np.array_equal(results[0][1], results[1][1])
+def test_on_a_trained_model_without_attention_the_key_is_an_error(trained_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantization\.attention: has no effect on this model: it has no gates"):
+        gaq.prepare(gaq.load(trained_file), with_attention("gaq"))
 
 
 @pytest.mark.parametrize("block", ["density", "ours_first"])

@@ -138,7 +138,7 @@ def test_override_with_presets(float_model: Callable[..., Any], structures: list
     given = {"compression": None, "sensitive_bits": 16, "first_bits": 8}
     overrides = {
         "interactions.*": {"preset": "w4", "weights": given},
-        "interactions.1.*": {"preset": "w8a8", "weights": {"bits": 6, "rounding": "nearest"}},
+        "interactions.1.*": {"preset": "w8a8", "weights": {"bits": 6}},
         "readouts.0.*": {"preset": "w8", "weights": {"sensitive_bits": None}},
     }
     model = gaq.prepare(float_model(), {"preset": "gaq", "distillation": {"steps": 0}, "overrides": overrides})

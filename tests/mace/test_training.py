@@ -40,7 +40,10 @@ from gaq_mace.weights import weight_quantizers
 def test_scalar_form(train: Any, stock: Run) -> None:
     run = train(quantization="gaq", swa=None)
     check(run, stock)
-    assert "vectors.start_epoch 10 is not reached in 3 epochs" in run.log
+    branches = re.findall("Rounded in training: .*", run.log)
+    assert len(branches) == 1
+    assert "scalars from epoch 0; vectors (l > 0) from epoch 1 of 3. Validation always rounds all" in branches[0]
+    assert run.log.index("Epoch 1: vectors are rounded from now on") < run.log.index("Epoch 1: head")
     assert run.log.index("Activation ranges calibrated on 12 training structures") < run.log.index("Epoch 0:")
     # The file says that it was trained, and a report needs no flag for it.
     assert state_of(gaq.load(run.model)).notes[TRAINED] is True
@@ -84,6 +87,8 @@ WRONG = [
     ({"quantization": True}, "quantization: 'True' is not a preset"),
     ({"quantization": {"weihgts": {"bits": 8}}}, "quantization.weihgts: unknown key. Did you mean 'weights'?"),
     ({"quantization": {"weights": {"bits": 17}}}, "quantization.weights.bits: 17 bits cannot be stored"),
+    ({"quantization": {"vectors": {"start_epoch": 10}}}, "vectors.start_epoch: 10 has no effect, because the run ends"),
+    ({"quantization": {"weights": {"group_size": 8}}}, "quantization.weights.group_size: 8 has no effect, because"),
     ({"quantization": {"vectors": {"codebook": "cube"}}}, "quantization.vectors.codebook: 'cube' is not one of"),
     ({"quantisation": "gaq"}, "unrecognized arguments: --quantisation=gaq"),
     ({"quantization": "gaq", "lora": True}, "quantization cannot be combined with lora"),

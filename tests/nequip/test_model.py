@@ -377,7 +377,7 @@ def test_distillation_and_calibrated_rounding(
         spec = {
             "preset": "w4",
             "weights": {"rounding": rounding},
-            "distillation": {"steps": steps, "batch_atoms": 60},
+            "distillation": {"steps": steps, "batch_atoms": 60} if steps else {"steps": 0},
         }
         model = gaq.prepare(float_model("plain"), spec)
         gaq.calibrate(model, structures * 5, progress=False)

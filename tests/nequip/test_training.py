@@ -48,7 +48,8 @@ def with_key(value: Any, **vectors: Any) -> Callable[[Any], None]:
 @pytest.mark.smoke
 def test_top_level_key(trained: Any, structures: list[Any]) -> None:
     assert "Preset w8a16: weights 10 bits, scalars 24 bits, vectors 16 bits" in trained.text
-    assert "Vectors (l > 0) are rounded from epoch 10" in trained.text
+    assert "scalars from epoch 0; vectors (l > 0) from epoch 1 of 2. Validation always rounds all" in trained.text
+    assert "Epoch 1: vectors are rounded from now on" in trained.text
     assert "layer0_convnet.conv.linear_2" in trained.text
     assert "forces MAE: float 0." in trained.text
     stored = torch.load(trained.best, map_location="cpu", weights_only=False)["hyper_parameters"]
