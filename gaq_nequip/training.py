@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import lightning
@@ -139,6 +140,11 @@ def calibrate_on(model: torch.nn.Module, batches: list[Batch], fresh: bool = Tru
             quantizer.decay = OBSERVER_DECAY
 
 
+def _training_graphs(trainer: Trainer) -> Iterator[Mapping[str, object]]:
+    """The training structures; loaded when the first is asked for."""
+    yield from trainer.datamodule.train_dataloader().dataset
+
+
 class QuantizationCallback(lightning.pytorch.callbacks.Callback):
     """Sets the branches, the ranges of activations and the scales of weights, epoch by epoch.
 
@@ -265,8 +271,6 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
         for model in quantized_models(pl_module.model):
             require_state(model).status = "training"
             require_state(model).last_epoch = epoch
-            if epoch > 0:
-                check_weights(dict(model.named_parameters()), trainer.datamodule.train_dataloader().dataset)
             hold_scales(model)
             hold_codes(model)
             if epoch > 0 and any(quantizer.needs_ranges for quantizer in _features(model)):
@@ -304,7 +308,9 @@ class QuantizationCallback(lightning.pytorch.callbacks.Callback):
 
     # These are the hooks of epochs, because NequIP swaps averaged weights in before them and out after them.
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: TrainingModule) -> None:
-        """Validate the deployed form."""
+        """Validate the deployed form, if there is one: from weights that are NaN no codes can be chosen."""
+        for model in quantized_models(pl_module.model):
+            check_weights(dict(model.named_parameters()), _training_graphs(trainer))
         self._start_evaluation(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: TrainingModule) -> None:

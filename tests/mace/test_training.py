@@ -331,7 +331,5 @@ def test_a_label_that_is_nan_ends_the_run_with_its_reason(train: Any, tmp_path: 
     write(tmp_path / "train.xyz", frames)
     run = train(quantization="gaq", max_num_epochs=2)
     assert run.code != 0
-    (line,) = [line for line in run.log.splitlines() if "have become NaN or infinite in training" in line]
-    assert re.search(
-        r"ValueError: the weights .* and \d+ others .*; training structure 0 has forces that are NaN", line
-    )
+    reason = r"the weights .* have become NaN or infinite in training; training structure 0 has forces that are NaN"
+    assert re.search(reason, run.log), run.log[-3000:]

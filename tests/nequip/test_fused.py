@@ -127,6 +127,20 @@ def test_fused_attention_is_the_same_function(
     np.testing.assert_allclose(ours[1], expected[1], atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_atoms_at_one_place_give_nan(quantized: Callable[..., Any], evaluate: Callable[..., Any], dtype: str) -> None:
+    """NequIP's own forces on the two atoms are NaN; the kernels leave no plausible energy either."""
+    atoms = molecules()[0]
+    atoms.positions[3] = atoms.positions[0]
+    model = quantized("gaq", "plain", dtype, "frozen")
+    assert np.isnan(evaluate(model, [atoms])[1][[0, 3]]).all()
+    assert fuse(model) == {}
+    energies, forces = evaluate(model, [atoms, molecules()[1]])
+    assert np.isnan(energies).tolist() == [True, False]
+    assert np.isnan(forces[[0, 3]]).all()
+    assert np.isfinite(forces[len(atoms) :]).all()
+
+
 @pytest.mark.slow
 def test_compiled_file(evaluate: Callable[..., Any], crystal: Atoms, tmp_path: Path) -> None:
     """Features whose number differs by l, with attention, in a file: forces are those of the model."""

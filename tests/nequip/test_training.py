@@ -17,6 +17,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 import numpy as np
 import torch
 import yaml
+from ase.io import read, write
 from nequip_runs import prepare_run
 
 import gaq
@@ -424,3 +425,19 @@ def test_mapping_survives_the_checkpoint(train: Callable[..., Any], tmp_path: Pa
     quantizers = weight_quantizers(gaq.load(run.best))
     assert not [name for name in quantizers if "layer0_convnet" in name]
     assert {(".sc" in name, q.bits) for name, q in quantizers.items()} == {(False, 8), (True, 4)}
+
+
+def test_a_label_that_is_nan_ends_the_run_with_its_reason(train: Callable[..., Any], tmp_path: Path) -> None:
+    """NequIP itself goes on, and keeps checkpoints whose weights are NaN."""
+
+    def edit(config: Any) -> None:
+        frames = read(tmp_path / "train.xyz", ":")
+        for atoms in frames:
+            atoms.arrays["REF_forces"][0, 0] = np.nan
+        write(tmp_path / "train.xyz", frames)
+        config["quantization"] = "gaq"
+
+    run = train(tmp_path, edit)
+    assert run.code != 0
+    reason = r"the weights .* have become NaN or infinite in training; training structure 0 has forces that are NaN"
+    assert re.search(reason, run.text), run.text[-3000:]
