@@ -48,7 +48,7 @@ CHECK_INTERVAL = 10
 """Steps between two measurements on the held-out structures."""
 
 LEAST_GAIN = 0.02
-"""Gain, relative to the smallest error before, without which a measurement halves the learning rate."""
+"""Gain, relative to the smallest error before, without which training goes back to the best weights, at half the rate."""
 
 HALVINGS = 5
 """Training ends where the learning rate would be halved once more."""
@@ -148,9 +148,9 @@ def distill(
     whose rounding is ``negligible`` are not rounded either while they are trained.
 
     One structure in ten is held out. Where the forces on these are within `TARGET` at once, nothing is trained; where
-    they come within it, training ends. Where they come no nearer the learning rate is halved, and training also
-    ends after `HALVINGS` of these. The weights with the smallest error are kept, those of the start if no others were
-    better.
+    they come within it, training ends. Where they come no nearer it goes back to the weights with the smallest error, with
+    half the learning rate, at most `HALVINGS` times. The weights with the smallest error are kept, those of the
+    start if no others were better.
 
     Args:
         adapter: adapter of the model's framework.
@@ -270,6 +270,12 @@ class _Descent:
     def _snapshot(self) -> list[Tensor]:
         return [weight.detach().clone() for weight in self.weights]
 
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Set the weights to those of `_snapshot`."""
+        with torch.no_grad():
+            for weight, value in zip(self.weights, values, strict=True):
+                weight.copy_(value)
+
     def _step(self, item: Labelled) -> None:
         energy, forces, counts = self.adapter.energy_and_forces(self.model, item.batch, create_graph=True)
         force_error = ((forces - item.forces) ** 2).mean()
@@ -325,6 +331,7 @@ class _Descent:
                         gained = error
                     else:
                         halvings += 1
+                        self._put(kept)
                         for group in self.optimizer.param_groups:
                             group["lr"] *= 0.5
                     slow = error > target and halvings > HALVINGS and taken < self.config.steps

@@ -293,7 +293,7 @@ def test_distillation_reproduces_the_forces_of_the_float_model(adapter: Any) -> 
     assert result.before / result.after > 8
     assert before / after > 8
     assert result.slow
-    assert (result.steps, result.structures) == (100, 54)
+    assert (result.steps, result.structures) == (120, 54)
 
 
 def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> None:
