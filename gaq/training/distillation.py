@@ -48,7 +48,7 @@ CHECK_INTERVAL = 10
 """Steps between two measurements on the held-out structures."""
 
 LEAST_GAIN = 0.02
-"""Gain, relative to the smallest error before, without which training goes back to the best weights, at half the rate."""
+"""Gain, relative to the smallest error before, without which training returns to the best weights, at half the rate."""
 
 HALVINGS = 5
 """Training ends where the learning rate would be halved once more."""
@@ -148,9 +148,8 @@ def distill(
     whose rounding is ``negligible`` are not rounded either while they are trained.
 
     One structure in ten is held out. Where the forces on these are within `TARGET` at once, nothing is trained; where
-    they come within it, training ends. Where they come no nearer it goes back to the weights with the smallest error, with
-    half the learning rate, at most `HALVINGS` times. The weights with the smallest error are kept, those of the
-    start if no others were better.
+    they come within it, training ends. Where they come no nearer it returns to the weights of the smallest error, at
+    half the rate, at most `HALVINGS` times. Those weights are kept, the start's if no others were better.
 
     Args:
         adapter: adapter of the model's framework.
