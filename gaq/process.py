@@ -43,21 +43,34 @@ class _Turns:
         self._queue: list[list[Need]] = []
         # The default dtype while no thread relies on one; None while that is so.
         self._process_dtype: Need = None
+        # Contexts of `restored` that have not ended, and the default dtype that all of them restore.
+        self._restoring, self._restored = 0, torch.get_default_dtype()
 
-    def dtype(self) -> torch.dtype:
-        """Default dtype of this thread's context, or where it relies on none, of the process."""
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restore, on exit, the default dtype of this thread's context, or where it relies on none, of the process.
+
+        Between a change in one thread and its end there, another may come: it restores what the first one found.
+        """
+        inside = threading.get_ident() in self._needs
         with self._changed:
-            if threading.get_ident() in self._needs or self._process_dtype is None:
-                return torch.get_default_dtype()
-            return self._process_dtype
-
-    def restore(self, dtype: torch.dtype) -> None:
-        """Make `dtype`, which `dtype()` gave in the same context, the default again."""
-        if threading.get_ident() in self._needs:
-            torch.set_default_dtype(dtype)
-            return
-        with self.turn(None):
-            torch.set_default_dtype(dtype)
+            dtype = torch.get_default_dtype() if inside or self._process_dtype is None else self._process_dtype
+            if not inside:
+                if self._restoring < 1:
+                    self._restoring, self._restored = 0, dtype
+                self._restoring += 1
+                dtype = self._restored
+        try:
+            yield
+        finally:
+            if threading.get_ident() in self._needs:
+                torch.set_default_dtype(dtype)
+            else:
+                with self.turn(None):
+                    torch.set_default_dtype(dtype)
+            if not inside:
+                with self._changed:
+                    self._restoring -= 1
 
     @contextmanager
     def turn(self, need: Need) -> Iterator[None]:
@@ -159,11 +172,8 @@ def alone() -> Iterator[None]:
 @contextmanager
 def dtype_restored() -> Iterator[None]:
     """Restore torch's default dtype on exit; other threads do not wait in between."""
-    dtype = _turns.dtype()
-    try:
+    with _turns.restored():
         yield
-    finally:
-        _turns.restore(dtype)
 
 
 class Together:
@@ -199,15 +209,15 @@ def unchanged() -> Iterator[None]:
     """
     root = logging.getLogger()
     disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
-    dtype, threads = _turns.dtype(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     environment, arguments = dict(os.environ), list(sys.argv)
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     numpy_state = np.random.get_state()  # noqa: NPY002 (its state)
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        yield
+        with _turns.restored():
+            yield
     finally:
-        _turns.restore(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         for name in os.environ.keys() - environment.keys():

@@ -8,19 +8,19 @@ It serves quantizers through which the gradient passes unchanged (`FeatureQuanti
 """
 
 import itertools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from gaq.caches import WeakValueCache
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import Context
 
 __all__ = ["is_live", "live_rounding"]
 
-_quantizers: "weakref.WeakValueDictionary[int, FeatureQuantizer]" = weakref.WeakValueDictionary()
+_quantizers: WeakValueCache[int, FeatureQuantizer] = WeakValueCache()
 _numbers = itertools.count()
 
 # A package has a copy of this module, whose operation must not take the place of this one.
@@ -30,7 +30,9 @@ _NAME = "gaq::round_live_" + "".join(c if c.isalnum() else "_" for c in __name__
 @torch.library.custom_op(_NAME, mutates_args=())
 def _round_live(features: Tensor, number: int) -> Tensor:
     # The same sum as in `FeatureQuantizer.forward`, to the last bit.
-    return (features + (_quantizers[number].values(features) - features)).contiguous()
+    quantizer = _quantizers.peek(number)
+    assert quantizer is not None
+    return (features + (quantizer.values(features) - features)).contiguous()
 
 
 @_round_live.register_fake
@@ -69,7 +71,7 @@ def live_rounding(model: torch.nn.Module) -> Iterator[None]:
         for quantizer, kind in before.items():
             number = next(_numbers)
             quantizer.__dict__["live_number"] = number
-            _quantizers[number] = quantizer  # type: ignore[assignment]  # by `is_live`
+            _quantizers.put(number, quantizer)  # type: ignore[arg-type]  # by `is_live`
             quantizer.__class__ = type(f"Live{kind.__name__}", (_Live, kind), {})
         yield
     finally:

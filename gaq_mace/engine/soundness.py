@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from gaq.kernels.gpu.graphs import Outputs
@@ -28,6 +29,11 @@ def edge_lengths(data: dict[str, Tensor]) -> Tensor:
     return lengths
 
 
+def _reads_values(device: torch.device) -> bool:
+    """Whether the values of tensors may decide what is computed next: a GPU would have to be waited for."""
+    return device.type == "cpu"
+
+
 def checked(outputs: Outputs, positions: Tensor, lengths: Tensor, batch: Tensor, sender: Tensor) -> Outputs:
     """Make the results of structures NaN that hold atoms at one place, or positions that are not finite.
 
@@ -43,7 +49,7 @@ def checked(outputs: Outputs, positions: Tensor, lengths: Tensor, batch: Tensor,
     """
     positions, lengths, energy = positions.detach(), lengths.detach(), outputs["energy"]
     assert energy is not None
-    on_cpu = positions.device.type == "cpu"
+    on_cpu = _reads_values(positions.device)
     if on_cpu and math.isfinite(float(positions.sum())) and (not lengths.numel() or float(lengths.min()) > 0.0):
         return outputs
     # Zero for a sound structure, NaN for any other.

@@ -20,10 +20,11 @@ from gaq.files import whole
 ROOT = Path(__file__).parents[2]
 
 WRITE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from gaq.files.whole import written_whole
 from gaq.process import command_output
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell is without
 with command_output(20), written_whole(Path(sys.argv[1])) as part:
     part.write_bytes(b"half")
     print("half", flush=True)

@@ -30,7 +30,7 @@ from gaq.kernels import contraction
 from gaq.kernels.gpu import graphs
 from gaq_mace import engine
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
-from gaq_mace.engine import compositions, pair_tables, replays
+from gaq_mace.engine import compositions, pair_tables, replays, soundness
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -292,8 +292,9 @@ class WaitingOperations(TorchDispatchMode):
 
 
 def test_nothing_in_a_step_asks_for_a_value(small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A check whose values are read on the CPU only.
+    # Checks whose values are read on the CPU only.
     monkeypatch.setattr(contraction, "has_data", lambda tensor: False)
+    monkeypatch.setattr(soundness, "_reads_values", lambda device: False)
     small_engine: Any = engine.Engine(small)
     data = batch_of(small, [WATER])
     given = replays.padded({name: data[name] for name in replays.INPUTS}, 64)
