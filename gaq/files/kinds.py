@@ -76,11 +76,12 @@ def kind_of(path: str | Path) -> FileKind:
     try:
         if zipfile.is_zipfile(path):
             return _archive(path)
+        # Before pickles: the length of the header, with which the file begins, may look like the start of one.
+        if start[8:9] == b"{" and (kind := _safetensors(path)) is not None:
+            return kind
         if start[:1] == b"\x80":
             with path.open("rb") as file:
                 return _pickle(file.read(MOST_BYTES))
-        if start[8:9] == b"{" and (kind := _safetensors(path)) is not None:
-            return kind
     except _DAMAGE:
         return FileKind("a damaged file")
     return next((FileKind(words) for magic, words in _STARTS if start.startswith(magic)), None) or _text(start)

@@ -72,6 +72,8 @@ FILES: dict[str, tuple[bytes, str, str | None]] = {
         None,
     ),
     "safetensors": (safetensors({"__metadata__": {"gaq": "{}"}}), "a quantized MACE model", "mace"),
+    # The length of the header begins as a pickle does.
+    "like_a_pickle": (safetensors({"__metadata__": {"gaq": "x" * 99}}), "a quantized MACE model", "mace"),
     "other_safetensors": (safetensors({"a": {"dtype": "F32", "shape": [0]}}), "without a model", None),
     "ckpt": (saved({**LIGHTNING, "hyper_parameters": {"_target_": "nequip.x"}}), "a NequIP checkpoint", "nequip"),
     "other_ckpt": (saved(LIGHTNING), "a Lightning checkpoint of another program", None),
