@@ -155,13 +155,11 @@ def test_a_deployed_file_that_gives_nan_does_not_agree() -> None:
     assert np.isnan(deploy_check._compare(Constant(1.0), Constant(float("nan")), structures).forces)
 
 
-def test_without_a_compiler_nothing_is_begun(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_compiler_nothing_is_begun(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    assert main(["build", str(trained.best), str(tmp_path / "out.nequip.pt2")]) == 2
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # monkeypatch would delete it for good
+        assert main(["build", str(trained.best), str(tmp_path / "out.nequip.pt2")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nequip-deploy: compiled files need a C++ compiler, and no-such-compiler does not run here")
     assert error.count("\n") == 1
