@@ -50,7 +50,7 @@ CHECK_INTERVAL = 10
 LEAST_GAIN = 0.02
 """Gain, relative to the smallest error before, without which training returns to the best weights, at half the rate."""
 
-HALVINGS = 5
+HALVINGS = 8
 """Training ends where the learning rate would be halved once more."""
 
 EVALUATION_ATOMS = 128

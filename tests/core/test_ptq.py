@@ -293,7 +293,7 @@ def test_distillation_reproduces_the_forces_of_the_float_model(adapter: Any) -> 
     assert result.before / result.after > 8
     assert before / after > 8
     assert result.slow
-    assert (result.steps, result.structures) == (120, 54)
+    assert (result.steps, result.structures) == (160, 54)
 
 
 def test_distillation_reports_the_error_on_structures_held_out(adapter: Any) -> None:
@@ -422,7 +422,7 @@ def test_distillation_ends_where_it_does_not_help(adapter: Any, caplog: pytest.L
     assert result.after == result.before
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
-    assert "after 60 steps of self-distillation" in result.describe()
+    assert "after 90 steps of self-distillation" in result.describe()
     assert result.describe().endswith("ended, because more steps would gain too little")
     (announced,) = [record.getMessage() for record in caplog.records]
     assert announced.startswith("self-distillation: at most 300 steps of about ")
