@@ -238,8 +238,8 @@ def check_keys(config: QuantizationConfig, path: str, base: QuantizationConfig |
                 f"Write it under quantization.{key.split('.')[0]}, or leave it out."
             )
         section = () if key in _SWITCHES else CONDITIONS.get(key.split(".")[0], ())
-        own = CONDITIONS.get(key, ()) if "." in key else ()
-        for condition in (*section, *own):
+        of_key = CONDITIONS.get(key, ()) if "." in key else ()
+        for condition in (*section, *of_key):
             if not condition.holds(config):
                 raise ConfigError(
                     f"{path}.{key}: {value!r} has no effect, because {condition.why}. Write {condition.write}, "

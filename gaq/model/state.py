@@ -357,9 +357,9 @@ def describe_other_grid(given: QuantizationConfig, stored: ReadOnlyDocument) -> 
         if not isinstance(value, Mapping) or section == "overrides":
             differing.append(section)
             continue
-        mine = plain.get(section) or {}
-        keys = [key for key in value if value[key] != mine.get(key) and key not in _SCHEDULE_KEYS]
-        differing += [f"{section}.{key} {value[key]} there, {mine.get(key)} here" for key in keys]
+        given_section = plain.get(section) or {}
+        keys = [key for key in value if value[key] != given_section.get(key) and key not in _SCHEDULE_KEYS]
+        differing += [f"{section}.{key} {value[key]} there, {given_section.get(key)} here" for key in keys]
     return (
         "this checkpoint was written with other quantization settings "
         f"(preset {stored['preset']}) than the ones given (preset {given.preset}): {'; '.join(differing)}. "

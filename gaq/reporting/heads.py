@@ -33,11 +33,11 @@ def labelled_in(
         bare = structure.copy()
         bare.info.pop(energy_key, None)
         bare.arrays.pop(forces_key, None)
-        own = structure.info.get(HEAD)
-        if own not in of_heads and labels_of(structure, energy_key, forces_key).any:
+        labelled_head = structure.info.get(HEAD)
+        if labelled_head not in of_heads and labels_of(structure, energy_key, forces_key).any:
             homeless.append(frame)
         for head in heads:
-            of_heads[head].append(structure if head == own else bare)
+            of_heads[head].append(structure if head == labelled_head else bare)
     lines = left_out_labels(structures, energy_key, forces_key)
     if not homeless:
         return of_heads, lines

@@ -350,11 +350,10 @@ class _Descent:
 
     def _finish(self, kept: Sequence[Tensor]) -> None:
         """Restore the best weights, and the flags of a prepared model."""
-        with torch.no_grad():
-            for weight, value in zip(self.weights, kept, strict=True):
-                weight.requires_grad_(False)
-                weight.copy_(value)
-                weight.grad = None
+        self._put(kept)
+        for weight in self.weights:
+            weight.requires_grad_(False)
+            weight.grad = None
         for name, quantizer in self.negligible.items():
             quantizer.enabled = True
             quantizer.refresh_scale(self.parameters[name])
