@@ -96,11 +96,31 @@ def test_speed_on_the_cpu() -> None:
             assert stock == f"{next(row['median_ms'] for row in rows if row['scheme'] == 'fp32'):.0f} ms"
 
 
-def test_step_of_the_quickstart() -> None:
-    small, medium, large = rows_of("quickstart_step")
-    text = " ".join(README.split())
-    assert f"on {small['atoms']} atoms, gains {small['times_faster']:.1f} times only" in text
-    assert f"our {small['gaq_ms']:.0f} ms a step" in text
-    assert (medium["atoms"], large["atoms"]) == (8 * small["atoms"], 27 * small["atoms"])
-    gains = f"it gains {medium['times_faster']:.1f} times, with 27 times {large['times_faster']:.1f}"
-    assert f"With 8 times the atoms {gains}" in text
+def test_steps_of_the_quickstart() -> None:
+    (table,) = tables("quickstart's model", "atoms")
+    rows = {name: rows_of(f"quickstart_step_{name.lower()}") for name in ("MACE", "NequIP")}
+    assert table == [
+        [
+            name,
+            str(row["atoms"]),
+            f"{row['stock_ms']:.0f} ms",
+            f"{row['gaq_ms']:.0f} ms",
+            f"{row['times_faster']:.1f}x",
+        ]
+        for name, measured in rows.items()
+        for row in measured
+    ]
+    mace, nequip = (measured[0] for measured in rows.values())
+    gains = (
+        f"on {mace['atoms']} atoms they gain {mace['times_faster']:.1f} (MACE) and {nequip['times_faster']:.1f} times"
+    )
+    assert gains in " ".join(README.split())
+
+
+@pytest.mark.parametrize("framework", ["mace", "nequip"])
+def test_minutes_of_the_quickstart(framework: str) -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / f"quickstart_{framework}.json").read_text())
+    assert measured["hardware"]["cores"] == 2
+    assert measured["command"] == f"python examples/quickstart_{framework}.py"
+    took = sum(stage["minutes"] for stage in measured["stages"])
+    assert f"{took:.0f} minutes on two cores ([quickstart_{framework}.json]" in " ".join(README.split())
