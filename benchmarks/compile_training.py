@@ -1,11 +1,11 @@
 """Time to the first step of NequIP's train-time compilation: with `quantization: gaq` against stock.
 
-    python benchmarks/compile_training.py [--repeats 2] [--layers 3]
+    python benchmarks/compile_training.py --data quickstart/nequip/train.xyz [--repeats 2] [--layers 3]
 
-The quickstart's training file with `compile_mode: compile`, once as it is and once with the key, is given to the stock
-`nequip-train`, in turn, on one thread, with an empty Inductor cache for each run. The time is that of the processor,
-compilers included, from the start of the command to the end of the first step of the optimizer, which stands behind
-Lightning's check of the validation; other work on the machine changes it less than the clock. The run ends there.
+The training file of NequIP's quickstart with `compile_mode: compile`, once as it is and once with the key, is given to
+the stock `nequip-train`, in turn, on one thread, with an empty Inductor cache for each run. The time is that of the
+processor, compilers included, from the start of the command to the end of the first step of the optimizer, which stands
+behind Lightning's check of the validation; other work on the machine changes it less than the clock. The run ends there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,6 @@ from common import ROOT, write_result
 sys.path.insert(0, str(ROOT / "examples"))
 import quickstart_nequip
 from comparison import MODELS
-from quickstart_step import write_structures
 
 RESULT = "first_step.json"
 
@@ -81,12 +81,13 @@ def first_step(config: Path, name: str) -> dict[str, float]:
 def main() -> None:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="structures of the quickstart")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=3)
     arguments = parser.parse_args()
     load, times = os.getloadavg()[0], {name: list[dict[str, float]]() for name in MODELS}
     with tempfile.TemporaryDirectory() as folder:
-        write_structures(Path(folder) / "train.xyz")
+        shutil.copy(arguments.data, Path(folder) / "train.xyz")
         for repeat in range(arguments.repeats):
             configs = quickstart_nequip.write_training_files(Path(folder), 1, "cpu", 0, arguments.layers)
             for name in MODELS:

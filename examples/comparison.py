@@ -147,7 +147,8 @@ def console_script(name: str, package: str, extra: str) -> str:
     if command is None:
         raise SystemExit(
             f"There is no {name} beside {sys.executable}.\n"
-            f"Install {package} there with:  pip install '.[{extra},examples]'"
+            f"Install {package} with:  pip install '.[{extra},examples]'\n"
+            "MACE and NequIP need different versions of e3nn, so each needs an environment of its own."
         )
     return command
 
