@@ -4,8 +4,8 @@
 
 The training file of NequIP's quickstart with `compile_mode: compile`, once as it is and once with the key, is given to
 the stock `nequip-train`, in turn, on one thread, with an empty Inductor cache for each run. The time is that of the
-processor, compilers included, from the start of the command to the end of the first step of the optimizer, which stands
-behind Lightning's check of the validation; other work on the machine changes it less than the clock. The run ends there.
+processor, compilers included, from the start of the command to the end of the first step of the optimizer, which comes
+after Lightning's check of the validation; other work on the machine changes it less than the clock. The run ends there.
 """
 
 from __future__ import annotations
