@@ -98,7 +98,7 @@ def test_speed_on_the_cpu() -> None:
 
 def test_steps_of_the_quickstart() -> None:
     (table,) = tables("quickstart's model", "atoms")
-    rows = {name: rows_of(f"quickstart_step_{name.lower()}") for name in ("MACE", "NequIP")}
+    rows = {name: rows_of(f"quickstart_step_{name.lower()}") for name in ("MACE",)}
     assert table == [
         [
             name,
@@ -110,16 +110,5 @@ def test_steps_of_the_quickstart() -> None:
         for name, measured in rows.items()
         for row in measured
     ]
-    small = {name: measured[0] for name, measured in rows.items()}
-    mace, nequip = (f"{row['times_faster']:.1f}" for row in small.values())
-    gains = f"on {small['MACE']['atoms']} atoms they gain {mace} (MACE) and {nequip} times (NequIP)"
-    assert gains in " ".join(README.split())
-
-
-@pytest.mark.parametrize("framework", ["mace", "nequip"])
-def test_minutes_of_the_quickstart(framework: str) -> None:
-    measured = json.loads((ROOT / "benchmarks" / "results" / f"quickstart_{framework}.json").read_text())
-    assert measured["hardware"]["cores"] == 2
-    assert measured["command"] == f"python examples/quickstart_{framework}.py"
-    took = sum(stage["minutes"] for stage in measured["stages"])
-    assert f"{took:.0f} minutes on two cores ([quickstart_{framework}.json]" in " ".join(README.split())
+    small = rows["MACE"][0]
+    assert f"on {small['atoms']} atoms it gains {small['times_faster']:.1f} times, because" in " ".join(README.split())
