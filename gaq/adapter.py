@@ -17,6 +17,7 @@ from gaq.config.parse import QuantizationConfig
 from gaq.files.kinds import kind_of
 from gaq.model.elements import SpeciesMap
 from gaq.model.summary_table import SummaryRow
+from gaq.process import import_ase_without_home
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Calculator, Document
@@ -196,6 +197,7 @@ class Adapter(Protocol):
 @cached(most=1)
 def adapters() -> dict[str, Adapter]:
     """Return the adapters whose framework is installed, by name."""
+    import_ase_without_home()
     installed: dict[str, Adapter] = {}
     for entry in entry_points(group=GROUP):
         try:

@@ -33,6 +33,9 @@ def train() -> int:
     """
     if frame.without_framework("gaq_mace_train", "mace"):
         return frame.REFUSED
+    from gaq.process import import_ase_without_home
+
+    import_ase_without_home()
     import mace  # noqa: F401  (before e3nn)
 
     from gaq_mace.hook.patches import apply, ensure_installed

@@ -61,8 +61,11 @@ def run(name: str, work: Work, as_json: bool = False) -> int:
         work: what it does.
         as_json: print the result as JSON, and let nothing else come to stdout.
     """
+    from gaq.process import import_ase_without_home
+
     with hidden_in_commands(), _printable():
         try:
+            import_ase_without_home()
             with ExitStack() as stack:
                 if as_json:
                     stack.enter_context(redirect_stdout(sys.stderr))

@@ -305,7 +305,8 @@ def _against_reference(
     progress: bool,
 ) -> tuple[Document, SmoothnessResult | None]:
     """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
-    difference, scan, smoothness = None, None, None
+    difference, scan = None, None
+    smoothness: dict[str, float | None] | None = None
     not_applicable = [] if subject.engine_error is not None else ["engine"]
     if reference is not None:
         difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed, progress)
@@ -317,7 +318,7 @@ def _against_reference(
         else:
             smoothness = {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev}
             if scan.nothing_measured:
-                smoothness, scan = dict.fromkeys(smoothness), None
+                smoothness, scan = {"largest_jump_mev": None, "allowed_mev": None}, None
     comparison = {
         "force_difference": difference,
         "smoothness": smoothness,
