@@ -12,8 +12,11 @@ from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
+from nobody import as_nobody
 
 from gaq import cli, settings
+from gaq.adapter import adapters
+from gaq.kernels.cpu import store
 from gaq.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +150,18 @@ def test_doctor_of_an_environment() -> None:
     assert "environment" in lines["GAQ_LINEAR"]
     assert "default" in lines["GAQ_ENGINE"]
     assert "unknown, and ignored. Did you mean GAQ_LINEAR?" in lines["GAQ_LINAER"]
+
+
+def test_doctor_of_a_user_without_a_home() -> None:
+    """ASE needs a home when it is imported: one line says so, and everything else is reported."""
+    done = as_nobody("gaq.cli:main", "doctor", GAQ_CACHE=str(store.cache_folder()))
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "home" in line)
+    assert line.startswith("gaq: this user has no home")
+    assert "Traceback" not in done.stderr
+    for name in adapters():
+        assert re.search(rf"{name} +ready", done.stdout)
+    assert re.search("cpu +(ready|not here)", done.stdout)
 
 
 def test_doctor_of_a_bad_value() -> None:
