@@ -17,26 +17,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from gaq.third_party_warnings import hidden_in_commands
 
-__all__ = [
-    "Together",
-    "alone",
-    "check_device",
-    "command_output",
-    "default_dtype",
-    "dtype_restored",
-    "import_ase_without_home",
-    "unchanged",
-]
+__all__ = ["Together", "alone", "check_device", "command_output", "default_dtype", "dtype_restored", "unchanged"]
 
-logger = logging.getLogger(__name__)
 
 Need = torch.dtype | None
 """Default dtype on which a thread relies; None where it has to be the only one."""
@@ -244,29 +232,6 @@ def unchanged() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if device_states:
             torch.cuda.set_rng_state_all(device_states)
-
-
-def import_ase_without_home() -> None:
-    """Import ASE for a user whose home is not known, and log a line that says so; for all others do nothing.
-
-    ASE looks for its configuration file in the home folder when it is imported, and raises where there is none: in a
-    container that runs under a number without a name, with HOME not set.
-    """
-    try:
-        Path.home()
-        return
-    except RuntimeError:
-        if "ase.config" in sys.modules or find_spec("ase") is None:
-            return
-    os.environ["HOME"] = os.devnull  # in which no file can be
-    try:
-        import ase.config  # noqa: F401
-    finally:
-        del os.environ["HOME"]
-    logger.warning(
-        "gaq: this user has no home (HOME is not set, and the system does not know the user), so ASE is used without "
-        "its configuration file. Other programs that import ASE need HOME: set it to any folder."
-    )
 
 
 @contextmanager

@@ -342,14 +342,14 @@ def test_isolated_atoms_are_no_calibration(folder: Path, tmp_path: Path, capsys:
 @pytest.mark.slow
 def test_quantize_without_a_home(folder: Path, tmp_path: Path) -> None:
     arguments = ["quantize", folder / "float.model", "-o", tmp_path / "out.model", "--config", TINY, "--force"]
-    done = as_nobody("gaq.cli:main", *arguments, "--calibration", folder / "data.xyz", TMPDIR=str(tmp_path))
+    done = as_nobody(tmp_path, "gaq.cli:main", *arguments, "--calibration", folder / "data.xyz")
     assert done.returncode in (0, 1), done.stderr
     assert "gaq: this user has no home" in done.stderr
     assert "Traceback" not in done.stderr
     assert state_of(gaq.load(tmp_path / "out.model")).status == "converted"
-    done = as_nobody("gaq_mace.commands:create_lammps_model", tmp_path / "out.model")
+    done = as_nobody(tmp_path, "gaq_mace.commands:create_lammps_model", tmp_path / "out.model")
     assert done.returncode == 0, done.stderr
-    done = as_nobody("gaq_mace.commands:train", "--help")
+    done = as_nobody(tmp_path, "gaq_mace.commands:train", "--help")
     assert done.returncode == 0, done.stderr
     assert "--quantization" in done.stdout
 

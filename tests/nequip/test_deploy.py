@@ -70,7 +70,7 @@ def test_streams_of_the_command(trained: Any, command: Callable[..., Any], tmp_p
 @pytest.mark.slow
 def test_a_user_without_a_home(trained: Any, tmp_path: Path) -> None:
     for name in ("out.nequip.zip", "out.nequip.pt2"):
-        done = as_nobody("gaq_nequip.deploy.cli:main", "build", trained.best, tmp_path / name)
+        done = as_nobody(tmp_path, "gaq_nequip.deploy.cli:main", "build", trained.best, tmp_path / name)
         assert done.returncode == 0, done.stderr
         assert "gaq: this user has no home" in done.stderr
         assert "Traceback" not in done.stderr
