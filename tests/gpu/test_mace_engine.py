@@ -88,7 +88,8 @@ def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype
 @pytest.mark.parametrize(
     ("kind", "hidden", "lmax", "correlation", "options", "preset"),
     [
-        ("", "4x0e+4x1o", 3, 2, {}, "gaq"),
+        ("", "4x0e+4x1o", 2, 2, {}, "gaq"),
+        pytest.param("", "4x0e+4x1o", 3, 2, {}, "gaq", marks=pytest.mark.slow),
         ("", "6x0e", 2, 3, {"distance_transform": "Agnesi"}, "w8"),
         ("Density", "4x0e+4x1o", 1, 2, {}, "gaq"),
         ("Density", "4x0e+4x1o", 1, 2, {"distance_transform": "Agnesi", "apply_cutoff": False}, "w8"),
@@ -238,6 +239,7 @@ def test_a_trajectory_of_replayed_steps(
     assert playback.replayed == len(FRAMES) - 3 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", KINDS[1:], ids=["density"], indirect=True)
 def test_replayed_steps_of_radial_functions_of_the_species(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, setting: Callable[..., Any]

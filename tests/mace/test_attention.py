@@ -319,7 +319,11 @@ def predictions(path: Path, frames: Sequence[Atoms]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "quantization", [None, {"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}, **BRIEF}]
+    "quantization",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        {"preset": "gaq", "attention": {}, "vectors": {"start_epoch": 0}, **BRIEF},
+    ],
 )
 def test_stock_training_by_name(tmp_path: Path, evaluate: Callable[..., Any], quantization: Any) -> None:
     changes = {} if quantization is None else {"quantization": quantization}

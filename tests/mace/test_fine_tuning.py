@@ -33,6 +33,7 @@ def test_fine_tuning(preset: str, dtype: str, train: Any, stock: Run) -> None:
     check(run, activations=preset == "gaq")
 
 
+@pytest.mark.slow
 def test_restarts_of_fine_tuning_take_the_scales_where_they_were(train: Any, stock: Run) -> None:
     options = {
         "quantization": {"preset": "w4", "training": THROUGHOUT},
@@ -47,6 +48,7 @@ def test_restarts_of_fine_tuning_take_the_scales_where_they_were(train: Any, sto
     assert f"Epoch 1: head: Default, loss={initial}" in run.log
 
 
+@pytest.mark.slow
 def test_four_bit_presets_fine_tune_as_fp32_does(train: Any, stock: Run) -> None:
     """Weights are rounded when training is over, and nothing acts on them before."""
     options = {"foundation_model": str(stock.model), "ema": True, "max_num_epochs": 2}
@@ -71,6 +73,7 @@ def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> No
     assert 0 < 1e3 * difference < 2 * after + 1
 
 
+@pytest.mark.slow
 def test_training_from_scratch_at_four_bits(train: Any) -> None:
     run = train(quantization={"preset": "w4", "training": THROUGHOUT}, max_num_epochs=1)
     check(run, activations=False)

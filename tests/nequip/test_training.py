@@ -224,7 +224,9 @@ def test_fine_tuning_a_float_checkpoint(train: Callable[..., Any], trained_float
         torch.testing.assert_close(later[name], scale, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("module", ["NequIPLightningModule", "EMALightningModule"])
+@pytest.mark.parametrize(
+    "module", [pytest.param("NequIPLightningModule", marks=pytest.mark.slow), "EMALightningModule"]
+)
 def test_weights_are_rounded_when_training_is_over(
     train: Callable[..., Any], structures: list[Any], tmp_path: Path, module: str
 ) -> None:
@@ -276,7 +278,7 @@ def test_a_run_that_was_cut_off_is_named(float_model: Callable[..., Any], caplog
         caplog.clear()
 
 
-@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("rounded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_averages_are_of_rounded_weights(train: Callable[..., Any], tmp_path: Path, rounded: bool) -> None:
     """An average with decay 0 equals the last deployed weights, on the grid of the scales in the checkpoint."""
 
