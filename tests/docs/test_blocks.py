@@ -175,12 +175,11 @@ def check_quickstart(workspace: Workspace, block: Block) -> None:
 
 
 def check_dynamics(done: Done) -> None:
-    """Check that the total energy that ASE's log prints at constant energy stays: within 0.2 meV an atom."""
-    rows = re.findall(r"^(\d+\.\d+) +(-?\d+\.\d+) +(-?\d+\.\d+) +(\d+\.\d+) +\d+\.\d+ *$", done.output, re.MULTILINE)
-    total, kinetic = np.array([(float(row[1]), float(row[3])) for row in rows]).T
-    assert len(rows) > 5
-    assert np.ptp(total) < 2e-4 * 24
-    assert np.ptp(kinetic) > 10 * np.ptp(total)  # it moves
+    """Check that in ASE's log the total energy stays, while the kinetic energy does not."""
+    row = re.compile(r"^\d+\.\d+ +(-?\d+\.\d+) +-?\d+\.\d+ +(\d+\.\d+) +\d+\.\d+ *$", re.MULTILINE)
+    total, kinetic = np.array([[float(cell) for cell in found] for found in row.findall(done.output)]).T
+    assert len(total) > 5
+    assert 0 < np.ptp(total) < 0.1 * np.ptp(kinetic)
 
 
 def check_extras(workspace: Workspace) -> None:
