@@ -122,9 +122,10 @@ def engine_for(model: AnyModule, options: Options) -> Engine | None:
         model: of a class derived from `Served`.
         options: of the call, by the names that MACE gives them.
     """
-    if not is_accelerated(model) or any(options.get(name, False) for name in _NOT_SERVED):
-        return None
+    # Comes first: torch.compile cannot trace what follows.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if not is_accelerated(model) or any(options.get(name, False) for name in _NOT_SERVED):
         return None
     weight = next(model.parameters())
     if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
