@@ -123,6 +123,8 @@ def _notes_for_mliap(model: torch.nn.Module) -> list[str]:
     from gaq_mace.root import is_quantized
 
     interactions: AnyModule = model.interactions
+    numbers: AnyModule = model.atomic_numbers
+    species = numbers.numel()  # which some blocks of MACE exchange as well
     lines = []
     if is_quantized(model):
         record = record_of(model, warn=False)
@@ -132,7 +134,7 @@ def _notes_for_mliap(model: torch.nn.Module) -> list[str]:
             if reason is None
             else f"LAMMPS runs it through MACE's own operations: {reason}."
         )
-    widths = [block.linear_up.irreps_out.dim + model.atomic_numbers.numel() for block in list(interactions)[1:]]
+    widths = [block.linear_up.irreps_out.dim + species for block in list(interactions)[1:]]
     if widths:
         lines.append(
             "A LAMMPS that sizes its exchange before it knows the model needs this line before pair_style:\n"
