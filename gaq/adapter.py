@@ -15,6 +15,7 @@ from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
 from gaq.files.kinds import kind_of
+from gaq.home import check_home
 from gaq.model.elements import SpeciesMap
 from gaq.model.summary_table import SummaryRow
 from gaq.quantizers.features import FeatureQuantizer
@@ -195,8 +196,13 @@ class Adapter(Protocol):
 
 @cached(most=1)
 def adapters() -> dict[str, Adapter]:
-    """Return the adapters whose framework is installed, by name."""
+    """Return the adapters whose framework is installed, by name.
+
+    Raises:
+        OSError: for a user without a home, which ASE and MACE need.
+    """
     installed: dict[str, Adapter] = {}
+    check_home()
     for entry in entry_points(group=GROUP):
         try:
             installed[entry.name] = entry.load()()

@@ -172,7 +172,11 @@ def sensitivity(
     Returns:
         One entry per tensor, the largest error first. Put those that deserve 16 bits under ``overrides``, as
         ``{"products.*.symmetric_contractions": {"weights": {"bits": 16}}}``.
+
+    Raises:
+        ValueError: if no atoms of the structures interact, and as `prepare`.
     """
+    ptq.check_interacting(adapter_for(model), model, structures)
     prepared = prepare(copy.deepcopy(model), config)
     return ptq.sensitivity_scan(adapter_for(prepared), prepared, structures, progress=progress)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gaq.cli import frame
 from gaq.cli.arguments import EXIT_CODES, add_common
 from gaq.cli.inputs import checked_output, find_adapter
+from gaq.home import home_or_stand_in
 from gaq.third_party_warnings import hidden_in_commands
 from gaq.untyped import AnyModule, Document
 
@@ -33,15 +34,16 @@ def train() -> int:
     """
     if frame.without_framework("gaq_mace_train", "mace"):
         return frame.REFUSED
-    import mace  # noqa: F401  (before e3nn)
+    with home_or_stand_in():
+        import mace  # noqa: F401  (before e3nn)
 
-    from gaq_mace.hook.patches import apply, ensure_installed
+        from gaq_mace.hook.patches import apply, ensure_installed
 
-    ensure_installed()
-    from mace.cli import run_train
+        ensure_installed()
+        from mace.cli import run_train
 
-    apply(run_train)  # with autoload switched off, the import above does not
-    run_train.main()
+        apply(run_train)  # with autoload switched off, the import above does not
+        run_train.main()
     return frame.DONE
 
 

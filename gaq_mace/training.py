@@ -33,6 +33,7 @@ from gaq.training.schedule import (
 )
 from gaq.untyped import Batch, Loader, Patched, Structure
 from gaq_mace.adapter import MACEAdapter
+from gaq_mace.checkpoints import checkpoints_in, load_own
 from gaq_mace.evaluate import collated
 from gaq_mace.files import compress_packed
 from gaq_mace.model import prepare, search_ranges
@@ -126,6 +127,8 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
 
     Raises:
         gaq_mace.root.OtherSettingsError: if the run was to go on from a checkpoint of other settings.
+
+    When training is over, MACE loads the weights that it evaluates and saves; see `gaq_mace.checkpoints.load_own`.
     """
     model = kwargs["model"]
     state = state_of(model)
@@ -143,7 +146,8 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
         if feature_quantizers(model):
             used = _calibrate(model, state.config.calibration, kwargs["train_loader"], kwargs["device"])
             logging.info(f"Activation ranges calibrated on {used} training structures")
-    epochs = kwargs["max_num_epochs"]
+    handler, epochs = kwargs["checkpoint_handler"], kwargs["max_num_epochs"]
+    earlier = checkpoints_in(handler.io.directory, handler.io.tag)
     schedule = settle_schedule(state, kwargs["start_epoch"], epochs)
     logging.info(describe_branches(state.config, schedule, epochs))
     set_branches(model, DEPLOYED, observing=False)
@@ -155,8 +159,9 @@ def run(original: Callable[..., object], *args: object, **kwargs: Any) -> object
         set_branches(model, DEPLOYED, observing=False)
     if state.last_epoch >= 0 and (warning := never_reached(schedule, state.last_epoch)):
         logging.warning(warning)
+    load_own(handler, model, earlier, state.resumed or kwargs["start_epoch"] > 0)
     if at_end:
-        round_after_loading(kwargs["checkpoint_handler"], model, kwargs["train_loader"].dataset, kwargs["device"])
+        round_after_loading(handler, model, kwargs["train_loader"].dataset, kwargs["device"])
     return result
 
 

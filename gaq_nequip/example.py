@@ -21,7 +21,7 @@ from gaq_nequip.names import EXAMPLE
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["example_data", "example_of", "from_structures", "with_cell"]
+__all__ = ["edges_of", "example_data", "example_of", "from_structures", "with_cell"]
 
 FEWEST_ATOMS = 4
 """Fewest atoms of a structure to compile with: NequIP traces the model again on a copy that lacks two atoms."""
@@ -74,6 +74,13 @@ def example_data(source: Path) -> dict[str, Tensor]:
             "package or compile: give one with `nequip-deploy build --example FILE`, quantize with --calibration, or "
             "run from the folder that the training was started in."
         ) from error
+
+
+def edges_of(data: dict[str, Tensor]) -> int:
+    """Number of pairs of atoms within the cutoff, each counted in both directions."""
+    from nequip.data import AtomicDataDict
+
+    return int(data[AtomicDataDict.EDGE_INDEX_KEY].shape[1])
 
 
 def with_cell(data: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,14 +20,15 @@ class CentralDifferenceError:
 
     Attributes:
         step: displacement h, Å.
-        relative_error: rms of (difference quotient − force) over rms of the force, dimensionless.
+        relative_error: rms of (difference quotient − force) over rms of the force, dimensionless. None where all
+            sampled forces are zero and so are the differences, as for atoms that do not interact: nothing was measured.
         reference_relative_error: the same error of the smooth reference potential at the same pairs: the truncation
             error of h. None without a reference.
         samples: number of (atom, component) pairs.
     """
 
     step: float
-    relative_error: float
+    relative_error: float | None
     reference_relative_error: float | None
     samples: int
 
@@ -83,7 +84,7 @@ def central_difference_error(
     errors = _relative_errors(potential, structures, pairs, steps)
     floors: list[float | None] = [None] * len(steps)
     if reference is not None:
-        floors = [*_relative_errors(reference, structures, pairs, steps)]
+        floors = _relative_errors(reference, structures, pairs, steps)
     samples = sum(map(len, pairs))
     return {
         float(step): CentralDifferenceError(float(step), error, floor, samples)
@@ -96,8 +97,8 @@ def _relative_errors(
     structures: Sequence[Atoms],
     pairs: list[list[tuple[int, int]]],
     steps: Sequence[float],
-) -> list[float]:
-    """Return one relative error per step."""
+) -> list[float | None]:
+    """Return one relative error per step; None where there is nothing to compare."""
     bases = [structure.copy() for structure in structures]
     pool = []
     for base in bases:
@@ -113,10 +114,10 @@ def _relative_errors(
     analytic = np.array([forces[s][i, k] for s, chosen in enumerate(pairs) for i, k in chosen], dtype=float)
     displaced_energies = energies_of(potential, pool).astype(float).reshape(len(steps), -1, 2)
     size = float(np.sqrt(np.mean(analytic**2)))
-    errors = []
+    errors: list[float | None] = []
     for step, (plus, minus) in zip(steps, displaced_energies.transpose(0, 2, 1), strict=True):
         difference = -(plus - minus) / (2 * step) - analytic
         error = float(np.sqrt(np.mean(difference**2)))
-        # NaN must stay NaN: only an exact zero means agreement with a vanishing force.
-        errors.append(error / size if size != 0.0 else (0.0 if error == 0.0 else float("inf")))
+        # NaN must stay NaN: only an exact zero means that nothing acts on the atoms.
+        errors.append(error / size if size != 0.0 else (None if error == 0.0 else float("inf")))
     return errors

@@ -19,7 +19,8 @@ class EquivarianceError:
     """How far the forces of rotated structures are from the rotated forces.
 
     Attributes:
-        mean_mev_per_angstrom: mean over atoms and rotations of ``‖F(R x) − R F(x)‖``, meV/Å.
+        mean_mev_per_angstrom: mean over atoms and rotations of ``‖F(R x) − R F(x)‖``, meV/Å. None where all forces are
+            zero in every orientation, as for atoms that do not interact: nothing was measured.
         max_mev_per_angstrom: the largest such norm, meV/Å.
         energy_mean_mev: mean over structures and rotations of ``|E(R x) − E(x)|``, meV per structure.
         standard_error: standard error of ``mean_mev_per_angstrom``, meV/Å; NaN from a single structure
@@ -28,7 +29,7 @@ class EquivarianceError:
             floor set by floating-point rounding, or the baseline. None without a reference.
     """
 
-    mean_mev_per_angstrom: float
+    mean_mev_per_angstrom: float | None
     max_mev_per_angstrom: float
     energy_mean_mev: float
     standard_error: float
@@ -103,7 +104,7 @@ def local_equivariance_error(
     matrices = random_rotations(rotations * len(structures), np.random.default_rng(seed))
     matrices = matrices.reshape(rotations, len(structures), 3, 3)
 
-    norms, energy_errors = _rotation_errors(potential, structures, matrices)
+    norms, energy_errors, act = _rotation_errors(potential, structures, matrices)
     sizes = np.array([len(structure) for structure in structures], dtype=float)
     sums = np.array([[errors.sum() for errors in row] for row in norms])  # (rotations, structures)
     samples = rotations * sizes.sum()
@@ -119,10 +120,10 @@ def local_equivariance_error(
 
     reference_mean = None
     if reference is not None:
-        reference_norms, _ = _rotation_errors(reference, structures, matrices)
+        reference_norms, _, _ = _rotation_errors(reference, structures, matrices)
         reference_mean = 1e3 * float(np.mean(np.concatenate([e for row in reference_norms for e in row])))
     return EquivarianceError(
-        mean_mev_per_angstrom=1e3 * float(mean),
+        mean_mev_per_angstrom=1e3 * float(mean) if act else None,
         max_mev_per_angstrom=1e3 * float(max(errors.max() for row in norms for errors in row)),
         energy_mean_mev=1e3 * float(np.mean(energy_errors)),
         standard_error=1e3 * standard_error,
@@ -132,11 +133,12 @@ def local_equivariance_error(
 
 def _rotation_errors(
     potential: Potential, structures: Sequence[Atoms], matrices: np.ndarray
-) -> tuple[list[list[np.ndarray]], np.ndarray]:
-    """Per rotation and structure: force error norms (n_atoms,) in eV/Å; and |energy error| in eV."""
+) -> tuple[list[list[np.ndarray]], np.ndarray, bool]:
+    """Per rotation and structure: force error norms (n_atoms,) in eV/Å and |energy error| in eV; whether forces act."""
     # Copies without constraints: ASE would zero the forces of fixed atoms.
     energies, forces = potential([_rotated(structure, np.eye(3)) for structure in structures])
     norms, energy_errors = [], []
+    act = any(np.any(force) for force in forces)  # NaN is not zero
     for row in matrices:
         rotated = [_rotated(structure, matrix) for structure, matrix in zip(structures, row, strict=True)]
         rotated_energies, rotated_forces = potential(rotated)
@@ -147,7 +149,8 @@ def _rotation_errors(
             ]
         )
         energy_errors.append(np.abs(np.asarray(rotated_energies) - np.asarray(energies)))
-    return norms, np.array(energy_errors)
+        act = act or any(np.any(force) for force in rotated_forces)
+    return norms, np.array(energy_errors), act
 
 
 def _rotated(structure: Atoms, matrix: np.ndarray) -> Atoms:

@@ -26,8 +26,9 @@ class NVEResult:
     """Drift of the total energy in one NVE run.
 
     Attributes:
-        drift_mev_per_atom_per_ps: slope of a linear fit to the total energy. NaN if too little was sampled.
-        standard_error: standard error of the slope from block means, meV/atom/ps.
+        drift_mev_per_atom_per_ps: slope of a linear fit to the total energy. NaN if too little was sampled, or if the
+            kinetic and the total energy did not change at all: no force acts on the atoms, and nothing was measured.
+        standard_error: standard error of the slope from block means, meV/atom/ps; NaN as the drift is.
         drift_over_std_kinetic: ``|slope x duration| / std(kinetic energy)``, dimensionless; below 1 the drift
             is hidden in the thermal exchange of potential and kinetic energy.
         std_kinetic_ev: standard deviation of the total kinetic energy, eV.
@@ -226,6 +227,8 @@ def _result(
     from ase import units
 
     slope, error = fit_drift(times, total_energy)
+    if len(times) > 1 and np.ptp(kinetic_energy) == np.ptp(total_energy) == 0.0:
+        slope = error = float("nan")
     spread = float(kinetic_energy.std()) if len(kinetic_energy) > 1 else float("nan")
     covered = float(times[-1]) if len(times) else 0.0
     temperatures = kinetic_energy / (1.5 * len(atoms) * units.kB)
@@ -351,6 +354,8 @@ def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _ratio(change: float, spread: float) -> float:
     """Divide an energy change by the spread of the kinetic energy; infinite if only the spread is zero."""
+    if np.isnan(change):
+        return change
     if spread == 0.0:
         return 0.0 if change == 0.0 else float("inf")
     return float(change / spread)

@@ -31,6 +31,7 @@ class SmoothnessResult:
         lengths_angstrom: bond lengths scanned, shape (points,), Å.
         energy_ev: energy along the scan, shape (points,), eV.
         reference_energy_ev: reference energy along the scan, shape (points,), eV.
+        nothing_measured: whether both energies are constant along the scan: the two atoms do not interact.
     """
 
     passed: bool
@@ -41,6 +42,10 @@ class SmoothnessResult:
     lengths_angstrom: np.ndarray
     energy_ev: np.ndarray
     reference_energy_ev: np.ndarray
+
+    @property
+    def nothing_measured(self) -> bool:
+        return bool(np.ptp(self.energy_ev) == np.ptp(self.reference_energy_ev) == 0.0)
 
 
 def bond_stretch_scan(

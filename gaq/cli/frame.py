@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 
+from gaq.home import home_or_stand_in
 from gaq.third_party_warnings import hidden_in_commands
 from gaq.untyped import Document
 
@@ -66,6 +67,7 @@ def run(name: str, work: Work, as_json: bool = False) -> int:
             with ExitStack() as stack:
                 if as_json:
                     stack.enter_context(redirect_stdout(sys.stderr))
+                stack.enter_context(home_or_stand_in())
                 code, document = work()
             if as_json:
                 from gaq.reporting.page import json_types

@@ -31,11 +31,17 @@ def gate_lines(gates: dict[str, Document]) -> str:
 
 
 def metric_lines(report: Document) -> str:
+    """The metrics as a table; a table for each head where the model has several."""
     from gaq.reporting.tables import format_table, metric_rows
 
-    rows = metric_rows(report["model"], report["reference"])
-    names = ["metric", "unit", "model", "reference"]
-    return format_table([dict(zip(names, row, strict=True)) for row in rows], ["metric", "model", "reference", "unit"])
+    def table(metrics: Document) -> str:
+        names = ["metric", "unit", "model", "reference"]
+        rows = [dict(zip(names, row, strict=True)) for row in metric_rows(metrics["model"], metrics["reference"])]
+        return format_table(rows, ["metric", "model", "reference", "unit"])
+
+    if not report["heads"]:
+        return table(report)
+    return "\n".join(f"head {head}\n{table(metrics)}" for head, metrics in report["heads"].items())
 
 
 def say_unfused(say: Say, unfused: Mapping[str, str]) -> None:

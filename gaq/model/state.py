@@ -30,6 +30,7 @@ __all__ = [
     "StoredState",
     "check_format",
     "describe_other_grid",
+    "differing_grid",
     "exact_features",
     "feature_quantizers",
     "finish_features",
@@ -349,6 +350,14 @@ def same_grid(a: ReadOnlyDocument, b: ReadOnlyDocument) -> bool:
 
 def describe_other_grid(given: QuantizationConfig, stored: ReadOnlyDocument) -> str:
     """Say how the settings of a checkpoint differ from those of the run that is to go on from it, and what to do."""
+    return (
+        f"this checkpoint {differing_grid(given, stored)}. "
+        "Restart with the settings it was written with, or start a new run from its float model."
+    )
+
+
+def differing_grid(given: QuantizationConfig, stored: ReadOnlyDocument) -> str:
+    """Say how the settings of a checkpoint differ from those of a run: the end of a sentence about the checkpoint."""
     plain = given.to_dict()
     differing = []
     for section, value in without_removed(stored).items():
@@ -361,9 +370,8 @@ def describe_other_grid(given: QuantizationConfig, stored: ReadOnlyDocument) -> 
         keys = [key for key in value if value[key] != given_section.get(key) and key not in _SCHEDULE_KEYS]
         differing += [f"{section}.{key} {value[key]} there, {given_section.get(key)} here" for key in keys]
     return (
-        "this checkpoint was written with other quantization settings "
-        f"(preset {stored['preset']}) than the ones given (preset {given.preset}): {'; '.join(differing)}. "
-        "Restart with the settings it was written with, or start a new run from its float model."
+        f"was written with other quantization settings (preset {stored['preset']}) than the ones given "
+        f"(preset {given.preset}): {'; '.join(differing)}"
     )
 
 

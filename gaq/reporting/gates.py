@@ -11,6 +11,12 @@ from gaq.untyped import Document, ReadOnlyDocument
 
 Metrics = ReadOnlyDocument
 
+NOTHING = (
+    "no force acts on any atom of the structures, so there is nothing to measure; give structures whose atoms are "
+    "within the model's cutoff of each other"
+)
+"""What a check needs that was made and found nothing: its metric is there, and is None."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -134,7 +140,9 @@ def evaluate_gates(results: Metrics, preset: str, reference: Metrics | None = No
             results.get("engine_error_ratio"),
             bounds.engine_error,
             "error of the fused kernels over that of the reference path, both in float32 against float64",
-            "needs a float32 model that runs through the fused kernels here; nequip-deploy checks compiled files",
+            NOTHING
+            if _no_force(results)
+            else "needs a float32 model that runs through the fused kernels here; nequip-deploy checks compiled files",
             # A feature near a threshold may round to either side in both paths, which changes the ratio at random.
             enforced=not results.get("rounds_features"),
         ),
@@ -207,6 +215,16 @@ def _finite_gate(results: Metrics, reference: Metrics | None) -> Gate:
     return _gate("finite", len(broken), 0, note, "")
 
 
+def _no_force(results: Metrics) -> bool:
+    """Whether structures were rotated, and no force acted on any atom."""
+    return results.get("lee_mev_per_angstrom", 0.0) is None
+
+
+def _still(difference: Metrics) -> bool:
+    """Whether both models are without forces on the structures of the metric ``force_difference``."""
+    return bool(difference["force_rms_mev_per_angstrom"] == difference["rms_mev_per_angstrom"] == 0.0)
+
+
 def float_error(difference: Metrics | None, fp32: Metrics) -> float | None:
     """Return the float model's own RMS force error in meV/Å; None without labels, or if the labels are its own output.
 
@@ -226,14 +244,16 @@ def _accuracy_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training: s
     has_bound = training == "qat" or bounds.force_mae_ptq is not None
     ratio = quotient(results.get("force_mae_mev_per_angstrom"), fp32.get("force_mae_mev_per_angstrom"))
     difference = results.get("force_difference")
-    if difference is not None and float_error(difference, fp32) is None:
+    still = difference is not None and _still(difference)
+    if still or (difference is not None and float_error(difference, fp32) is None):
         ratio = None
+    missing = "needs a reference model and labelled structures, with labels that are not that model's own output"
     return _gate(
         "force_mae_ratio",
         ratio,
         bounds.force_mae_qat if training == "qat" or bounds.force_mae_ptq is None else bounds.force_mae_ptq,
         f"force MAE over that of the reference model on the same data ({training})",
-        "needs a reference model and labelled structures, with labels that are not the reference model's own output",
+        NOTHING if still else missing,
         enforced=bounds.accuracy_enforced and has_bound,
     )
 
@@ -254,8 +274,8 @@ def _difference_gate(results: Metrics, fp32: Metrics, bounds: _Bounds, training:
     if difference is None:
         return _gate("force_difference", None, None, "", missing, unit="meV/Å")
     error, force = float_error(difference, fp32), difference["force_rms_mev_per_angstrom"]
-    if force == 0.0:
-        return _gate("force_difference", None, None, "", "needs structures on which forces are not zero", unit="meV/Å")
+    if _still(difference):
+        return _gate("force_difference", None, None, "", NOTHING, unit="meV/Å")
     if bounds.force_mae_ptq is not None and training == "ptq":
         factor, share, only_ruin = difference_of_growth(bounds.force_mae_ptq), LOWEST_FLOAT_ERROR, False
     else:
@@ -275,7 +295,7 @@ def _symmetry_gates(results: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
             results.get("lee_mev_per_angstrom"),
             bounds.lee,
             "force error under random rotations",
-            "needs structures",
+            NOTHING if _no_force(results) else "needs structures",
             unit="meV/Å",
             enforced=bounds.physics_enforced,
         ),
@@ -284,7 +304,9 @@ def _symmetry_gates(results: Metrics, bounds: _Bounds) -> tuple[Gate, ...]:
             results.get("lee_naive_ratio"),
             bounds.lee_against_naive,
             f"rotation error of {NAIVE} made of the reference model over this model's, on the same structures",
-            f"needs a float reference model to make {NAIVE} of, and structures that its plain operations can hold",
+            NOTHING
+            if _no_force(results)
+            else f"needs a float reference model to make {NAIVE} of, and structures that its plain operations can hold",
             comparison=">=",
             enforced=bounds.physics_enforced,
         ),
@@ -299,14 +321,15 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
     difference, drift_bound = None, _drift_bound(nve_fp32)
     if nve.get("drift_mev_per_atom_per_ps") is not None and drift_bound is not None:
         difference = abs(nve["drift_mev_per_atom_per_ps"] - nve_fp32["drift_mev_per_atom_per_ps"])
-    smoothness = results.get("smoothness") or {}
+    errors, smoothness = results.get("central_difference_relative_error") or {}, results.get("smoothness") or {}
+    still = bool(nve) and not unstable and nve.get("drift_over_std_kinetic") is None
     return (
         _gate(
             "central_difference",
-            _at_step(results.get("central_difference_relative_error"), CENTRAL_DIFFERENCE_STEP),
+            _at_step(errors, CENTRAL_DIFFERENCE_STEP),
             bounds.central_difference,
             f"relative force error against central differences, h = {CENTRAL_DIFFERENCE_STEP} Å",
-            f"needs central differences at h = {CENTRAL_DIFFERENCE_STEP} Å",
+            NOTHING if None in errors.values() else f"needs central differences at h = {CENTRAL_DIFFERENCE_STEP} Å",
             enforced=bounds.physics_enforced,
         ),
         _gate(
@@ -314,7 +337,7 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
             math.inf if unstable else nve.get("drift_over_std_kinetic"),
             bounds.drift_over_std_kinetic,
             f"the run was not stable: {reason}" if unstable else note,
-            "needs an NVE run (a length above 0 ps)",
+            NOTHING if still else "needs an NVE run (a length above 0 ps)",
             comparison="<",
             enforced=bounds.physics_enforced,
         ),
@@ -323,7 +346,7 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
             math.inf if unstable and drift_bound is not None else difference,
             drift_bound,
             "difference to the reference model's drift; bound: 2 √2 standard errors of the reference",
-            "needs NVE runs of model and reference",
+            NOTHING if still and nve_fp32 else "needs NVE runs of model and reference",
             unit="meV/atom/ps",
             enforced=bounds.physics_enforced,
         ),
@@ -332,7 +355,7 @@ def _energy_gates(results: Metrics, fp32: Metrics, bounds: _Bounds) -> tuple[Gat
             smoothness.get("largest_jump_mev"),
             smoothness.get("allowed_mev"),
             "largest step of a bond-stretch scan against the reference's curvature",
-            "needs a reference model and a bond to stretch",
+            NOTHING if smoothness else "needs a reference model and a bond to stretch",
             unit="meV",
             enforced=bounds.physics_enforced,
         ),
@@ -381,9 +404,9 @@ def quotient(numerator: float | None, denominator: float | None) -> float | None
     return float(numerator) / float(denominator)
 
 
-def _at_step(errors: Mapping[str, float | None] | Mapping[float, float | None] | None, step: float) -> float | None:
+def _at_step(errors: Mapping[str, float | None] | Mapping[float, float | None], step: float) -> float | None:
     """Return the entry whose key, a number or its text, equals the step."""
-    for key, value in (errors or {}).items():
+    for key, value in errors.items():
         if math.isclose(float(key), step):
             return value
     return None

@@ -58,7 +58,8 @@ def joined(reports: Mapping[str, Document], lines: Sequence[str] = ()) -> Docume
 
     Returns:
         The report of the first head, with the gates of all, each under its name and its head; a gate that is the same
-        for all, such as that of the file size, stands there once. ``heads`` holds the metrics of each head.
+        for all, such as that of the file size, stands there once. ``heads`` holds the metrics of each head, ``figures``
+        the arrays of each for the page.
     """
     first = next(iter(reports.values()))
     common = [line for line in first["left_out"] if all(line in report["left_out"] for report in reports.values())]
@@ -72,4 +73,5 @@ def joined(reports: Mapping[str, Document], lines: Sequence[str] = ()) -> Docume
         "gates": gates,
         "left_out": [*lines, *common],
         "heads": {head: {"model": r["model"], "reference": r["reference"]} for head, r in reports.items()},
+        "figures": {head: r["figures"] for head, r in reports.items()},
     }

@@ -147,7 +147,7 @@ def measure_file(
         raise ValueError(f"{reference}: has no head {', '.join(map(str, missing))}, with which {path} is compared.")
     if len(subjects) == 1:
         ((name, subject),) = subjects.items()
-        return measure_subject(subject, structures, others.get(name), **options)
+        return {**measure_subject(subject, structures, others.get(name), **options), "head": head}
     of_heads, lines = labelled_in(structures, list(subjects), **keys)
     reports = {
         name: measure_subject(subject, of_heads[name], others.get(name), **options)
@@ -192,9 +192,10 @@ def measure_subject(
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
-        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used), ``heads``
-        (None; see `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for
-        `gaq.reporting.write_report`, which are not part of ``report.json``.
+        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used), ``head``
+        (None; the one that `measure_file` was asked for), ``heads`` (None; see `gaq.reporting.heads.joined`), all of
+        plain Python types; and ``figures``, arrays for `gaq.reporting.write_report`, which are not part of
+        ``report.json``.
 
     Raises:
         ValueError: if there are no structures of several atoms, one is refused by
@@ -262,6 +263,7 @@ def measure_subject(
         "command": shlex.join(sys.argv),
         "gates": {name: gate.to_dict() for name, gate in gates.items()},
         "left_out": [*left_out, *lines],
+        "head": None,
         "heads": None,
         "figures": {"labels": labels, "nve": runs, "scan": scan},
     }
@@ -288,7 +290,7 @@ def _file_metrics(subject: Subject, run: NVEResult | None) -> Document:
 
 
 def _unless_nan(value: object) -> object:
-    """None for the NaN of an NVE run that has too few samples for a number; an unstable run says so beside it."""
+    """None for the NaN of an NVE run without a number: too few samples, or no forces. `stable` tells which it was."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -304,6 +306,7 @@ def _against_reference(
 ) -> tuple[Document, SmoothnessResult | None]:
     """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
     difference, scan = None, None
+    smoothness: dict[str, float | None] | None = None
     not_applicable = [] if subject.engine_error is not None else ["engine"]
     if reference is not None:
         difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed, progress)
@@ -312,9 +315,13 @@ def _against_reference(
             scan = bond_stretch_scan(exact[0], checked[0], exact[1])
         except NoBondError:
             not_applicable.append("bond_stretch")
+        else:
+            smoothness = {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev}
+            if scan.nothing_measured:
+                smoothness, scan = {"largest_jump_mev": None, "allowed_mev": None}, None
     comparison = {
         "force_difference": difference,
-        "smoothness": scan and {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev},
+        "smoothness": smoothness,
         "not_applicable": not_applicable,
         **_against_plain_operations(subject, reference, checked, seed, progress),
     }
@@ -361,11 +368,12 @@ def _against_plain_operations(
                 twin = reference.naive(few)
         except ValueError:  # a model that cannot be quantized: the gate reads "not measured"
             return ratios
-        naive_error, subject_error = (
+        errors = [
             local_equivariance_error(
                 watched(potential, "rotated structures, naive rounding", progress), few, seed=seed
             ).mean_mev_per_angstrom
             for potential in (twin, subject.exact)
-        )
-        ratios["lee_naive_ratio"] = quotient(naive_error, max(subject_error, LEAST_ROTATION_ERROR))
+        ]
+        if errors[0] is not None:  # None where no force acts on any atom
+            ratios["lee_naive_ratio"] = quotient(errors[0], max(errors[1] or 0.0, LEAST_ROTATION_ERROR))
     return ratios

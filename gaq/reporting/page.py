@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ __all__ = ["json_types", "write_report"]
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid #d6dbe1; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #8a94a0; }
@@ -73,6 +73,7 @@ def _page(report: ReadOnlyDocument) -> str:
     """The HTML page."""
     model, reference = report["model"], report.get("reference")
     gates = report["gates"]
+    head = f", head <strong>{_text(report['head'])}</strong>" if report.get("head") else ""
     compared = f", compared with <code>{_text(reference['path'])}</code>" if reference else ""
     gpu = report["hardware"].get("gpu") or "none"
     software = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -86,14 +87,12 @@ def _page(report: ReadOnlyDocument) -> str:
 </head>
 <body>
 <h1>Quantization report</h1>
-<p><code>{_text(model["path"])}</code>, preset <strong>{_text(model["preset"])}</strong>{compared}.</p>
+<p><code>{_text(model["path"])}</code>, preset <strong>{_text(model["preset"])}</strong>{head}{compared}.</p>
 {_summary(gates)}
+{_left_out(report.get("left_out") or ())}
 <h2>Gates</h2>
 {_gate_table(gates)}
-<h2>Metrics</h2>
-{_metric_table(model, reference)}
-<h2>Figures</h2>
-{figures(report.get("figures"))}
+{_measurements(report)}
 <h2>How it was measured</h2>
 <p>Command: <code>{_text(report["command"])}</code></p>
 <p>Hardware: {_text(report["hardware"].get("cpu"))}, {_text(report["hardware"].get("cores"))} cores,
@@ -118,6 +117,24 @@ def _summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
         items = "".join(f"<li>{_text(name)}: {_text(needs)}</li>" for name, needs in missing.items())
         lines.append(f'<p class="muted">Not measured:</p><ul class="muted">{items}</ul>')
     return "\n".join(lines)
+
+
+def _left_out(lines: Sequence[str]) -> str:
+    """The labels and structures that were not used."""
+    return "\n".join(f'<p class="muted">{_text(line)}</p>' for line in lines)
+
+
+def _measurements(report: ReadOnlyDocument) -> str:
+    """Metrics and figures; those of each head under its name where the model has several."""
+    heads, drawn = report.get("heads"), report.get("figures")
+    if not heads:
+        metrics = _metric_table(report["model"], report.get("reference"))
+        return f"<h2>Metrics</h2>\n{metrics}\n<h2>Figures</h2>\n{figures(drawn)}"
+    return "\n".join(
+        f"<h2>Head {_text(head)}</h2>\n<h3>Metrics</h3>\n{_metric_table(metrics['model'], metrics['reference'])}\n"
+        f"<h3>Figures</h3>\n{figures(drawn and drawn[head])}"
+        for head, metrics in heads.items()
+    )
 
 
 def _gate_table(gates: Mapping[str, ReadOnlyDocument]) -> str:

@@ -64,7 +64,8 @@ def check_interacting(adapter: Adapter, model: torch.nn.Module, structures: Sequ
     if not any(forces.any() for structure in structures for forces in potential([structure])[1]):
         raise ValueError(
             "the forces of the model are zero on all structures, because no two atoms are within its cutoff of each "
-            "other: nothing can be calibrated on them. Give structures like those that the model will be used on."
+            "other: nothing can be calibrated or measured on them. Give structures like those that the model will be "
+            "used on."
         )
 
 

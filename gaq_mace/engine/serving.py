@@ -125,13 +125,14 @@ def engine_for(model: AnyModule, options: Options) -> Engine | None:
         model: of a class derived from `Served`.
         options: of the call, by the names that MACE gives them.
     """
+    # Comes first: torch.compile cannot trace what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
     if not is_accelerated(model) or any(options.get(name, False) for name in _NOT_SERVED):
         return None
     lammps = options.get(LAMMPS, False)
     if bool(lammps) != bool(options.get(EDGE_FORCES, False)):
         return None  # what the engine computes of one, MACE's class for LAMMPS asks of the other
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
     weight = next(model.parameters())
     if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
         return None

@@ -4,8 +4,8 @@
 ``build_default_arg_parser``    learns ``--quantization``, refuses options that cannot go with it, and knows our
                                 interaction block by its name
 ``get_params_options``          the last point before the optimizer is made: inserts the quantizers
-``train``                       calibrates activation ranges before the first epoch; rounds weights that were trained in
-                                float after each checkpoint that MACE loads once training is over
+``train``                       calibrates activation ranges before the first epoch; once training is over, MACE loads
+                                checkpoints of this run only, and weights that were trained in float are rounded
 ``train_one_epoch``             applies the schedule of the branches and the equivariance loss
 ``extract_config_mace_model``   gives MACE's own class for an interaction block whose density is rounded
 ``create_error_table``          logs the errors of the same weights without quantization beside the table
@@ -188,6 +188,19 @@ def _end(error: ValueError) -> NoReturn:
     raise SystemExit(2) from error
 
 
+def _ending_on(kind: type[ValueError], function: Callable[..., object]) -> Callable[..., object]:
+    """A function that ends the command with the reason where it raises an error of that kind."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        try:
+            return function(*args, **kwargs)
+        except kind as error:
+            _end(error)
+
+    return call
+
+
 def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, packed: bool) -> None:
     """Make the model of a run a quantized one, or end the command with the reason.
 
@@ -197,7 +210,10 @@ def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, pac
         key: the key ``quantization``.
         packed: whether the foundation model is quantized already.
     """
+    from mace.tools import get_tag
+
     from gaq.config.parse import parse_config
+    from gaq_mace.checkpoints import check_restart
     from gaq_mace.training import start, writes
 
     writes(args.name, args.model_dir, args.checkpoints_dir)
@@ -205,6 +221,8 @@ def _insert_quantizers(args: argparse.Namespace, model: AnyModule, key: str, pac
         # Arguments that did not come through the parser have not been read yet.
         config = key.config if isinstance(key, QuantizationArgument) else parse_config(key)
         start(model, config, epochs=args.max_num_epochs)
+        if args.restart_latest:
+            check_restart(model, args.checkpoints_dir, get_tag(args.name, args.seed))
     except ValueError as error:
         _end(error)
     if packed:
@@ -262,14 +280,19 @@ def _patch_train(module: Patched) -> None:
     original_epoch = module.train_one_epoch
 
     @functools.wraps(original_train)
-    def train(*args: object, **kwargs: object) -> object:
+    def train(*args: object, **kwargs: Any) -> object:
         from gaq_mace import training
-        from gaq_mace.root import OtherSettingsError
+        from gaq_mace.checkpoints import CheckpointError
+        from gaq_mace.root import OtherSettingsError, is_quantized
 
         try:
-            return training.run(original_train, *args, **kwargs)
+            result = training.run(original_train, *args, **kwargs)
         except OtherSettingsError as error:
             _end(error)
+        if is_quantized(kwargs["model"]):
+            handler = kwargs["checkpoint_handler"]
+            handler.load_latest = _ending_on(CheckpointError, handler.load_latest)
+        return result
 
     @functools.wraps(original_epoch)
     def train_one_epoch(*args: object, **kwargs: object) -> object:

@@ -95,6 +95,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from gaq_nequip.deploy.check import check, default_tolerance, is_checked, structures_of
     from gaq_nequip.deploy.compile import check_compiler, compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
+    from gaq_nequip.example import edges_of
     from gaq_nequip.names import EXAMPLE
     from gaq_nequip.species import species_of, type_names
 
@@ -112,6 +113,11 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     example = model.__dict__[EXAMPLE] = _example(arguments.example, model, source)
     if is_checked(output, target):  # what the check needs, before the work
+        if not edges_of(example):
+            raise InputError(
+                f"{arguments.example or source}: no two atoms of the example structure are within the model's cutoff, "
+                "so there is nothing to compare the deployed file with the model on. --example takes another."
+            )
         structures_of(example, species_of(model), type_names(model))
     frozen = frozen_copy(model, to_compile=kind == COMPILED)
     sizes = WeightSizes.of(model, frozen)

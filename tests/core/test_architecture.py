@@ -16,7 +16,7 @@ ARCHITECTURE = ROOT / "docs" / "dev" / "architecture.md"
 # A module of the core may import from its own level and from those above it in this list: the rows of the table.
 LEVELS = (
     ("gaq.untyped",),
-    ("gaq.settings", "gaq.caches", "gaq.process", "gaq.progress", "gaq.third_party_warnings"),
+    ("gaq.settings", "gaq.caches", "gaq.home", "gaq.process", "gaq.progress", "gaq.third_party_warnings"),
     ("gaq.config",),
     ("gaq.files",),
     ("gaq.codebooks",),

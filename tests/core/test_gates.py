@@ -10,7 +10,7 @@ from reports import DIFFERENCE, FP32, GOOD
 
 from gaq.checks.accuracy import LOWEST_FLOAT_ERROR
 from gaq.reporting import BOUNDS, evaluate_gates, failed_gates, summary, unmeasured
-from gaq.reporting.gates import passes_all, verdict
+from gaq.reporting.gates import NOTHING, passes_all, verdict
 
 
 class TestGates:
@@ -86,6 +86,14 @@ class TestGates:
         assert set(unmeasured(plain)) == set(gates) - {"lee", "finite"}
         assert unmeasured(plain)["nve_drift"] == "needs an NVE run (a length above 0 ps)"
         assert not passes_all(plain)
+
+    def test_free_flight_is_not_measured(self):
+        free = {"drift_mev_per_atom_per_ps": None, "standard_error": None, "drift_over_std_kinetic": None}
+        gates = evaluate_gates({**GOOD, "nve": {**free, "stable": True}}, "gaq", {**FP32, "nve": free})
+        for name in ("nve_drift", "nve_drift_against_reference"):
+            assert gates[name].note == f"not measured: {NOTHING}"
+        broken = evaluate_gates({**GOOD, "nve": {**free, "stable": False}}, "gaq", {**FP32, "nve": free})
+        assert failed_gates(broken) == ["nve_drift"]
 
     def test_broken_numbers_fail(self):
         gates = evaluate_gates(

@@ -127,6 +127,13 @@ class TestEquivariance:
         np.testing.assert_array_equal(frame.positions, before)
         assert len(frame.constraints) == 1
 
+    def test_atoms_on_which_no_force_acts_measure_nothing(self):
+        apart = [Atoms("P2", positions=[[0, 0, 0], [60, 0, 0]])]
+        error = local_equivariance_error(CalculatorPotential(morse()), apart)
+        assert error.mean_mev_per_angstrom is None
+        faulty = CalculatorPotential(Faulty(lambda atoms: 1e-9 * atoms.positions[:, :1] * _ZAXIS))
+        assert local_equivariance_error(faulty, apart).mean_mev_per_angstrom > 0.0
+
     @pytest.mark.parametrize(("structures", "rotations"), [([], 4), (clusters(1), 0)])
     def test_bad_input(self, structures, rotations):
         with pytest.raises(ValueError, match="local_equivariance_error"):
@@ -174,7 +181,7 @@ class TestCentralDifferences:
                 return np.zeros(len(structures)), [np.zeros((len(s), 3)) for s in structures]
 
         flat = central_difference_error(Flat(), clusters(1))
-        assert flat[0.01].relative_error == 0.0
+        assert flat[0.01].relative_error is None
 
         class Tilted(Flat):
             def __call__(self, structures):
@@ -279,6 +286,12 @@ class TestNVE:
         assert not run.stable
         assert "came apart" in run.reason
 
+    def test_free_flight_measures_nothing(self):
+        apart = Atoms("P3", positions=[[0, 0, 0], [60, 0, 0], [0, 60, 0]])
+        run = nve_drift(morse(), apart, duration_ps=0.1, equilibrate_ps=0.02)
+        assert run.stable
+        assert np.isnan([run.drift_mev_per_atom_per_ps, run.standard_error, run.drift_over_std_kinetic]).all()
+
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     @pytest.mark.parametrize("equilibrate_ps", [0.0, 0.1])
     def test_nan(self, equilibrate_ps):
@@ -345,6 +358,12 @@ class TestSmoothness:
         assert result.largest_jump_mev == pytest.approx(0.1 * result.allowed_mev, rel=1e-3)
         assert result.lengths_angstrom.shape == (141,)
         assert np.ptp(result.lengths_angstrom) == pytest.approx(0.7)
+        assert not result.nothing_measured
+
+    def test_a_bond_that_the_model_does_not_have(self):
+        short = CalculatorPotential(MorsePotential(r0=2.2, rcut1=0.5, rcut2=0.7))
+        assert bond_stretch_scan(short, p4(), short).nothing_measured
+        assert not bond_stretch_scan(short, p4(), CalculatorPotential(morse())).nothing_measured
 
     @pytest.mark.parametrize(("height_mev", "passes"), [(20.0, False), (0.1, True)])
     def test_staircase(self, height_mev, passes):

@@ -16,7 +16,7 @@ from reports import Staircase, cluster, morse
 
 from gaq.checks.potential import CalculatorPotential
 from gaq.reporting import Subject, failed_gates, measure_subject, quality, write_report
-from gaq.reporting.gates import verdict
+from gaq.reporting.gates import NOTHING, unmeasured, verdict
 
 METRICS = {
     "force_rmse_mev_per_angstrom",
@@ -85,6 +85,7 @@ class TestReport:
             "command",
             "gates",
             "left_out",
+            "head",
             "heads",
             "figures",
         }
@@ -303,9 +304,38 @@ class TestReport:
             "left out: forces 'REF_forces' of all structures, missing: frames 0, 1, 2, 3, 4 and 5 more"
         ]
 
-    def test_forces_that_vanish_pass_nothing(self, case):
-        """Atoms out of each other's reach: a difference of zero to a force of zero is not measured."""
+    def test_forces_that_vanish_pass_nothing(self, case, tmp_path):
+        """Atoms out of each other's reach: no difference to a force of zero is measured."""
         subject, _ = case
         apart = [Atoms("P2", positions=[[0, 0, 0], [60.0 + n, 0, 0]]) for n in range(3)]
-        report = measure_subject(subject("quantized.model", "gaq"), apart, subject("fp32.model"))
-        assert report["gates"]["force_difference"]["passed"] is None
+        for n, atoms in enumerate(apart):
+            atoms.info["REF_energy"], atoms.arrays["REF_forces"] = 0.1, np.full((2, 3), 0.1 * n)
+        flat = {"engine_error": lambda structures: None}
+        model = subject("quantized.model", "gaq", **flat)
+        reference = subject("fp32.model", naive=lambda structures: CalculatorPotential(morse()))
+        report = measure_subject(model, apart, reference)
+        assert report["model"]["lee_mev_per_angstrom"] is None
+        assert report["model"]["central_difference_relative_error"] == {"0.1": None, "0.03": None, "0.01": None}
+        measured = {name for name, gate in report["gates"].items() if gate["passed"] is not None}
+        assert measured == {"finite", "file_size_ratio"}
+        needs = unmeasured(report["gates"])
+        assert {name for name, text in needs.items() if text != NOTHING} == {"nve_drift", "nve_drift_against_reference"}
+        page = write_report(report, tmp_path)[1].read_text()
+        assert '<p class="muted">2 of 10 gates measured, none failed.</p>' in page
+        assert page.count("there is nothing to measure") == 6
+
+    def test_a_cutoff_below_all_distances_measures_no_bond(self, case):
+        """Atoms that look bonded and do not interact in the model: a flat scan is not a smooth one."""
+        subject, _ = case
+        short = CalculatorPotential(MorsePotential(epsilon=2.0, r0=2.21, rho0=4.0, rcut1=0.3, rcut2=0.5))
+        reference = subject("fp32.model", "float", short)
+        report = measure_subject(subject("quantized.model", "gaq", short), [cluster()], reference)
+        assert report["gates"]["bond_stretch"]["passed"] is None
+        assert unmeasured(report["gates"])["bond_stretch"] == NOTHING
+        assert report["figures"]["scan"] is None
+
+    def test_a_force_on_atoms_that_should_be_free_fails(self, case):
+        subject, _ = case
+        apart = [Atoms("P2", positions=[[0, 0, 0], [60.0 + n, 0, 0]]) for n in range(3)]
+        report = measure_subject(subject("quantized.model", "gaq", Staircase(morse())), apart, subject("fp32.model"))
+        assert {"force_difference", "lee", "central_difference"} <= set(failed_gates(report["gates"]))

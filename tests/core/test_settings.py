@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 from dataclasses import FrozenInstanceError, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from nobody import as_nobody
 
 from gaq import cli, settings
 from gaq.settings import Settings, SettingsError
@@ -147,6 +149,19 @@ def test_doctor_of_an_environment() -> None:
     assert "environment" in lines["GAQ_LINEAR"]
     assert "default" in lines["GAQ_ENGINE"]
     assert "unknown, and ignored. Did you mean GAQ_LINEAR?" in lines["GAQ_LINAER"]
+
+
+def test_doctor_of_a_user_without_a_home(tmp_path: Path) -> None:
+    """ASE and MACE need one when they are imported: one line says so, and everything else is reported."""
+    done = as_nobody(tmp_path, "gaq.cli:main", "doctor")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "home" in line)
+    assert line.startswith("gaq: this user has no home")
+    assert str(tmp_path / f"gaq-{os.getuid()}") in line
+    assert "Traceback" not in done.stderr
+    for name in ("mace", "nequip"):
+        assert (re.search(rf"{name} +ready", done.stdout) is not None) == (find_spec(name) is not None)
+    assert re.search("cpu +(ready|not here)", done.stdout)
 
 
 def test_doctor_of_a_bad_value() -> None:

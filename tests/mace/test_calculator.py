@@ -14,7 +14,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from mace.calculators import MACECalculator
 
 import gaq
+from gaq.kernels.cpu import native
 from gaq.model.state import state_of
+from gaq_mace.engine.serving import engine_for
 
 PRESETS = ("gaq", "w8")
 # Rounded activations make the energy a fine staircase, so its differences are taken over a longer step; with
@@ -256,9 +258,27 @@ def test_safetensors_through_the_adapter(quantized: Callable[..., Any], structur
     assert energies[0] == energies[1]
 
 
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+def test_the_choice_of_a_path_can_be_traced(calculator: Callable[..., MACECalculator]) -> None:
+    """MACE's ``compile_mode`` asks for one graph, which is the reference path."""
+    (model,) = calculator("w8").models
+    assert engine_for(model, {}) is not None
+    assert torch.compile(lambda: engine_for(model, {}) is None, backend="eager", fullgraph=True)()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_compiled(model_file: Callable[..., str], structures: list[Any], preset: str) -> None:
+def test_compiled(
+    model_file: Callable[..., str],
+    structures: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    backend: str,
+) -> None:
+    """The graph alone, and with the code that Inductor makes of it."""
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **given: compile_model(model, backend=backend, **given))
     eager, compiled = (structures[0].copy() for _ in range(2))
     eager.calc = MACECalculator(model_paths=model_file(preset), device="cpu")
     # To compile, MACE rebuilds a model in torch's default dtype, whatever its own.

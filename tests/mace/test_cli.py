@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from e3nn.util.jit import compile as jit_compile
+from nobody import as_nobody
 
 import gaq
 from gaq.cli import main
@@ -334,6 +335,35 @@ def test_isolated_atoms_are_no_calibration(folder: Path, tmp_path: Path, capsys:
     error = refused(capsys, "quantize", folder / "float.model", "-o", output, "--calibration", folder / "apart.xyz")
     assert "no two atoms are within its cutoff" in error
     assert not list(tmp_path.iterdir())
+    error = refused(capsys, "inspect", folder / "float.model", "--sensitivity", folder / "apart.xyz")
+    assert "no two atoms are within its cutoff" in error
+
+
+@pytest.mark.slow
+def test_quantize_without_a_home(folder: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", folder / "float.model", "-o", tmp_path / "out.model", "--config", TINY, "--force"]
+    done = as_nobody(tmp_path, "gaq.cli:main", *arguments, "--calibration", folder / "data.xyz")
+    assert done.returncode in (0, 1), done.stderr
+    assert "gaq: this user has no home" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert state_of(gaq.load(tmp_path / "out.model")).status == "converted"
+    done = as_nobody(tmp_path, "gaq_mace.commands:create_lammps_model", tmp_path / "out.model")
+    assert done.returncode == 0, done.stderr
+    done = as_nobody(tmp_path, "gaq_mace.commands:train", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--quantization" in done.stdout
+
+
+def test_gates_over_isolated_atoms_are_not_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["report", folder / "gaq.model", "--data", folder / "apart.xyz"]
+    assert main([*map(str, arguments), "--nve-ps", "0", "-o", str(tmp_path)]) == 0
+    gates = json.loads((tmp_path / "report.json").read_text())["gates"]
+    assert {name for name, gate in gates.items() if gate["passed"] is not None} <= {"finite", "file_size_ratio"}
+    printed = capsys.readouterr().out
+    for name in ("lee", "lee_against_naive", "central_difference", "engine"):
+        assert f"not measured: {name}: no force acts on any atom of the structures" in printed
 
 
 def test_keys_of_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

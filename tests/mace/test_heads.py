@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import gaq
 from gaq.adapter import adapter_for
 from gaq.cli import main
 from gaq.model.state import require_state
+from gaq.reporting.tables import format_number
 from gaq_mace.elements import head_names
 
 HEADS = ("pbe", "scan")
@@ -63,6 +65,12 @@ def test_all_heads_are_judged(folder: Path, tmp_path: Path) -> None:
         assert metrics["seconds_per_step"] > 0  # by the stock calculator, in this head
     assert "file_size_ratio" in measured["gates"]
     assert measured["left_out"] == []
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("Force MAE") == page.count("<img") // 2 == len(HEADS)  # forces and bond stretch of each
+    for head in HEADS:
+        section = page.split(f"<h2>Head {head}</h2>")[1].split("<h2>")[0]
+        value = measured["heads"][head]["reference"]["force_rmse_mev_per_angstrom"]
+        assert f"<td class='n'>{format_number(value)}</td>" in section
 
 
 def test_one_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +84,10 @@ def test_one_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         atoms.calc = calculator
         errors.append(np.abs(atoms.get_forces() - label).ravel())
     measured = report(folder, tmp_path / "pbe", "--head", "pbe")
-    assert measured["heads"] is None
+    assert (measured["head"], measured["heads"]) == ("pbe", None)
+    page = (tmp_path / "pbe" / "report.html").read_text()
+    assert "head <strong>pbe</strong>" in page
+    assert page.count("Force MAE") == 1
     expected = 1e3 * np.concatenate(errors).mean()
     assert measured["reference"]["force_mae_mev_per_angstrom"] == pytest.approx(expected, rel=1e-4)
     capsys.readouterr()
@@ -88,10 +99,21 @@ def test_labels_of_no_head_are_left_out(folder: Path, tmp_path: Path, capsys: py
     measured = report(folder, tmp_path / "report", data="nameless")
     (line,) = measured["left_out"]
     assert line in capsys.readouterr().out
+    assert html.escape(line) in (tmp_path / "report" / "report.html").read_text()
     for words in ("the labels of 4 of 4 structures", "the heads pbe, scan", "--head"):
         assert words in line
     assert measured["heads"]["pbe"]["model"]["force_mae_mev_per_angstrom"] is None
     assert measured["gates"]["force_difference (scan)"]["passed"] is not None
+
+
+def test_a_float_model_shows_the_metrics_of_all_heads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["report", f"{folder}/float.model", "--data", f"{folder}/data.xyz", "--nve-ps", "0"]
+    assert main([*arguments, "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert [printed.count(f"head {head}\n") for head in HEADS] == [1, 1]
+    assert printed.count("Force MAE") == 2
 
 
 def test_quantize_calibrates_and_judges_all_heads(

@@ -15,6 +15,7 @@ pytest.importorskip("nequip", reason="needs NequIP: pip install '.[nequip]'")
 
 import numpy as np
 import torch
+from nobody import as_nobody
 
 import gaq
 from gaq import cli
@@ -64,6 +65,15 @@ def test_streams_of_the_command(trained: Any, command: Callable[..., Any], tmp_p
     done = command("nequip-deploy", "info", path)
     assert (done.returncode, messages(done.stderr)) == (0, [])
     assert "preset w8a16, frozen" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home(trained: Any, tmp_path: Path) -> None:
+    for name in ("out.nequip.zip", "out.nequip.pt2"):
+        done = as_nobody(tmp_path, "gaq_nequip.deploy.cli:main", "build", trained.best, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert "gaq: this user has no home" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_train_dir(trained: Any, tmp_path: Path) -> None:

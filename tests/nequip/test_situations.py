@@ -148,6 +148,11 @@ def test_example(
     write(tmp_path / "water.xyz", trained.ethanol(":1")[0][:3])
     assert deploy([*build, "--example", str(tmp_path / "water.xyz")]) == 2
     assert "at least 4 atoms" in capsys.readouterr().err
+    apart = trained.ethanol(":1")[0]
+    apart.positions *= 100.0
+    write(tmp_path / "apart.xyz", apart)
+    assert deploy([*build, "--example", str(tmp_path / "apart.xyz")]) == 2
+    assert "apart.xyz: no two atoms of the example structure are within the model's cutoff" in capsys.readouterr().err
     assert deploy([*build, "--example", str(structures)]) == 0
     assert np.abs(forces_of(gaq.load(output)) - forces_of(model)).max() < 1e-3
 

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import TypeVar
 
 from gaq import settings
 from gaq.caches import cached
+from gaq.home import temporary_folder
 from gaq.progress import explained
 
 __all__ = ["cache_folder", "folders", "obtain", "obtain_any", "writable_folder"]
@@ -46,23 +46,6 @@ def cache_folder() -> Path | None:
         return None
 
 
-def _temporary_folder() -> Path:
-    """This user's folder in the system's temporary folder.
-
-    Raises:
-        OSError: if it cannot be made, or belongs to somebody else, whose libraries must not be loaded.
-    """
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    folder = Path(tempfile.gettempdir()) / f"gaq-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
-        raise OSError(f"{folder} is not a folder of this user")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{folder} can be written by others")
-    return folder
-
-
 def folders() -> Iterator[tuple[str, Callable[[], Path]]]:
     """Folders for compiled kernels in the order of preference: a name for messages, and a function that makes it."""
 
@@ -73,7 +56,7 @@ def folders() -> Iterator[tuple[str, Callable[[], Path]]]:
     folder = cache_folder()
     if folder is not None:
         yield str(folder), lambda: make(folder)
-    yield "the temporary folder", _temporary_folder
+    yield "the temporary folder", temporary_folder
 
 
 def writable_folder(name: str) -> Path:
