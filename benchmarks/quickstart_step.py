@@ -1,66 +1,44 @@
-"""What a step of the quickstart's MACE models takes on its molecule, and on larger cells of it.
+"""What a step of the quickstart's models takes on its molecule, and on larger cells of it.
 
-    python benchmarks/quickstart_step.py [--repeats 25]
+    python examples/quickstart_mace.py && python benchmarks/quickstart_step.py --framework mace [--repeats 25]
 
-A model of the quickstart's shape with random weights, on which time does not depend, and the same with preset `gaq`,
-run in the stock `MACECalculator` on the molecule and on periodic cells of 8 and 27 of it, step by step in turn, on one
-thread, in processor time: other work on the machine changes that less than the clock.
+The files that the quickstart of a framework made, float and with preset `gaq`, run in the stock calculator on the
+molecule and on periodic cells of 8 and 27 of it, step by step in turn, on one thread, in processor time: other work on
+the machine changes that less than the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import os
 import sys
-import tempfile
 import time
+import warnings
 from pathlib import Path
-from typing import Any
 
-import mace  # noqa: F401  (before e3nn)
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 from common import ROOT, write_result
-from e3nn import o3
-from mace import modules
-from mace.calculators import MACECalculator
-
-import gaq
 
 sys.path.insert(0, str(ROOT / "examples"))
+from comparison import MODELS
 from xtb_dataset import trans_azobenzene
 
-NAMES = ("fp32", "gaq")
+FOLDERS = {"mace": Path("quickstart"), "nequip": Path("quickstart/nequip")}
 
 
-def write_models(folder: Path) -> None:
-    """Write ``fp32.model`` and ``gaq.model`` of the shape that `mace_run_train` makes of the quickstart's file."""
-    torch.manual_seed(0)
-    model = modules.ScaleShiftMACE(
-        r_max=4.0,
-        num_bessel=8,
-        num_polynomial_cutoff=5,
-        max_ell=2,
-        interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-        interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
-        num_interactions=2,
-        num_elements=3,
-        hidden_irreps=o3.Irreps("16x0e + 16x1o"),
-        MLP_irreps=o3.Irreps("16x0e"),
-        gate=torch.nn.functional.silu,
-        atomic_energies=np.zeros(3),
-        avg_num_neighbors=12.0,
-        atomic_numbers=[1, 6, 7],
-        correlation=2,
-        radial_type="bessel",
-        radial_MLP=[64, 64, 64],
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
-    )
-    torch.save(model, folder / "fp32.model")
-    spec = {"preset": "gaq", "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
-    gaq.save(gaq.quantize(copy.deepcopy(model), [trans_azobenzene()], spec, progress=False), folder / "gaq.model")
+def calculator(framework: str, folder: Path, name: str) -> Calculator:
+    """The stock calculator of a model of the quickstart."""
+    if framework == "mace":
+        from mace.calculators import MACECalculator
+
+        return MACECalculator(str(folder / f"{name}.model"), device="cpu", default_dtype="float32")
+    from nequip.integrations.ase import NequIPCalculator
+
+    file = str(folder / f"{name}.nequip.pt2")
+    return NequIPCalculator.from_compiled_model(file, device="cpu", chemical_species_to_atom_type_map=True)
 
 
 def cells(molecule: Atoms) -> list[Atoms]:
@@ -71,7 +49,7 @@ def cells(molecule: Atoms) -> list[Atoms]:
     return [molecule, *(box.repeat(n) for n in (2, 3))]
 
 
-def seconds(calculators: dict[str, MACECalculator], atoms: Atoms, repeats: int) -> dict[str, float]:
+def seconds(calculators: dict[str, Calculator], atoms: Atoms, repeats: int) -> dict[str, float]:
     """Median processor time of a step by model; positions change by 1 mÅ before each."""
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for name in calculators}
@@ -89,14 +67,15 @@ def seconds(calculators: dict[str, MACECalculator], atoms: Atoms, repeats: int) 
 def main() -> None:
     """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=("mace", "nequip"), required=True)
+    parser.add_argument("--quickstart", type=Path, help="its folder; default: the one that it writes to")
     parser.add_argument("--repeats", type=int, default=25)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    options: dict[str, Any] = {"device": "cpu", "default_dtype": "float32"}
-    with tempfile.TemporaryDirectory() as name:
-        write_models(Path(name))
-        calculators = {kind: MACECalculator(str(Path(name) / f"{kind}.model"), **options) for kind in NAMES}
-    rows = []
+    warnings.simplefilter("ignore")
+    folder = arguments.quickstart or FOLDERS[arguments.framework]
+    calculators = {name: calculator(arguments.framework, folder, name) for name in MODELS}
+    load, rows = os.getloadavg()[0], []
     for atoms in cells(trans_azobenzene()):
         times = seconds(calculators, atoms, arguments.repeats)
         row = {
@@ -107,7 +86,7 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
-    print(write_result("quickstart_step", rows))
+    print(write_result(f"quickstart_step_{arguments.framework}", rows, load=load))
 
 
 if __name__ == "__main__":

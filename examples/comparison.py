@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +45,7 @@ class Result:
         drift_mev_per_atom_per_ps: slope of the total energy in NVE dynamics.
         drift_standard_error: standard error of that slope, in its unit.
         ms_per_step: median wall time of one molecular dynamics step.
+        times_faster: that of the FP32 model over that of this one.
     """
 
     force_mae_mev_per_angstrom: float
@@ -52,6 +56,40 @@ class Result:
     drift_mev_per_atom_per_ps: float
     drift_standard_error: float
     ms_per_step: float
+    times_faster: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a quickstart took.
+
+    Attributes:
+        name: what was done.
+        minutes: wall time.
+        processor_minutes: time of all processor cores together, commands that the stage started included.
+        load: average number of processes that wanted a core in the minute before its end, this one included.
+    """
+
+    name: str
+    minutes: float
+    processor_minutes: float
+    load: float
+
+
+class Stages(list[Stage]):
+    """The stages of a quickstart in order, each measured by ``with stages.measured(name):``."""
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Measure the block as a stage of this name."""
+        start, processor = time.monotonic(), sum(os.times()[:4])
+        yield
+        spent = sum(os.times()[:4]) - processor
+        self.append(Stage(name, (time.monotonic() - start) / 60, spent / 60, os.getloadavg()[0]))
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{stage.name} {stage.minutes:.1f}" for stage in self)
+        return f"{sum(stage.minutes for stage in self):.1f} minutes ({each})"
 
 
 def parse_arguments(
@@ -109,7 +147,8 @@ def console_script(name: str, package: str, extra: str) -> str:
     if command is None:
         raise SystemExit(
             f"There is no {name} beside {sys.executable}.\n"
-            f"Install {package} there with:  pip install '.[{extra},examples]'"
+            f"Install {package} with:  pip install '.[{extra},examples]'\n"
+            "MACE and NequIP need different versions of e3nn, so each needs an environment of its own."
         )
     return command
 
@@ -158,13 +197,13 @@ def run_nve(calculator: Any, start: Atoms, length: float) -> NVEResult:
 
 
 def measure(
-    model: Path, reference: Path, test: list[Atoms], start: Atoms, length: float, device: str
+    model: Path, reference: Result | None, test: list[Atoms], start: Atoms, length: float, device: str
 ) -> tuple[Result, NVEResult]:
     """Errors, symmetry, size, dynamics and speed of one model file in the stock calculator.
 
     Args:
         model: the file.
-        reference: the FP32 model file, for the ratio of sizes.
+        reference: the row of the FP32 model, for the ratios of size and speed; None for that model itself.
         test: structures with ``REF_energy`` (eV) and ``REF_forces`` (eV/Å).
         start: structure and velocities for the dynamics.
         length: length of the dynamics, in fs.
@@ -180,26 +219,53 @@ def measure(
         subject = open_file(model, device, through_calculator=True)
     metrics = quality(subject, test, rotated=test[:LEE_STRUCTURES]).metrics
     trajectory = run_nve(subject.calculator, start, length)
-    size = model.stat().st_size
+    size, ms = model.stat().st_size, 1e3 * trajectory.seconds_per_step
     return (
         Result(
             force_mae_mev_per_angstrom=metrics["force_mae_mev_per_angstrom"],
             energy_mae_mev_per_atom=metrics["energy_mae_mev_per_atom"],
             file_bytes=size,
-            size_ratio=reference.stat().st_size / size,
+            size_ratio=reference.file_bytes / size if reference else 1.0,
             lee_mev_per_angstrom=metrics["lee_mev_per_angstrom"],
             drift_mev_per_atom_per_ps=trajectory.drift_mev_per_atom_per_ps,
             drift_standard_error=trajectory.standard_error,
-            ms_per_step=1e3 * trajectory.seconds_per_step,
+            ms_per_step=ms,
+            times_faster=reference.ms_per_step / ms if reference else 1.0,
         ),
         trajectory,
     )
 
 
+def compare(models: dict[str, Path], test: list[Atoms], arguments: argparse.Namespace, stages: Stages) -> list[Result]:
+    """Measure the models, write ``comparison.json`` and ``nve.png`` to the folder of the quickstart, print the table.
+
+    Args:
+        models: the file of each of `MODELS`, FP32 first.
+        test: see `measure`.
+        arguments: what `parse_arguments` returned.
+        stages: those before this one.
+
+    Returns:
+        The row of each model.
+    """
+    start = starting_structure(test, arguments.seed)
+    results: dict[str, Result] = {}
+    trajectories: dict[str, NVEResult] = {}
+    print()
+    for name, model in models.items():
+        print(f"measuring {name}")
+        with stages.measured(f"measuring {name}"):
+            results[name], trajectories[name] = measure(
+                model, results.get("fp32"), test, start, arguments.md_fs, arguments.device
+            )
+    write_comparison(arguments.directory.resolve(), results, trajectories, stages)
+    return list(results.values())
+
+
 def format_table(results: dict[str, Result]) -> str:
     """The comparison as text, one row for each model."""
-    head = ("model", "force MAE", "energy MAE", "file", "smaller", "LEE", "NVE drift", "step")
-    unit = ("", "meV/Å", "meV/atom", "KB", "by", "meV/Å", "meV/atom/ps", "ms")
+    head = ("model", "force MAE", "energy MAE", "file", "smaller", "LEE", "NVE drift", "step", "faster")
+    unit = ("", "meV/Å", "meV/atom", "KB", "by", "meV/Å", "meV/atom/ps", "ms", "by")
     rows = [
         (
             name,
@@ -210,6 +276,7 @@ def format_table(results: dict[str, Result]) -> str:
             f"{r.lee_mev_per_angstrom:.4f}",
             f"{r.drift_mev_per_atom_per_ps:+.4f} ± {r.drift_standard_error:.4f}",
             f"{r.ms_per_step:.1f}",
+            f"{r.times_faster:.1f}x",
         )
         for name, r in results.items()
     ]
@@ -238,9 +305,20 @@ def plot_energies(trajectories: dict[str, NVEResult], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_comparison(directory: Path, results: dict[str, Result], trajectories: dict[str, NVEResult]) -> None:
-    """Write ``comparison.json`` and ``nve.png`` to a folder, and print the table."""
-    table = {name: asdict(result) for name, result in results.items()}
-    (directory / "comparison.json").write_text(json.dumps(table, indent=2) + "\n")
+def write_comparison(
+    directory: Path, results: dict[str, Result], trajectories: dict[str, NVEResult], stages: Stages
+) -> None:
+    """Write ``comparison.json`` and ``nve.png`` to a folder, and print the table and what the stages took."""
+    from gaq.reporting.environment import hardware, versions
+
+    content = {
+        "models": {name: asdict(result) for name, result in results.items()},
+        "stages": [asdict(stage) for stage in stages],
+        "hardware": hardware(),
+        "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    (directory / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_energies(trajectories, directory / "nve.png")
     print(f"\n{format_table(results)}\n\nwritten to {directory / 'comparison.json'} and {directory / 'nve.png'}")
+    print(f"took {stages}")

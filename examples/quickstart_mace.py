@@ -21,12 +21,11 @@ from pathlib import Path
 from comparison import (
     MODELS,
     Result,
+    Stages,
+    compare,
     console_script,
-    measure,
     parse_arguments,
     prepare_data,
-    starting_structure,
-    write_comparison,
 )
 
 from gaq.progress import Progress
@@ -148,7 +147,7 @@ def train(config: Path, epochs: int) -> Path:
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run every stage.
 
     Args:
@@ -159,21 +158,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     """
     description = "Train MACE with and without GAQ and compare the two."
     arguments = parse_arguments(description, "quickstart", 20, argv)
-    directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
+    directory, stages = arguments.directory.resolve(), Stages()
+    with stages.measured("data set"):
+        test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
     configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed)
-    models = {name: train(config, arguments.epochs) for name, config in configs.items()}
-
-    start = starting_structure(test, arguments.seed)
-    print()
-    results, trajectories = {}, {}
-    for name, model in models.items():
-        print(f"measuring {name}")
-        results[name], trajectories[name] = measure(
-            model, models["fp32"], test, start, arguments.md_fs, arguments.device
-        )
-    write_comparison(directory, results, trajectories)
-    return results
+    models = {}
+    for name, config in configs.items():
+        with stages.measured(f"training {name}"):
+            models[name] = train(config, arguments.epochs)
+    return compare(models, test, arguments, stages)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ from pathlib import Path
 from comparison import (
     MODELS,
     Result,
+    Stages,
+    compare,
     console_script,
-    measure,
     parse_arguments,
     prepare_data,
-    starting_structure,
-    write_comparison,
 )
 
 from gaq.progress import Progress
@@ -273,7 +272,7 @@ def slimmed_bytes(model: Path) -> int:
         return slimmed.stat().st_size
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run every stage.
 
     Args:
@@ -287,26 +286,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     # Without GAQ, NequIP ignores the key and trains in float. Check this before the long part.
     for command in ("nequip-train", "nequip-compile", "nequip-deploy"):
         console_script(command, "NequIP and GAQ", "nequip")
-    directory = arguments.directory.resolve()
-    test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
+    directory, stages = arguments.directory.resolve(), Stages()
+    with stages.measured("data set"):
+        test = prepare_data(directory, arguments.train, arguments.test, arguments.seed, arguments.warm_up)
     layers = 2 if arguments.quick else 3
     configs = write_training_files(directory, arguments.epochs, arguments.device, arguments.seed, layers)
-    checkpoints = {name: train(config, arguments.epochs) for name, config in configs.items()}
-    models = {name: deploy(checkpoint, arguments.device) for name, checkpoint in checkpoints.items()}
-
-    start = starting_structure(test, arguments.seed)
-    print()
-    results, trajectories = {}, {}
-    for name, model in models.items():
-        print(f"measuring {name}")
-        results[name], trajectories[name] = measure(
-            model, models["fp32"], test, start, arguments.md_fs, arguments.device
-        )
-    write_comparison(directory, results, trajectories)
+    checkpoints, models = {}, {}
+    for name, config in configs.items():
+        with stages.measured(f"training {name}"):
+            checkpoints[name] = train(config, arguments.epochs)
+    for name, checkpoint in checkpoints.items():
+        with stages.measured(f"compiling {name}"):
+            models[name] = deploy(checkpoint, arguments.device)
+    results = compare(models, test, arguments, stages)
     slim = slimmed_bytes(models["fp32"])
     print(
         f"nequip-deploy also leaves out debug symbols and sources and compresses: that alone would make the FP32 file "
-        f"{slim / 1e3:.0f} KB, {slim / results['gaq'].file_bytes:.2f} times the size of the quantized one."
+        f"{slim / 1e3:.0f} KB, {slim / results[-1].file_bytes:.2f} times the size of the quantized one."
     )
     return results
 

@@ -98,7 +98,7 @@ class Progress:
             self.total,
             now - self._start,
             prefix=self.description,
-            unit=self.unit + ("es" if self.unit.endswith("ch") else "s"),
+            unit=self.unit + ("es" if self.unit.endswith("tch") else "s"),
             bar_format=_FORMAT,
             postfix=self._note or None,
         )

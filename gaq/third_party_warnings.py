@@ -37,5 +37,7 @@ def hidden_in_commands() -> Iterator[None]:
     with known_hidden():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        # NequIP loads a checkpoint of averaged weights as if to train on; in a command nobody set a decay.
+        warnings.filterwarnings("ignore", message="EMA decay parameter loaded from state dict", category=UserWarning)
         warnings.filterwarnings("default", message="gaq: ")
         yield

@@ -22,6 +22,7 @@ from gaq.cli.inputs import (
 from gaq.cli.lines import Say, gate_lines, say_unfused, speaker
 from gaq.files.whole import put
 from gaq.process import check_device
+from gaq.progress import explained
 from gaq.untyped import Document
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     model = model if selected is None else selected
     if structures:
         check_known(adapter.elements(model), structures)
-    quantized = api.prepare(copy.deepcopy(model), config)
+    with explained("settling bits and searching for the ranges of weights"):
+        quantized = api.prepare(copy.deepcopy(model), config)
     if calibration:
         api.calibrate(quantized, calibration)
     api.convert(quantized)

@@ -12,6 +12,7 @@ import difflib
 import fnmatch
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import Repr
@@ -270,9 +271,9 @@ def _parse_yaml(text: str) -> object:
     return yaml.load(text, Loader=_Loader)
 
 
-def _check_literal(text: str, path: str) -> None:
+def _check_literal(tree: ast.Expression, path: str) -> None:
     """Refuse a Python literal with a key given twice."""
-    for node in ast.walk(ast.parse(text, mode="eval")):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             keys = [ast.dump(key) for key in node.keys if key is not None]
             for key in node.keys:
@@ -283,13 +284,16 @@ def _check_literal(text: str, path: str) -> None:
 def _read_mapping(text: str, path: str) -> object:
     """Read the text of a mapping, a Python literal or YAML."""
     try:
-        literal = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what looks odd to Python is often YAML
+            tree = ast.parse(text, mode="eval")
+        literal = ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         try:
             return _parse_yaml(text)
         except _UNREADABLE as error:
             raise ConfigError(f"{path}: cannot read the mapping {_shown(text)}: {error}") from error
-    _check_literal(text, path)
+    _check_literal(tree, path)
     return literal
 
 

@@ -45,11 +45,12 @@ def test_what_is_over_within_two_seconds_is_silent(clock: list[float], capsys: p
     assert capsys.readouterr().err == ""
 
 
-def test_plurals_and_the_end(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("unit", "units"), [("batch", "batches"), ("epoch", "epochs"), ("step", "steps")])
+def test_plurals_and_the_end(clock: list[float], capsys: pytest.CaptureFixture[str], unit: str, units: str) -> None:
     """The last unit has no line of its own: nothing is left."""
-    for _ in progress_over(range(2), 2, "inputs of layers", "batch"):
+    for _ in progress_over(range(2), 2, "inputs of layers", unit):
         clock[0] += 31
-    assert capsys.readouterr().err == "inputs of layers: 1 of 2 batches, 00:31 elapsed, 00:31 left\n"
+    assert capsys.readouterr().err == f"inputs of layers: 1 of 2 {units}, 00:31 elapsed, 00:31 left\n"
 
 
 def test_silence(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ PRINTED = {
     "nequip-deploy build --train-dir": ("largest force difference",),
     "nequip-deploy info": ("quantized, compiled", "gaq_preset", "weights bytes"),
     "gaq_mace_create_lammps_model": ("Kept of the quantization",),
+    "VelocityVerlet": ("Etot[eV]",),
 }
 """What a block that contains a command prints."""
 
@@ -161,7 +162,7 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
 def check_quickstart(workspace: Workspace, block: Block) -> None:
     """Check the quickstart: as accurate as FP32, 4 times smaller, equivariant, configurations one line apart."""
     folder = workspace.folder / ("quickstart" if workspace.environment == "mace" else "quickstart/nequip")
-    table = json.loads((folder / "comparison.json").read_text())
+    table = json.loads((folder / "comparison.json").read_text())["models"]
     assert list(table) == ["fp32", "gaq"]
     assert np.isfinite([list(row.values()) for row in table.values()]).all()
     assert table["gaq"]["force_mae_mev_per_angstrom"] < 1.1 * table["fp32"]["force_mae_mev_per_angstrom"]
@@ -171,6 +172,14 @@ def check_quickstart(workspace: Workspace, block: Block) -> None:
     suffix = "yml" if workspace.environment == "mace" else "yaml"
     stock, quantized = ((folder / f"{name}.{suffix}").read_text().splitlines() for name in table)
     assert set(stock) ^ set(quantized) == {"name: fp32", "name: gaq", "quantization: gaq"}
+
+
+def check_dynamics(done: Done) -> None:
+    """Check that in ASE's log the total energy stays, while the kinetic energy does not."""
+    row = re.compile(r"^\d+\.\d+ +(-?\d+\.\d+) +-?\d+\.\d+ +(\d+\.\d+) +\d+\.\d+ *$", re.MULTILINE)
+    total, kinetic = np.array([[float(cell) for cell in found] for found in row.findall(done.output)]).T
+    assert len(total) > 5
+    assert 0 < np.ptp(total) < 0.1 * np.ptp(kinetic)
 
 
 def check_extras(workspace: Workspace) -> None:
@@ -201,6 +210,8 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
         assert done.made, f"{block} wrote none of the files that it names"
     for name in done.made:
         check_file(workspace, forces, name)
+    if "VelocityVerlet" in block.text:
+        check_dynamics(done)
     if "quickstart_" in block.text:
         check_quickstart(workspace, block)
         check_extras(workspace)

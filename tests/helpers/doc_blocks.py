@@ -29,6 +29,7 @@ SHORTER = (
     ("quickstart_mace.py", "quickstart_mace.py --quick"),
     ("quickstart_nequip.py", "quickstart_nequip.py --quick"),
     ("gaq quantize ", f"gaq quantize --config '{{preset: gaq, {STEPS}}}' "),
+    (" --nve-ps 1", ""),  # in README; the next line shortens it further
     ("gaq report ", "gaq report --nve-ps 0.02 "),
     ('gaq.prepare(model, "gaq")', 'gaq.prepare(model, {"preset": "gaq", "distillation": {"steps": 20}})'),
 )

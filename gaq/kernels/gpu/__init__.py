@@ -26,10 +26,10 @@ def interpreted() -> bool:
 @cached(most=1)
 def why_not() -> str | None:
     """Reason why Triton kernels cannot run here; None where they can. `gaq doctor` prints it."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install 'gaq[gpu]'`"
     if not interpreted() and not torch.cuda.is_available():
         return "there is no NVIDIA GPU (or torch was built without CUDA)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install 'gaq[gpu]'`"
     return None
 
 
