@@ -30,6 +30,8 @@ from mace.tools import cg
 from opt_einsum_fx import jitable
 from torch import Tensor, fx
 
+from gaq.third_party_warnings import known_hidden
+
 __all__ = ["DEFERRED", "Deferred", "construct", "constructing", "mark", "settle"]
 
 DEFERRED = "gaq_deferred"
@@ -57,7 +59,8 @@ class _Recipe:
     def compile(self) -> torch.nn.Module:
         graph = self.graph if self.inputs is None else _optimize(self.graph, self.inputs)
         if self.scripted:
-            return torch.jit.script(jitable(graph))
+            with known_hidden():  # as where a model is loaded
+                return torch.jit.script(jitable(graph))
         return copy.deepcopy(graph) if graph is self.graph else graph
 
 

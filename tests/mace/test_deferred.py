@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,16 @@ def test_copies_and_scripts_of_models_that_wait(
         assert torch.equal(called, jit.script(copy.deepcopy(parts))(*arguments))
         assert torch.equal(called, torch.jit.script(parts)(*arguments))
     assert waiting(model) > 5
+
+
+def test_what_is_compiled_later_warns_no_more_than_a_model_that_is_loaded(path: Path, structures: list[Any]) -> None:
+    """TorchScript warns of e3nn's annotations, which no user can change."""
+    from mace.calculators import MACECalculator
+
+    calculator = MACECalculator(str(path), device="cpu", default_dtype="float32")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        structures[0].calc = calculator
+        structures[0].get_forces()
+        settle(calculator.models[0])
+    assert not [warning for warning in caught if "TorchScript" in str(warning.message)]
