@@ -13,7 +13,7 @@ from gaq.cli.arguments import EXIT_CODES, add_common
 from gaq.cli.inputs import checked_output, find_adapter
 from gaq.home import home_or_stand_in
 from gaq.third_party_warnings import hidden_in_commands
-from gaq.untyped import Document
+from gaq.untyped import AnyModule, Document
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,32 @@ def _write(exported: torch.nn.Module, target: Path, format_: str) -> None:
             jit.compile(exported).save(str(part))
 
 
+def _notes_for_mliap(model: torch.nn.Module) -> list[str]:
+    """What a user of the file has to know: how it computes, and how wide LAMMPS's exchange has to be."""
+    from gaq_mace.engine.serving import record_of
+    from gaq_mace.root import is_quantized
+
+    interactions: AnyModule = model.interactions
+    numbers: AnyModule = model.atomic_numbers
+    species = numbers.numel()  # which some blocks of MACE exchange as well
+    lines = []
+    if is_quantized(model):
+        record = record_of(model, warn=False)
+        reason = record.reason if record.engine is None else record.engine.why_not_parts()
+        lines.append(
+            "Where gaq is installed, LAMMPS runs it through the fused kernels."
+            if reason is None
+            else f"LAMMPS runs it through MACE's own operations: {reason}."
+        )
+    widths = [block.linear_up.irreps_out.dim + species for block in list(interactions)[1:]]
+    if widths:
+        lines.append(
+            "A LAMMPS that sizes its exchange before it knows the model needs this line before pair_style:\n"
+            f"  fix pad all property/atom d2_pad {max(widths)} ghost yes"
+        )
+    return lines
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     import mace  # noqa: F401  (before e3nn)
     import torch
@@ -145,11 +171,17 @@ def _convert(arguments: argparse.Namespace) -> None:
         options = {} if head is None else {"head": head}
         if arguments.format == "mliap":
             model.lammps_mliap = True  # type: ignore[assignment]  # torch types attributes of modules as tensors
-            _write(LAMMPS_MLIAP_MACE(model, **options), target, "mliap")
+            exported = LAMMPS_MLIAP_MACE(model, **options)
+            # Read from the environment where the object is made, and pickled with it; without it a build of LAMMPS that
+            # keeps its atoms on the CPU is refused.
+            exported.config.allow_cpu = True
+            _write(exported, target, "mliap")
         else:
             _write(LAMMPS_MACE(model, **options), target, "libtorch")
     print(_kept(model))
     print(f"Wrote {target} ({arguments.format}, {arguments.dtype}, {os.path.getsize(target):,} bytes)")
+    if arguments.format == "mliap":
+        print(*_notes_for_mliap(model), sep="\n")
 
 
 def create_lammps_model(argv: Sequence[str] | None = None) -> int:

@@ -51,16 +51,17 @@ def _convolution(
     receiver: Tensor,
     tables: Tensor,
     rows_out: int,
+    receivers: int,
 ) -> Tensor:
-    atoms, channels = features.shape[0], features.shape[2]
-    message = features.new_empty(rows_out * atoms, channels)
+    message = features.new_empty(rows_out * receivers, features.shape[2])
     # Bound to names, because copies of non-contiguous tensors have to live until the call returns.
     contiguous = [t.contiguous() for t in (ints, reals, sender, receiver, tables, vectors, features, weights, scales)]
     ints, reals, sender, receiver, tables, vectors, features, weights, scales = contiguous
     kernel("convolution", features.dtype)(
         ints.data_ptr(),
         reals.data_ptr(),
-        atoms,
+        features.shape[0],
+        receivers,
         sender.numel(),
         sender.data_ptr(),
         receiver.data_ptr(),
@@ -87,8 +88,9 @@ def _convolution_fake(
     receiver: Tensor,
     tables: Tensor,
     rows_out: int,
+    receivers: int,
 ) -> Tensor:
-    return features.new_empty(rows_out * features.shape[0], features.shape[2])
+    return features.new_empty(rows_out * receivers, features.shape[2])
 
 
 @native.operation("edge_convolution_backward")
@@ -103,6 +105,7 @@ def _convolution_backward(
     sender: Tensor,
     receiver: Tensor,
     tables: Tensor,
+    receivers: int,
     of_features: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +121,7 @@ def _convolution_backward(
         ints.data_ptr(),
         reals.data_ptr(),
         features.shape[0],
+        receivers,
         sender.numel(),
         sender.data_ptr(),
         receiver.data_ptr(),
@@ -148,6 +152,7 @@ def _convolution_backward_fake(
     sender: Tensor,
     receiver: Tensor,
     tables: Tensor,
+    receivers: int,
     of_features: bool,
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,6 +163,7 @@ def _convolution_backward_fake(
 
 def _setup(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:9])
+    ctx.receivers = inputs[10]
 
 
 def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,14 +173,21 @@ def _differentiate(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     if of_weights and weights.dim() == 4:
         raise RuntimeError("a radial table has no gradient")
     g_features, g_vectors, g_weights, g_scales = _convolution_backward(
-        grad.contiguous(), features, vectors, weights, *rest, of_features, of_weights or weights.dim() == 3
+        grad.contiguous(),
+        features,
+        vectors,
+        weights,
+        *rest,
+        ctx.receivers,
+        of_features,
+        of_weights or weights.dim() == 3,
     )
     return (
         g_features if of_features else None,
         g_vectors,
         g_weights if of_weights else None,
         g_scales,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -216,12 +229,12 @@ def convolution(
     tabulated: bool = True,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Compute the messages of all atoms by the fused kernel; differentiable once.
+    """Compute the messages of all receivers by the fused kernel; differentiable once.
 
     Args:
         problem: the tensor product.
         graph: senders and receivers of the edges.
-        features: of nodes, (atoms, rows, channels).
+        features: of senders, (atoms, rows, channels).
         vectors: of edges, (edges, 3) in Å, from sender to receiver or back, in the direction that the harmonics expect.
             Edges of `r_max` or more contribute nothing. One of length zero has no direction: it makes the message of
             its receiver NaN, and its own gradient.
@@ -234,7 +247,7 @@ def convolution(
             `ConvolutionProblem.scale_rows` numbers: the weights of attention. None where it is empty.
 
     Returns:
-        (rows_out * atoms, channels), see `ConvolutionProblem.split`.
+        (rows_out * receivers, channels), see `ConvolutionProblem.split`.
 
     Raises:
         ValueError, TypeError: for shapes and dtypes that do not fit.
@@ -258,6 +271,7 @@ def convolution(
         graph.receiver.contiguous(),
         graph.sender.new_empty(0) if graph.tables is None else graph.tables.contiguous(),
         problem.rows_out,
+        graph.received(features.shape[0]),
     )
 
 
@@ -285,7 +299,7 @@ def reference(
     if scales is not None:
         rows = [problem.scale_rows[path.block] for path in problem.paths]
         w = w * scales[numbers][:, rows]
-    gathered = features[graph.sender[numbers]]
+    gathered, receivers = features[graph.sender[numbers]], graph.received(features.shape[0])
     starts = [sum(2 * l + 1 for l in problem.blocks[:i]) for i in range(len(problem.blocks))]  # noqa: E741
     parts: Sequence[list[Tensor]] = [[] for _ in problem.groups]
     for number, path in enumerate(problem.paths):
@@ -293,7 +307,7 @@ def reference(
         x = gathered[:, begin : begin + 2 * problem.blocks[path.block] + 1]
         y = sh[:, path.edge_degree**2 : (path.edge_degree + 1) ** 2]
         edge = torch.einsum("xyz,exc,ey,ec->ezc", path.coefficients.to(x), x, y, w[:, number])
-        summed = edge.new_zeros(features.shape[0], *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
+        summed = edge.new_zeros(receivers, *edge.shape[1:]).index_add(0, graph.receiver[numbers], edge)
         parts[path.group].append(summed)
     # (atoms, components, paths, channels) of each group, flattened.
     groups = [torch.stack(messages, dim=2).reshape(-1, problem.channels) for messages in parts if messages]

@@ -170,13 +170,20 @@ class Graph:
         receiver: of each edge, (edges,), int64.
         tables: number of each edge's radial table, where tables depend on the species of both atoms; None where there
             is only one table.
+        receivers: number of atoms that receive, the first of those that send; None where all do. In a simulation on
+            parts of space the atoms of other parts send only.
         lists: edges by receiver and by sender, made when first needed.
     """
 
     sender: Tensor
     receiver: Tensor
     tables: Tensor | None = None
+    receivers: int | None = None
     lists: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def received(self, senders: int) -> int:
+        """Number of atoms that receive, where so many send."""
+        return senders if self.receivers is None else self.receivers
 
     def by_receiver(self, atoms: int) -> tuple[Tensor, Tensor]:
         """Edges by receiver, made once; see `neighbours`."""

@@ -22,15 +22,15 @@ DTYPES = {"float32": "float", "float64": "double"}
 
 KERNELS = {
     "convolution": (
-        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
-        "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
-        "const T* scales, T* message, int64_t threads"
+        "const int64_t* ints, const double* reals, int64_t senders, int64_t receivers, int64_t edges, "
+        "const int64_t* sender, const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, "
+        "const T* weights, const T* scales, T* message, int64_t threads"
     ),
     "convolution_backward": (
-        "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* sender, "
-        "const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, const T* weights, "
-        "const T* scales, const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, T* grad_scales, "
-        "int64_t threads"
+        "const int64_t* ints, const double* reals, int64_t senders, int64_t receivers, int64_t edges, "
+        "const int64_t* sender, const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, "
+        "const T* weights, const T* scales, const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, "
+        "T* grad_scales, int64_t threads"
     ),
     "product": (
         "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* centre, "
@@ -60,9 +60,10 @@ _EDGES = (
 )
 
 OPERATIONS = {
-    "edge_convolution": f"({_EDGES}, SymInt rows_out) -> Tensor",
+    "edge_convolution": f"({_EDGES}, SymInt rows_out, SymInt receivers) -> Tensor",
     "edge_convolution_backward": (
-        f"(Tensor grad, {_EDGES}, bool of_features, bool of_weights) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor grad, {_EDGES}, SymInt receivers, bool of_features, bool of_weights) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
     ),
     "edge_product": (
         "(Tensor x, Tensor y, Tensor weights, Tensor ints, Tensor reals, Tensor centre, SymInt rows_out) -> Tensor"

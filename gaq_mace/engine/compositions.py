@@ -115,12 +115,15 @@ class Compositions:
                 tables, places = self._of_layers(found[0]), found[1]
         return Composition(key, species, by_species, place, species[by_species], bounds, places, tables)
 
-    def tables(self, composition: Composition, edges: Tensor) -> tuple[list[Tables | None], Tensor | None]:
+    def tables(
+        self, composition: Composition, edges: Tensor, species: Tensor | None = None
+    ) -> tuple[list[Tables | None], Tensor | None]:
         """Radial tables of a step.
 
         Args:
             composition: species of the atoms.
             edges: sender and receiver, (2, edges), in the order of the structure.
+            species: of the atoms that edges join, where they are others than those of the composition.
 
         Returns:
             The tables of each layer, None for one whose radial network is to be evaluated for each edge, and the
@@ -129,13 +132,14 @@ class Compositions:
         Raises:
             Unsupported: if the radial functions of a pair cannot be tabulated.
         """
-        species = composition.species
-        if composition.tables is not None:
-            if composition.places is None:
-                return composition.tables, None
-            return composition.tables, composition.places[species[edges[0]], species[edges[1]]]
+        if composition.tables is not None and composition.places is None:
+            return composition.tables, None
+        of_atoms = composition.species if species is None else species
+        pairs = of_atoms[edges[0]], of_atoms[edges[1]]
+        if composition.tables is not None and composition.places is not None and species is None:
+            return composition.tables, composition.places[pairs]
         assert self.pairs is not None
-        found = self._found(self.pairs.of_edges, species[edges[0]], species[edges[1]])
+        found = self._found(self.pairs.of_edges, *pairs)
         return (self._of_layers(None), None) if found is None else (self._of_layers(found[0]), found[1])
 
     @staticmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gaq.kernels import convolution
+from gaq_mace.engine.ghosts import Senders
 
 __all__ = ["EdgeFeatures", "Edges", "Tables"]
 
@@ -47,6 +48,7 @@ class Edges:
         tables: radial tables of the layer; None where its radial network is evaluated for each edge.
         features: inputs of radial networks; None where no layer reads them.
         cutoff: cutoff function where the tables do not contain it, (edges, 1).
+        senders: where the features of senders come from on a part of space; None where all atoms are own atoms.
     """
 
     graph: convolution.Graph
@@ -54,3 +56,4 @@ class Edges:
     tables: Tables | None
     features: EdgeFeatures | None
     cutoff: Tensor | None = None
+    senders: Senders | None = None

@@ -126,7 +126,7 @@ class AgnosticLayer(Layer):
     def _interaction(self, features: Tensor, edges: Edges, composition: Composition) -> tuple[Tensor, Tensor | None]:
         atoms = features.shape[0]
         sc = self._skip(features, composition) if self.residual else None
-        x, scales = self.mix(self.up, features), self._factors(features, edges)
+        x, scales = self.sent(self.mix(self.up, features), edges), self._factors(features, edges)
         tabulated = edges.tables is not None
         if edges.tables is not None:
             weights = edges.tables[0]
@@ -148,6 +148,7 @@ class AttentionLayer(AgnosticLayer):
     """`gaq_mace.attention.GAQAttentionResidualInteractionBlock`."""
 
     SCALED = True
+    exchanges = False
     mix_query: Mixing
     mix_key: Mixing
     head_of_channel: Tensor
@@ -271,7 +272,8 @@ class NonLinearLayer(Layer):
         )
         if kinds is None:
             weights = (hidden @ self.network.last).view(-1, len(self.problem.paths), self.channels)
-            message = convolution.convolution(self.problem, edges.graph, x, edges.vectors, weights, tabulated=False)
+            sent = self.sent(x, edges)
+            message = convolution.convolution(self.problem, edges.graph, sent, edges.vectors, weights, tabulated=False)
         else:
             kind, last = kinds[1], self.network.last
             message = first_messages.messages(self.problem, edges.graph, x, kind, edges.vectors, hidden, last)
@@ -298,6 +300,8 @@ class NonLinearLayer(Layer):
 
 class NodeAttentionLayer(Layer):
     """`RealAgnosticAttResidualInteractionBlock`: MACE's radial network that reads scalars of both atoms."""
+
+    exchanges = False
 
     def _read_block(self, model: AnyModule, block: AnyModule, number: int, dtype: torch.dtype) -> None:
         path = f"interactions.{number}"

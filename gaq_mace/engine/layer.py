@@ -51,6 +51,7 @@ class Layer(torch.nn.Module):
         radial: radial tables; None where the radial network is evaluated for each edge.
         reads_edges: whether the layer reads `Edges.features`.
         linears: linear layers whose matrices the layer holds.
+        exchanges: whether the convolution alone reads features of senders, so that the layer serves parts of space.
 
     Raises:
         Unsupported: for a block that the kernels do not serve.
@@ -61,6 +62,7 @@ class Layer(torch.nn.Module):
     # Module of the block that mixes the paths of a message, and whether edges have factors, the same for all paths.
     MESSAGE_LINEAR = "linear"
     SCALED = False
+    exchanges = True
 
     def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -273,6 +275,10 @@ class Layer(torch.nn.Module):
             else:  # no input of its degree
                 blocks.append(x.new_zeros(x.shape[0], rows.stop - rows.start, channels))
         return blocks
+
+    def sent(self, x: Tensor, edges: Edges) -> Tensor:
+        """What edges read of senders, from what ``linear_up`` makes of the atoms, both (atoms, rows, channels)."""
+        return x if edges.senders is None else edges.senders(x, lambda features: self.mix(self.up, features))
 
     def mix_messages(self, message: Tensor, atoms: int) -> list[Tensor]:
         """Mix the paths of messages.

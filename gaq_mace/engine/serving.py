@@ -72,6 +72,8 @@ class Served:
         engine = engine_for(self, kwargs) if len(args) == 1 else None
         if engine is not None:
             try:
+                if kwargs.get(LAMMPS, False):
+                    return engine.of_part(args[0])  # type: ignore[arg-type]  # a dict
                 return engine(*args, **{k: v for k, v in kwargs.items() if k != "training"})
             except Unsupported as error:
                 give_up(self, error)
@@ -88,10 +90,11 @@ class Served:
 
 
 # In each of these MACE needs a differentiable backward pass.
-_NOT_SERVED = ("training", "compute_hessian", "compute_edge_forces", "compute_atomic_stresses", "lammps_mliap")
+_NOT_SERVED = ("training", "compute_hessian", "compute_atomic_stresses")
 _DERIVATIVES = ("compute_virials", "compute_stress")
+LAMMPS, EDGE_FORCES = "lammps_mliap", "compute_edge_forces"
 # Data of LAMMPS have no positions, and a loss is NaN by MACE's own code.
-_NOT_CHECKED = ("training", "lammps_mliap")
+_NOT_CHECKED = ("training", LAMMPS)
 
 
 def is_accelerated(model: AnyModule) -> bool:
@@ -127,11 +130,14 @@ def engine_for(model: AnyModule, options: Options) -> Engine | None:
         return None
     if not is_accelerated(model) or any(options.get(name, False) for name in _NOT_SERVED):
         return None
+    lammps = options.get(LAMMPS, False)
+    if bool(lammps) != bool(options.get(EDGE_FORCES, False)):
+        return None  # what the engine computes of one, MACE's class for LAMMPS asks of the other
     weight = next(model.parameters())
     if weight.device.type not in ("cpu", "cuda") or weight.dtype not in (torch.float32, torch.float64):
         return None
     # Computing forces frees the autograd graph. Without forces the caller may differentiate by the weights.
-    freed = options.get("compute_force", True) or any(options.get(name, False) for name in _DERIVATIVES)
+    freed = lammps or options.get("compute_force", True) or any(options.get(name, False) for name in _DERIVATIVES)
     if not freed and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         return None
     engine = engine_of(model)

@@ -19,6 +19,7 @@ from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition, Compositions
 from gaq_mace.engine.edges import EdgeFeatures, Edges
+from gaq_mace.engine.ghosts import Exchanged, OfSpecies, Part
 from gaq_mace.engine.integers import integer_linears, through_integers
 from gaq_mace.engine.interactions import layer_of
 from gaq_mace.engine.layouts import to_mul_ir
@@ -65,6 +66,7 @@ class Engine(torch.nn.Module):
         specs = getattr(model, "embedding_specs", None) or {}
         self.embeds_structures = all(spec["per"] == "graph" for spec in specs.values())
         self.reads_edges = any(layer.reads_edges for layer in self.layers)
+        self.embeds = bool(specs)
         # Layers whose radial tables are over the transformed distance; the others read the distance itself.
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         self.transformed = [layer.radial is not None and layer.radial.transformed for layer in layers]
@@ -117,10 +119,9 @@ class Engine(torch.nn.Module):
         node_e0 = model.atomic_energies_fn(data["node_attrs"])[atoms, heads]
         e0 = scatter_sum(src=node_e0, index=batch, dim=0, dim_size=graphs).to(vectors.dtype)
 
-        energies = [torch.zeros_like(node_e0)]
+        pairs = torch.zeros_like(node_e0)
         if hasattr(model, "pair_repulsion"):
-            numbers = model.atomic_numbers
-            energies = [model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], numbers)]
+            pairs = model.pair_repulsion_fn(lengths, data["node_attrs"], data["edge_index"], model.atomic_numbers)
         start = self._start(data, composition, graphs)
         if start is not None and hasattr(model, "embedding_readout"):
             # Not a part of the interaction energy: it does not depend on positions.
@@ -129,10 +130,7 @@ class Engine(torch.nn.Module):
         alike = start is None or (graphs == 1 and self.embeds_structures)
         edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition, alike)
         node_feats = self._node_feats(start, edges, composition)
-        for i, readout in enumerate(model.readouts):
-            layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
-            energies.append(readout(layer_feats, heads)[atoms, heads])
-        interaction = model.scale_shift(torch.stack(energies, dim=0).sum(dim=0), heads)
+        interaction = self._interaction_energies(pairs, node_feats, heads)
         interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
         total = e0 + interaction_energy
         node_energy = node_e0.clone().double() + interaction.clone().double()
@@ -165,6 +163,74 @@ class Engine(torch.nn.Module):
         }
         return checked(outputs, context.positions, lengths, batch, data["edge_index"][0])
 
+    def why_not_parts(self) -> str | None:
+        """Why `of_part` cannot compute the model; None where it can."""
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+        if self.embeds:
+            return "it embeds charge, spin or other properties of structures, which LAMMPS does not hand over"
+        if not all(layer.exchanges for layer in layers):
+            return "edges read more of their senders than LAMMPS exchanges"
+        return None
+
+    def of_part(self, data: dict[str, AnyModule]) -> Outputs:
+        """Compute what `ScaleShiftMACE.forward` returns for the data of MACE's class for LAMMPS's ML-IAP.
+
+        These are ``vectors`` of edges from receiver to sender, (edges, 3) in Å, ``natoms``, the numbers of own atoms
+        and of ghosts, and LAMMPS's object ``lammps_class``, beside MACE's own keys. Receivers are own atoms.
+
+        Returns:
+            ``edge_forces``, the derivative of the energy by the vectors, (edges, 3) in eV/Å, and energies in eV; of
+            own atoms.
+
+        Raises:
+            Unsupported: if edges read more of their senders than what `gaq_mace.engine.ghosts` exchanges.
+        """
+        reason = self.why_not_parts()
+        if reason is not None:
+            raise Unsupported(reason)
+        model: AnyModule = self.__dict__["model"]
+        own, attributes, edge_index = int(data["natoms"][0]), data["node_attrs"], data["edge_index"]
+        part = Part(own, attributes.argmax(dim=1), data["lammps_class"])
+        composition = self.compositions(attributes[:own].contiguous())
+        vectors = data["vectors"].requires_grad_(True)
+        lengths = vectors.norm(dim=-1, keepdim=True)
+        heads = data["head"][data["batch"]].to(torch.int64) if "head" in data else torch.zeros_like(data["batch"])
+        node_e0 = model.atomic_energies_fn(attributes[:own])[torch.arange(own, device=heads.device), heads]
+        pairs = torch.zeros_like(node_e0)
+        if hasattr(model, "pair_repulsion"):
+            pairs = model.pair_repulsion_fn(lengths, attributes, edge_index, model.atomic_numbers)[:own]
+        edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part)
+        node_feats = self._node_feats(None, edges, composition)
+        interaction = self._interaction_energies(pairs, node_feats, heads)
+        interaction_energy = interaction.sum().view(1)
+        (gradient,) = torch.autograd.grad([interaction_energy], [vectors], allow_unused=True)
+        absent = dict.fromkeys(("forces", "virials", "stress", "atomic_virials", "atomic_stresses", "hessian"))
+        return {
+            "energy": node_e0.sum().to(vectors.dtype).view(1) + interaction_energy,
+            "node_energy": node_e0.clone().double() + interaction.clone().double(),
+            "interaction_energy": interaction_energy,
+            "edge_forces": torch.zeros_like(vectors) if gradient is None else gradient,
+            "displacement": None,
+            "node_feats": torch.cat(node_feats, dim=-1),
+            **absent,
+        }
+
+    def _interaction_energies(self, pairs: Tensor, node_feats: list[Tensor], heads: Tensor) -> Tensor:
+        """Energy of each atom beyond that of an isolated one, (atoms,) in eV.
+
+        Args:
+            pairs: repulsion of pairs, (atoms,).
+            node_feats: after each layer.
+            heads: number of each atom's head, (atoms,).
+        """
+        model: AnyModule = self.__dict__["model"]
+        atoms, energies = torch.arange(heads.shape[0], device=heads.device), [pairs]
+        for i, readout in enumerate(model.readouts):
+            layer_feats = node_feats[-1 if len(model.readouts) == 1 else i]
+            energies.append(readout(layer_feats, heads)[atoms, heads])
+        scaled: Tensor = model.scale_shift(torch.stack(energies, dim=0).sum(dim=0), heads)
+        return scaled
+
     def _edges(
         self,
         edge_index: Tensor,
@@ -173,10 +239,15 @@ class Engine(torch.nn.Module):
         attributes: Tensor,
         composition: Composition,
         alike: bool,
+        part: Part | None = None,
     ) -> list[Edges]:
-        """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`."""
+        """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`.
+
+        On a part of space senders are in the order of the data.
+        """
         model: AnyModule = self.__dict__["model"]
-        tables, numbers = self.compositions.tables(composition, edge_index)
+        species = composition.species if part is None else part.species
+        tables, numbers = self.compositions.tables(composition, edge_index, None if part is None else species)
         evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
         if (evaluated or any(self.transformed)) and not gpu.chosen(vectors.device):
             # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their
@@ -184,15 +255,20 @@ class Engine(torch.nn.Module):
             kept = ((lengths[:, 0] > 0) & (lengths[:, 0] < self.r_max)).nonzero()[:, 0]
             edge_index, vectors, lengths = edge_index[:, kept], vectors[kept], lengths[kept]
             numbers = None if numbers is None else numbers[kept]
-        sender, receiver = composition.place[edge_index]
-        graph = convolution.Graph(sender, receiver, numbers)
+        receiver = composition.place[edge_index[1]]
+        sender = composition.place[edge_index[0]] if part is None else edge_index[0]
+        graph = convolution.Graph(sender, receiver, numbers, None if part is None else part.own)
         features = None
         if evaluated:
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
-            first, second = composition.species[edge_index]
+            first, second = species[edge_index]
             inside = (lengths < self.r_max).to(basis.dtype)
             features = EdgeFeatures(basis, cutoff, inside, first, second, alike)
         edges = [Edges(graph, vectors, of_layer, features) for of_layer in tables]
+        if part is not None:
+            exchanged = Exchanged(part, composition.place)
+            start = OfSpecies(self.embedding[:, None], part.species)
+            edges = [dataclasses.replace(one, senders=exchanged if i else start) for i, one in enumerate(edges)]
         if not any(self.transformed):
             return edges
         embedding = model.radial_embedding

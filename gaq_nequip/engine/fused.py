@@ -99,6 +99,7 @@ class FusedInteractionBlock(InteractionBlock):
                 edges[0].contiguous(),
                 edges.new_empty(0),
                 problem.rows_out,
+                x.shape[0],
             )
         x = self.linear_2(self.chunked.mul_ir(message, x.shape[0]))
         data[AtomicDataDict.NODE_FEATURES_KEY] = x if sc is None else x + sc

@@ -240,6 +240,45 @@ def test_convolution_with_several_tables_is_the_reference(
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12 * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_convolution_of_atoms_that_only_send(threads: int) -> None:
+    """Nine atoms receive, and 31 more send: ghosts of a simulation on parts of space."""
+    generator = torch.Generator().manual_seed(2)
+    paths = tuple(
+        convolution.Path(0, l, group, torch.randn(3, 2 * l + 1, 2 * l3 + 1, generator=generator, dtype=torch.float64))
+        for group, (l, l3) in enumerate([(1, 0), (1, 1)])  # noqa: E741
+    )
+    problem = convolution.ConvolutionProblem(20, (1,), (0, 1), paths, SH, R_MAX)
+    sender, receiver, vectors = random_graph(40, 20, generator)
+    receiver = receiver % 9
+    features = torch.randn(40, 3, 20, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 33, radial.COEFFICIENTS, 20, generator=generator, dtype=torch.float64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        torch.set_num_threads(threads)
+        for function, receivers in (
+            (convolution.convolution, 9),
+            (convolution.reference, 9),
+            (convolution.reference, None),
+        ):
+            x, r = features.clone().requires_grad_(), vectors.clone().requires_grad_()
+            out = function(problem, convolution.Graph(sender, receiver, None, receivers), x, r, weights)
+            parts = [
+                part.view(-1, part.shape[1])[: 9 * l]
+                for part, l in zip(  # noqa: E741
+                    problem.split(out, receivers or 40), (1, 3), strict=True
+                )
+            ]
+            assert receivers is None or len(out) == problem.rows_out * 9
+            results.append([*parts, *torch.autograd.grad(sum(part.square().sum() for part in parts), [x, r])])
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs, all_receive in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(ours, all_receive, rtol=1e-11, atol=1e-11)
+
+
 def test_convolution_threads_and_float32() -> None:
     generator = torch.Generator().manual_seed(1)
     path = convolution.Path(0, 1, 0, torch.randn(3, 3, 3, generator=generator, dtype=torch.float64))

@@ -30,7 +30,7 @@ def test_declarations_for_inductor() -> None:
         "AtenTensorHandle reals, AtenTensorHandle* ret0)"
     )
     assert signatures.c_shim("edge_convolution_backward").endswith(
-        "AtenTensorHandle tables, int32_t of_features, int32_t of_weights, AtenTensorHandle* ret0, "
+        "AtenTensorHandle tables, int64_t receivers, int32_t of_features, int32_t of_weights, AtenTensorHandle* ret0, "
         "AtenTensorHandle* ret1, AtenTensorHandle* ret2, AtenTensorHandle* ret3)"
     )
     assert "AtenTensorHandle centre, int64_t rows_out, AtenTensorHandle* ret0)" in signatures.c_shim("edge_product")

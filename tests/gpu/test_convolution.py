@@ -121,7 +121,7 @@ def compare(
         factors = factors_of(problem, len(vectors), device)
         inputs += [] if factors is None else [factors]
         tables = None if graph.tables is None else graph.tables.to(device)
-        device_graph = Graph(graph.sender.to(device), graph.receiver.to(device), tables)
+        device_graph = Graph(graph.sender.to(device), graph.receiver.to(device), tables, graph.receivers)
         out = function(problem, device_graph, x, r, w, tabulated, factors)
         probe = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out).to(device)
         grads = torch.autograd.grad((out * probe).sum(), inputs, allow_unused=True)
@@ -232,6 +232,19 @@ def test_no_edges_and_one_atom(tabulated: bool) -> None:
         )
         vectors = torch.zeros(0, 3, dtype=torch.float64)
         compare(problem, Graph(none, none), features, vectors, weights, tabulated)
+
+
+@pytest.mark.parametrize("of_features", [True, False])
+def test_atoms_that_only_send(of_features: bool) -> None:
+    """One atom receives of five, and two do."""
+    generator = torch.Generator().manual_seed(9)
+    problem = make(3, (0, 1), (0, 1), [(0, 0, 0), (1, 1, 0), (1, 0, 1)], generator)
+    sender, receiver, vectors = random_edges(5, 3, generator)
+    features = torch.randn(5, 4, 3, generator=generator, dtype=torch.float64)
+    table = torch.randn(3, 9, radial.COEFFICIENTS, 3, generator=generator, dtype=torch.float64)
+    for receivers in (1, 2):
+        graph = Graph(sender, receiver % receivers, None, receivers)
+        compare(problem, graph, features, vectors, table, True, of_features)
 
 
 def test_a_path_without_coefficients() -> None:

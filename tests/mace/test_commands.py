@@ -128,6 +128,8 @@ def test_mliap(
     printed = capsys.readouterr().out
     assert "preset" in printed
     assert ("no features are rounded" if preset == "w4" else "features are rounded in") in printed
+    assert "LAMMPS runs it through the fused kernels" in printed
+    assert "fix pad all property/atom d2_pad 35 ghost yes" in printed  # 8x0e+8x1o and three species
     target = Path(f"{path}-mliap_lammps.pt")
     space: dict[str, Any] = {}
     exec(LOAD, space)
@@ -135,6 +137,7 @@ def test_mliap(
         inputs = lammps_inputs(atoms, files.load(path))
         energy, pair_forces, loaded = space["run"](target, inputs)
         assert bool(feature_quantizers(loaded.model.model)) == (preset != "w4")
+        assert loaded.config.allow_cpu
         reference = expected(path, atoms, dtype)
         small = 1e-9 if dtype == "float64" else 1e-5
         assert energy == pytest.approx(reference[0], rel=small)

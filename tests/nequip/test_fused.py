@@ -306,6 +306,7 @@ def test_operations_can_be_traced() -> None:
         torch.tensor([1, 2, 0, 2, 0]),
         torch.tensor([], dtype=torch.int64),
         problem.rows_out,
+        3,
     )
     torch.library.opcheck(
         torch.ops.gaq.edge_convolution.default, arguments, test_utils=("test_schema", "test_faketensor")

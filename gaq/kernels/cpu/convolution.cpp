@@ -162,7 +162,7 @@ template <typename T> struct Worker {
 
   // Messages of the batch's atoms along the paths of some passes, which have one input block, for W channels.
   void compute(const Plan& plan, const Pass<Accumulate<T>>* pass, const Pass<Accumulate<T>>* end, int64_t chunk,
-               int64_t c, int64_t atom, int64_t atoms, const T* h, const T* table, const T* scales, T* out) {
+               int64_t c, int64_t atom, int64_t receivers, const T* h, const T* table, const T* scales, T* out) {
     const Path& block = plan.path[pass->first];
     Vec<T>* x = features.reserve(senders.atoms.size() * block.d1);
     gather(plan, h, block.row_in + chunk * block.d1, block.d1, c, x);
@@ -177,7 +177,7 @@ template <typename T> struct Worker {
         pass->function(in, batch.begin[a], batch.begin[a + 1], sums);
         const Vec<T>* sum = sums;
         for (int64_t j = 0; j < pass->paths; ++j) {
-          T* row = out + (path[j].row_out(atoms, atom + a) + chunk) * plan.channels + c;
+          T* row = out + (path[j].row_out(receivers, atom + a) + chunk) * plan.channels + c;
           for (int64_t n = 0; n < path[j].d3; ++n)
             store(row + n * path[j].stride * plan.channels, *sum++, plan.channels - c);
         }
@@ -187,12 +187,12 @@ template <typename T> struct Worker {
 };
 
 template <typename T>
-void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sorted& edges, const int64_t* sender,
+void forward(const int64_t* ints, const double* reals, int64_t senders, const Sorted& edges, const int64_t* sender,
              const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, T* out,
              int64_t threads) {
   const Plan plan(ints, reals);
   const std::vector<Pass<Accumulate<T>>> all = passes(plan, kinds<T>());
-  const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE;
+  const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE, receivers = edges.first.size() - 1;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
     Worker<T>& worker = *of_thread<Worker<T>>();
@@ -204,10 +204,10 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
         const Path& block = plan.path[first->first];
         last = std::find_if(first, end,
                             [&](const Pass<Accumulate<T>>& p) { return !block.same_input(plan.path[p.first]); });
-        worker.senders.find(worker.batch.sender, worker.batch.count, atoms, block.d1);
+        worker.senders.find(worker.batch.sender, worker.batch.count, senders, block.d1);
         for (int64_t chunk = 0; chunk < block.span; ++chunk)
           for (int64_t c = 0; c < plan.channels; c += Lanes<T>::width)
-            worker.compute(plan, first, last, chunk, c, atom, atoms, h, table, scales, out);
+            worker.compute(plan, first, last, chunk, c, atom, receivers, h, table, scales, out);
       }
     }
   }
@@ -217,10 +217,10 @@ void forward(const int64_t* ints, const double* reals, int64_t atoms, const Sort
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                            \
-  GAQ_KERNEL(convolution, NAME, T) {                                                                                   \
-    forward<T>(ints, reals, atoms, Sorted(edges, atoms, receiver), sender, tables, vectors, features, weights, scales, \
-               message, threads);                                                                                      \
+#define GAQ_EXPORT(NAME, T)                                                                                          \
+  GAQ_KERNEL(convolution, NAME, T) {                                                                                 \
+    forward<T>(ints, reals, senders, Sorted(edges, receivers, receiver), sender, tables, vectors, features, weights, \
+               scales, message, threads);                                                                            \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

@@ -24,7 +24,7 @@ constexpr int64_t EDGES_AT_ONCE = 1024, EDGES_OF_TABLES = 4096;
 
 // What the call reads and writes. Not asked for is what is null; `grad_weights` is of weights of each edge.
 template <typename T> struct Arrays {
-  int64_t atoms;
+  int64_t senders, receivers;
   const T *h, *weights, *scales, *grad_out;
   T *grad_vectors, *grad_h, *grad_weights, *grad_scales;
 };
@@ -169,7 +169,7 @@ template <typename T> struct Worker {
                         arrays.h + row, arrays.grad_h ? arrays.grad_h + row : nullptr};
         const T* grad_out[MOST_PATHS];
         for (int64_t j = 0; j < pass.paths; ++j)
-          grad_out[j] = arrays.grad_out + path[j].row_out(arrays.atoms, receiver[i]) * plan.channels;
+          grad_out[j] = arrays.grad_out + path[j].row_out(arrays.receivers, receiver[i]) * plan.channels;
         T* to = reinterpret_cast<T*>(by_b + i / W * plan.b_size + path->b_offset) + i % W;
         pass.function(plan, arrays, e, path, grad_out, batch.matrix(plan, i) + path->b_offset * W, to, by_length + i);
       }
@@ -195,7 +195,7 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
   const Plan plan(ints, reals);
   const std::vector<Pass<Differentiate<T>>> all = passes(plan, kinds<T>());
   const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE;
-  const int64_t size = arrays.atoms * plan.rows_in * plan.channels;
+  const int64_t size = arrays.senders * plan.rows_in * plan.channels;
   // Each part adds into its own copy of the node features' gradient; the copies are summed in a fixed order.
   std::vector<T> extra(arrays.grad_h && threads > 1 ? size * (threads - 1) : 0, T(0));
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
@@ -220,11 +220,11 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                             \
-  GAQ_KERNEL(convolution_backward, NAME, T) {                                                           \
-    const Arrays<T> arrays{atoms,        features,      weights,      scales,     grad,                 \
-                           grad_vectors, grad_features, grad_weights, grad_scales};                     \
-    backward<T>(ints, reals, Sorted(edges, atoms, receiver), sender, tables, vectors, arrays, threads); \
+#define GAQ_EXPORT(NAME, T)                                                                                 \
+  GAQ_KERNEL(convolution_backward, NAME, T) {                                                               \
+    const Arrays<T> arrays{senders, receivers,    features,      weights,      scales,                      \
+                           grad,    grad_vectors, grad_features, grad_weights, grad_scales};                \
+    backward<T>(ints, reals, Sorted(edges, receivers, receiver), sender, tables, vectors, arrays, threads); \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

@@ -87,10 +87,10 @@ GAQ_SHIM(edge_convolution) {
   GAQ_CHECK(s.read(sender));
   GAQ_CHECK(t.read(receiver));
   GAQ_CHECK(k.read(tables));
-  const int64_t sizes[2] = {rows_out * h.sizes[0], h.sizes[2]};
+  const int64_t sizes[2] = {rows_out * receivers, h.sizes[2]};
   GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
 #define GAQ_CALL(NAME, T)                                                                                            \
-  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],                      \
+  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], receivers, s.sizes[0],           \
                          (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),               \
                          (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), (T*)out.data, \
                          omp_get_max_threads());
@@ -120,11 +120,11 @@ GAQ_SHIM(edge_convolution_backward) {
   std::memset(gr.data, 0, gr.bytes());
   if (of_weights) std::memset(gw.data, 0, gw.bytes());
   if (gf.optional()) std::memset(gf.data, 0, gf.bytes());
-#define GAQ_CALL(NAME, T)                                                                                       \
-  gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], s.sizes[0],        \
-                                  (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(), \
-                                  (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), \
-                                  (const T*)g.data, (T*)gr.data, of_features ? (T*)gh.data : nullptr,           \
+#define GAQ_CALL(NAME, T)                                                                                           \
+  gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], receivers, s.sizes[0], \
+                                  (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),     \
+                                  (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(),     \
+                                  (const T*)g.data, (T*)gr.data, of_features ? (T*)gh.data : nullptr,               \
                                   of_weights ? (T*)gw.data : nullptr, (T*)gf.optional(), omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL

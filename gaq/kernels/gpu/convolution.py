@@ -86,7 +86,7 @@ def operation(
     edges_sent: Tensor | None,
     key: str,
 ) -> Tensor:
-    """Compute the messages, (rows_out * atoms, channels).
+    """Compute the messages, (rows_out * receivers, channels).
 
     Args:
         features, vectors, weights: as `gaq.kernels.convolution.convolution` takes them.
@@ -97,9 +97,9 @@ def operation(
         key: name of the kernels; see `register`.
     """
     kernels = _generated(key)
-    atoms = features.shape[0]
-    message = _empty(features, kernels.ROWS_OUT * atoms, kernels.CHANNELS)
-    tracing.wrapped(kernels.gaq_convolution)[(atoms, kernels.BLOCKS, kernels.PARTS)](
+    receivers = first.shape[0] - 1
+    message = _empty(features, kernels.ROWS_OUT * receivers, kernels.CHANNELS)
+    tracing.wrapped(kernels.gaq_convolution)[(receivers, kernels.BLOCKS, kernels.PARTS)](
         features,
         vectors,
         weights,
@@ -131,13 +131,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients by features, vectors, weights and factors; empty where there is none."""
     kernels = _generated(key)
-    atoms, count = features.shape[0], vectors.shape[0]
+    count, receivers = vectors.shape[0], grad.shape[0] // kernels.ROWS_OUT
     grad_features = _empty(features, *features.shape) if of_features else _empty(features, 0)
     grad_weights = _empty(weights, *weights.shape) if weights.dim() == 3 else _empty(weights, 0)
     grad_scales = _empty(weights, 0) if scales is None else _empty(scales, *scales.shape)
     parts = _empty(vectors, kernels.BLOCKS, count, 3)
     kernel = kernels.gaq_convolution_backward_all if of_features else kernels.gaq_convolution_backward
-    tracing.wrapped(kernel)[(atoms, kernels.BLOCKS)](
+    tracing.wrapped(kernel)[(first.shape[0] - 1, kernels.BLOCKS)](
         grad,
         features,
         vectors,
@@ -152,6 +152,7 @@ def _backward(
         grad_weights,
         grad_scales,
         count,
+        receivers,
         weights.shape[1],
         SEVERAL=tables is not None,
         num_warps=kernels.WARPS,
@@ -197,7 +198,7 @@ def convolution(
     tabulated: bool = True,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """Compute the messages of all atoms on a GPU; see `gaq.kernels.convolution.convolution`, which calls this."""
+    """Compute the messages of all receivers on a GPU; see `gaq.kernels.convolution.convolution`, which calls this."""
     atoms = features.shape[0]
     by_sender: Sequence[Tensor | None] = graph.by_sender(atoms) if features.requires_grad else (None, None)
     return operation(  # type: ignore[no-any-return]  # a registered operation is untyped
@@ -206,7 +207,7 @@ def convolution(
         weights.contiguous(),
         None if graph.tables is None else graph.tables.contiguous(),
         None if scales is None else scales.contiguous(),
-        *graph.by_receiver(atoms),
+        *graph.by_receiver(graph.received(atoms)),
         *by_sender,
         register(problem, tabulated),
     )

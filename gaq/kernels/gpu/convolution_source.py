@@ -219,7 +219,7 @@ class _Source:
         channels = problem.channels
         start = f"{atom} * {rows * channels} + {group_paths.index(number) * channels} + c"
         if self.offsets[group]:
-            start = f"atoms * {self.offsets[group] * channels} + {start}"
+            start = f"received * {self.offsets[group] * channels} + {start}"
         return start, len(group_paths) * channels
 
     # The kernels.
@@ -246,7 +246,7 @@ class _Source:
         self.put("    SEVERAL: tl.constexpr,", "):")
         self.depth = 1
         self.lanes()
-        self.put("atoms = tl.num_programs(0).to(tl.int64)")
+        self.put("received = tl.num_programs(0).to(tl.int64)")
         self.put("begin = tl.load(first + atom)", "end = tl.load(first + atom + 1)")
         parts = self.parts()
         for part, paths in enumerate(parts):
@@ -294,11 +294,11 @@ class _Source:
         problem = self.problem
         self.put("@triton.jit", f"def gaq_convolution_backward{'_all' if by_sender else ''}(")
         self.put("    grad, features, vectors, weights, first, edge, other, tables, scales, grad_features,")
-        self.put("    grad_vectors, grad_weights, grad_scales, edges, intervals,")
+        self.put("    grad_vectors, grad_weights, grad_scales, edges, receivers, intervals,")
         self.put("    SEVERAL: tl.constexpr,", "):")
         self.depth = 1
         self.lanes()
-        self.put("atoms = tl.num_programs(0).to(tl.int64)")
+        self.put("received = tl.cast(receivers, tl.int64)")
         self.put("begin = tl.load(first + atom)", "end = tl.load(first + atom + 1)")
         self.put("part = grad_vectors + tl.program_id(1).to(tl.int64) * edges * 3")
         used = {path.block for path in problem.paths}
