@@ -116,7 +116,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     Args:
         model: a prepared model, not converted.
         structures: structures like those the model will be used on; at least one of several atoms. Those of a single
-            atom are left out, and a line in the log says so.
+            atom are left out, and where all are at rest their atoms are displaced; a line in the log says so.
         progress: whether to show progress bars.
 
     Returns:
@@ -140,6 +140,7 @@ def calibrate(model: torch.nn.Module, structures: Sequence[Atoms], progress: boo
     for line in left_out:
         logger.warning(line)
     ptq.check_interacting(adapter, model, structures)
+    structures = ptq.away_from_rest(adapter, model, structures, config.calibration.seed)
     sample = choose(structures, config.calibration.frames, config.calibration.seed)
     result = ptq.calibrate_weights(adapter, model, structures, config, progress)
     require_state(model).holds_scales = True

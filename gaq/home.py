@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gaq.caches import cached
+
 __all__ = ["check_home", "home_or_stand_in", "temporary_folder"]
 
 logger = logging.getLogger(__name__)
@@ -50,15 +52,21 @@ def home_or_stand_in() -> Iterator[None]:
         yield
         return
     folder = temporary_folder()
-    logger.warning(
-        f"gaq: this user has no home (HOME is not set, and the system does not know the user): {folder} takes its "
-        "place here. Other programs that import ASE or MACE need HOME."
-    )
+    _say(folder)
     os.environ["HOME"] = str(folder)
     try:
         yield
     finally:
         os.environ.pop("HOME", None)
+
+
+@cached(most=1)
+def _say(folder: Path) -> None:
+    """Log the line, once in a process."""
+    logger.warning(
+        f"gaq: this user has no home (HOME is not set, and the system does not know the user): {folder} takes its "
+        "place here. Other programs that import ASE or MACE need HOME."
+    )
 
 
 def temporary_folder() -> Path:

@@ -29,6 +29,9 @@ def __getattr__(name: str) -> Any:
 
 # Without NequIP there is nothing to change: `nequip-deploy` says so, and the names above when they are used.
 if find_spec("nequip") is not None:
-    from gaq_nequip.hook import patches as _hook
+    from gaq.home import home_or_stand_in as _home_or_stand_in
 
-    _hook.install()
+    with _home_or_stand_in():  # for the commands, whose modules lie in this package
+        from gaq_nequip.hook import patches as _hook
+
+        _hook.install()

@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gaq.checks.labels import ENERGY_KEY, FORCES_KEY, frames_text
+from gaq.checks.potential import Potential
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_structures", "coincident_atoms", "hold_out", "rattled", "without_single_atoms"]
+__all__ = [
+    "away_from_rest",
+    "check_structures",
+    "coincident_atoms",
+    "hold_out",
+    "rattled",
+    "without_single_atoms",
+]
 
 RATTLE = 0.05
 """Standard deviation of a displacement in `rattled`, Å: that of a light atom in a solid or molecule near 300 K."""
+
+AT_REST = 0.01
+"""Root mean square of a force component in eV/Å below which a structure is at rest."""
 
 FEWEST_TO_SPLIT = 5
 """Fewest structures of which some are held out of calibration; fewer are all needed there."""
@@ -37,6 +48,39 @@ def rattled(
         copy.info.pop(energy_key, None)
         copy.arrays.pop(forces_key, None)
     return copies
+
+
+def away_from_rest(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    seed: int = 0,
+    energy_key: str = ENERGY_KEY,
+    forces_key: str = FORCES_KEY,
+) -> tuple[list[Atoms], list[str]]:
+    """Displace the structures on which a model's forces are next to zero, such as perfect crystals.
+
+    Errors relative to their forces say nothing, and symmetry makes features zero there that matter everywhere else.
+
+    Args:
+        potential: the model.
+        structures: structures in which atoms interact.
+        seed: seed of the displacements.
+        energy_key: key of the reference energy in ``info``.
+        forces_key: key of the reference forces in ``arrays``.
+
+    Returns:
+        The structures, those at rest replaced by their `rattled` copies, and a line that says which; no line where none
+        is. Forces that are exactly zero are left as they are: no atoms interact.
+    """
+    sizes = [float(np.sqrt(np.mean(forces**2))) for forces in potential(structures)[1]]
+    still = [n for n, size in enumerate(sizes) if 0.0 < size < AT_REST]
+    if not still:
+        return list(structures), []
+    copies = rattled(structures, seed, energy_key, forces_key)
+    return [copies[n] if n in still else structure for n, structure in enumerate(structures)], [
+        f"atoms displaced at random by {RATTLE} Å in {len(still)} of {len(structures)} structures checked, because "
+        f"forces there are below {1000 * AT_REST:.0f} meV/Å: {frames_text(still)}"
+    ]
 
 
 def hold_out(structures: Sequence[Atoms], seed: int = 0) -> tuple[list[Atoms], list[Atoms]]:

@@ -17,7 +17,7 @@ from gaq.checks.lee import local_equivariance_error
 from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
-from gaq.checks.structures import check_structures, rattled, without_single_atoms
+from gaq.checks.structures import away_from_rest, check_structures, rattled, without_single_atoms
 from gaq.model.elements import SpeciesMap
 from gaq.progress import explained
 from gaq.reporting.cost import cost
@@ -173,9 +173,10 @@ def measure_subject(
 
     Errors against labels use every structure that has them. All else leaves out structures of a single atom, on which
     forces are zero. Rotations and central differences, which cost dozens of evaluations per structure, use
-    ``checked_structures`` of them, evenly spaced. The NVE run, the bond-stretch scan and the timing use the first
-    structure. The force difference to the reference uses every structure with reference forces; where these are fewer,
-    the spaced ones and a copy of each with displaced atoms, because forces on relaxed structures are zero.
+    ``checked_structures`` of them, evenly spaced, with displaced atoms where they are at rest. The NVE run, the
+    bond-stretch scan and the timing use the first structure. The force difference to the reference uses every structure
+    with reference forces; where these are fewer, the spaced ones and a copy of each with displaced atoms, because
+    forces on relaxed structures are zero.
 
     Args:
         subject: the model.
@@ -192,10 +193,10 @@ def measure_subject(
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
-        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used), ``head``
-        (None; the one that `measure_file` was asked for), ``heads`` (None; see `gaq.reporting.heads.joined`), all of
-        plain Python types; and ``figures``, arrays for `gaq.reporting.write_report`, which are not part of
-        ``report.json``.
+        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used, or not as they
+        are), ``head`` (None; the one that `measure_file` was asked for), ``heads`` (None; see
+        `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for
+        `gaq.reporting.write_report`, which are not part of ``report.json``.
 
     Raises:
         ValueError: if there are no structures of several atoms, one is refused by
@@ -210,7 +211,9 @@ def measure_subject(
     for measured in subjects.values():
         if measured.path is None or not Path(measured.path).is_file():
             raise ValueError(f"measure: model file {measured.path} does not exist; its size is part of the report")
-    checked = spaced(several_atoms, max(1, checked_structures))
+    checked, at_rest = away_from_rest(
+        subject.potential, spaced(several_atoms, max(1, checked_structures)), seed, energy_key, forces_key
+    )
     metrics: dict[str, Document] = {}
     labels: dict[str, LabelErrors] = {}
     runs: dict[str, NVEResult] = {}
@@ -262,7 +265,7 @@ def measure_subject(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
         "gates": {name: gate.to_dict() for name, gate in gates.items()},
-        "left_out": [*left_out, *lines],
+        "left_out": [*left_out, *lines, *at_rest],
         "head": None,
         "heads": None,
         "figures": {"labels": labels, "nve": runs, "scan": scan},

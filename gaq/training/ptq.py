@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from gaq.adapter import Adapter
+from gaq.checks import structures as structure_checks
+from gaq.checks.errors import spaced
 from gaq.config.schema import QuantizationConfig
 from gaq.model.state import exact_features
 from gaq.progress import progress_over
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Sensitivity",
+    "away_from_rest",
     "calibrate_weights",
     "check_interacting",
     "check_weights",
@@ -67,6 +70,22 @@ def check_interacting(adapter: Adapter, model: torch.nn.Module, structures: Sequ
             "other: nothing can be calibrated or measured on them. Give structures like those that the model will be "
             "used on."
         )
+
+
+def away_from_rest(adapter: Adapter, model: torch.nn.Module, structures: Sequence[Atoms], seed: int) -> Sequence[Atoms]:
+    """Displace structures that are all at rest: at most four of them are looked at.
+
+    Among others, some at rest do no harm.
+    """
+    few = spaced(structures, 4)
+    displaced, _ = structure_checks.away_from_rest(adapter.potential(model), few, seed)
+    if any(new is old for new, old in zip(displaced, few, strict=True)):
+        return structures
+    logger.warning(
+        "the calibration structures are at rest, where nothing can be learned from forces: their atoms are displaced "
+        f"at random by {structure_checks.RATTLE} Å"
+    )
+    return structure_checks.rattled(structures, seed)
 
 
 def check_weights(parameters: Mapping[str, Tensor], structures: Iterable[Mapping[str, object]]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import trained
+from ase import Atoms
+from ase.optimize import BFGS
 from case import Case, Outcome
 from physics import check_forces_are_the_gradient
 from small import few_bits, without_distillation
@@ -502,6 +504,26 @@ def test_a_sound_model_passes_without_labels(
     assert gate["passed"]
     assert 0 < gate["value"] < gate["bound"] / 2
     assert "gates measured, none failed" in printed.out
+
+
+def test_structures_at_rest(
+    case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A relaxed molecule, or a perfect crystal: forces are zero, and errors relative to them say nothing."""
+    (relaxed,) = trained.ethanol("0:1")
+    relaxed.calc = adapter_for_file(trained_file).calculator(trained_file)
+    assert BFGS(relaxed, logfile=None).run(fmax=8e-3, steps=300)
+    data, output = tmp_path / "data.xyz", tmp_path / f"out{next(iter(case.forms))}"
+    ase.io.write(data, Atoms(relaxed.symbols, relaxed.positions), format="extxyz")
+    config = "{preset: gaq, distillation: {steps: 0}}"
+    code = main(["quantize", str(trained_file), "-o", str(output), "--config", config, "--calibration", str(data)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert "the calibration structures are at rest" in caplog.text + printed.err
+    code = main(["report", str(output), "--data", str(data), "--nve-ps", "0", "-o", str(tmp_path / "report")])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert "atoms displaced at random by 0.05 Å in 1 of 1 structures checked" in printed.out
 
 
 def test_frames_and_labels_that_are_there_are_used(

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from gaq import home
 from gaq.home import check_home, home_or_stand_in
 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A user whom the system does not know, with HOME not set."""
-    home = Path.home
+    of_the_system = Path.home
 
     def known() -> Path:
         if "HOME" not in os.environ:
             raise RuntimeError("Could not determine home directory.")
-        return home()
+        return of_the_system()
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(Path, "home", known)
@@ -35,6 +36,7 @@ def test_a_stand_in_for_the_length_of_a_command(tmp_path: Path, caplog: pytest.L
             assert Path.home().stat().st_mode & 0o077 == 0
             raise KeyboardInterrupt
 
+    home._say.cache_clear()  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert "HOME" not in os.environ

@@ -221,7 +221,8 @@ def test_a_library_that_is_there_needs_no_compiler(
         monkeypatch.setattr(native, "_link", fail)
     monkeypatch.setenv("CXX", compiler)
     assert machine.load() == library
-    # What is damaged does not serve.
+    # What is damaged does not serve. A new file, because this process has loaded the old one, and ends by its code.
+    library.unlink()
     library.write_bytes(b"")
     with pytest.raises(native.CompilerError, match=r"no C\+\+ compiler found|it does not work"):
         machine.load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from gaq.checks.labels import MissingLabelsError, check_keys, labels_of, left_out_labels
-from gaq.checks.structures import check_structures, coincident_atoms, hold_out, rattled, without_single_atoms
+from gaq.checks.structures import (
+    away_from_rest,
+    check_structures,
+    coincident_atoms,
+    hold_out,
+    rattled,
+    without_single_atoms,
+)
 
 
 def pair(length: float = 1.0, **labels: object) -> Atoms:
@@ -54,6 +62,26 @@ def test_displacements_repeat() -> None:
     first, again, other = (rattled([pair()], seed)[0].positions for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_structures_at_rest_are_displaced() -> None:
+    """Those with forces stay, and so do those on which no atoms interact."""
+    structures = [pair(1.0, labels=True), pair(1.2), pair(9.0)]
+
+    def spring(given: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        stretched = [atoms.get_distance(0, 1) - 1.0 for atoms in given]
+        sizes = [0.0 if x > 5.0 else x + 1e-6 for x in stretched]
+        return np.zeros(len(given)), [np.array([[size, 0, 0], [-size, 0, 0]]) for size in sizes]
+
+    moved, (line,) = away_from_rest(spring, structures)
+    assert moved[1:] == structures[1:]
+    assert "REF_forces" not in moved[0].arrays
+    np.testing.assert_array_equal(moved[0].positions, rattled(structures)[0].positions)
+    assert line == (
+        "atoms displaced at random by 0.05 Å in 1 of 3 structures checked, because forces there are below 10 meV/Å: "
+        "frame 0"
+    )
+    assert away_from_rest(spring, structures[1:]) == (structures[1:], [])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

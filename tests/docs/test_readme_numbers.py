@@ -98,17 +98,18 @@ def test_speed_on_the_cpu() -> None:
 
 def test_steps_of_the_quickstart() -> None:
     (table,) = tables("quickstart's model", "atoms")
-    rows = {name: rows_of(f"quickstart_step_{name.lower()}") for name in ("MACE",)}
+    rows = {name: rows_of(f"quickstart_step_{name.lower()}") for name in ("MACE", "NequIP")}
     assert table == [
         [
             name,
             str(row["atoms"]),
-            f"{row['stock_ms']:.0f} ms",
-            f"{row['gaq_ms']:.0f} ms",
+            f"{row['stock_ms']:.1f} ms",
+            f"{row['gaq_ms']:.1f} ms",
             f"{row['times_faster']:.1f}x",
         ]
         for name, measured in rows.items()
         for row in measured
     ]
-    small = rows["MACE"][0]
-    assert f"on {small['atoms']} atoms it gains {small['times_faster']:.1f} times, because" in " ".join(README.split())
+    assert {measured[0]["atoms"] for measured in rows.values()} == {24}
+    mace, nequip = (f"{measured[0]['times_faster']:.1f}" for measured in rows.values())
+    assert f"on 24 atoms they gain {mace} (MACE) and {nequip} times (NequIP), because" in " ".join(README.split())

@@ -35,5 +35,5 @@ def as_nobody(temporary: Path, entry: str, *arguments: object) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,  # compiling on a machine that is busy
     )
