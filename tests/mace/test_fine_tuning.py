@@ -20,6 +20,7 @@ from mace_runs import (
     labelled,
     losses,
     results,
+    rounding_errors,
 )
 
 from gaq_mace import files
@@ -63,8 +64,7 @@ def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> No
     run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_atoms": 16}})
     check(run, stock, activations=False)
     assert losses(run) == losses(stock)
-    (found,) = re.findall(r"Weights rounded: .* ([\d.]+) meV/Å after rounding(?:, ([\d.]+) after [1-9])?", run.log)
-    before, after = float(found[0]), float(found[1] or found[0])
+    ((before, after),) = rounding_errors(run)
     assert after <= before
     frames = read(run.folder / "test.xyz", ":")
     _, rounded = results(run.model, frames, "float32")
@@ -83,7 +83,7 @@ def test_training_from_scratch_at_four_bits(train: Any) -> None:
 def test_fine_tuning_a_quantized_model(train: Any, stock: Run) -> None:
     foundation = train(quantization=GAQ, name="foundation")
     check(foundation)
-    start = {"foundation_model": str(foundation.model), "max_num_epochs": 1}
+    start = {"foundation_model": str(foundation.model), "max_num_epochs": 2}
     again = train(quantization=GAQ, name="again", **start)
     check(again, stock)
     assert "is quantized: training starts from its rounded weights" in again.log
@@ -116,7 +116,7 @@ def test_heads(train: Any, tmp_path: Path) -> None:
     check_same(run, run.model)
     # One head of it, cut out by MACE, as the start of another run.
     tuned = train(
-        quantization=GAQ, name="tuned", foundation_model=str(run.model), foundation_head="second", max_num_epochs=1
+        quantization=GAQ, name="tuned", foundation_model=str(run.model), foundation_head="second", max_num_epochs=2
     )
     check(tuned)
 
