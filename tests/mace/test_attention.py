@@ -349,6 +349,7 @@ def test_stock_training_by_name(tmp_path: Path, evaluate: Callable[..., Any], qu
         assert "attention" in model.__dict__["gaq_state"].config.to_dict()
 
 
+@pytest.mark.slow
 def test_stock_training_with_rounded_density(tmp_path: Path, evaluate: Callable[..., Any]) -> None:
     """The classes of the blocks change, and what MACE writes of them does not: its own names, a scripted model."""
     done = run_training(

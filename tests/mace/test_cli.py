@@ -637,6 +637,7 @@ def test_every_value_is_checked_before_a_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_report_on_a_stream_of_ascii(folder: Path, tmp_path: Path, python: Callable[..., Any]) -> None:
     arguments = ("report", folder / "gaq.model", "--data", folder / "data.xyz", "--nve-ps", "0")
     reference = ("--reference", folder / "float.model", "-o", tmp_path / "report")

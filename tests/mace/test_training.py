@@ -55,6 +55,7 @@ def test_scalar_form(train: Any, stock: Run) -> None:
             assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}, path
 
 
+@pytest.mark.slow
 def test_mapping_form(train: Any) -> None:
     run = train(
         quantization={**GAQ, "equivariance_loss": {"weight": 1.0}, "overrides": {"readouts.0.*": None}},
