@@ -73,8 +73,8 @@ def test_foundation_shapes() -> None:
         assert step == f"{1e3 * row['ours_step']['s']:.0f} ms ({1e3 * row['stock_step']['s']:.0f})"
         assert speed == f"{row['speed_up']:.1f}x"
     failing = sum(bool(row["failed_gates"]) for row in measured.values())
-    words = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
-    assert f"{words[failing]} of these ten random models" in README
+    words = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven")
+    assert f"{words[failing]} of these {words[len(measured)].lower()} random models" in README
 
 
 def test_speed_on_the_cpu() -> None:
