@@ -55,12 +55,12 @@ def checkpoints_in(folder: str | Path, tag: str) -> list[Checkpoint]:
     """
     pattern = re.compile(rf"{re.escape(tag)}_epoch-(\d+)(_swa)?\.pt")
     matches = [(path, pattern.fullmatch(path.name)) for path in Path(folder).glob("*.pt") if path.is_file()]
-    found = [
+    checkpoints = [
         Checkpoint(path, int(match[1]), match[2] is not None, path.stat().st_mtime_ns)
         for path, match in matches
         if match is not None
     ]
-    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.epoch)
 
 
 def check_restart(model: torch.nn.Module, folder: str | Path, tag: str) -> None:
@@ -77,8 +77,8 @@ def check_restart(model: torch.nn.Module, folder: str | Path, tag: str) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    found = checkpoints_in(folder, tag)
-    latest = [checkpoint for checkpoint in found if checkpoint.stage_two] or found
+    present = checkpoints_in(folder, tag)
+    latest = [checkpoint for checkpoint in present if checkpoint.stage_two] or present
     if latest and (problem := _problem(latest[-1], model, restart=True)) is not None:
         raise CheckpointError(
             f"cannot go on from {latest[-1].path}: {problem}. Move it away to go on from an earlier one, or start anew "
@@ -102,16 +102,16 @@ def load_own(handler: Patched, model: torch.nn.Module, earlier: Sequence[Checkpo
 
     @functools.wraps(load_latest)
     def load(state: object, swa: bool = False, device: object = None, strict: bool = False) -> object:
-        found = [c for c in checkpoints_in(handler.io.directory, handler.io.tag) if c.stage_two == bool(swa)]
-        if not found:
+        present = [c for c in checkpoints_in(handler.io.directory, handler.io.tag) if c.stage_two == bool(swa)]
+        if not present:
             return load_latest(state=state, swa=swa, device=device, strict=strict)
-        own = [checkpoint for checkpoint in found if checkpoint not in earlier]
-        latest, chosen = found[-1], (own or found)[-1]
-        if (problem := _problem(chosen, model, restart=not own)) is not None:
+        written = [checkpoint for checkpoint in present if checkpoint not in earlier]
+        latest, chosen = present[-1], (written or present)[-1]
+        if (problem := _problem(chosen, model, restart=not written)) is not None:
             raise CheckpointError(f"cannot use {chosen.path}: {problem}. {_REMEDY}")
         if chosen is not latest:
             logging.warning(f"{latest.path} is left aside: it was there before this run, which wrote {chosen.path}")
-        elif not own and not goes_on:
+        elif not written and not goes_on:
             logging.warning(f"{chosen.path} is loaded, which was there before this run: this run wrote no checkpoint")
         try:
             if chosen is latest:
@@ -144,13 +144,13 @@ def _problem(checkpoint: Checkpoint, model: torch.nn.Module, restart: bool) -> s
     weights = stored.get("model") if isinstance(stored, Mapping) else None
     if not isinstance(weights, Mapping):
         return "it is not a checkpoint of MACE"
-    own = {name: value for name, value in model.state_dict().items() if name != STATE}
+    here = {name: value for name, value in model.state_dict().items() if name != STATE}
     parameters = [name for name, _ in model.named_parameters()]
     differing = [f"it has no {name}" for name in parameters if name not in weights]
     differing += [
-        f"{name} has the shape {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} has the shape {tuple(weights[name].shape)} there, {tuple(here[name].shape)} here"
+        for name in here
+        if name in weights and weights[name].shape != here[name].shape
     ]
     if differing:
         more = f", and {len(differing) - 1} more parts differ" if len(differing) > 1 else ""
