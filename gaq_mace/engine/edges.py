@@ -48,7 +48,7 @@ class Edges:
         tables: radial tables of the layer; None where its radial network is evaluated for each edge.
         features: inputs of radial networks; None where no layer reads them.
         cutoff: cutoff function where the tables do not contain it, (edges, 1).
-        senders: where the features of senders come from on a part of space; None where all atoms are own atoms.
+        senders: where the features of senders come from on a part of space; None where all atoms are local.
     """
 
     graph: convolution.Graph

@@ -1,4 +1,4 @@
-"""Steps on a part of space, as LAMMPS divides it among its processes: own atoms, and ghosts that only send.
+"""Steps on a part of space, as LAMMPS divides it among its processes: local atoms, and ghosts that only send.
 
 A ghost is an atom of another part, or a periodic image. In the first layer its species is all that neighbours see of
 it. After that, what edges read of it is what its own part has computed, which LAMMPS copies; on the way back the
@@ -20,13 +20,13 @@ __all__ = ["Exchanged", "Exchanges", "OfSpecies", "Part", "Senders"]
 
 
 class Exchanges(Protocol):
-    """What LAMMPS's object of a step (`MLIAPDataPy`) can do with values of own atoms and ghosts, (atoms, length)."""
+    """What LAMMPS's object of a step (`MLIAPDataPy`) can do with values of local atoms and ghosts, (atoms, length)."""
 
     def forward_exchange(self, source: Tensor, target: Tensor, length: int) -> object:
-        """Copy the rows of own atoms, and to each ghost the row of the atom that it stands for."""
+        """Copy the rows of local atoms, and to each ghost the row of the atom that it stands for."""
 
     def reverse_exchange(self, source: Tensor, target: Tensor, length: int) -> object:
-        """Copy the rows of own atoms, and add to them the rows of the ghosts that stand for them."""
+        """Copy the rows of local atoms, and add to them the rows of the ghosts that stand for them."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Part:
     """Atoms of a step on a part of space.
 
     Attributes:
-        own: number of own atoms, which come first. They receive.
-        species: of all atoms, own ones and ghosts, (atoms,). All send.
+        local: number of local atoms, which come first. They receive.
+        species: of all atoms, local ones and ghosts, (atoms,). All send.
         lammps: LAMMPS's object of the step.
     """
 
-    own: int
+    local: int
     species: Tensor
     lammps: Exchanges
 
 
 class Senders(Protocol):
-    """Gives what edges read of all atoms, from what a layer has made of the own ones."""
+    """Gives what edges read of all atoms, from what a layer has made of the local ones."""
 
     def __call__(self, x: Tensor, up: Callable[[Tensor], Tensor]) -> Tensor:
         """Return features of all atoms, (atoms, rows, channels).
 
         Args:
-            x: of the own atoms, sorted by species.
+            x: of the local atoms, sorted by species.
             up: what the layer makes such features with, of its inputs.
         """
 
@@ -78,7 +78,7 @@ class Exchanged:
 
     Attributes:
         part: of space.
-        place: position of each own atom in the order sorted by species, (own,).
+        place: position of each local atom in the order sorted by species, (local,).
     """
 
     part: Part
@@ -91,13 +91,13 @@ class Exchanged:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows of own atoms to rows of all atoms, and gradients back."""
+    """Rows of local atoms to rows of all atoms, and gradients back."""
 
     @staticmethod
     def forward(ctx: Context, rows: Tensor, part: Part) -> Tensor:
         ctx.part = part
         source = rows.new_zeros(part.species.shape[0], rows.shape[1])
-        source[: part.own] = rows
+        source[: part.local] = rows
         target = torch.empty_like(source)
         part.lammps.forward_exchange(source, target, rows.shape[1])
         return target
@@ -107,4 +107,4 @@ class _Exchange(torch.autograd.Function):
         source = grad.contiguous()
         target = torch.empty_like(source)
         ctx.part.lammps.reverse_exchange(source, target, source.shape[1])
-        return target[: ctx.part.own], None
+        return target[: ctx.part.local], None

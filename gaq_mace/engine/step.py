@@ -175,12 +175,12 @@ class Engine(torch.nn.Module):
     def of_part(self, data: dict[str, AnyModule]) -> Outputs:
         """Compute what `ScaleShiftMACE.forward` returns for the data of MACE's class for LAMMPS's ML-IAP.
 
-        These are ``vectors`` of edges from receiver to sender, (edges, 3) in Å, ``natoms``, the numbers of own atoms
-        and of ghosts, and LAMMPS's object ``lammps_class``, beside MACE's own keys. Receivers are own atoms.
+        These are ``vectors`` of edges from receiver to sender, (edges, 3) in Å, ``natoms``, the numbers of local atoms
+        and of ghosts, and LAMMPS's object ``lammps_class``, beside MACE's own keys. Receivers are local atoms.
 
         Returns:
             ``edge_forces``, the derivative of the energy by the vectors, (edges, 3) in eV/Å, and energies in eV; of
-            own atoms.
+            local atoms.
 
         Raises:
             Unsupported: if edges read more of their senders than what `gaq_mace.engine.ghosts` exchanges.
@@ -189,16 +189,16 @@ class Engine(torch.nn.Module):
         if reason is not None:
             raise Unsupported(reason)
         model: AnyModule = self.__dict__["model"]
-        own, attributes, edge_index = int(data["natoms"][0]), data["node_attrs"], data["edge_index"]
-        part = Part(own, attributes.argmax(dim=1), data["lammps_class"])
-        composition = self.compositions(attributes[:own].contiguous())
+        local, attributes, edge_index = int(data["natoms"][0]), data["node_attrs"], data["edge_index"]
+        part = Part(local, attributes.argmax(dim=1), data["lammps_class"])
+        composition = self.compositions(attributes[:local].contiguous())
         vectors = data["vectors"].requires_grad_(True)
         lengths = vectors.norm(dim=-1, keepdim=True)
         heads = data["head"][data["batch"]].to(torch.int64) if "head" in data else torch.zeros_like(data["batch"])
-        node_e0 = model.atomic_energies_fn(attributes[:own])[torch.arange(own, device=heads.device), heads]
+        node_e0 = model.atomic_energies_fn(attributes[:local])[torch.arange(local, device=heads.device), heads]
         pairs = torch.zeros_like(node_e0)
         if hasattr(model, "pair_repulsion"):
-            pairs = model.pair_repulsion_fn(lengths, attributes, edge_index, model.atomic_numbers)[:own]
+            pairs = model.pair_repulsion_fn(lengths, attributes, edge_index, model.atomic_numbers)[:local]
         edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part)
         node_feats = self._node_feats(None, edges, composition)
         interaction = self._interaction_energies(pairs, node_feats, heads)
@@ -257,7 +257,7 @@ class Engine(torch.nn.Module):
             numbers = None if numbers is None else numbers[kept]
         receiver = composition.place[edge_index[1]]
         sender = composition.place[edge_index[0]] if part is None else edge_index[0]
-        graph = convolution.Graph(sender, receiver, numbers, None if part is None else part.own)
+        graph = convolution.Graph(sender, receiver, numbers, None if part is None else part.local)
         features = None
         if evaluated:
             basis, cutoff = model.radial_embedding(lengths, attributes, edge_index, model.atomic_numbers)
