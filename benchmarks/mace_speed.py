@@ -57,7 +57,7 @@ def big_model(elements: list[int], density: bool = False, **changes: Any) -> tor
     torch.manual_seed(0)
     kind = "Density" if density else ""
     options: Document = {"distance_transform": "Agnesi", "pair_repulsion": True} if density else {}
-    options |= changes
+    options = {"hidden_irreps": o3.Irreps("128x0e + 128x1o")} | options | changes
     return modules.ScaleShiftMACE(
         atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,
@@ -69,7 +69,6 @@ def big_model(elements: list[int], density: bool = False, **changes: Any) -> tor
         interaction_cls_first=modules.interaction_classes[f"RealAgnostic{kind}InteractionBlock"],
         num_interactions=2,
         num_elements=len(elements),
-        hidden_irreps=o3.Irreps("128x0e + 128x1o"),
         MLP_irreps=o3.Irreps("16x0e"),
         gate=torch.nn.functional.silu,
         atomic_energies=np.zeros(len(elements)),
