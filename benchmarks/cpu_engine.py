@@ -9,7 +9,7 @@ the sums, which includes the steps that make new neighbour lists. The structures
 at 300 K (azobenzene by the trained model among the shared data, water by TIP3P; the box of 1536 atoms is the one of 192
 repeated); every second one is timed. Each number of threads has a process of its own. `memory` runs each size in a
 separate process and reads its peak.
-The other engines are symmetrix-xl (kernels generated for the model; both of its profiles, in float32) and fastatomstruct
+The other engines are symmetrix-xl (kernels generated for the model; both profiles, in float32) and fastatomstruct
 (XLA, float32). Each is used from the stock checkpoint as its documentation says; what is not installed is said, and
 left out. `load_seconds` is the time until the calculator exists, with the compilers of the engine in an empty cache.
 The models have random weights and sizes of foundation models (l <= 3, correlation 3, 2 layers): A 128x0e+128x1o,
