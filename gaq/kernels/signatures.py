@@ -15,7 +15,7 @@ from typing import Any
 
 from gaq.kernels import radial
 
-__all__ = ["DTYPES", "KERNELS", "OPERATIONS", "argument_types", "c_name", "c_shim", "header"]
+__all__ = ["DTYPES", "KERNELS", "OPERATIONS", "STEPS", "argument_types", "c_name", "c_shim", "header"]
 
 DTYPES = {"float32": "float", "float64": "double"}
 """Dtypes of the kernels: their names in torch and in C++. T below stands for the name in C++."""
@@ -51,8 +51,31 @@ KERNELS = {
     "round": (
         "const int64_t* ints, const double* reals, int64_t atoms, const T* features, T* rounded, int64_t threads"
     ),
+    "program_new": (
+        "const int64_t* code, int64_t code_count, const int64_t* ints, int64_t int_count, const double* reals, "
+        "int64_t real_count, const T* constants, int64_t constant_count, int64_t* program"
+    ),
+    "program_delete": "int64_t program",
+    "program_run": (
+        "int64_t program, const int64_t* counts, const int64_t* const* integers, const double* const* reals, "
+        "const T* const* inputs, T* const* outputs, double* energies, int64_t exchange, int64_t context"
+    ),
+    "edge_vectors": (
+        "int64_t edges, const int64_t* sender, const int64_t* receiver, const T* positions, const T* shifts, T* vectors"
+    ),
+    "forces_and_strain": (
+        "int64_t edges, const int64_t* sender, const int64_t* receiver, const int64_t* structure, const T* vectors, "
+        "const T* grad, T* forces, double* strain"
+    ),
 }
 """Arguments of each kernel, as in C++. The kernel's source says which pointers may be null."""
+
+STEPS = (
+    *("gather", "linear", "round", "convolution", "convolution_back", "contraction", "contraction_back"),
+    *("density", "density_back", "divide", "divide_back", "activation", "activation_back", "energy", "seed"),
+    *("repulsion", "scale_shift", "add", "zero", "exchange", "exchange_back", "export"),
+)
+"""Operations of a program; `program.cpp` says what their arguments are."""
 
 _EDGES = (
     "Tensor features, Tensor vectors, Tensor weights, Tensor scales, Tensor ints, Tensor reals, Tensor sender, "
@@ -114,5 +137,6 @@ def header() -> str:
         lines.append(f"#define GAQ_KERNEL_{kernel}(NAME, T) void {c_name(kernel, '##NAME')}({arguments})")
     prototypes = " ".join(f"GAQ_KERNEL_{kernel}(NAME, T);" for kernel in KERNELS)
     lines.append(f"#define GAQ_DECLARE_KERNELS(NAME, T) {prototypes}")
+    lines.append(f"enum Step {{ {', '.join(f'STEP_{name}' for name in STEPS)} }};")
     lines += [f"#define GAQ_SHIM_{operation} {c_shim(operation)}" for operation in OPERATIONS]
     return "\n".join(lines) + "\n"

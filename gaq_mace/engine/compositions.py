@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Composition:
     bounds: list[tuple[int, int, int]]
     places: Tensor | None
     tables: list[Tables | None] | None
+
+    @functools.cached_property
+    def slices(self) -> Tensor:
+        """`bounds` as a tensor, (slices, 3), int64."""
+        return torch.tensor(self.bounds, dtype=torch.int64).view(-1, 3)
 
 
 class Compositions:

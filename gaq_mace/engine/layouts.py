@@ -47,7 +47,7 @@ class Rounder:
     """
 
     def __init__(self, quantizer: FeatureQuantizer | None, irreps: o3.Irreps, channels: int) -> None:
-        self.quantizer = quantizer
+        self.quantizer, self.channels = quantizer, channels
         self.rows = rows_of(irreps)
         total = self.rows[-1].stop if self.rows else 0
         pieces = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from gaq.kernels import convolution, gpu, harmonics
 from gaq.kernels.cpu import native
 from gaq.kernels.gpu.graphs import Graphs, Outputs
+from gaq.kernels.program import Layer
 from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
@@ -23,11 +25,19 @@ from gaq_mace.engine.ghosts import Exchanged, OfSpecies, Part
 from gaq_mace.engine.integers import integer_linears, through_integers
 from gaq_mace.engine.interactions import layer_of
 from gaq_mace.engine.layouts import to_mul_ir
+from gaq_mace.engine.programs import Compiled, Sorted
 from gaq_mace.engine.reading import Unsupported, matrices_of
 from gaq_mace.engine.replays import beyond, held_by, inputs_of, replayed
 from gaq_mace.engine.soundness import checked
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+
+def _plain(options: dict[str, bool]) -> bool:
+    """Whether a call asks for nothing but energies, forces, virials and stress."""
+    return options.get("compute_force", True) and not options.get("compute_displacement", False)
 
 
 class Engine(torch.nn.Module):
@@ -81,6 +91,16 @@ class Engine(torch.nn.Module):
         self.inputs, self.rest = inputs_of(model), held_by(model)
         self.graphs = Graphs()
         self.compositions = Compositions(self.layers, device)
+        self.compiled = None if self.embeds or gpu.chosen(device) else self._compiled(model)
+
+    def _compiled(self, model: AnyModule) -> Compiled | None:
+        """The engine as one program; None where it has parts for which there is none."""
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+        try:
+            return Compiled(model, layers, self.embedding)
+        except Unsupported as error:
+            logger.info("gaq: each kernel is called by itself, because %s", error)
+            return None
 
     def rounds_as_deployed(self) -> bool:
         """Whether all quantizers of the model are switched on, as they were when the engine was made."""
@@ -95,6 +115,11 @@ class Engine(torch.nn.Module):
         The results of a step that was replayed as a CUDA graph have no autograd graph: their forces are already taken.
         """
         composition = self.compositions(data["node_attrs"])
+        if self.compiled is not None and _plain(options) and "displacement" not in data:
+            edges = self._sorted(data["edge_index"], composition)
+            if edges is not None:
+                virials = options.get("compute_virials", False) or options.get("compute_stress", False)
+                return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
         outputs = replayed(self.graphs, self._step, self.inputs, self.rest, data, composition, options)
         return self._step(data, composition, options) if outputs is None else outputs
 
@@ -162,6 +187,16 @@ class Engine(torch.nn.Module):
             "node_feats": torch.cat(node_feats, dim=-1),
         }
         return checked(outputs, context.positions, lengths, batch, data["edge_index"][0])
+
+    def _sorted(self, edge_index: Tensor, composition: Composition) -> Sorted | None:
+        """Edges of a step for the program; None where some radial network has to be evaluated for each edge."""
+        of_layers, numbers = self.compositions.tables(composition, edge_index)
+        layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+        if any(tables is None for tables in of_layers):
+            return None
+        tabulated = [Layer(layer.problem, *tables) for layer, tables in zip(layers, of_layers, strict=True) if tables]
+        sender, receiver = composition.place[edge_index]
+        return Sorted(sender, receiver, numbers, tabulated)
 
     def why_not_parts(self) -> str | None:
         """Why `of_part` cannot compute the model; None where it can."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,13 +147,14 @@ def _fused_kernels(model: torch.nn.Module, device: str) -> Iterator[None]:
         options = {
             "aot_inductor.custom_ops_to_c_shims": c_shims(),
             "aot_inductor.custom_op_libs": [native.STATIC_NAME],
+            "aot_inductor.use_runtime_constant_folding": True,
         }
         folder = str(native.static_library(model.model_dtype))
         os.environ["LIBRARY_PATH"] = folder if not before else f"{folder}{os.pathsep}{before}"
     try:
         for name, reason in fuse(model, device).items():
             print(f"nequip-deploy: {name} keeps NequIP's own convolution: {reason}", file=sys.stderr)
-        with inductor.patch(options):
+        with inductor.patch(options), _constructors_folded():
             yield
     finally:
         if before is None:
@@ -161,12 +164,49 @@ def _fused_kernels(model: torch.nn.Module, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _logging_unchanged() -> Iterator[None]:
-    """Restore the disabled level of logging afterwards: compilation turns on logs that the caller may have disabled."""
-    before = logging.root.manager.disable
+def _constructors_folded() -> Iterator[None]:
+    """Let Inductor fold what begins with the making of a tensor, as radial tables and weights made of codes do.
+
+    A compiled file then makes them once, at its first step, and not in each: on 24 atoms that is half of a step.
+    Inductor itself leaves out what begins so, because its result may be larger than what makes it.
+    """
+    from torch._inductor import compile_fx
+
+    fold = compile_fx.split_const_gm
+    if "skip_constructor" not in inspect.signature(fold).parameters:
+        print(
+            f"nequip-deploy: torch {torch.__version__} folds constants in another way: the file makes its radial "
+            "tables in every step, which is slower on small structures.",
+            file=sys.stderr,
+        )
+        yield
+        return
+
+    def fold_all(module: AnyModule, *args: Any, **options: Any) -> Any:  # as torch passes them on
+        return fold(module, *args[1:], **{**options, "skip_constructor": False})
+
+    patched: AnyModule = compile_fx  # an attribute of a module takes any function
+    patched.split_const_gm = fold_all
     try:
         yield
     finally:
+        patched.split_const_gm = fold
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a user can do anything about a warning of Inductor: not about how it calls torch's determinant."""
+    return "_linalg_det" not in record.getMessage()
+
+
+@contextmanager
+def _logging_unchanged() -> Iterator[None]:
+    """Restore the disabled level of logging afterwards: compilation turns on logs that the caller may have disabled."""
+    before, inductor = logging.root.manager.disable, logging.getLogger("torch._inductor.ir")
+    inductor.addFilter(_worth_saying)
+    try:
+        yield
+    finally:
+        inductor.removeFilter(_worth_saying)
         logging.disable(before)
 
 

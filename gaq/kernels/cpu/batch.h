@@ -126,7 +126,7 @@ template <typename T> struct Batch {
       for (int k = 0; k < 3; ++k) {
         const Vec<T> result = (g[k] - radial * u[k]) / r + along * u[k];
         for (int64_t i = group * W; i < std::min(count, (group + 1) * W); ++i)
-          grad_vectors[3 * number[i] + k] = result[i % W];
+          grad_vectors[3 * number[i] + k] += result[i % W];
       }
     }
   }

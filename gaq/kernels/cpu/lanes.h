@@ -110,6 +110,7 @@ template <typename V> class Registers {
  public:
   Registers() = default;
   Registers(const Registers&) = delete;
+  Registers(Registers&& other) : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
   ~Registers() { ::operator delete(data, std::align_val_t(64)); }
 
   // At least `count` values, of which nothing is known.
@@ -122,6 +123,7 @@ template <typename V> class Registers {
     }
     return data;
   }
+  const V* values() const { return data; }
 };
 
 // Working memory of this thread. Not inlined: a compiler would ask for its address again and again.
