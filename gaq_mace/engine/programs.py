@@ -261,12 +261,11 @@ def _rows(rows: slice, channels: int, width: int) -> View:
 def _repulsion(model: AnyModule) -> program.Repulsion:
     """The repulsion of nuclei of a model; the numbers are those of MACE's `ZBLBasis`."""
     zbl, numbers = model.pair_repulsion_fn, model.atomic_numbers.cpu()
-    charges = numbers.double()
-    powers = charges ** float(zbl.a_exp)
+    powers = numbers.double() ** float(zbl.a_exp)
     radii = zbl.covalent_radii.double().cpu()[numbers]
     return program.Repulsion(
         zbl.c.double(),
-        14.3996 * charges[:, None] * charges[None],
+        14.3996 * numbers[:, None] * numbers[None],  # of integers: in torch's default dtype, as there
         (powers[:, None] + powers[None]) / (float(zbl.a_prefactor) * 0.529),
         radii[:, None] + radii[None],
         int(zbl.p),

@@ -20,7 +20,7 @@ from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition, Compositions
-from gaq_mace.engine.edges import EdgeFeatures, Edges
+from gaq_mace.engine.edges import EdgeFeatures, Edges, Tables
 from gaq_mace.engine.ghosts import Exchanged, OfSpecies, Part
 from gaq_mace.engine.integers import integer_linears, through_integers
 from gaq_mace.engine.interactions import layer_of
@@ -31,6 +31,9 @@ from gaq_mace.engine.replays import beyond, held_by, inputs_of, replayed
 from gaq_mace.engine.soundness import checked
 
 __all__ = ["Engine"]
+
+Found = tuple[list[Tables | None], Tensor | None]
+"""Radial tables of each layer, and the number of each edge's table; see `Compositions.tables`."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,15 +119,26 @@ class Engine(torch.nn.Module):
         """
         composition = self.compositions(data["node_attrs"])
         if self.compiled is not None and _plain(options) and "displacement" not in data:
-            edges = self._sorted(data["edge_index"], composition)
-            if edges is not None:
-                virials = options.get("compute_virials", False) or options.get("compute_stress", False)
-                return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
+            found = self.compositions.tables(composition, data["edge_index"])
+            edges = self._sorted(data["edge_index"], composition, found)
+            if edges is None:
+                return self._step(data, composition, options, found)
+            virials = options.get("compute_virials", False) or options.get("compute_stress", False)
+            return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
         outputs = replayed(self.graphs, self._step, self.inputs, self.rest, data, composition, options)
         return self._step(data, composition, options) if outputs is None else outputs
 
-    def _step(self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool]) -> Outputs:
-        """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing."""
+    def _step(
+        self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool], found: Found | None = None
+    ) -> Outputs:
+        """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing.
+
+        Args:
+            data: MACE's.
+            composition: species of the atoms.
+            options: of the call.
+            found: radial tables of the step; None to look them up.
+        """
         model: AnyModule = self.__dict__["model"]
         stress = options.get("compute_stress", False)
         virials = options.get("compute_virials", False)
@@ -153,7 +167,8 @@ class Engine(torch.nn.Module):
             global_energy = model.embedding_readout(start, heads)[atoms, heads]
             e0 = e0 + scatter_sum(src=global_energy, index=batch, dim=0, dim_size=graphs)
         alike = start is None or (graphs == 1 and self.embeds_structures)
-        edges = self._edges(data["edge_index"], vectors, lengths, data["node_attrs"], composition, alike)
+        attributes = data["node_attrs"]
+        edges = self._edges(data["edge_index"], vectors, lengths, attributes, composition, alike, found=found)
         node_feats = self._node_feats(start, edges, composition)
         interaction = self._interaction_energies(pairs, node_feats, heads)
         interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
@@ -188,9 +203,9 @@ class Engine(torch.nn.Module):
         }
         return checked(outputs, context.positions, lengths, batch, data["edge_index"][0])
 
-    def _sorted(self, edge_index: Tensor, composition: Composition) -> Sorted | None:
+    def _sorted(self, edge_index: Tensor, composition: Composition, found: Found) -> Sorted | None:
         """Edges of a step for the program; None where some radial network has to be evaluated for each edge."""
-        of_layers, numbers = self.compositions.tables(composition, edge_index)
+        of_layers, numbers = found
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         if any(tables is None for tables in of_layers):
             return None
@@ -275,14 +290,18 @@ class Engine(torch.nn.Module):
         composition: Composition,
         alike: bool,
         part: Part | None = None,
+        found: Found | None = None,
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`.
 
-        On a part of space senders are in the order of the data.
+        On a part of space senders are in the order of the data. Radial tables are looked up where they are not
+        `found` already.
         """
         model: AnyModule = self.__dict__["model"]
         species = composition.species if part is None else part.species
-        tables, numbers = self.compositions.tables(composition, edge_index, None if part is None else species)
+        if found is None:
+            found = self.compositions.tables(composition, edge_index, None if part is None else species)
+        tables, numbers = found
         evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
         if (evaluated or any(self.transformed)) and not gpu.chosen(vectors.device):
             # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their

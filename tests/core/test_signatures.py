@@ -19,7 +19,10 @@ POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 def test_argument_types() -> None:
     assert signatures.argument_types("round") == [POINTER, POINTER, INTEGER, POINTER, POINTER, INTEGER]
-    for kernel in signatures.KERNELS:
+    assert signatures.argument_types("program_run")[:4] == [INTEGER, POINTER, POINTER, POINTER]
+    planned = [kernel for kernel, arguments in signatures.KERNELS.items() if arguments.endswith("int64_t threads")]
+    assert len(planned) == 7
+    for kernel in planned:
         assert signatures.argument_types(kernel)[-1] is INTEGER  # the threads
         assert signatures.argument_types(kernel)[0] is POINTER  # the plan
 
@@ -72,4 +75,4 @@ def test_the_library_has_every_kernel() -> None:
             assert function.argtypes == signatures.argument_types(kernel)
             assert function.restype is None
             with pytest.raises(TypeError, match="argument"):
-                function(0)
+                function()

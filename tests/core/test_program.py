@@ -1,0 +1,293 @@
+"""A model as a program: each operation and its derivative against plain torch in float64."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaq.kernels import contraction, convolution, harmonics, program, radial
+from gaq.kernels.cpu import native
+from gaq.kernels.program import Builder, Layer, Program, View
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.why_not()}")
+
+CHANNELS, SPECIES, R_MAX = 5, 3, 4.0
+D = torch.float64
+SPECIES_OF_ATOMS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+SLICES = torch.tensor([[0, 0, 2], [1, 2, 5], [2, 5, 7]])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def vector_harmonics(directions: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(directions[:, :1]), directions], dim=1)
+
+
+PATHS = (
+    convolution.Path(0, 0, 0, torch.ones(1, 1, 1, dtype=D)),
+    convolution.Path(0, 1, 1, torch.eye(3, dtype=D)[None]),
+)
+PROBLEM = convolution.ConvolutionProblem(
+    CHANNELS, (0,), (0, 1), PATHS, tuple(harmonics.fit(vector_harmonics, 1)), R_MAX
+)
+
+
+def radial_function(lengths: Tensor) -> Tensor:
+    frequencies = torch.arange(1, CHANNELS + 1, dtype=D)
+    return torch.sin(lengths[:, None] * frequencies) * (1 - lengths[:, None] / R_MAX).clamp(min=0) ** 3
+
+
+WEIGHTS = radial.tabulate(radial_function, R_MAX).coefficients.expand(2, -1, -1, -1).contiguous()
+DENSITY = radial.tabulate(lambda r: (1 - r[:, None] / R_MAX).clamp(min=0) ** 2, R_MAX).coefficients
+
+
+def graph() -> tuple[Tensor, Tensor, Tensor]:
+    atoms = SPECIES_OF_ATOMS.numel()
+    first, second = torch.meshgrid(torch.arange(atoms), torch.arange(atoms), indexing="ij")
+    kept = first != second
+    sender, receiver = first[kept].contiguous(), second[kept].contiguous()
+    positions = 2.0 * random(atoms, 3, seed=1)
+    return sender, receiver, (positions[receiver] - positions[sender]).contiguous()
+
+
+POLYNOMIAL = contraction.Polynomial.make(4, 2, [((0,), 0), ((0, 1), 0), ((1, 1, 2), 1), ((0, 3), 1)])
+COEFFICIENTS = random(SPECIES, len(POLYNOMIAL.terms), CHANNELS, seed=2)
+MATRICES = {
+    "scalars": random(CHANNELS, CHANNELS, seed=3),
+    "vectors": random(CHANNELS, CHANNELS, seed=4),
+    "species": random(SPECIES, CHANNELS, CHANNELS, seed=5),
+    "hidden": random(2 * CHANNELS, 6, seed=6),
+    "out": random(6, 2, seed=7),
+}
+ROWS = random(SPECIES, CHANNELS, seed=8)
+KEPT = random(SPECIES, 2 * CHANNELS, seed=9)
+HEADS = torch.tensor([0, 1, 0, 1, 1, 0, 1])
+SCALES, SHIFTS = torch.tensor([1.5, 0.5], dtype=D), torch.tensor([0.25, -1.0], dtype=D)
+PAIRS = program.Repulsion(
+    torch.tensor([0.18, 0.51, 0.28, 0.03], dtype=D),
+    random(SPECIES, SPECIES, seed=10).abs(),
+    1 + random(SPECIES, SPECIES, seed=11).abs(),
+    2.5 + 0 * random(SPECIES, SPECIES),
+    6,
+)
+
+
+def built(parts: bool = False) -> Program:
+    """A small model with every operation."""
+    builder = Builder(D, SCALES, SHIFTS, parts)
+    builder.repulsion(PAIRS)
+    x = builder.gather(ROWS, of_senders=True)
+    message = builder.convolution(x, PROBLEM.rows_out, CHANNELS)
+    # Groups are matrices end to end: scalars, then vectors.
+    to = (View(1, 4 * CHANNELS, 0), View(3, 4 * CHANNELS, CHANNELS, CHANNELS))
+    groups = (View(1, CHANNELS, CHANNELS), View(3, 3 * CHANNELS, CHANNELS, scaled_offset=CHANNELS))
+    x = builder.linear(
+        message, 4 * CHANNELS, [(groups[0], to[0], MATRICES["scalars"]), (groups[1], to[1], MATRICES["vectors"])]
+    )
+    x = builder.divide_by_density(x)
+    x = builder.contraction(x, POLYNOMIAL, COEFFICIENTS)
+    kept = builder.gather(KEPT)
+    first, second = View(1, 2 * CHANNELS, 0), View(1, 2 * CHANNELS, 0, CHANNELS)
+    x = builder.linear(x, 2 * CHANNELS, [(first, second, MATRICES["species"])], kept, full=False)
+    builder.export(x, CHANNELS, [1, 1])
+    whole, six = View(1, 2 * CHANNELS, 0), View(1, 6, 0)
+    hidden = builder.linear(x, 6, [(whole, six, MATRICES["hidden"])])
+    hidden = builder.activation(hidden, "silu", 1.7, 2)
+    builder.energy(builder.linear(hidden, 2, [(six, View(1, 2, 0), MATRICES["out"])]))
+    hidden = builder.activation(builder.linear(x, 6, [(whole, six, MATRICES["hidden"])]), "tanh", 0.3, 1)
+    builder.energy(builder.linear(hidden, 2, [(six, View(1, 2, 0), MATRICES["out"])]))
+    return builder.build()
+
+
+def reference(vectors: Tensor, sender: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of the same model and its features, in plain torch."""
+    atoms, species = SPECIES_OF_ATOMS.numel(), SPECIES_OF_ATOMS
+    lengths = vectors.norm(dim=-1)
+    edges = convolution.Graph(sender, receiver)
+    message = convolution.reference(PROBLEM, edges, ROWS[species][:, None], vectors, WEIGHTS)
+    scalars, rest = PROBLEM.split(message, atoms)
+    x = torch.cat([(scalars @ MATRICES["scalars"])[:, None], (rest @ MATRICES["vectors"]).view(atoms, 3, -1)], dim=1)
+    density = radial.evaluate(DENSITY, lengths, R_MAX)[:, 0, 0]
+    x = x / (1 + torch.zeros(atoms, dtype=D).index_add(0, receiver, density))[:, None, None]
+    x = contraction.reference(POLYNOMIAL, x, species, COEFFICIENTS)
+    added = torch.einsum("ac,acd->ad", x[:, 0], MATRICES["species"][species])
+    x = KEPT[species] + torch.cat([torch.zeros_like(added), added], dim=1)
+    hidden = x @ MATRICES["hidden"]
+    of_head = torch.arange(6)[None] // 3 == HEADS[:, None]
+    energies = 1.7 * torch.nn.functional.silu(hidden) * of_head @ MATRICES["out"]
+    energies = energies + 0.3 * torch.tanh(hidden) @ MATRICES["out"]
+    energy = energies[torch.arange(atoms), HEADS]
+    pair = species[sender], species[receiver]
+    rates = torch.tensor([3.2, 0.9423, 0.4028, 0.2016], dtype=D)
+    phi = (PAIRS.factors * torch.exp(-rates * (lengths * PAIRS.rates[pair])[:, None])).sum(1)
+    part = lengths / PAIRS.cutoffs[pair]
+    envelope = (1 - 28 * part**6 + 48 * part**7 - 21 * part**8) * (part < 1)
+    energy = energy.index_add(0, receiver, 0.5 * PAIRS.charges[pair] / lengths * phi * envelope)
+    return SCALES[HEADS] * energy + SHIFTS[HEADS], x
+
+
+def called(made: Program, threads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    sender, receiver, vectors = graph()
+    exported = torch.empty(SPECIES_OF_ATOMS.numel(), 2 * CHANNELS, dtype=D)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        energies, grad = made(
+            [Layer(PROBLEM, WEIGHTS, DENSITY)],
+            sender,
+            receiver,
+            vectors,
+            SPECIES_OF_ATOMS,
+            SLICES,
+            torch.arange(SPECIES_OF_ATOMS.numel()),
+            heads=HEADS,
+            exports=[exported],
+        )
+    finally:
+        torch.set_num_threads(before)
+    return energies, grad, exported
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_energies_and_their_gradient(threads: int) -> None:
+    sender, receiver, vectors = graph()
+    vectors.requires_grad_(True)
+    expected, features = reference(vectors, sender, receiver)
+    (gradient,) = torch.autograd.grad(expected.sum(), [vectors])
+    energies, grad, exported = called(built(), threads)
+    torch.testing.assert_close(energies, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
+    torch.testing.assert_close(exported, features.detach(), rtol=0, atol=1e-12)
+
+
+def test_memory_is_shared_by_what_is_not_used_at_one_time() -> None:
+    builder = Builder(D, SCALES, SHIFTS)
+    x = builder.gather(ROWS)
+    whole = View(1, CHANNELS, 0)
+    for _ in range(6):  # nothing of it depends on positions, so nothing has to be kept
+        x = builder.linear(x, CHANNELS, [(whole, whole, MATRICES["scalars"])])
+    builder.energy(x)
+    builder.build()
+    assert len(builder._sizes) == 2
+
+
+def test_a_program_on_two_parts_of_space() -> None:
+    """Rows of senders are exchanged, and their gradients added where they come from."""
+    sender, receiver, vectors = graph()
+    builder = Builder(D, torch.ones(1), torch.zeros(1), parts=True)
+    zeros = View(1, CHANNELS, 0)
+
+    def layers(made: Builder) -> Program:
+        x = made.convolution(made.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS)
+        scalars = View(1, CHANNELS, CHANNELS)
+        x = made.linear(x, CHANNELS, [(scalars, zeros, MATRICES["scalars"])])
+        x = made.convolution(made.exchange(x), PROBLEM.rows_out, CHANNELS)
+        made.energy(made.linear(x, 1, [(scalars, View(1, 1, 0), random(CHANNELS, 1, seed=12))]))
+        return made.build()
+
+    whole = layers(Builder(D, torch.ones(1), torch.zeros(1)))
+    both = [Layer(PROBLEM, WEIGHTS, None)] * 2
+    order = torch.arange(SPECIES_OF_ATOMS.numel())
+    energies, grad = whole(both, sender, receiver, vectors, SPECIES_OF_ATOMS, SLICES, order)
+    divided = layers(builder)
+    exchanged: dict[tuple[int, int], Tensor] = {}
+    barrier, found = threading.Barrier(2), {}
+    bounds = {0: (0, 4), 1: (4, 7)}
+
+    def run(part: int) -> None:
+        begin, end = bounds[part]
+        others = [a for a in range(7) if not begin <= a < end]
+        all_atoms = torch.tensor([*range(begin, end), *others])
+        place = torch.empty(7, dtype=torch.int64)
+        place[all_atoms] = torch.arange(7)
+        mine = (receiver >= begin) & (receiver < end)
+        local = end - begin
+
+        def exchange(back: bool, rows: Tensor) -> None:
+            exchanged[part, int(back)] = rows.clone()
+            barrier.wait()
+            other = exchanged[1 - part, int(back)]
+            count = other.shape[0] - local
+            if back:  # ghosts of the other part are my atoms
+                rows[:local] += other[count:]
+            else:
+                rows[local:] = other[:count]
+            barrier.wait()
+
+        species = SPECIES_OF_ATOMS[begin:end].contiguous()
+        starts = [(int(z), int((species < z).sum()), int((species <= z).sum())) for z in species.unique()]
+        result = divided(
+            both,
+            place[sender[mine]],
+            receiver[mine] - begin,
+            vectors[mine].contiguous(),
+            species,
+            torch.tensor(starts),
+            torch.arange(local),
+            senders=SPECIES_OF_ATOMS[all_atoms],
+            exchange=exchange,
+        )
+        found[part] = (mine, *result)
+
+    workers = [threading.Thread(target=run, args=(part,)) for part in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]), energies, rtol=0, atol=1e-12)
+    for mine, _, gradient in found.values():
+        torch.testing.assert_close(gradient, grad[mine], rtol=0, atol=1e-12)
+
+
+def test_threads_share_a_program() -> None:
+    made = built()
+    expected = called(made)
+    results: list[tuple[Tensor, ...]] = []
+    workers = [threading.Thread(target=lambda: results.append(called(made))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for result in results:
+        for one, other in zip(result, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 16, 37, 130])
+def test_products_of_every_width(dtype: torch.dtype, columns: int) -> None:
+    """The last panel of a matrix and the last rows of a block are not full."""
+    matrix = random(19, columns, seed=13)
+    rows = random(1, 19, seed=14)
+    builder = Builder(dtype, torch.ones(columns), torch.zeros(columns))
+    x = builder.gather(rows.expand(1, -1))
+    x = builder.linear(x, columns, [(View(1, 19, 0), View(1, columns, 0), matrix)])
+    builder.export(x, columns, [1])
+    made = builder.build()
+    for atoms in (1, 5, 6, 50):
+        out = torch.empty(atoms, columns, dtype=dtype)
+        zeros, none = torch.zeros(atoms, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        slices, vectors = torch.tensor([[0, 0, atoms]]), torch.zeros(0, 3, dtype=dtype)
+        made([], none, none, vectors, zeros, slices, torch.arange(atoms), exports=[out])
+        expected = (rows @ matrix).to(dtype).expand(atoms, -1)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12 if dtype == D else 1e-5)
+
+
+def test_forces_and_strain() -> None:
+    positions, shifts = random(4, 3, seed=15), random(6, 3, seed=16)
+    sender, receiver = torch.tensor([0, 1, 1, 2, 3, 3]), torch.tensor([1, 0, 1, 3, 2, 3])
+    structure, grad = torch.tensor([0, 0, 1, 1]), random(6, 3, seed=17)
+    vectors = program.edge_vectors(positions, sender, receiver, shifts)
+    torch.testing.assert_close(vectors, positions[receiver] - positions[sender] + shifts, rtol=0, atol=0)
+    forces, strain = program.forces_and_strain(vectors, grad, sender, receiver, structure, 2, True)
+    expected = torch.zeros(4, 3, dtype=D).index_add(0, receiver, -grad).index_add(0, sender, grad)
+    torch.testing.assert_close(forces, expected, rtol=0, atol=1e-15)
+    outer = vectors[:, :, None] * grad[:, None]
+    symmetric = torch.zeros(2, 3, 3, dtype=D).index_add(0, structure[receiver], 0.5 * (outer + outer.mT))
+    torch.testing.assert_close(strain, symmetric, rtol=0, atol=1e-15)
