@@ -434,6 +434,9 @@ def main() -> None:
             count = str(threads)
             environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), count)
             environment |= {"SYMMETRIX_JIT_CACHE": str(private_folder(args.work / "symmetrix_cache"))}
+            environment |= {"FASTATOMSTRUCT_NO_TELEMETRY": "1"}
+            if find_spec("symmetrix_backend_cpu_avx512") is not None:
+                environment |= {"SYMMETRIX_BACKEND": "cpu-avx512"}
             subprocess.run([sys.executable, *sys.argv, "--one"], env=os.environ | environment, check=True)
     if args.stage in ("growth", "all"):
         # A single structure would never need another neighbour list.
