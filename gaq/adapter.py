@@ -149,6 +149,10 @@ class Adapter(Protocol):
         """Return the kind of a file, one of `gaq.reporting.gates.FILE_KINDS`."""
         ...
 
+    def weight_bytes(self, model: torch.nn.Module, path: str | Path) -> int | None:
+        """Bytes of the weights as they are used: codes and scales, float weights, or a compiled file's constants."""
+        ...
+
     def is_fused(self, model: torch.nn.Module) -> bool:
         """Whether a model runs through fused kernels that `reference_path` switches off."""
         ...

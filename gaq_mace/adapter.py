@@ -134,6 +134,9 @@ class MACEAdapter:
     def file_kind(self, model: torch.nn.Module, path: str | Path) -> str:
         return "model"
 
+    def weight_bytes(self, model: torch.nn.Module, path: str | Path) -> int | None:
+        return sum(row.bytes for row in self.rows(model)) or None
+
     def is_fused(self, model: torch.nn.Module) -> bool:
         return engine.serves(model, {})
 

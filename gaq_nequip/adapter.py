@@ -137,6 +137,11 @@ class NequIPAdapter:
             return "checkpoint"
         return "package" if self.status(model) in ("float", "frozen") else "package of float weights"
 
+    def weight_bytes(self, model: torch.nn.Module, path: str | Path) -> int | None:
+        if isinstance(model, files.CompiledModel):
+            return model.constant_bytes
+        return sum(row.bytes for row in self.rows(model)) or None
+
     def is_fused(self, model: torch.nn.Module) -> bool:
         return False  # only compiled files have the kernels, and there they cannot be switched off
 

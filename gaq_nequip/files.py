@@ -58,6 +58,7 @@ class CompiledModel(torch.nn.Module):
         self.path = path
         self.device = device
         self.metadata = artefact.metadata(path)
+        self.constant_bytes = artefact.sections(path).weights
         self.__dict__[SPECIES] = (
             in_metadata(self.metadata) if species is None else check_given(species, type_names(self))
         )

@@ -375,7 +375,7 @@ _FLOAT_WEIGHTS = ("checkpoint", "package of float weights")
 
 
 def _size_gate(results: Metrics, fp32: Metrics, bounds: _Bounds) -> Gate:
-    """Compare the sizes of files of the same kind, otherwise the bytes of weights, otherwise nothing."""
+    """Compare what two compiled files hold, the sizes of other files of one kind, bytes of weights, or nothing."""
     kind, reference_kind = results.get("file_kind"), fp32.get("file_kind")
 
     def gate(key: str, note: str) -> Gate:
@@ -383,6 +383,9 @@ def _size_gate(results: Metrics, fp32: Metrics, bounds: _Bounds) -> Gate:
         missing = "needs a reference model file"
         return _gate("file_size_ratio", ratio, bounds.file_size, note, missing, comparison=">=")
 
+    if kind == reference_kind == "compiled" and results.get("weight_bytes") and fp32.get("weight_bytes"):
+        # Code, sources and symbols are most of such a file, and depend on the version of torch.
+        return gate("weight_bytes", "constants in the reference's compiled file over those in this one")
     if not fp32 or (kind == reference_kind and kind not in _FLOAT_WEIGHTS):
         return gate("file_bytes", "reference file size over this file's")
     if "compiled" not in (kind, reference_kind) and results.get("weight_bytes") and fp32.get("weight_bytes"):

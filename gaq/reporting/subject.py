@@ -167,7 +167,7 @@ class _Opened:
             training="qat" if config is not None and (self.trained or _was_trained(adapter, model)) else "ptq",
             rounds_features=config is not None and (config.rounds_activations or config.attention is not None),
             file_kind=adapter.file_kind(model, self.path),
-            weight_bytes=sum(row.bytes for row in adapter.rows(model)) or None,
+            weight_bytes=adapter.weight_bytes(model, self.path),
             engine_error=_engine_error(adapter, model, head),
             naive=_naive(adapter, model, head) if config is None and has_weights else None,
         )

@@ -236,11 +236,12 @@ def test_compiled(
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
-    assert stock.stat().st_size / path.stat().st_size >= 4
-    # A compiled file is mostly code: its size is only compared with that of another compiled file.
+    # torch 2.8 leaves no debug symbols in the stock file; with those of torch 2.13 it is more than four times larger.
+    assert stock.stat().st_size / path.stat().st_size >= 2.2
+    # A compiled file is mostly code: what it holds is only compared with what another compiled file holds.
     for reference, word, value in (
         (trained_float.best, "not comparable", None),
-        (stock, "pass", stock.stat().st_size / path.stat().st_size),
+        (stock, "pass", artefact.sections(stock).weights / sizes.weights),
     ):
         report = gaq.report(path, structures[:2], reference, progress=False)
         gate = report["gates"]["file_size_ratio"]
