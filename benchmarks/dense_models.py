@@ -98,6 +98,7 @@ class Kind:
     irreps: str = "64x0e + 64x1o"
     options: dict[str, str] = field(default_factory=dict)
     parts: tuple[str, ...] = ()  # names of kinds whose data this one joins to its own
+    shares: int = 1  # the training data are cut into so many shares, and an epoch takes one of them, in turn
 
 
 def _cells(*choices: tuple[int, int, int]) -> Callable[[Rng], tuple[int, int, int]]:
@@ -128,6 +129,7 @@ KINDS = {
         irreps="128x0e + 128x1o",
         options={"r_max": "5.0"},
         parts=("metals", "water"),
+        shares=6,
     ),
     "metals": Kind(
         lambda rng: alloy(rng, BINARY(rng), METALS),
@@ -191,6 +193,18 @@ def last_epoch(folder: Path, name: str) -> int:
     return max(epochs, default=-1)
 
 
+def share_of_data(name: str, work: Path, epoch: int) -> Path:
+    """File of the structures of an epoch: all, or one share of them after the other."""
+    from ase.io import read
+
+    shares, whole = KINDS[name].shares, work / f"{name}_train.xyz"
+    if shares == 1:
+        return whole
+    part = work / f"{name}_train_{epoch % shares}.xyz"
+    write(part, list(read(whole, ":"))[epoch % shares :: shares], format="extxyz")
+    return part
+
+
 def train_round(name: str, work: Path, epochs: int) -> None:
     """Train for `epochs` more epochs with MACE's own command and publish ``NAME.model``."""
     kind, folder = KINDS[name], work / "runs" / name
@@ -198,7 +212,7 @@ def train_round(name: str, work: Path, epochs: int) -> None:
     options = {
         "name": name,
         "work_dir": str(folder),
-        "train_file": str(work / f"{name}_train.xyz"),
+        "train_file": str(share_of_data(name, work, last_epoch(folder / "checkpoints", name) + 1)),
         "valid_file": str(work / f"{name}_valid.xyz"),
         "model": "ScaleShiftMACE",
         "interaction_first": "RealAgnosticResidualInteractionBlock",
