@@ -495,6 +495,8 @@ class Program:
 
         Returns:
             The energy of each sorted atom, (atoms,) in float64, and the gradient by the vectors, (edges, 3).
+
+        What `exchange` raises is raised here.
         """
         atoms, edges = species.numel(), sender.numel()
         energies = torch.empty(atoms, dtype=torch.float64)
@@ -507,7 +509,8 @@ class Program:
         whole = [sender, receiver, tables, species, sending, slices, heads, place, densities]
         inputs = [vectors, *(layer.weights for layer in layers), *(layer.density for layer in layers)]
         missing: list[Tensor | None] = [None] * (self.exports - len(exports))
-        called = None if exchange is None else EXCHANGE[self.dtype](_callback(exchange, sending.numel()))
+        failed: list[BaseException] = []
+        called = None if exchange is None else EXCHANGE[self.dtype](_callback(exchange, sending.numel(), failed))
         self._run(
             self.handle,
             counts.data_ptr(),
@@ -519,14 +522,20 @@ class Program:
             0 if called is None else ctypes.cast(called, ctypes.c_void_p).value,
             0,
         )
+        if failed:
+            raise failed[0]
         return energies, grad
 
 
-def _callback(exchange: Exchange, senders: int) -> Callable[..., None]:
+def _callback(exchange: Exchange, senders: int, failed: list[BaseException]) -> Callable[..., None]:
+    """An exchange as C++ calls it. What it raises is kept: it cannot pass through C++."""
     import numpy as np
 
     def call(_context: int | None, back: int, rows: object, width: int) -> None:
-        exchange(bool(back), torch.from_numpy(np.ctypeslib.as_array(rows, (senders, width))))
+        try:
+            exchange(bool(back), torch.from_numpy(np.ctypeslib.as_array(rows, (senders, width))))
+        except BaseException as error:  # an interruption as well; raised when C++ has returned
+            failed.append(error)
 
     return call
 

@@ -14,6 +14,7 @@ from gaq.kernels.gpu.graphs import Outputs
 from gaq.kernels.program import Builder, Layer, Program, Value, View
 from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import Composition
+from gaq_mace.engine.ghosts import Part
 from gaq_mace.engine.interactions import AgnosticLayer
 from gaq_mace.engine.layouts import Rounder
 from gaq_mace.engine.linears import Mixing
@@ -50,14 +51,15 @@ class Compiled:
         model: a `ScaleShiftMACE` in float32 or float64 on the CPU.
         layers: the engine's, of that model.
         embedding: features of each species before the first layer, (species, channels).
+        parts: whether the program is for parts of space.
 
     Raises:
         Unsupported: for layers and read-outs of which there are no operations.
     """
 
-    def __init__(self, model: AnyModule, layers: Sequence[AnyModule], embedding: Tensor) -> None:
+    def __init__(self, model: AnyModule, layers: Sequence[AnyModule], embedding: Tensor, parts: bool = False) -> None:
         scale = torch.atleast_1d(model.scale_shift.scale)
-        self.builder = Builder(embedding.dtype, scale, torch.atleast_1d(model.scale_shift.shift))
+        self.builder = Builder(embedding.dtype, scale, torch.atleast_1d(model.scale_shift.shift), parts)
         if hasattr(model, "pair_repulsion"):
             self.builder.repulsion(_repulsion(model))
         self.widths: list[int] = []
@@ -245,6 +247,60 @@ class Compiled:
             outputs["virials"] = -strain
             outputs["stress"] = torch.where(stress.abs() < 1e10, stress, torch.zeros_like(stress))
         return checked(outputs, positions, vectors.norm(dim=-1, keepdim=True), batch, sender)
+
+    def step_of_part(
+        self,
+        model: AnyModule,
+        data: dict[str, AnyModule],
+        part: Part,
+        composition: Composition,
+        sorted_edges: Sorted,
+        heads: Tensor,
+    ) -> Outputs:
+        """Compute energies and their gradient on a part of space; see `gaq_mace.engine.step.Engine.of_part`.
+
+        Args:
+            model: of the engine.
+            data: of MACE's class for LAMMPS's ML-IAP.
+            part: local atoms and ghosts.
+            composition: species of the local atoms.
+            sorted_edges: receivers in the order of the composition, senders in that of the data.
+            heads: number of each local atom's head, (local,), int64.
+        """
+        vectors, order = data["vectors"].detach().contiguous(), composition.by_species
+
+        def exchange(back: bool, rows: Tensor) -> None:
+            source = rows.clone()
+            (part.lammps.reverse_exchange if back else part.lammps.forward_exchange)(source, rows, rows.shape[1])
+
+        exports = [vectors.new_empty(part.local, width) for width in self.widths]
+        energies, grad = self.program(
+            sorted_edges.layers,
+            sorted_edges.sender,
+            sorted_edges.receiver,
+            vectors,
+            composition.ordered,
+            composition.slices,
+            order,
+            senders=part.species.contiguous(),
+            tables=sorted_edges.tables,
+            heads=heads[order],
+            exports=exports,
+            exchange=exchange,
+        )
+        interaction = energies[composition.place]
+        atoms = torch.arange(part.local)
+        node_e0 = model.atomic_energies_fn(data["node_attrs"][: part.local])[atoms, heads].detach()
+        interaction_energy = interaction.sum().to(vectors.dtype).view(1)
+        absent = ("forces", "virials", "stress", "atomic_virials", "atomic_stresses", "hessian", "displacement")
+        return {
+            "energy": node_e0.sum().to(vectors.dtype).view(1) + interaction_energy,
+            "node_energy": node_e0.double() + interaction,
+            "interaction_energy": interaction_energy,
+            "edge_forces": grad,
+            "node_feats": torch.cat(exports, dim=-1),
+            **dict.fromkeys(absent),
+        }
 
 
 def _each_its_own(species: Tensor) -> Composition:

@@ -95,6 +95,7 @@ class Engine(torch.nn.Module):
         self.graphs = Graphs()
         self.compositions = Compositions(self.layers, device)
         self.compiled = None if self.embeds or gpu.chosen(device) else self._compiled(model)
+        self.compiled_parts: Compiled | None = None
 
     def _compiled(self, model: AnyModule) -> Compiled | None:
         """The engine as one program; None where it has parts for which there is none."""
@@ -203,14 +204,24 @@ class Engine(torch.nn.Module):
         }
         return checked(outputs, context.positions, lengths, batch, data["edge_index"][0])
 
-    def _sorted(self, edge_index: Tensor, composition: Composition, found: Found) -> Sorted | None:
+    def _compiled_for_parts(self) -> Compiled | None:
+        """The program for parts of space, made at the first call; None where there is none."""
+        if self.compiled is not None and self.compiled_parts is None:
+            layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
+            self.compiled_parts = Compiled(self.__dict__["model"], layers, self.embedding, parts=True)
+        return self.compiled_parts
+
+    def _sorted(
+        self, edge_index: Tensor, composition: Composition, found: Found, part: Part | None = None
+    ) -> Sorted | None:
         """Edges of a step for the program; None where some radial network has to be evaluated for each edge."""
         of_layers, numbers = found
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         if any(tables is None for tables in of_layers):
             return None
         tabulated = [Layer(layer.problem, *tables) for layer, tables in zip(layers, of_layers, strict=True) if tables]
-        sender, receiver = composition.place[edge_index]
+        receiver = composition.place[edge_index[1]]
+        sender = composition.place[edge_index[0]] if part is None else edge_index[0].contiguous()
         return Sorted(sender, receiver, numbers, tabulated)
 
     def why_not_parts(self) -> str | None:
@@ -242,14 +253,19 @@ class Engine(torch.nn.Module):
         local, attributes, edge_index = int(data["natoms"][0]), data["node_attrs"], data["edge_index"]
         part = Part(local, attributes.argmax(dim=1), data["lammps_class"])
         composition = self.compositions(attributes[:local].contiguous())
-        vectors = data["vectors"].requires_grad_(True)
-        lengths = vectors.norm(dim=-1, keepdim=True)
+        vectors = data["vectors"]
         heads = data["head"][data["batch"]].to(torch.int64) if "head" in data else torch.zeros_like(data["batch"])
+        found = self.compositions.tables(composition, edge_index, part.species)
+        compiled, edges_of_part = self._compiled_for_parts(), self._sorted(edge_index, composition, found, part)
+        if compiled is not None and edges_of_part is not None:
+            return compiled.step_of_part(model, data, part, composition, edges_of_part, heads)
+        vectors = vectors.requires_grad_(True)
+        lengths = vectors.norm(dim=-1, keepdim=True)
         node_e0 = model.atomic_energies_fn(attributes[:local])[torch.arange(local, device=heads.device), heads]
         pairs = torch.zeros_like(node_e0)
         if hasattr(model, "pair_repulsion"):
             pairs = model.pair_repulsion_fn(lengths, attributes, edge_index, model.atomic_numbers)[:local]
-        edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part)
+        edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part, found)
         node_feats = self._node_feats(None, edges, composition)
         interaction = self._interaction_energies(pairs, node_feats, heads)
         interaction_energy = interaction.sum().view(1)

@@ -244,6 +244,22 @@ def test_a_program_on_two_parts_of_space() -> None:
         torch.testing.assert_close(gradient, grad[mine], rtol=0, atol=1e-12)
 
 
+def test_what_an_exchange_raises_is_raised() -> None:
+    builder = Builder(D, torch.ones(1), torch.zeros(1), parts=True)
+    x = builder.convolution(builder.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS)
+    scalars, zeros = View(1, CHANNELS, CHANNELS), View(1, CHANNELS, 0)
+    x = builder.exchange(builder.linear(x, CHANNELS, [(scalars, zeros, MATRICES["scalars"])]))
+    builder.energy(builder.linear(x, 1, [(zeros, View(1, 1, 0), random(CHANNELS, 1))]))
+    sender, receiver, vectors = graph()
+
+    def exchange(back: bool, rows: Tensor) -> None:
+        raise RuntimeError("no neighbour answers")
+
+    arguments = (sender, receiver, vectors, SPECIES_OF_ATOMS, SLICES, torch.arange(7))
+    with pytest.raises(RuntimeError, match="no neighbour answers"):
+        builder.build()([Layer(PROBLEM, WEIGHTS, None)], *arguments, exchange=exchange)
+
+
 def test_threads_share_a_program() -> None:
     made = built()
     expected = called(made)

@@ -395,6 +395,7 @@ template <typename T> class Program {
     const T* x = arena.at[a[0]];
     T* to = arena.at[a[1]];
     for (int64_t i = 0; i < call.atoms; ++i) std::memcpy(to + call.place[i] * width, x + i * width, width * sizeof(T));
+    std::fill(to + call.atoms * width, to + call.senders * width, T(0));
     call.exchange(call.context, 0, to, width);
   }
 
