@@ -102,7 +102,10 @@ def calculator(files: dict[str, Path], kind: str) -> Any:
 
 
 def trajectory(structure: Atoms, frames: int, work: Path) -> list[Atoms]:
-    """Structures of a simulation without thermostat, 1 fs apart, after 0.5 ps at 300 K with a thermostat."""
+    """Structures of a simulation without thermostat, 1 fs apart, after a start at 300 K with a thermostat.
+
+    The start is 0.5 ps, of water 20 fs: TIP3P with its constraints takes seconds a step.
+    """
     path = work / f"trajectory_{structure.get_chemical_formula()}_{frames}.xyz"
     if path.exists():
         return list(read(path, ":"))
@@ -123,7 +126,7 @@ def trajectory(structure: Atoms, frames: int, work: Path) -> list[Atoms]:
         atoms.calc = MACECalculator(model_paths=str(trained), device="cpu", default_dtype="float32")
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
-    Langevin(atoms, 1 * units.fs, temperature_K=300, friction=0.02 / units.fs, rng=rng).run(500)
+    Langevin(atoms, 1 * units.fs, temperature_K=300, friction=0.02 / units.fs, rng=rng).run(20 if atoms.pbc.any() else 500)
     structures: list[Atoms] = []
     dynamics = VelocityVerlet(atoms, 1 * units.fs)
     for _ in range(frames):
