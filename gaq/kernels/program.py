@@ -145,6 +145,9 @@ class Builder:
         self.reals: list[float] = []
         self.constants: list[Tensor] = []
         self.constant_count = 0
+        # Apart from the constants: the program keeps them packed only.
+        self.weights: list[Tensor] = []
+        self.weight_count = 0
         self.matrices: list[list[int]] = []
         self.exports = 0
         self.layers = 0
@@ -166,6 +169,12 @@ class Builder:
         self.constants.append(values.detach().to(self.dtype).contiguous().flatten())
         self.constant_count += values.numel()
         return self.constant_count - values.numel()
+
+    def _weight(self, matrix: Tensor) -> int:
+        """Keep a matrix in the dtype of the features, and return its place."""
+        self.weights.append(matrix.detach().to(self.dtype).contiguous().flatten())
+        self.weight_count += matrix.numel()
+        return self.weight_count - matrix.numel()
 
     def _matrix(self, at: int, shape: torch.Size, transposed: bool) -> int:
         """Number of a matrix, or of those of all species."""
@@ -236,7 +245,7 @@ class Builder:
             self._step("zero", out.memory, int(out.memory.of_senders), width)
         places = []
         for read, written, matrix in blocks:
-            at, species = self._constant(matrix), matrix.dim() == 3
+            at, species = self._weight(matrix), matrix.dim() == 3
             number = self._matrix(at, matrix.shape, False)
             ends = int(species), int(onto is not None)
             self._step("linear", x.memory, *read.words(), out.memory, *written.words(), number, *ends)
@@ -442,23 +451,19 @@ class Program:
             builder.parts,
             builder.layers,
         )
-        self.ints = torch.tensor([*words], dtype=torch.int64)
-        self.data = torch.tensor(builder.ints, dtype=torch.int64)
-        self.reals = torch.tensor(builder.reals, dtype=torch.float64)
-        self.constants = torch.cat(builder.constants) if builder.constants else torch.zeros(0, dtype=self.dtype)
+        none = torch.zeros(0, dtype=self.dtype)
+        # Copied or packed by the constructor.
+        arrays = (
+            torch.tensor(words, dtype=torch.int64),
+            torch.tensor(builder.ints, dtype=torch.int64),
+            torch.tensor(builder.reals, dtype=torch.float64),
+            torch.cat([none, *builder.constants]),
+        )
+        weights = torch.cat([none, *builder.weights])
         self._run = kernel("program_run", self.dtype)
         made = ctypes.c_int64()
-        kernel("program_new", self.dtype)(
-            self.ints.data_ptr(),
-            self.ints.numel(),
-            self.data.data_ptr(),
-            self.data.numel(),
-            self.reals.data_ptr(),
-            self.reals.numel(),
-            self.constants.data_ptr(),
-            self.constants.numel(),
-            ctypes.addressof(made),
-        )
+        sizes = [word for array in arrays for word in (array.data_ptr(), array.numel())]
+        kernel("program_new", self.dtype)(*sizes, weights.data_ptr(), ctypes.addressof(made))
         self.handle = made.value
         weakref.finalize(self, kernel("program_delete", self.dtype), self.handle)
 

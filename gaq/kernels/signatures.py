@@ -53,7 +53,7 @@ KERNELS = {
     ),
     "program_new": (
         "const int64_t* code, int64_t code_count, const int64_t* ints, int64_t int_count, const double* reals, "
-        "int64_t real_count, const T* constants, int64_t constant_count, int64_t* program"
+        "int64_t real_count, const T* constants, int64_t constant_count, const T* weights, int64_t* program"
     ),
     "program_delete": "int64_t program",
     "program_run": (

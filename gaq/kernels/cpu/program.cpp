@@ -24,13 +24,13 @@ GAQ_DECLARE_KERNELS(float64, double)
 namespace {
 
 template <typename T> struct Kernels;
-#define GAQ_USE(NAME, T)                                                    \
-  template <> struct Kernels<T> {                                           \
-    static constexpr auto convolution = gaq_convolution_##NAME;             \
+#define GAQ_USE(NAME, T)                                                      \
+  template <> struct Kernels<T> {                                             \
+    static constexpr auto convolution = gaq_convolution_##NAME;               \
     static constexpr auto convolution_back = gaq_convolution_backward_##NAME; \
-    static constexpr auto contraction = gaq_contraction_##NAME;             \
+    static constexpr auto contraction = gaq_contraction_##NAME;               \
     static constexpr auto contraction_back = gaq_contraction_backward_##NAME; \
-    static constexpr auto round = gaq_round_##NAME;                         \
+    static constexpr auto round = gaq_round_##NAME;                           \
   };
 GAQ_USE(float32, float)
 GAQ_USE(float64, double)
@@ -47,11 +47,11 @@ template <typename T> using Exchange = void (*)(void* context, int64_t back, T* 
 template <typename T> struct Call {
   int64_t atoms, senders, edges, slices, threads;
   const int64_t *sender, *receiver, *tables, *species, *species_of_sender, *slice, *head, *place;
-  const int64_t* const* plans;        // integers of each layer's convolution
+  const int64_t* const* plans;  // integers of each layer's convolution
   const double* const* plan_reals;
   const T* vectors;
-  const T* const* weights;            // of each layer: radial tables of its convolution
-  const T* const* densities;          // and of its edge density
+  const T* const* weights;    // of each layer: radial tables of its convolution
+  const T* const* densities;  // and of its edge density
   const int64_t* density_intervals;
   T* grad_vectors;
   T* const* exported;
@@ -79,7 +79,9 @@ inline double silu_slope(double x) {
 
 template <typename T> class Program {
  public:
-  Program(std::vector<int64_t> code, std::vector<int64_t> ints, std::vector<double> reals, std::vector<T> constants)
+  // `weights` are the matrices, which are kept packed only.
+  Program(std::vector<int64_t> code, std::vector<int64_t> ints, std::vector<double> reals, std::vector<T> constants,
+          const T* weights)
       : code(std::move(code)), ints(std::move(ints)), reals(std::move(reals)), constants(std::move(constants)) {
     const int64_t* at = this->code.data();
     slots = *at++, matrix_count = *at++, steps = *at++, layers = *at++;
@@ -88,7 +90,7 @@ template <typename T> class Program {
     for (int64_t i = 0; i < matrix_count; ++i, at += 5) {
       first_matrix.push_back(matrices.size());
       for (int64_t z = 0; z < at[3]; ++z)
-        matrices.emplace_back(this->constants.data() + at[0] + z * at[1] * at[2], at[1], at[2], at[4] != 0);
+        matrices.emplace_back(weights + at[0] + z * at[1] * at[2], at[1], at[2], at[4] != 0);
     }
     first_step = at;
   }
@@ -206,9 +208,9 @@ template <typename T> class Program {
   // layer, features, messages
   void convolution(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const int64_t layer = a[0];
-    Kernels<T>::convolution(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges, call.sender,
-                            call.receiver, call.tables, call.vectors, arena.at[a[1]], call.weights[layer], nullptr,
-                            arena.at[a[2]], call.threads);
+    Kernels<T>::convolution(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
+                            call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]], call.weights[layer],
+                            nullptr, arena.at[a[2]], call.threads);
   }
 
   // layer, features, gradient of the messages, that of the features or -1, width of the features
@@ -218,8 +220,8 @@ template <typename T> class Program {
     if (grad_features) std::fill(grad_features, grad_features + call.senders * a[4], T(0));
     Kernels<T>::convolution_back(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
                                  call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]],
-                                 call.weights[layer], nullptr, arena.at[a[2]], call.grad_vectors, grad_features, nullptr,
-                                 nullptr, call.threads);
+                                 call.weights[layer], nullptr, arena.at[a[2]], call.grad_vectors, grad_features,
+                                 nullptr, nullptr, call.threads);
   }
 
   // input, output, integers, coefficients
@@ -471,19 +473,19 @@ void forces_and_strain(int64_t edges, const int64_t* sender, const int64_t* rece
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                            \
-  GAQ_KERNEL(program_new, NAME, T) {                                                                   \
-    *program = reinterpret_cast<int64_t>(                                                              \
-        new Program<T>({code, code + code_count}, {ints, ints + int_count}, {reals, reals + real_count}, \
-                       {constants, constants + constant_count}));                                      \
-  }                                                                                                    \
-  GAQ_KERNEL(program_delete, NAME, T) { delete reinterpret_cast<Program<T>*>(program); }               \
-  GAQ_KERNEL(program_run, NAME, T) {                                                                   \
-    run<T>(program, counts, integers, reals, inputs, outputs, energies, exchange, context);            \
-  }                                                                                                    \
+#define GAQ_EXPORT(NAME, T)                                                                                   \
+  GAQ_KERNEL(program_new, NAME, T) {                                                                          \
+    *program = reinterpret_cast<int64_t>(new Program<T>({code, code + code_count}, {ints, ints + int_count},  \
+                                                        {reals, reals + real_count},                          \
+                                                        {constants, constants + constant_count}, weights));   \
+  }                                                                                                           \
+  GAQ_KERNEL(program_delete, NAME, T) { delete reinterpret_cast<Program<T>*>(program); }                      \
+  GAQ_KERNEL(program_run, NAME, T) {                                                                          \
+    run<T>(program, counts, integers, reals, inputs, outputs, energies, exchange, context);                   \
+  }                                                                                                           \
   GAQ_KERNEL(edge_vectors, NAME, T) { edge_vectors<T>(edges, sender, receiver, positions, shifts, vectors); } \
-  GAQ_KERNEL(forces_and_strain, NAME, T) {                                                             \
-    forces_and_strain<T>(edges, sender, receiver, structure, vectors, grad, forces, strain);           \
+  GAQ_KERNEL(forces_and_strain, NAME, T) {                                                                    \
+    forces_and_strain<T>(edges, sender, receiver, structure, vectors, grad, forces, strain);                  \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)
