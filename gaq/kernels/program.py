@@ -442,7 +442,10 @@ class Program:
         dtype: of the features.
         exports: number of the features that a call can give.
         parts: whether it is for parts of space.
+        seconds: wall time of each kind of operation, to which calls add while it is a dictionary.
     """
+
+    seconds: dict[str, float] | None = None
 
     def __init__(self, builder: Builder, words: list[int]) -> None:
         self.dtype, self.exports, self.parts, self.layers = (
@@ -451,6 +454,7 @@ class Program:
             builder.parts,
             builder.layers,
         )
+        self.operations = [name for name, _ in builder.steps]
         none = torch.zeros(0, dtype=self.dtype)
         # Copied or packed by the constructor.
         arrays = (
@@ -514,6 +518,7 @@ class Program:
         whole = [sender, receiver, tables, species, sending, slices, heads, place, densities]
         inputs = [vectors, *(layer.weights for layer in layers), *(layer.density for layer in layers)]
         missing: list[Tensor | None] = [None] * (self.exports - len(exports))
+        seconds = None if self.seconds is None else torch.zeros(len(self.operations), dtype=torch.float64)
         failed: list[BaseException] = []
         called = None if exchange is None else EXCHANGE[self.dtype](_callback(exchange, sending.numel(), failed))
         self._run(
@@ -524,11 +529,15 @@ class Program:
             _pointers(inputs),
             _pointers([grad, *exports, *missing]),
             energies.data_ptr(),
+            None if seconds is None else seconds.data_ptr(),
             0 if called is None else ctypes.cast(called, ctypes.c_void_p).value,
             0,
         )
         if failed:
             raise failed[0]
+        if seconds is not None and self.seconds is not None:
+            for name, value in zip(self.operations, seconds.tolist(), strict=True):
+                self.seconds[name] = self.seconds.get(name, 0.0) + value
         return energies, grad
 
 

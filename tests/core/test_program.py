@@ -260,6 +260,17 @@ def test_what_an_exchange_raises_is_raised() -> None:
         builder.build()([Layer(PROBLEM, WEIGHTS, None)], *arguments, exchange=exchange)
 
 
+def test_time_of_operations() -> None:
+    made = built()
+    made.seconds = {}
+    called(made)
+    assert set(made.seconds) == set(made.operations)
+    assert all(value > 0 for value in made.seconds.values())
+    once = dict(made.seconds)
+    called(made)
+    assert made.seconds["convolution_back"] > once["convolution_back"]
+
+
 def test_threads_share_a_program() -> None:
     made = built()
     expected = called(made)

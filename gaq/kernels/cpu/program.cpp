@@ -4,6 +4,7 @@
 // Slots are memory for a row of each atom or sender. They are kept by each thread from call to call.
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -56,6 +57,7 @@ template <typename T> struct Call {
   T* grad_vectors;
   T* const* exported;
   double* energies;
+  double* seconds;  // of each step, added to what is there; null where nobody asks
   Exchange<T> exchange;
   void* context;
 };
@@ -103,7 +105,10 @@ template <typename T> class Program {
     const int64_t* at = first_step;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t length = at[1];
+      const auto begin = std::chrono::steady_clock::now();
       step(at[0], at + 2, call, arena);
+      if (call.seconds)
+        call.seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       at += 2 + length;
     }
   }
@@ -430,7 +435,8 @@ template <typename T> class Program {
 
 template <typename T>
 void run(int64_t program, const int64_t* counts, const int64_t* const* integers, const double* const* reals,
-         const T* const* inputs, T* const* outputs, double* energies, int64_t exchange, int64_t context) {
+         const T* const* inputs, T* const* outputs, double* energies, double* seconds, int64_t exchange,
+         int64_t context) {
   const int64_t layers = counts[5];
   Call<T> call;
   call.atoms = counts[0], call.senders = counts[1], call.edges = counts[2], call.slices = counts[3];
@@ -441,7 +447,7 @@ void run(int64_t program, const int64_t* counts, const int64_t* const* integers,
   call.plan_reals = reals;
   call.vectors = inputs[0], call.weights = inputs + 1, call.densities = inputs + 1 + layers;
   call.grad_vectors = outputs[0], call.exported = outputs + 1;
-  call.energies = energies;
+  call.energies = energies, call.seconds = seconds;
   call.exchange = reinterpret_cast<Exchange<T>>(exchange), call.context = reinterpret_cast<void*>(context);
   reinterpret_cast<const Program<T>*>(program)->run(call);
 }
@@ -481,7 +487,7 @@ extern "C" {
   }                                                                                                           \
   GAQ_KERNEL(program_delete, NAME, T) { delete reinterpret_cast<Program<T>*>(program); }                      \
   GAQ_KERNEL(program_run, NAME, T) {                                                                          \
-    run<T>(program, counts, integers, reals, inputs, outputs, energies, exchange, context);                   \
+    run<T>(program, counts, integers, reals, inputs, outputs, energies, seconds, exchange, context);          \
   }                                                                                                           \
   GAQ_KERNEL(edge_vectors, NAME, T) { edge_vectors<T>(edges, sender, receiver, positions, shifts, vectors); } \
   GAQ_KERNEL(forces_and_strain, NAME, T) {                                                                    \
