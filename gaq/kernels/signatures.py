@@ -58,7 +58,8 @@ KERNELS = {
     "program_delete": "int64_t program",
     "program_run": (
         "int64_t program, const int64_t* counts, const int64_t* const* integers, const double* const* reals, "
-        "const T* const* inputs, T* const* outputs, double* energies, double* seconds, int64_t exchange, int64_t context"
+        "const T* const* inputs, T* const* outputs, double* energies, double* seconds, int64_t exchange, "
+        "int64_t context"
     ),
     "edge_vectors": (
         "int64_t edges, const int64_t* sender, const int64_t* receiver, const T* positions, const T* shifts, T* vectors"
