@@ -151,6 +151,9 @@ class Builder:
         self.matrices: list[list[int]] = []
         self.exports = 0
         self.layers = 0
+        if scales.shape != shifts.shape:
+            raise ValueError(f"factors of {tuple(scales.shape)} heads, and constants of {tuple(shifts.shape)}")
+        self.heads = scales.numel()
         self.scales, self.shifts = self._real(scales), self._real(shifts)
 
     # -- constants --
@@ -454,7 +457,7 @@ class Program:
             builder.parts,
             builder.layers,
         )
-        self.operations = [name for name, _ in builder.steps]
+        self.operations, self.heads = [name for name, _ in builder.steps], builder.heads
         none = torch.zeros(0, dtype=self.dtype)
         # Copied or packed by the constructor.
         arrays = (
@@ -505,9 +508,12 @@ class Program:
         Returns:
             The energy of each sorted atom, (atoms,) in float64, and the gradient by the vectors, (edges, 3).
 
-        What `exchange` raises is raised here.
+        Raises:
+            IndexError: for a head that the model does not have. What `exchange` raises is raised as well.
         """
         atoms, edges = species.numel(), sender.numel()
+        if heads is not None and atoms and not 0 <= int(heads.min()) <= int(heads.max()) < self.heads:
+            raise IndexError(f"head {int(heads.max())} of a model with {self.heads}")
         energies = torch.empty(atoms, dtype=torch.float64)
         grad = torch.empty_like(vectors)
         plans = [layer.problem.plan(layer.weights.shape[-3]) for layer in layers]

@@ -71,7 +71,7 @@ class Compiled:
             self.widths.append(rows[-1].stop * channels)
         for number, readout in enumerate(model.readouts):
             which = -1 if len(model.readouts) == 1 else number
-            self._readout(readout, number, features[which], self.widths[which], max(scale.numel(), 1))
+            self._readout(readout, number, features[which], self.widths[which])
         self.program: Program = self.builder.build()
         del self.builder
 
@@ -166,7 +166,7 @@ class Compiled:
 
     # -- read-outs --
 
-    def _readout(self, readout: AnyModule, number: int, x: Value, width: int, heads: int) -> None:
+    def _readout(self, readout: AnyModule, number: int, x: Value, width: int) -> None:
         path = f"readouts.{number}"
         if class_name(readout) not in _READOUTS:
             raise Unsupported(f"{path} is a {class_name(readout)}")

@@ -260,6 +260,12 @@ def test_what_an_exchange_raises_is_raised() -> None:
         builder.build()([Layer(PROBLEM, WEIGHTS, None)], *arguments, exchange=exchange)
 
 
+def test_a_head_that_does_not_exist() -> None:
+    arguments = (*graph(), SPECIES_OF_ATOMS, SLICES, torch.arange(7))
+    with pytest.raises(IndexError, match="head 2 of a model with 2"):
+        built()([Layer(PROBLEM, WEIGHTS, DENSITY)], *arguments, heads=HEADS + 1)
+
+
 def test_time_of_operations() -> None:
     made = built()
     made.seconds = {}
