@@ -119,15 +119,17 @@ class Engine(torch.nn.Module):
         The results of a step that was replayed as a CUDA graph have no autograd graph: their forces are already taken.
         """
         composition = self.compositions(data["node_attrs"])
-        if self.compiled is not None and _plain(options) and "displacement" not in data:
-            found = self.compositions.tables(composition, data["edge_index"])
-            edges = self._sorted(data["edge_index"], composition, found)
-            if edges is None:
-                return self._step(data, composition, options, found)
-            virials = options.get("compute_virials", False) or options.get("compute_stress", False)
-            return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
         outputs = replayed(self.graphs, self._step, self.inputs, self.rest, data, composition, options)
-        return self._step(data, composition, options) if outputs is None else outputs
+        if outputs is not None:
+            return outputs
+        if self.compiled is None or not _plain(options) or "displacement" in data:
+            return self._step(data, composition, options)
+        found = self.compositions.tables(composition, data["edge_index"])
+        edges = self._sorted(data["edge_index"], composition, found)
+        if edges is None:
+            return self._step(data, composition, options, found)
+        virials = options.get("compute_virials", False) or options.get("compute_stress", False)
+        return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
 
     def _step(
         self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool], found: Found | None = None
