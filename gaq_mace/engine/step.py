@@ -103,7 +103,7 @@ class Engine(torch.nn.Module):
         try:
             return Compiled(model, layers, self.embedding)
         except Unsupported as error:
-            logger.info("gaq: each kernel is called by itself, because %s", error)
+            logger.debug("gaq: each kernel is called by itself, because %s", error)
             return None
 
     def rounds_as_deployed(self) -> bool:
