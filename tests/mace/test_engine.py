@@ -17,7 +17,7 @@ from ase.build import bulk, molecule
 from e3nn import o3
 from mace import modules
 from mace.calculators import MACECalculator
-from mace_models import agree
+from mace_models import agree, build_model
 
 import gaq
 from gaq.kernels.cpu import native
@@ -433,3 +433,32 @@ def test_hidden_features_are_returned_in_the_hosts_layout() -> None:
     model = converted(MODELS["residual"](), "gaq", STRUCTURES[:3])
     ours, theirs = both(model, [STRUCTURES[0]])
     torch.testing.assert_close(ours["node_feats"], theirs["node_feats"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "program"),
+    [
+        ("plain", {}, True),
+        ("heads", {}, True),
+        ("density", {"pair_repulsion": True}, True),
+        ("residual_first", {}, True),
+        ("agnesi", {"apply_cutoff": False}, False),  # tables over the transformed distance
+        ("plain", {"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, False),
+    ],
+)
+def test_which_models_run_as_a_program(variant: str, changes: dict[str, Any], program: bool) -> None:
+    """And its results are those of the same kernels called one by one, also for several structures at once."""
+    model = build_model(variant, dtype=torch.float64, **changes)
+    engine.accelerate(model)
+    made = engine.engine_of(model)
+    assert made is not None
+    assert (made.compiled is not None) == program
+    if not program:
+        return
+    batch = batch_of(model, [molecule("CH3OH"), bulk("CO", "rocksalt", a=4.2), molecule("H2O")])
+    ours = model(dict(batch), compute_stress=True)
+    compiled, made.compiled = made.compiled, None
+    try:
+        agree(ours, model(dict(batch), compute_stress=True), 1e-12)
+    finally:
+        made.compiled = compiled
