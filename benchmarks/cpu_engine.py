@@ -256,6 +256,21 @@ def operation_shares(calc: MACECalculator, atoms: Atoms, repeats: int = 9) -> di
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
+def program_against_kernels(calc: MACECalculator, atoms: Atoms, repeats: int = 15) -> float:
+    """Processor time of a step by the program over that by the same kernels called one by one: median of pairs."""
+    engine = engine_of(calc.models[0])
+    assert engine is not None
+    compiled, ratios = engine.compiled, []
+    for repeat in range(repeats + 2):
+        _, program = step(calc, atoms)
+        engine.compiled = None
+        _, kernels = step(calc, atoms)
+        engine.compiled = compiled
+        if repeat >= 2:
+            ratios.append(program / kernels)
+    return float(np.median(ratios))
+
+
 def machine_limits() -> dict[str, float]:
     """Limits of one thread: float32 matrix product in GFLOP/s, copy of 64 MiB in GB/s (read and write counted)."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -319,7 +334,9 @@ def stage_growth(files: dict[str, Path], work: Path) -> None:
         for name, amount in work_done.items()
         if name in shares
     }
+    against = {len(b): program_against_kernels(calc, b) for b in (water_box(8), box)}
     result = {"rows": rows, "shares_ms": shares, "edges": edges, "limits": limits, "rates": rates}
+    result["program_over_kernels_one_by_one"] = against
     print(json.dumps(result, indent=1), flush=True)
     (work / "growth.json").write_text(json.dumps(result))
 
