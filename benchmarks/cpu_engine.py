@@ -11,7 +11,8 @@ repeated); every second one is timed. Each number of threads has a process of it
 separate process and reads its peak.
 The other engines are symmetrix-xl (kernels generated for the model; both profiles, in float32) and fastatomstruct
 (XLA, float32). Each is used from the stock checkpoint as its documentation says; what is not installed is said, and
-left out. `load_seconds` is the time until the calculator exists, with the compilers of the engine in an empty cache.
+left out. `load_seconds` is the time until the calculator exists, compilers included where the caches of an engine are
+empty.
 The models have random weights and sizes of foundation models (l <= 3, correlation 3, 2 layers): A 128x0e+128x1o,
 B 128x0e, and C 128x0e with density-normalised blocks, distances scaled by covalent radii (Agnesi) and ZBL repulsion.
 """

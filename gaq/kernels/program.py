@@ -509,11 +509,16 @@ class Program:
             The energy of each sorted atom, (atoms,) in float64, and the gradient by the vectors, (edges, 3).
 
         Raises:
-            IndexError: for a head that the model does not have. What `exchange` raises is raised as well.
+            IndexError: for a head that the model does not have.
+            ValueError: for a program for parts of space without an exchange, or for another with one.
+
+        What `exchange` raises is raised as well.
         """
         atoms, edges = species.numel(), sender.numel()
         if heads is not None and atoms and not 0 <= int(heads.min()) <= int(heads.max()) < self.heads:
             raise IndexError(f"head {int(heads.max())} of a model with {self.heads}")
+        if self.parts != (exchange is not None):
+            raise ValueError("an exchange belongs to a program for parts of space, and to no other")
         energies = torch.empty(atoms, dtype=torch.float64)
         grad = torch.empty_like(vectors)
         plans = [layer.problem.plan(layer.weights.shape[-3]) for layer in layers]
@@ -521,7 +526,7 @@ class Program:
         densities = torch.tensor(intervals, dtype=torch.int64)
         sending = species if senders is None else senders
         counts = torch.tensor([atoms, sending.numel(), edges, len(slices), torch.get_num_threads(), len(layers)])
-        whole = [sender, receiver, tables, species, sending, slices, heads, place, densities]
+        integers = [sender, receiver, tables, species, sending, slices, heads, place, densities]
         inputs = [vectors, *(layer.weights for layer in layers), *(layer.density for layer in layers)]
         missing: list[Tensor | None] = [None] * (self.exports - len(exports))
         seconds = None if self.seconds is None else torch.zeros(len(self.operations), dtype=torch.float64)
@@ -530,7 +535,7 @@ class Program:
         self._run(
             self.handle,
             counts.data_ptr(),
-            _pointers([*whole, *(plan[0] for plan in plans)]),
+            _pointers([*integers, *(plan[0] for plan in plans)]),
             _pointers([plan[1] for plan in plans]),
             _pointers(inputs),
             _pointers([grad, *exports, *missing]),

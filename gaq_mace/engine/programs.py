@@ -211,18 +211,8 @@ class Compiled:
         heads = data["head"][batch].to(torch.int64) if "head" in data else torch.zeros_like(batch)
         order = composition.by_species
         exports = [vectors.new_empty(batch.numel(), width) for width in self.widths]
-        energies, grad = self.program(
-            sorted_edges.layers,
-            sorted_edges.sender,
-            sorted_edges.receiver,
-            vectors,
-            composition.ordered,
-            composition.slices,
-            order,
-            tables=sorted_edges.tables,
-            heads=heads[order] if "head" in data else None,
-            exports=exports,
-        )
+        of_heads = heads[order] if "head" in data else None
+        energies, grad = self._run(sorted_edges, vectors, composition, of_heads, exports)
         forces, strain = program.forces_and_strain(vectors, grad, sender, receiver, batch, structures, virials)
         interaction = energies[composition.place]
         node_e0 = model.atomic_energies_fn(data["node_attrs"])[torch.arange(batch.numel()), heads].detach()
@@ -247,6 +237,32 @@ class Compiled:
             outputs["virials"] = -strain
             outputs["stress"] = torch.where(stress.abs() < 1e10, stress, torch.zeros_like(stress))
         return checked(outputs, positions, vectors.norm(dim=-1, keepdim=True), batch, sender)
+
+    def _run(
+        self,
+        sorted_edges: Sorted,
+        vectors: Tensor,
+        composition: Composition,
+        heads: Tensor | None,
+        exports: list[Tensor],
+        senders: Tensor | None = None,
+        exchange: program.Exchange | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Call the program; heads, (atoms,), and the energies that it returns are in the order of the composition."""
+        return self.program(
+            sorted_edges.layers,
+            sorted_edges.sender,
+            sorted_edges.receiver,
+            vectors,
+            composition.ordered,
+            composition.slices,
+            composition.by_species,
+            senders=senders,
+            tables=sorted_edges.tables,
+            heads=heads,
+            exports=exports,
+            exchange=exchange,
+        )
 
     def step_of_part(
         self,
@@ -274,20 +290,8 @@ class Compiled:
             (part.lammps.reverse_exchange if back else part.lammps.forward_exchange)(source, rows, rows.shape[1])
 
         exports = [vectors.new_empty(part.local, width) for width in self.widths]
-        energies, grad = self.program(
-            sorted_edges.layers,
-            sorted_edges.sender,
-            sorted_edges.receiver,
-            vectors,
-            composition.ordered,
-            composition.slices,
-            order,
-            senders=part.species.contiguous(),
-            tables=sorted_edges.tables,
-            heads=heads[order],
-            exports=exports,
-            exchange=exchange,
-        )
+        senders = part.species.contiguous()
+        energies, grad = self._run(sorted_edges, vectors, composition, heads[order], exports, senders, exchange)
         interaction = energies[composition.place]
         atoms = torch.arange(part.local)
         node_e0 = model.atomic_energies_fn(data["node_attrs"][: part.local])[atoms, heads].detach()

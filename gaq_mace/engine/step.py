@@ -32,7 +32,7 @@ from gaq_mace.engine.soundness import checked
 
 __all__ = ["Engine"]
 
-Found = tuple[list[Tables | None], Tensor | None]
+StepTables = tuple[list[Tables | None], Tensor | None]
 """Radial tables of each layer, and the number of each edge's table; see `Compositions.tables`."""
 
 logger = logging.getLogger(__name__)
@@ -124,15 +124,19 @@ class Engine(torch.nn.Module):
             return outputs
         if self.compiled is None or not _plain(options) or "displacement" in data:
             return self._step(data, composition, options)
-        found = self.compositions.tables(composition, data["edge_index"])
-        edges = self._sorted(data["edge_index"], composition, found)
+        step_tables = self.compositions.tables(composition, data["edge_index"])
+        edges = self._sorted(data["edge_index"], composition, step_tables)
         if edges is None:
-            return self._step(data, composition, options, found)
+            return self._step(data, composition, options, step_tables)
         virials = options.get("compute_virials", False) or options.get("compute_stress", False)
         return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
 
     def _step(
-        self, data: dict[str, Tensor], composition: Composition, options: dict[str, bool], found: Found | None = None
+        self,
+        data: dict[str, Tensor],
+        composition: Composition,
+        options: dict[str, bool],
+        step_tables: StepTables | None = None,
     ) -> Outputs:
         """Compute one step. Where the data have a number of `edges`, edges beyond it contribute nothing.
 
@@ -140,7 +144,7 @@ class Engine(torch.nn.Module):
             data: MACE's.
             composition: species of the atoms.
             options: of the call.
-            found: radial tables of the step; None to look them up.
+            step_tables: radial tables of the step; None to look them up.
         """
         model: AnyModule = self.__dict__["model"]
         stress = options.get("compute_stress", False)
@@ -171,7 +175,9 @@ class Engine(torch.nn.Module):
             e0 = e0 + scatter_sum(src=global_energy, index=batch, dim=0, dim_size=graphs)
         alike = start is None or (graphs == 1 and self.embeds_structures)
         attributes = data["node_attrs"]
-        edges = self._edges(data["edge_index"], vectors, lengths, attributes, composition, alike, found=found)
+        edges = self._edges(
+            data["edge_index"], vectors, lengths, attributes, composition, alike, step_tables=step_tables
+        )
         node_feats = self._node_feats(start, edges, composition)
         interaction = self._interaction_energies(pairs, node_feats, heads)
         interaction_energy = scatter_sum(interaction, batch, dim=-1, dim_size=graphs)
@@ -214,10 +220,10 @@ class Engine(torch.nn.Module):
         return self.compiled_parts
 
     def _sorted(
-        self, edge_index: Tensor, composition: Composition, found: Found, part: Part | None = None
+        self, edge_index: Tensor, composition: Composition, step_tables: StepTables, part: Part | None = None
     ) -> Sorted | None:
         """Edges of a step for the program; None where some radial network has to be evaluated for each edge."""
-        of_layers, numbers = found
+        of_layers, numbers = step_tables
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         if any(tables is None for tables in of_layers):
             return None
@@ -257,8 +263,8 @@ class Engine(torch.nn.Module):
         composition = self.compositions(attributes[:local].contiguous())
         vectors = data["vectors"]
         heads = data["head"][data["batch"]].to(torch.int64) if "head" in data else torch.zeros_like(data["batch"])
-        found = self.compositions.tables(composition, edge_index, part.species)
-        compiled, edges_of_part = self._compiled_for_parts(), self._sorted(edge_index, composition, found, part)
+        step_tables = self.compositions.tables(composition, edge_index, part.species)
+        compiled, edges_of_part = self._compiled_for_parts(), self._sorted(edge_index, composition, step_tables, part)
         if compiled is not None and edges_of_part is not None:
             return compiled.step_of_part(model, data, part, composition, edges_of_part, heads)
         vectors = vectors.requires_grad_(True)
@@ -267,7 +273,7 @@ class Engine(torch.nn.Module):
         pairs = torch.zeros_like(node_e0)
         if hasattr(model, "pair_repulsion"):
             pairs = model.pair_repulsion_fn(lengths, attributes, edge_index, model.atomic_numbers)[:local]
-        edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part, found)
+        edges = self._edges(edge_index, vectors, lengths, attributes, composition, False, part, step_tables)
         node_feats = self._node_feats(None, edges, composition)
         interaction = self._interaction_energies(pairs, node_feats, heads)
         interaction_energy = interaction.sum().view(1)
@@ -308,18 +314,18 @@ class Engine(torch.nn.Module):
         composition: Composition,
         alike: bool,
         part: Part | None = None,
-        found: Found | None = None,
+        step_tables: StepTables | None = None,
     ) -> list[Edges]:
         """Edges of a step for each layer, atoms in the order of the composition; for `alike` see `EdgeFeatures`.
 
         On a part of space senders are in the order of the data. Radial tables are looked up where they are not
-        `found` already.
+        given already.
         """
         model: AnyModule = self.__dict__["model"]
         species = composition.species if part is None else part.species
-        if found is None:
-            found = self.compositions.tables(composition, edge_index, None if part is None else species)
-        tables, numbers = found
+        if step_tables is None:
+            step_tables = self.compositions.tables(composition, edge_index, None if part is None else species)
+        tables, numbers = step_tables
         evaluated = self.reads_edges or any(of_layer is None for of_layer in tables)
         if (evaluated or any(self.transformed)) and not gpu.chosen(vectors.device):
             # A neighbour list with a skin has edges beyond the cutoff. On a GPU the host would have to wait for their

@@ -266,6 +266,15 @@ def test_a_head_that_does_not_exist() -> None:
         built()([Layer(PROBLEM, WEIGHTS, DENSITY)], *arguments, heads=HEADS + 1)
 
 
+@pytest.mark.parametrize("parts", [True, False])
+def test_an_exchange_where_it_belongs(parts: bool) -> None:
+    """Without one, a program for parts of space would call nothing."""
+    arguments = (*graph(), SPECIES_OF_ATOMS, SLICES, torch.arange(7))
+    exchange = None if parts else lambda back, rows: None
+    with pytest.raises(ValueError, match="an exchange belongs to a program for parts of space"):
+        built(parts)([Layer(PROBLEM, WEIGHTS, DENSITY)], *arguments, heads=HEADS, exchange=exchange)
+
+
 def test_time_of_operations() -> None:
     made = built()
     made.seconds = {}

@@ -236,8 +236,11 @@ def test_compiled(
     arguments = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase", "--data-path", tmp_path / "data.pt"]
     done = command("nequip-compile", trained_float.best, stock, *arguments)
     assert done.returncode == 0, done.stderr
-    # torch 2.8 leaves no debug symbols in the stock file; with those of torch 2.13 it is more than four times larger.
-    assert stock.stat().st_size / path.stat().st_size >= 2.2
+    assert artefact.sections(stock).weights / sizes.weights >= 4
+    with zipfile.ZipFile(stock) as archive:
+        symbols = b".debug_info" in archive.read(next(n for n in archive.namelist() if n.endswith(".so")))
+    # torch 2.8 leaves no debug symbols in the stock file, torch 2.13 does.
+    assert stock.stat().st_size / path.stat().st_size >= (4 if symbols else 2.2)
     # A compiled file is mostly code: what it holds is only compared with what another compiled file holds.
     for reference, word, value in (
         (trained_float.best, "not comparable", None),
