@@ -240,6 +240,7 @@ def train_round(name: str, work: Path, epochs: int) -> None:
         "patience": "100000",
         "error_table": "PerAtomMAE",
         "plot": "False",
+        "skip_evaluate_heads": "Default",  # its tables at the end of each round take longer than a share
         "seed": "1",
         **kind.options,
     }
