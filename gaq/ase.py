@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ class Calculator(ASECalculator):
     Args:
         path: the file.
         head: of a model with several; None for the first.
-        skin: by which neighbour lists are longer than the cutoff, in Å; they are kept until an atom has moved by half of
-            it. None for ``GAQ_SKIN``; 0 makes a list in every step.
+        skin: length by which neighbour lists reach beyond the cutoff, in Å; they are kept until an atom has moved by
+            half of it. None for ``GAQ_SKIN``; 0 makes a list in every step.
 
     Raises:
         ValueError: if the file is not whole or of another version, or has no such head; at a step, if it does not know
@@ -40,7 +40,7 @@ class Calculator(ASECalculator):
         gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012  (ASE's form)
 
     def __init__(self, path: str | Path, head: str | None = None, skin: float | None = None) -> None:
         super().__init__()

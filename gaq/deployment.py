@@ -19,6 +19,7 @@ from gaq.files.kinds import new_name
 from gaq.files.whole import put
 from gaq.model.elements import SpeciesMap, checked_elements
 from gaq.reporting.page import json_types
+from gaq.untyped import Document
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -91,7 +92,7 @@ def deploy(
         say("writing the model as a program")
         deployable = adapter.deployable(model, chosen, DTYPES[dtype])
         config = adapter.config(model)
-        metadata = {
+        metadata: Document = {
             "gaq": gaq.__version__,
             "framework": adapter.name,
             "made of": path.name,
@@ -105,7 +106,7 @@ def deploy(
         }
         with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
             trial = Path(folder) / output.name
-            form.write(trial, deployable, json_types(metadata))
+            form.write(trial, deployable, {key: json_types(value) for key, value in metadata.items()})
             compared = [*structures_for(chosen, deployable.r_max), *structures]
             checks = {}
             for head in heads:
