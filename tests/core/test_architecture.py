@@ -24,10 +24,11 @@ LEVELS = (
     ("gaq.kernels",),
     ("gaq.model",),
     ("gaq.checks",),
+    ("gaq.deployed", "gaq.ase"),
     ("gaq.adapter",),
     ("gaq.training",),
     ("gaq.reporting",),
-    ("gaq.api", "gaq.cli"),
+    ("gaq.api", "gaq.deployment", "gaq.cli"),
 )
 
 # Modules that both adapters have, under the same names.
