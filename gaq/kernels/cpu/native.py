@@ -44,7 +44,7 @@ SOURCES = (
     "program.cpp",
 )
 SHIM_SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
-HEADERS = ("batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h")
+HEADERS = ("activations.h", "batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
