@@ -9,7 +9,8 @@ Normalisations are parts of matrices. What the first layer makes of the types al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -176,6 +177,15 @@ def program_of(model: AnyModule, parts: bool = False, tolerance: float | None = 
         return _Writer(model, parts, tolerance).written()
 
 
+@contextmanager
+def _within(name: str) -> Iterator[None]:
+    """Refuse what is refused within this context by the name of the module."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unsupported(f"{name}: {error}") from error
+
+
 class _Writer:
     """Writes the program of one model."""
 
@@ -206,12 +216,11 @@ class _Writer:
         features, attributes = type_features(self.modules[names[0]])
         x: Value | None = None
         for name in layers:
-            try:
+            with _within(name):
                 x = self._layer(self.modules[name], x, features, attributes)
-            except ValueError as error:
-                raise Unsupported(f"{name}: {error}") from error
         assert x is not None
-        self._readout(readout, x, scales)
+        with _within(next(iter(rest))):
+            self._readout(readout, x, scales)
         made = self.builder.build()
         tabulated = [
             Layer(problem, functions.weights(self.dtype), None)
@@ -279,7 +288,7 @@ class _Writer:
         pieces = [rounding.Piece(b.components, b.channels, b.start, width, b.channels) for b in blocks]
         plan = rounding.plan(quantizer, pieces)
         if plan is None:
-            raise Unsupported("the kernels do not round features as a quantizer of the model does")
+            raise Unsupported(f"the kernels do not round the features of a {class_name(module)} as its quantizer does")
         return self.builder.round(x, plan, in_place)
 
     def _linear(self, x: Value, width: int, blocks: Sequence[program.Block], onto: Value | None = None) -> Value:

@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pairs": ({"pair_potential": LENNARD_JONES}, "pair_potential, a LennardJones"),
     "read-out": (
         {"readout_mlp_hidden_layers_depth": 1, "readout_mlp_nonlinearity": "gelu"},
-        "there is a GELU among scalar layers",
+        "per_atom_energy_readout: there is a GELU among scalar layers",
     ),
     "cutoffs": ({"per_edge_type_cutoff": {"H": 2.71828}}, r"no multiples of a part of 4 Å: \[2\.7"),
     "degrees": ({"l_max": 5, "num_features": 2}, "layer0_convnet: features up to l = 4 are served"),
@@ -313,5 +313,5 @@ def test_allegro_is_refused() -> None:
 def test_rounding_and_training_are_refused(quantized: Callable[..., Any]) -> None:
     with pytest.raises(Unsupported, match="the model is in training"):
         program_of(quantized("gaq", "plain", "float64", "training"))
-    with pytest.raises(Unsupported, match="layer0_convnet: the kernels do not round features"):
+    with pytest.raises(Unsupported, match="layer0_convnet: the kernels do not round the features of a Linear"):
         program_of(quantized("w8a8", "plain", "float64"))

@@ -398,7 +398,12 @@ template <typename T> class Program {
   void copy(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const Rows<const T> in = rows<const T>(a, call, arena);
     const Rows<T> out = rows<T>(a + 6, call, arena);
-    for (int64_t i = 0, count = call.atoms * a[3]; i < count; ++i) std::memcpy(out[i], in[i], a[12] * sizeof(T));
+#pragma omp parallel for schedule(static) \
+    num_threads(call.threads) if (threads_for(call.atoms * a[3] * a[12], call) > 1)
+    for (int64_t i = 0; i < call.atoms; ++i)
+      for (int64_t m = 0; m < in.components; ++m)
+        std::memcpy(out.first + i * out.atom_stride + m * out.row_stride,
+                    in.first + i * in.atom_stride + m * in.row_stride, a[12] * sizeof(T));
   }
 
   static int64_t head(const Call<T>& call, int64_t atom) { return call.head ? call.head[atom] : 0; }
