@@ -84,8 +84,6 @@ def deploy(
     with adapter.process_state():
         say(f"loading {path}")
         model = adapter.load(path, "cpu", species)
-        if adapter.status(model) == "training":
-            raise ValueError(f"{path}: is in training; give the model that training writes at its end.")
         known = adapter.elements(model)
         chosen = known if elements is None else checked_elements(elements, known)
         heads = adapter.heads(model) or ["default"]

@@ -160,8 +160,10 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
 
-    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
-        raise ValueError("models of NequIP and Allegro are deployed with nequip-deploy.")
+    def deployable(self, model_: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+        from gaq_nequip.engine.deployable import deployable
+
+        return deployable(model_, elements, dtype)
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         model.__dict__[EXAMPLE] = from_structures(model, structures)

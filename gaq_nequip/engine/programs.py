@@ -21,7 +21,7 @@ from torch import Tensor
 from gaq.kernels import program, radial, rounding
 from gaq.kernels.chunks import ChunkedConvolution
 from gaq.kernels.problem import ConvolutionProblem
-from gaq.kernels.program import Builder, Exchange, Layer, Program, Value, View
+from gaq.kernels.program import Builder, Exchange, Layer, Program, Recorded, Value, View
 from gaq.model.state import state_of
 from gaq.untyped import AnyModule
 from gaq_nequip.engine.edges import EdgePart, Unsupported, edge_part, fit_harmonics, layer_sequence
@@ -66,6 +66,7 @@ class NequIPProgram:
     """A model as a program, with everything that its steps need.
 
     Attributes:
+        recorded: the program as data.
         program: operations of the model.
         problems: convolution of each layer.
         radials: radial network of each layer.
@@ -77,6 +78,7 @@ class NequIPProgram:
         layers: convolutions with tables of their radial weights in the dtype of the program.
     """
 
+    recorded: Recorded
     program: Program
     problems: tuple[ConvolutionProblem, ...]
     radials: tuple[RadialFunctions, ...]
@@ -221,13 +223,14 @@ class _Writer:
         assert x is not None
         with _within(next(iter(rest))):
             self._readout(readout, x, scales)
-        made = self.builder.build()
+        recorded = self.builder.record()
         tabulated = [
             Layer(problem, functions.weights(self.dtype), None)
             for problem, functions in zip(self.problems, self.radials, strict=True)
         ]
         return NequIPProgram(
-            made,
+            recorded,
+            Program(recorded),
             tuple(self.problems),
             tuple(self.radials),
             self.cutoffs.pairs,
