@@ -1,0 +1,136 @@
+"""Compilation of the plugin on the user's machine, for the user's LAMMPS, with the C++ kernels in it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+from pathlib import Path
+
+from gaq.kernels import signatures
+from gaq.kernels.cpu import native, store
+from gaq.lammps.installation import Installation, LammpsError
+from gaq.lammps.simulation import run
+
+__all__ = ["PLUGIN", "compile_plugin", "obtain", "write_sources"]
+
+PLUGIN = "gaqplugin.so"
+"""Name of the file: LAMMPS loads files that end so from the folders in LAMMPS_PLUGIN_PATH."""
+PAIR_STYLE = Path(__file__).parent / "pair_style"
+PAIR_SOURCES = ("pair_gaq.cpp", "plugin.cpp")
+PAIR_HEADERS = ("pair_gaq.h",)
+
+
+def write_sources(folder: Path) -> None:
+    """Write all files into a folder that the pair style is compiled from, with the kernels and LAMMPS's licence.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*PAIR_SOURCES, *PAIR_HEADERS):
+        shutil.copyfile(PAIR_STYLE / name, folder / name)
+    kernels = Path(native.__file__).parent
+    for name in (*native.SOURCES, *native.HEADERS):
+        shutil.copyfile(kernels / name, folder / name)
+    (folder / "signatures.h").write_text(signatures.header())
+
+
+def obtain(lammps: Installation) -> Path:
+    """Path of the plugin for a LAMMPS in the cache folder, built first where it is not there.
+
+    Raises:
+        LammpsError: if it cannot be compiled, or LAMMPS cannot load it.
+        OSError: if no folder can keep it.
+    """
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(prefix="gaq-") as scratch:
+        folder = Path(scratch)
+        write_sources(folder)
+        digest = hashlib.sha256(native.processor().encode())
+        for part in (*_options(lammps), lammps.version, str(lammps.program), compiler):
+            digest.update(part.encode() + b"\0")
+        for path in sorted(folder.iterdir()):
+            digest.update(path.read_bytes())
+
+        def build() -> Path:
+            built = compile_plugin(lammps, sorted(folder.glob("*.cpp")), folder, folder / PLUGIN)
+            check_loads(lammps, built)
+            return built
+
+        return store.obtain(f"lammps-{digest.hexdigest()[:20]}", PLUGIN, build, lambda path: path)
+
+
+def compile_plugin(lammps: Installation, sources: Sequence[Path], headers: Path, output: Path) -> Path:
+    """Compile sources to a plugin.
+
+    Args:
+        lammps: for which it is.
+        sources: C++ files.
+        headers: folder of their headers; object files go there too.
+        output: the file to write.
+
+    Raises:
+        LammpsError: if there is no compiler, or it fails.
+    """
+    compiler = _compiler().split()
+
+    def compiled(source: Path) -> str:
+        target = headers / f"{source.stem}.o"
+        _run([*compiler, *_options(lammps), f"-I{headers}", "-c", str(source), "-o", str(target)], lammps)
+        return str(target)
+
+    with ThreadPoolExecutor(cpu_count() or 1) as pool:
+        objects = list(pool.map(compiled, sources))
+    openmp = ["-fopenmp"]
+    if lammps.openmp is not None:  # two libraries in one process would compete for the cores
+        openmp = [str(lammps.openmp), f"-Wl,-rpath,{lammps.openmp.parent}"]
+    # What LAMMPS and MPI define is found when the plugin is loaded.
+    _run([*compiler, "-shared", *objects, *openmp, "-lstdc++", "-lm", "-o", str(output)], lammps)
+    return output
+
+
+def check_loads(lammps: Installation, plugin: Path) -> None:
+    """Load a plugin in LAMMPS.
+
+    Raises:
+        LammpsError: if that fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
+        output = run(lammps, f"plugin load {plugin}\nplugin list\n", Path(folder))
+    if "pair style plugin gaq" not in output:
+        lines = [line for line in output.splitlines() if "fail" in line.lower() or "error" in line.lower()]
+        raise LammpsError(f"LAMMPS {lammps.version} does not load the plugin: {' '.join(lines)}")
+
+
+def _options(lammps: Installation) -> list[str]:
+    """Options of the compiler; the plugin exports nothing but its entry point."""
+    folders = [f"-I{lammps.headers}", f"-I{lammps.mpi_header}"]
+    return [*native.FLAGS, "-fvisibility=hidden", f"-D{lammps.integers}", *folders]
+
+
+def _compiler() -> str:
+    if not sys.platform.startswith("linux"):
+        raise LammpsError("the plugin is built on Linux only.")
+    try:
+        return native.compiler()
+    except native.CompilerError as error:
+        raise LammpsError(str(error)) from error
+
+
+def _run(command: list[str], lammps: Installation) -> None:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise LammpsError(f"{command[0]} does not run: {error}") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()
+        raise LammpsError(
+            f"{command[0]} cannot compile the plugin against LAMMPS {lammps.version} ({lammps.headers}): "
+            f"{' '.join(lines[:3])}"
+        )
