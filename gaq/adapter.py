@@ -14,6 +14,7 @@ from torch import Tensor
 from gaq.caches import cached
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.deployed.form import Deployable
 from gaq.files.kinds import kind_of
 from gaq.home import check_home
 from gaq.model.elements import SpeciesMap
@@ -176,6 +177,19 @@ class Adapter(Protocol):
         """Return a model as a potential, evaluated in batches of at most so many atoms; None leaves it the choice.
 
         Of a model with several heads, `head` is evaluated, or the one that the framework takes by default.
+        """
+        ...
+
+    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+        """Return a model, float or converted, as what a deployed file holds.
+
+        Args:
+            model: on the CPU; it is not changed.
+            elements: chemical symbols that the file is to know.
+            dtype: in which it computes.
+
+        Raises:
+            ValueError: if the model has parts that no deployed file can hold; the message says which, and what to do.
         """
         ...
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gaq.checks.potential import Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.deployed.form import Deployable
 from gaq.files.kinds import new_name
 from gaq.files.whole import written_whole
 from gaq.kernels.cpu import native
@@ -159,6 +160,20 @@ class MACEAdapter:
 
     def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
         return MACEPotential(model, atoms, head)
+
+    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+        from gaq_mace.engine.deployable import deployable
+
+        if not isinstance(model, mace_models.ScaleShiftMACE):
+            raise ValueError(f"a {type(model).__name__} cannot be deployed: only models of class ScaleShiftMACE can.")
+        copied = copy.deepcopy(model).to(dtype)
+        try:
+            return deployable(copied, element_names(model), elements, head_names(model))
+        except engine.Unsupported as error:
+            raise ValueError(
+                f"the model cannot be deployed: {error}. It runs through MACE's calculator, and in LAMMPS through "
+                "ML-IAP (gaq_mace_create_lammps_model)."
+            ) from error
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         pass  # MACE's files hold the model alone

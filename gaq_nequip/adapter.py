@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gaq.checks.potential import CalculatorPotential, Potential
 from gaq.config.parse import QuantizationConfig
+from gaq.deployed.form import Deployable
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
@@ -158,6 +159,9 @@ class NequIPAdapter:
         if isinstance(model, files.CompiledModel):
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
+
+    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+        raise ValueError("models of NequIP and Allegro are deployed with nequip-deploy.")
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         model.__dict__[EXAMPLE] = from_structures(model, structures)

@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     _report(
         _command(commands, "report", "measure a model: errors, equivariance, conservation, speed, size", GATE_CODES)
     )
+    _deploy(_command(commands, "deploy", "write a model as one file for C++: ASE, and LAMMPS on any number of ranks"))
     _inspect(_command(commands, "inspect", "one row per module: bits, scales, bytes, and why the rest is float"))
     _command(commands, "doctor", "versions, state of the hook, which kernels can run here and why not")
     return root
@@ -139,6 +140,27 @@ def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", type=int, default=200, help="structures used for errors (evenly spaced)")
     _add_species(command)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+
+
+def _deploy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="model, quantized or float: MACE .model or .safetensors, NequIP .ckpt")
+    command.add_argument("output", help="file to write: .gaq")
+    command.add_argument(
+        "--elements",
+        metavar="LIST",
+        help="keep only these of the model's elements, such as Li,P,S: the file is smaller",
+    )
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float64"),
+        help="in which the file computes (default: float32)",
+    )
+    command.add_argument(
+        "--structures", metavar="FILE", help="structures to compare the file with the model on, beside those made here"
+    )
+    command.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
+    _add_species(command)
 
 
 def _add_species(command: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gaq.cli.frame import DONE
@@ -26,6 +27,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     from gaq.model.summary_table import format_rows
 
     say = speaker(arguments.json)
+    if kind_of(arguments.model).name == "deployed":
+        return _deployed(say, Path(arguments.model))
     adapter = find_adapter("", arguments.model)
     if arguments.sensitivity is not None:
         check_structure_file("--sensitivity", arguments.sensitivity)
@@ -60,6 +63,22 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "notes": notes,
         "sensitivity": scan,
     }
+
+
+def _deployed(say: Say, path: Path) -> tuple[int, Document]:
+    """Show what a deployed file holds."""
+    from gaq.deployed import form
+
+    described, sizes = form.metadata_of(path), form.sizes_of(path)
+    preset = described["preset"]
+    say(f"{path}: a deployed model, " + ("float" if preset is None else f"preset {preset}") + ", without a framework")
+    for key in ("framework", "made of", "elements", "heads", "r_max", "dtype", "gaq"):
+        value = described[key]
+        say(f"  {key:14s} {', '.join(value) if isinstance(value, list) else value}")
+    for name, size in sizes.items():
+        say(f"  {name:14s} {size} bytes")
+    _say_notes(say, described["notes"])
+    return DONE, {"model": str(path), "kind": "a deployed model", **described, "bytes": sizes}
 
 
 def _say_notes(say: Say, notes: Document) -> None:

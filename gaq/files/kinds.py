@@ -29,6 +29,7 @@ class FileKind:
 
 MACE_MODEL = FileKind("a MACE model", "mace", "model")
 MACE_SAFETENSORS = FileKind("a quantized MACE model (safetensors)", "mace", "safetensors")
+DEPLOYED = FileKind("a deployed model", None, "deployed")
 MACE_MLIAP = FileKind("a MACE model exported for LAMMPS (ML-IAP)", "mace", "export")
 MACE_SCRIPT = FileKind("a MACE model compiled by TorchScript", "mace", "script")
 CHECKPOINT = FileKind("a NequIP checkpoint", "nequip", "checkpoint")
@@ -145,7 +146,10 @@ def _safetensors(path: Path) -> FileKind | None:
         if length > path.stat().st_size:
             return None
         header = json.loads(file.read(length))
-    if "gaq" in header.get("__metadata__", {}):
+    metadata = header.get("__metadata__", {})
+    if "gaq_deployed" in metadata:
+        return DEPLOYED
+    if "gaq" in metadata:
         return MACE_SAFETENSORS
     return FileKind("a safetensors file of another program, which holds tensors without a model")
 

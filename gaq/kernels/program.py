@@ -24,7 +24,18 @@ from gaq.kernels import contraction, rounding, signatures
 from gaq.kernels.convolution import ConvolutionProblem
 from gaq.kernels.cpu.native import kernel
 
-__all__ = ["Builder", "Exchange", "Layer", "Program", "Repulsion", "Value", "View", "edge_vectors", "forces_and_strain"]
+__all__ = [
+    "Builder",
+    "Exchange",
+    "Layer",
+    "Program",
+    "Recorded",
+    "Repulsion",
+    "Value",
+    "View",
+    "edge_vectors",
+    "forces_and_strain",
+]
 
 ACTIVATIONS = ("silu", "tanh")
 """Functions of `Builder.activation`."""
@@ -122,6 +133,39 @@ class Layer:
     density: Tensor | None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A program as `program.cpp` reads it, and as a file holds it.
+
+    Attributes:
+        dtype: of the features.
+        words: slots, matrices and operations, int64.
+        ints: what operations read, int64.
+        reals: what operations read, float64.
+        constants: what operations read, in the dtype of the features.
+        weights: matrices, end to end, in the dtype of the features.
+        operations: name of each operation.
+        exports: number of the features that a call can give.
+        parts: whether it is for parts of space.
+        layers: number of convolutions.
+        heads: number of heads.
+        width: most numbers of an atom that an exchange moves.
+    """
+
+    dtype: torch.dtype
+    words: Tensor
+    ints: Tensor
+    reals: Tensor
+    constants: Tensor
+    weights: Tensor
+    operations: tuple[str, ...]
+    exports: int
+    parts: bool
+    layers: int
+    heads: int
+    width: int
+
+
 Argument = int | _Memory
 Block = tuple[View, View, Tensor]
 """Where a linear layer reads and writes, and its matrix (in, out) or those of all species, (species, in, out)."""
@@ -151,6 +195,7 @@ class Builder:
         self.matrices: list[list[int]] = []
         self.exports = 0
         self.layers = 0
+        self.widest = 0
         if scales.shape != shifts.shape:
             raise ValueError(f"factors of {tuple(scales.shape)} heads, and constants of {tuple(shifts.shape)}")
         self.heads = scales.numel()
@@ -370,6 +415,7 @@ class Builder:
         if not self.parts:
             return x
         out, width = Value(self._memory(x.memory.width, of_senders=True), x.differentiable), x.memory.width
+        self.widest = max(self.widest, width)
         self._step("exchange", x.memory, out.memory, width)
 
         def back() -> None:
@@ -392,6 +438,10 @@ class Builder:
 
     def build(self) -> Program:
         """Add the backward pass, and make the program."""
+        return Program(self.record())
+
+    def record(self) -> Recorded:
+        """Add the backward pass, and give the program as data."""
         self._step("scale_shift", self.scales, self.shifts)
         for back in reversed(self.tape):
             back()
@@ -404,7 +454,21 @@ class Builder:
         # What steps find in `ints` stands behind the rest: they have places relative to its beginning.
         head = [len(sizes), len(self.matrices), len(self.steps), self.layers]
         head += [word for size in sizes for word in size] + [word for matrix in self.matrices for word in matrix]
-        return Program(self, [*head, *words])
+        none = torch.zeros(0, dtype=self.dtype)
+        return Recorded(
+            dtype=self.dtype,
+            words=torch.tensor([*head, *words], dtype=torch.int64),
+            ints=torch.tensor(self.ints, dtype=torch.int64),
+            reals=torch.tensor(self.reals, dtype=torch.float64),
+            constants=torch.cat([none, *self.constants]),
+            weights=torch.cat([none, *self.weights]),
+            operations=tuple(name for name, _ in self.steps),
+            exports=self.exports,
+            parts=self.parts,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.widest,
+        )
 
     def _slots(self) -> dict[int, int]:
         """Number of the slot of each memory: those that are not used at the same time share one."""
@@ -450,27 +514,15 @@ class Program:
 
     seconds: dict[str, float] | None = None
 
-    def __init__(self, builder: Builder, words: list[int]) -> None:
-        self.dtype, self.exports, self.parts, self.layers = (
-            builder.dtype,
-            builder.exports,
-            builder.parts,
-            builder.layers,
-        )
-        self.operations, self.heads = [name for name, _ in builder.steps], builder.heads
-        none = torch.zeros(0, dtype=self.dtype)
-        # Copied or packed by the constructor.
-        arrays = (
-            torch.tensor(words, dtype=torch.int64),
-            torch.tensor(builder.ints, dtype=torch.int64),
-            torch.tensor(builder.reals, dtype=torch.float64),
-            torch.cat([none, *builder.constants]),
-        )
-        weights = torch.cat([none, *builder.weights])
+    def __init__(self, recorded: Recorded) -> None:
+        self.dtype, self.exports, self.parts = recorded.dtype, recorded.exports, recorded.parts
+        self.operations, self.heads = recorded.operations, recorded.heads
         self._run = kernel("program_run", self.dtype)
         made = ctypes.c_int64()
+        # Copied or packed.
+        arrays = (recorded.words, recorded.ints, recorded.reals, recorded.constants)
         sizes = [word for array in arrays for word in (array.data_ptr(), array.numel())]
-        kernel("program_new", self.dtype)(*sizes, weights.data_ptr(), ctypes.addressof(made))
+        kernel("program_new", self.dtype)(*sizes, recorded.weights.data_ptr(), ctypes.addressof(made))
         self.handle = made.value
         weakref.finalize(self, kernel("program_delete", self.dtype), self.handle)
 

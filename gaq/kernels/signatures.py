@@ -15,7 +15,17 @@ from typing import Any
 
 from gaq.kernels import radial
 
-__all__ = ["DTYPES", "KERNELS", "OPERATIONS", "STEPS", "argument_types", "c_name", "c_shim", "header"]
+__all__ = [
+    "DEPLOYED_VERSION",
+    "DTYPES",
+    "KERNELS",
+    "OPERATIONS",
+    "STEPS",
+    "argument_types",
+    "c_name",
+    "c_shim",
+    "header",
+]
 
 DTYPES = {"float32": "float", "float64": "double"}
 """Dtypes of the kernels: their names in torch and in C++. T below stands for the name in C++."""
@@ -78,6 +88,9 @@ STEPS = (
 )
 """Operations of a program; `program.cpp` says what their arguments are."""
 
+DEPLOYED_VERSION = 1
+"""Version of the form of deployed files, which `potential.cpp` reads."""
+
 _EDGES = (
     "Tensor features, Tensor vectors, Tensor weights, Tensor scales, Tensor ints, Tensor reals, Tensor sender, "
     "Tensor receiver, Tensor tables"
@@ -131,6 +144,7 @@ def header() -> str:
         "#pragma once",
         "#include <cstdint>",
         f"#define GAQ_COEFFICIENTS {radial.COEFFICIENTS}",
+        f"#define GAQ_DEPLOYED_VERSION {DEPLOYED_VERSION}",
         "#define GAQ_KERNEL(KERNEL, NAME, T) GAQ_KERNEL_##KERNEL(NAME, T)",
         "#define GAQ_SHIM(OPERATION) GAQ_SHIM_##OPERATION",
     ]

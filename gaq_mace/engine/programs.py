@@ -21,7 +21,7 @@ from gaq_mace.engine.linears import Mixing
 from gaq_mace.engine.reading import Unsupported, class_name, input_quantizer_of, inputs_of, matrices_of, multiplicity
 from gaq_mace.engine.soundness import checked
 
-__all__ = ["Compiled", "Sorted"]
+__all__ = ["Compiled", "Recorder", "Sorted"]
 
 _FUNCTIONS: dict[object, str] = {torch.nn.functional.silu: "silu", torch.tanh: "tanh"}
 _READOUTS = ("LinearReadoutBlock", "NonLinearReadoutBlock")
@@ -44,24 +44,37 @@ class Sorted:
     layers: list[Layer]
 
 
-class Compiled:
-    """A program of an engine, and the steps that it computes.
+class Recorder:
+    """Writes the operations of a model.
 
     Args:
         model: a `ScaleShiftMACE` in float32 or float64 on the CPU.
         layers: the engine's, of that model.
         embedding: features of each species before the first layer, (species, channels).
         parts: whether the program is for parts of space.
+        species: those of the model's species that the program knows, (kept,), int64; None for all.
+
+    Attributes:
+        widths: numbers of an atom's features after each layer, which a call can give.
+        recorded: the program.
 
     Raises:
         Unsupported: for layers and read-outs of which there are no operations.
     """
 
-    def __init__(self, model: AnyModule, layers: Sequence[AnyModule], embedding: Tensor, parts: bool = False) -> None:
+    def __init__(
+        self,
+        model: AnyModule,
+        layers: Sequence[AnyModule],
+        embedding: Tensor,
+        parts: bool,
+        species: Tensor | None = None,
+    ) -> None:
         scale = torch.atleast_1d(model.scale_shift.scale)
         self.builder = Builder(embedding.dtype, scale, torch.atleast_1d(model.scale_shift.shift), parts)
+        self.species = torch.arange(len(embedding)) if species is None else species
         if hasattr(model, "pair_repulsion"):
-            self.builder.repulsion(_repulsion(model))
+            self.builder.repulsion(_repulsion(model, self.species))
         self.widths: list[int] = []
         features: list[Value] = []
         for layer in layers:
@@ -72,8 +85,7 @@ class Compiled:
         for number, readout in enumerate(model.readouts):
             which = -1 if len(model.readouts) == 1 else number
             self._readout(readout, number, features[which], self.widths[which])
-        self.program: Program = self.builder.build()
-        del self.builder
+        self.recorded = self.builder.record()
 
     # -- layers --
 
@@ -88,13 +100,13 @@ class Compiled:
         sc: Value | None = None
         if features is None:
             # Everything before the first messages depends on the species alone.
-            species = torch.arange(len(embedding))
+            every = torch.arange(len(embedding))
             with torch.no_grad():
                 sent = layer.mix(layer.up, embedding[:, None])
-                kept = layer._skip(embedding[:, None], _each_its_own(species)) if layer.residual else None
-            x = builder.gather(sent.flatten(1), of_senders=True)
+                kept = layer._skip(embedding[:, None], _each_its_own(every)) if layer.residual else None
+            x = builder.gather(sent.flatten(1)[self.species], of_senders=True)
             if kept is not None:
-                sc = builder.gather(kept.flatten(1))
+                sc = builder.gather(kept.flatten(1)[self.species])
         else:
             if layer.residual:
                 sc = self._skip(layer, features)
@@ -105,7 +117,7 @@ class Compiled:
             x = builder.divide_by_density(x)
         if not layer.residual:
             x = self._skip(layer, x)
-        x = builder.contraction(x, layer.polynomial, layer.contraction_coefficients)
+        x = builder.contraction(x, layer.polynomial, layer.contraction_coefficients[self.species])
         x = self._mix(layer, layer.final, x, sc if layer.use_sc and layer.residual else None)
         return self._round(x, layer.round_out)
 
@@ -140,11 +152,15 @@ class Compiled:
             (
                 _rows(layer.skip_rows_in[i_in], channels, width_in),
                 _rows(layer.skip_rows[out], layer.skip_channels, width),
-                getattr(layer, f"skip_{out}"),
+                self._of_species(getattr(layer, f"skip_{out}")),
             )
             for out, i_in in layer.skip_inputs.items()
         ]
         return self.builder.linear(x, width, blocks, full=len(blocks) == len(layer.skip_rows))
+
+    def _of_species(self, matrix: Tensor) -> Tensor:
+        """The part of a matrix that belongs to the program's species; all where it is the same for each."""
+        return matrix[self.species] if matrix.dim() == 3 else matrix
 
     def _mixed_messages(self, layer: AnyModule, x: Value) -> Value:
         """The linear layer that mixes the paths of messages."""
@@ -189,6 +205,18 @@ class Compiled:
         x = self._round(x, Rounder(input_quantizer_of(linear), linear.irreps_in, channels))
         matrix = matrices_of(linear)[0]
         return self.builder.linear(x, matrix.shape[1], [(View(1, width, 0), View(1, matrix.shape[1], 0), matrix)])
+
+
+class Compiled:
+    """A program of an engine, and the steps that it computes; the arguments are those of `Recorder`.
+
+    Raises:
+        Unsupported: for layers and read-outs of which there are no operations.
+    """
+
+    def __init__(self, model: AnyModule, layers: Sequence[AnyModule], embedding: Tensor, parts: bool = False) -> None:
+        recorder = Recorder(model, layers, embedding, parts)
+        self.widths, self.program = recorder.widths, Program(recorder.recorded)
 
     # -- steps --
 
@@ -318,9 +346,9 @@ def _rows(rows: slice, channels: int, width: int) -> View:
     return View(rows.stop - rows.start, width, channels, rows.start * channels)
 
 
-def _repulsion(model: AnyModule) -> program.Repulsion:
-    """The repulsion of nuclei of a model; the numbers are those of MACE's `ZBLBasis`."""
-    zbl, numbers = model.pair_repulsion_fn, model.atomic_numbers.cpu()
+def _repulsion(model: AnyModule, species: Tensor) -> program.Repulsion:
+    """The repulsion of nuclei of some species of a model; the numbers are those of MACE's `ZBLBasis`."""
+    zbl, numbers = model.pair_repulsion_fn, model.atomic_numbers.cpu()[species]
     powers = numbers.double() ** float(zbl.a_exp)
     radii = zbl.covalent_radii.double().cpu()[numbers]
     return program.Repulsion(

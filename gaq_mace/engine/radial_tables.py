@@ -167,6 +167,34 @@ class RadialTables:
         with torch.no_grad():
             return all(self._fill(part, pairs, memory) for part, memory in enumerate(out))
 
+    def bytes_before_last(self) -> int:
+        """Memory of what `before_last` makes for a pair of species, as far as the number of intervals is known."""
+        return 8 * radial.COEFFICIENTS * self.intervals[0] * self.last.shape[1]
+
+    def before_last(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor | None]:
+        """Make tables of the features before the last layer, which take a fraction of the memory.
+
+        Args:
+            pairs: of species, at least one.
+
+        Returns:
+            Polynomials of these features, (pairs, intervals, COEFFICIENTS, features), and of the edge density where
+            there is one, (pairs, intervals, COEFFICIENTS); float64.
+
+        Raises:
+            ValueError: if the functions of a pair cannot be tabulated.
+        """
+        with torch.no_grad():
+            for part in range(len(self.intervals)):
+                while not self._fill(part, pairs, None):
+                    pass
+            functions = (self._hidden, self._densities)[: len(self.intervals)]
+            tables = [
+                radial.interpolate(functools.partial(function, pairs), self.r_max, intervals).coefficients[:, 0]
+                for function, intervals in zip(functions, self.intervals, strict=True)
+            ]
+        return tables[0], tables[1][..., 0] if len(tables) > 1 else None
+
     def _fill(self, part: int, pairs: Sequence[Pair], out: Tensor | None) -> bool:
         """Make the tables of one kind; if a pair needs more intervals, say no, and count them."""
         function, last = ((self._hidden, self.last), (self._densities, None))[part]

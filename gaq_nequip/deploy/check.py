@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from ase.data import atomic_numbers
 
-from gaq.untyped import AnyModule, Calculator
+from gaq.deployed.check import Check, compare
+from gaq.untyped import AnyModule
 from gaq_nequip.calculator import compiled_calculator, model_calculator, saved_calculator
 from gaq_nequip.forms import COMPILED
 from gaq_nequip.species import species_of, type_names
@@ -20,26 +19,7 @@ if TYPE_CHECKING:
     from ase import Atoms
     from torch import Tensor
 
-    from gaq.config.schema import QuantizationConfig
-
-__all__ = ["Check", "check", "default_tolerance", "is_checked", "structures_of"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """Differences between a deployed file and its model, on the example structure and distorted copies.
-
-    Attributes:
-        energy: largest difference of the energy per atom, meV.
-        forces: largest difference of a force component, meV/Å.
-        force_scale: largest force component, meV/Å.
-        structures: number of structures compared.
-    """
-
-    energy: float
-    forces: float
-    force_scale: float
-    structures: int
+__all__ = ["check", "is_checked", "structures_of"]
 
 
 def check(model: AnyModule, example: dict[str, Tensor], deployed: Path, target: str, device: str) -> Check | None:
@@ -52,26 +32,12 @@ def check(model: AnyModule, example: dict[str, Tensor], deployed: Path, target: 
     species = species_of(model)
     make = compiled_calculator if deployed.name.endswith(COMPILED) else saved_calculator
     structures = structures_of(example, species, type_names(model))
-    return _compare(model_calculator(model, device), make(deployed, device, species), structures)
+    return compare(model_calculator(model, device), make(deployed, device, species), structures)
 
 
 def is_checked(deployed: Path, target: str) -> bool:
     """Whether ASE can run a deployed file, so that `check` compares it with its model."""
     return target == "ase" or not deployed.name.endswith(COMPILED)
-
-
-def default_tolerance(config: QuantizationConfig) -> float:
-    """Allowed force difference, meV/Å, between a deployed file and its model.
-
-    With exact activations only the fold differs: 0.5. With rounded activations, a number on the edge between two steps
-    may fall to the other side in another order of summation. Forces then differ by the rounding noise itself, which is
-    below 5 at 16 bits. On coarser grids the difference is printed, not judged.
-    """
-    if not config.rounds_activations:
-        return 0.5
-    attention = None if config.attention is None else config.attention.bits
-    bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits, attention) if b is not None]
-    return 5.0 if min(bits) >= 16 else float("inf")
 
 
 def structures_of(
@@ -112,20 +78,3 @@ def structures_of(
         distorted.rattle(amplitude, seed=seed)
         structures.append(distorted)
     return structures
-
-
-def _compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms]) -> Check:
-    differences = []
-    for atoms in structures:
-        values = []
-        for calculator in (reference, deployed):
-            copy = atoms.copy()
-            copy.calc = calculator
-            values.append((copy.get_potential_energy(), copy.get_forces()))
-        (energy, forces), (other_energy, other_forces) = values
-        differences.append(
-            (abs(energy - other_energy) / len(atoms), np.abs(forces - other_forces).max(), np.abs(forces).max())
-        )
-    # np.max, because the largest of a NaN and a number has to be NaN, whatever their order.
-    energy, forces, scale = 1e3 * np.max(differences, axis=0)
-    return Check(float(energy), float(forces), float(scale), len(structures))

@@ -90,9 +90,10 @@ def _build(arguments: argparse.Namespace) -> int:
     source = _model_path(arguments)
     output, kind = _checked(arguments, source)
 
+    from gaq.deployed.check import default_tolerance
     from gaq.model.state import state_of
     from gaq_nequip import files
-    from gaq_nequip.deploy.check import check, default_tolerance, is_checked, structures_of
+    from gaq_nequip.deploy.check import check, is_checked, structures_of
     from gaq_nequip.deploy.compile import check_compiler, compile_model, frozen_copy
     from gaq_nequip.deploy.sizes import WeightSizes, table
     from gaq_nequip.example import edges_of

@@ -6,12 +6,12 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from gaq.deployed.check import Check
 from gaq.files.packing import packed_bytes as code_bytes
 from gaq.model.state import is_kind
 from gaq.untyped import AnyModule
 from gaq_nequip import weights
 from gaq_nequip.deploy import artefact
-from gaq_nequip.deploy.check import Check
 from gaq_nequip.forms import COMPILED
 from gaq_nequip.freeze import freeze
 from gaq_nequip.packed import PackedWeight

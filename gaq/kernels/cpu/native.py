@@ -43,10 +43,10 @@ __all__ = [
 
 SOURCES = (
     *("convolution.cpp", "convolution_backward.cpp", "product.cpp", "contraction.cpp", "rounding.cpp"),
-    "program.cpp",
+    *("program.cpp", "potential.cpp"),
 )
 SHIM_SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
-HEADERS = ("batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h")
+HEADERS = ("batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h", "potential.h")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),

@@ -17,8 +17,9 @@ typedef struct gaq_potential gaq_potential;
 // the atoms for which they stand (`back` 1). There are `width` numbers in a row, and a row for each atom.
 typedef void (*gaq_exchange)(void* context, int64_t back, void* rows, int64_t width);
 
-// Opens a file for the types of atoms of the caller: `symbols` are their elements. `head` is a name, or null for the
-// first. Null where that fails, with the reason in `message`, a text of at most `size` bytes.
+// Opens a file for the types of atoms of the caller: `symbols` are their elements, null for a type that does not take
+// part (its atoms have no edges and no energy). `head` is a name, or null for the first. Null where that fails, with
+// the reason in `message`, a text of at most `size` bytes.
 gaq_potential* gaq_potential_open(const char* file, int64_t types, const char* const* symbols, const char* head,
                                   char* message, int64_t size);
 void gaq_potential_close(gaq_potential* potential);
