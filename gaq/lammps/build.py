@@ -26,19 +26,20 @@ PAIR_SOURCES = ("pair_gaq.cpp", "plugin.cpp")
 PAIR_HEADERS = ("pair_gaq.h",)
 
 
-def write_sources(folder: Path) -> None:
-    """Write all files into a folder that the pair style is compiled from, with the kernels and LAMMPS's licence.
+def write_sources(folder: Path) -> list[str]:
+    """Write all files into a folder that the pair style is compiled from, and return their names.
 
     Raises:
         OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*PAIR_SOURCES, *PAIR_HEADERS):
-        shutil.copyfile(PAIR_STYLE / name, folder / name)
     kernels = Path(native.__file__).parent
-    for name in (*native.SOURCES, *native.HEADERS):
-        shutil.copyfile(kernels / name, folder / name)
+    copied = [PAIR_STYLE / name for name in (*PAIR_SOURCES, *PAIR_HEADERS)]
+    copied += [kernels / name for name in (*native.SOURCES, *native.HEADERS)]
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
     (folder / "signatures.h").write_text(signatures.header())
+    return sorted([*(path.name for path in copied), "signatures.h"])
 
 
 def obtain(lammps: Installation) -> Path:
@@ -53,7 +54,8 @@ def obtain(lammps: Installation) -> Path:
         folder = Path(scratch)
         write_sources(folder)
         digest = hashlib.sha256(native.processor().encode())
-        for part in (*_options(lammps), lammps.version, str(lammps.program), compiler):
+        program = lammps.program.stat()  # another one after LAMMPS was built anew
+        for part in (*_options(lammps), str(lammps.program), str(program.st_mtime_ns), str(program.st_size), compiler):
             digest.update(part.encode() + b"\0")
         for path in sorted(folder.iterdir()):
             digest.update(path.read_bytes())
@@ -118,7 +120,7 @@ def _compiler() -> str:
     if not sys.platform.startswith("linux"):
         raise LammpsError("the plugin is built on Linux only.")
     try:
-        return native.compiler()
+        return native.compiler("the plugin cannot be built")
     except native.CompilerError as error:
         raise LammpsError(str(error)) from error
 

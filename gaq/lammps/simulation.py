@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from gaq.lammps.installation import Installation, LammpsError
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Evaluation", "evaluate", "run", "write_data"]
+__all__ = ["Evaluation", "evaluate", "run", "with_box", "write_data"]
 
 EV_PER_BAR_A3 = 1.0 / 1.6021765e6
 """LAMMPS's units metal: a pressure in bar times a volume in Å^3, as an energy."""
@@ -57,6 +59,12 @@ def run(lammps: Installation, script: str, folder: Path, ranks: int = 1, threads
         lines = done.stdout.splitlines()
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         raise LammpsError(f"LAMMPS on {ranks} rank{'s' * (ranks > 1)}: {' '.join(errors)}")
+    grid = re.search(r"(\d+) by (\d+) by (\d+) MPI processor grid", done.stdout)
+    if grid is not None and math.prod(map(int, grid.groups())) != ranks:
+        raise LammpsError(
+            f"{lammps.launcher} starts {ranks} separate LAMMPS instead of one on {ranks} ranks: it belongs to another "
+            "MPI than that of LAMMPS. Put LAMMPS's own first on the PATH."
+        )
     return done.stdout
 
 
@@ -81,6 +89,16 @@ def write_data(atoms: Atoms, elements: Sequence[str], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def with_box(atoms: Atoms) -> Atoms:
+    """The same structure turned into the frame of LAMMPS's boxes, which hold molecules with vacuum around them."""
+    atoms = atoms.copy()
+    if not atoms.pbc.any():
+        atoms.center(vacuum=8.0)
+    cell, _ = atoms.cell.standard_form()
+    atoms.set_cell(cell, scale_atoms=True)
+    return atoms
+
+
 PREAMBLE = """plugin load {plugin}
 units metal
 newton on
@@ -95,7 +113,7 @@ neigh_modify every 1 delay 0 check yes
 thermo_modify norm no
 """
 REPORT = """run 0
-print "$(pe:%.14g) $(vol:%.14g) &
+print "$(pe:%.14g) &
  $(pxx:%.14g) $(pyy:%.14g) $(pzz:%.14g) $(pyz:%.14g) $(pxz:%.14g) $(pxy:%.14g)" file report.txt screen no
 write_dump all custom forces.txt id fx fy fz modify sort id format float %.14g
 """
@@ -132,7 +150,6 @@ def evaluate(
     boundary = " ".join("p" if periodic else "f" for periodic in atoms.pbc)
     preamble = PREAMBLE.format(plugin=plugin, boundary=boundary, pair=pair)
     run(lammps, f"{preamble}{before}\n{REPORT}", folder, ranks, threads)
-    energy, volume, *pressure = map(float, (folder / "report.txt").read_text().split())
+    energy, *pressure = map(float, (folder / "report.txt").read_text().split())
     forces = np.loadtxt(folder / "forces.txt", skiprows=9, ndmin=2)[:, 1:]
-    del volume
     return Evaluation(energy, forces, -np.array(pressure) * EV_PER_BAR_A3)

@@ -60,8 +60,11 @@ class CompilerError(RuntimeError):
     """The kernels cannot be built here; the message says why and what helps."""
 
 
-def compiler() -> str:
+def compiler(consequence: str = "models run through the slower reference path") -> str:
     """Command of the C++ compiler.
+
+    Args:
+        consequence: what it means for the user if there is none, for the message.
 
     Raises:
         CompilerError: if there is none.
@@ -70,7 +73,7 @@ def compiler() -> str:
     if chosen is None or shutil.which(chosen.split()[0]) is None:
         raise CompilerError(
             f"no C++ compiler found ({'CXX=' + chosen if chosen else 'g++, clang++ and c++ are not on the PATH'}): "
-            "models run through the slower reference path. Install g++ (Debian, Ubuntu: `apt install g++`; conda: "
+            f"{consequence}. Install g++ (Debian, Ubuntu: `apt install g++`; conda: "
             "`conda install -c conda-forge cxx-compiler`) or set CXX."
         )
     return chosen
