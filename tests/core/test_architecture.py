@@ -27,6 +27,7 @@ LEVELS = (
     ("gaq.adapter",),
     ("gaq.training",),
     ("gaq.reporting",),
+    ("gaq.lammps",),
     ("gaq.api", "gaq.cli"),
 )
 
