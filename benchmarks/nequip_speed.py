@@ -44,12 +44,12 @@ from nequip_presets import training_input
 
 import gaq
 from gaq.config.parse import parse_config
+from gaq.deployed.check import default_tolerance
 from gaq.reporting.tables import markdown_table
 from gaq.untyped import Document
 from gaq_nequip import files, freeze
 from gaq_nequip.deploy import artefact
 from gaq_nequip.deploy import compile as deploy_compile
-from gaq_nequip.deploy.check import default_tolerance
 from gaq_nequip.example import example_data, with_cell
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"

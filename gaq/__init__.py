@@ -23,6 +23,7 @@ _PUBLIC = {
     "parse_config": "gaq.config.parse",
     "calibrate": "gaq.api",
     "convert": "gaq.api",
+    "deploy": "gaq.deployment",
     "load": "gaq.api",
     "prepare": "gaq.api",
     "quantize": "gaq.api",

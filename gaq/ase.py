@@ -36,7 +36,7 @@ class Calculator(ASECalculator):
 
     Raises:
         ValueError: if the file is not whole or of another version, or has no such head; at a step, if it does not know
-            an element.
+            an element, or a position is not a finite number.
         gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
 

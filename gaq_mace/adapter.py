@@ -22,7 +22,7 @@ from gaq.kernels.cpu import native
 from gaq.model.elements import SpeciesMap
 from gaq.model.state import feature_quantizers, state_of, unquantized
 from gaq.model.summary_table import SummaryRow
-from gaq.process import dtype_restored
+from gaq.process import default_dtype, dtype_restored
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.quantizers.weights import WeightQuantizer
 from gaq.untyped import Batch, Document
@@ -168,7 +168,9 @@ class MACEAdapter:
             raise ValueError(f"a {type(model).__name__} cannot be deployed: only models of class ScaleShiftMACE can.")
         copied = copy.deepcopy(model).to(dtype)
         try:
-            return deployable(copied, element_names(model), elements, head_names(model))
+            # MACE's calculator computes in a default dtype that is the model's.
+            with default_dtype(dtype):
+                return deployable(copied, element_names(model), elements, head_names(model))
         except engine.Unsupported as error:
             raise ValueError(
                 f"the model cannot be deployed: {error}. It runs through MACE's calculator, and in LAMMPS through "

@@ -78,7 +78,8 @@ def _deployed(say: Say, path: Path) -> tuple[int, Document]:
     for name, size in sizes.items():
         say(f"  {name:14s} {size} bytes")
     _say_notes(say, described["notes"])
-    return DONE, {"model": str(path), "kind": "a deployed model", **described, "bytes": sizes}
+    total = sum(sizes.values())
+    return DONE, {"model": str(path), "kind": "a deployed model", **described, "status": "deployed", "bytes": total}
 
 
 def _say_notes(say: Say, notes: Document) -> None:

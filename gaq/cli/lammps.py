@@ -96,6 +96,6 @@ def _sources(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
     from gaq.lammps import build
 
     folder = check_output_folder("FOLDER", arguments.folder)
-    files = build.write_sources(folder)
+    files = build.write_sources(folder, plugin=False)
     say(f"{folder}: pair style gaq and its kernels; gaq/lammps/pair_style/README.md says how to build LAMMPS with them")
     return DONE, {"folder": str(folder), "files": files}

@@ -39,6 +39,10 @@ class Check:
     structures: int
     stress: float = 0.0
 
+    def within(self, tolerance: float) -> bool:
+        """Whether forces differ by no more than a bound in meV/Å, or than float32 can tell from the largest of them."""
+        return self.forces <= max(tolerance, RELATIVE * self.force_scale)
+
 
 def default_tolerance(config: QuantizationConfig | None) -> float:
     """Allowed force difference, meV/Å, between a deployed file and its model.

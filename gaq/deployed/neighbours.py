@@ -43,16 +43,23 @@ class NeighbourList:
         self._box: tuple[bytes, bytes] = (b"", b"")
 
     def update(self, atoms: Atoms) -> None:
-        """Make the list anew if pairs of atoms within the cutoff could be missing from it."""
+        """Make the list anew if pairs of atoms within the cutoff could be missing from it.
+
+        Raises:
+            ValueError: for positions that are no finite numbers.
+        """
         positions = atoms.positions
         cell, pbc = np.asarray(atoms.cell, dtype=np.float64), np.asarray(atoms.pbc)
         box = cell.tobytes(), pbc.tobytes()
         last = self._reference
         if last is not None and box == self._box and last.shape == positions.shape:
             moved = positions - last
-            # Not the reverse: the largest distance may be NaN.
+            # Not the reverse: a distance may be NaN.
             if np.einsum("ij,ij->i", moved, moved).max(initial=0.0) <= (0.5 * self.skin) ** 2:
                 return
+        wrong = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+        if len(wrong):
+            raise ValueError(f"the position of atom {wrong[0]} is {positions[wrong[0]]}: not a finite number.")
         self._make(positions, cell, pbc)
         self._reference, self._box = positions.copy(), box
         self.made += 1

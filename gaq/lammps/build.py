@@ -22,19 +22,23 @@ __all__ = ["PLUGIN", "compile_plugin", "obtain", "write_sources"]
 PLUGIN = "gaqplugin.so"
 """Name of the file: LAMMPS loads files that end so from the folders in LAMMPS_PLUGIN_PATH."""
 PAIR_STYLE = Path(__file__).parent / "pair_style"
-PAIR_SOURCES = ("pair_gaq.cpp", "plugin.cpp")
-PAIR_HEADERS = ("pair_gaq.h",)
+PAIR_FILES = ("pair_gaq.cpp", "pair_gaq.h")
+ENTRY_POINT = "gaq_plugin.cpp"
 
 
-def write_sources(folder: Path) -> list[str]:
+def write_sources(folder: Path, plugin: bool = True) -> list[str]:
     """Write all files into a folder that the pair style is compiled from, and return their names.
+
+    Args:
+        folder: such as LAMMPS's ``src``.
+        plugin: whether a plugin is made of them, which has an entry point.
 
     Raises:
         OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kernels = Path(native.__file__).parent
-    copied = [PAIR_STYLE / name for name in (*PAIR_SOURCES, *PAIR_HEADERS)]
+    copied = [PAIR_STYLE / name for name in (*PAIR_FILES, *([ENTRY_POINT] if plugin else []))]
     copied += [kernels / name for name in (*native.SOURCES, *native.HEADERS)]
     for path in copied:
         shutil.copyfile(path, folder / path.name)

@@ -24,11 +24,12 @@ LEVELS = (
     ("gaq.kernels",),
     ("gaq.model",),
     ("gaq.checks",),
+    ("gaq.deployed", "gaq.ase"),
     ("gaq.adapter",),
     ("gaq.training",),
     ("gaq.reporting",),
     ("gaq.lammps",),
-    ("gaq.api", "gaq.cli"),
+    ("gaq.api", "gaq.deployment", "gaq.cli"),
 )
 
 # Modules that both adapters have, under the same names.

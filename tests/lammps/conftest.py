@@ -29,7 +29,7 @@ def lammps() -> Installation:
 def plugin(lammps: Installation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pair style with the potential of `exchanging_potential` behind it."""
     folder = tmp_path_factory.mktemp("plugin")
-    for name in (*build.PAIR_SOURCES, *build.PAIR_HEADERS):
+    for name in (*build.PAIR_FILES, build.ENTRY_POINT):
         shutil.copy(build.PAIR_STYLE / name, folder)
     shutil.copy(KERNELS / "potential.h", folder)
     shutil.copy(Path(__file__).with_name("exchanging_potential.cpp"), folder)

@@ -21,12 +21,12 @@ import gaq
 from gaq import cli
 from gaq.adapter import adapter_for_file
 from gaq.config.parse import parse_config
+from gaq.deployed.check import compare, default_tolerance
 from gaq.kernels.cpu import native
 from gaq.model.state import state_of
 from gaq.reporting import open_file
 from gaq.reporting.gates import verdict
 from gaq_nequip.deploy import artefact
-from gaq_nequip.deploy import check as deploy_check
 from gaq_nequip.deploy import cli as deploy_cli
 from gaq_nequip.deploy import compile as deploy_compile
 from gaq_nequip.deploy import sizes as deploy_sizes
@@ -161,8 +161,8 @@ def test_a_deployed_file_that_gives_nan_does_not_agree() -> None:
             self.results = {"energy": 0.0, "forces": np.full((len(atoms), 3), self.value)}
 
     structures = [Atoms("H2", [[0, 0, 0], [0, 0, 1]])] * 2
-    assert deploy_check._compare(Constant(1.0), Constant(1.5), structures).forces == 500.0
-    assert np.isnan(deploy_check._compare(Constant(1.0), Constant(float("nan")), structures).forces)
+    assert compare(Constant(1.0), Constant(1.5), structures).forces == 500.0
+    assert np.isnan(compare(Constant(1.0), Constant(float("nan")), structures).forces)
 
 
 def test_without_a_compiler_nothing_is_begun(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,12 +326,12 @@ def test_the_noise_of_rounding_is_allowed_in_the_hosts_own_check() -> None:
     from nequip.utils.dtype import floating_point_tolerance
 
     before = floating_point_tolerance("float32")
-    with deploy_compile.tolerating(1e-3 * deploy_check.default_tolerance(parse_config("gaq"))):
+    with deploy_compile.tolerating(1e-3 * default_tolerance(parse_config("gaq"))):
         assert floating_point_tolerance("float32") == 5e-3
         assert floating_point_tolerance("float64") < 1e-8
     with deploy_compile.tolerating(0.0):
         assert floating_point_tolerance("float32") == before
-    with deploy_compile.tolerating(1e-3 * deploy_check.default_tolerance(parse_config("w8a8"))):
+    with deploy_compile.tolerating(1e-3 * default_tolerance(parse_config("w8a8"))):
         assert before < floating_point_tolerance("float32") < float("inf")
     assert floating_point_tolerance("float32") == before
 

@@ -1,0 +1,259 @@
+"""Deployed files of MACE models: against the model, on the whole and on parts of space; what is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mace", reason="needs MACE: pip install '.[mace]'")
+
+import mace  # noqa: F401  (before e3nn)
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.io import write
+from mace.calculators import MACECalculator
+from mace_models import build_model
+from parts import on_parts
+
+import gaq
+import gaq.ase
+from gaq.cli import main
+from gaq.deployed import form
+from gaq.kernels.cpu import native
+from gaq.process import default_dtype
+from gaq_mace import engine
+from gaq_mace.adapter import MACEAdapter
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler here")
+
+D = torch.float64
+DENSITY: dict[str, Any] = {
+    "interaction_cls_first": "RealAgnosticDensityInteractionBlock",
+    "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one layer": {"num_interactions": 1},
+    "three layers": {"num_interactions": 3},
+    "first residual": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
+    "density, distances of pairs, repulsion": {**DENSITY, "distance_transform": "Agnesi", "pair_repulsion": True},
+    "tensors": {"hidden_irreps": "8x0e+8x1o+8x2e", "correlation": 3},
+    "heads": {
+        "heads": ["Default", "other"],
+        "atomic_energies": [[-1.0, -3.0, -5.0], [-1.5, -2.5, -4.5]],
+        "atomic_inter_scale": [0.8, 1.1],
+        "atomic_inter_shift": [0.1, -0.2],
+    },
+}
+NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+
+
+def crystal() -> Atoms:
+    """A strained crystal with atoms of three elements; those of one lie in one half only."""
+    atoms = bulk("C", "diamond", a=3.4, cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.symbols[2], atoms.symbols[5] = "O", "H"
+    atoms.set_cell(atoms.cell @ np.array([[1, 0.05, 0], [0, 1, -0.04], [0.02, 0, 1.03]]), scale_atoms=True)
+    return atoms
+
+
+def structures() -> list[Atoms]:
+    return [
+        crystal(),
+        molecule("CH3CHO"),
+        Atoms("O"),
+        Atoms("H2", [[0, 0, 0], [0, 0, 30]]),
+        Atoms("CO", [[0] * 3, [0, 0, 1.1]]),
+    ]
+
+
+def deployed(model: torch.nn.Module, path: Path, elements: str = "HCO", dtype: torch.dtype = D) -> Path:
+    form.write(path, MACEAdapter().deployable(model, list(elements), dtype), {})
+    return path
+
+
+def of_mace(model: torch.nn.Module, dtype: str = "float64", head: str | None = None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {} if head is None else {"head": head}
+        return MACECalculator(models=[model], device="cpu", default_dtype=dtype, **options)
+
+
+def results(atoms: Atoms, calculator: Any) -> tuple[float, Any, Any]:
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    with default_dtype(getattr(torch, getattr(calculator, "default_dtype", "float64"))):
+        return _results(atoms)
+
+
+def _results(atoms: Atoms) -> tuple[float, Any, Any]:
+    stress = atoms.get_stress() if atoms.pbc.all() else np.zeros(6)
+    return atoms.get_potential_energy(), atoms.get_forces(), stress
+
+
+def agree(ours: tuple[float, Any, Any], theirs: tuple[float, Any, Any], tolerance: float) -> None:
+    scale = max(1.0, float(np.abs(theirs[1]).max()))
+    assert ours[0] == pytest.approx(theirs[0], abs=tolerance * max(1.0, abs(theirs[0])))
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_file_computes_what_its_model_computes(shape: str, tmp_path: Path) -> None:
+    model = build_model("plain", D, **SHAPES[shape])
+    path = deployed(model, tmp_path / "model.gaq")
+    for head in SHAPES[shape].get("heads", [None]):
+        ours = gaq.ase.Calculator(path, head=head)
+        for atoms in structures():
+            with engine.disabled():
+                theirs = results(atoms, of_mace(model, head=head))
+            agree(results(atoms, ours), theirs, 1e-9)
+
+
+@pytest.mark.parametrize("preset", ["gaq", "w8", "w4a16"])
+def test_a_file_of_a_quantized_model(preset: str, quantized: Any, tmp_path: Path) -> None:
+    model = quantized(preset, "plain", D)
+    path = deployed(model, tmp_path / "model.gaq")
+    ours = gaq.ase.Calculator(path)
+    for atoms in structures():
+        agree(results(atoms, ours), results(atoms, of_mace(model)), 1e-9)
+
+
+def test_a_file_in_float32(tmp_path: Path) -> None:
+    model = build_model("density", torch.float32, distance_transform="Agnesi")
+    path = deployed(model, tmp_path / "model.gaq", dtype=torch.float32)
+    exact = of_mace(build_model("density", torch.float32, distance_transform="Agnesi").double())
+    for atoms in structures():
+        agree(results(atoms, gaq.ase.Calculator(path)), results(atoms, exact), 2e-6)
+
+
+@pytest.mark.parametrize("parts", [[[*range(8)]], [[5, 0, 1, 2], [3, 4, 6, 7]], [[0], [], [1, 2, 3, 4, 5, 6, 7]]])
+@pytest.mark.parametrize("shape", ["plain", "three layers", "density, distances of pairs, repulsion"])
+def test_parts_of_space_are_the_whole(shape: str, parts: list[list[int]], tmp_path: Path) -> None:
+    model = build_model("plain", D, **SHAPES[shape])
+    path, atoms = deployed(model, tmp_path / "model.gaq"), crystal()
+    energy, forces, calls = on_parts(path, atoms, parts)
+    theirs = results(atoms, gaq.ase.Calculator(path))
+    agree((energy, forces, theirs[2]), theirs, 1e-11)
+    # Also where there are no atoms: all parts wait for each other.
+    assert calls == [2 * (len(model.interactions) - 1)] * len(parts)
+
+
+def test_some_of_the_elements_take_a_part_of_the_file(tmp_path: Path) -> None:
+    model = build_model("plain", D, **SHAPES["density, distances of pairs, repulsion"])
+    all_of_them, some = deployed(model, tmp_path / "a.gaq"), deployed(model, tmp_path / "s.gaq", "OC")
+    atoms = Atoms("CO2", [[0, 0, 0], [0, 0, 1.2], [0.1, 0, -1.2]])
+    agree(results(atoms, gaq.ase.Calculator(some)), results(atoms, gaq.ase.Calculator(all_of_them)), 1e-9)
+    sizes = [form.sizes_of(path) for path in (all_of_them, some)]
+    assert sizes[1]["radial tables"] < 0.6 * sizes[0]["radial tables"]
+    assert sizes[1]["weights"] < sizes[0]["weights"]
+    with pytest.raises(ValueError, match="does not know the element H; it knows O, C"):
+        results(molecule("H2O"), gaq.ase.Calculator(some))
+
+
+def test_a_calculator_follows_its_atoms(tmp_path: Path) -> None:
+    """New elements, cells and numbers of atoms; steps of a simulation, with a list that is kept."""
+    model = build_model("plain", D)
+    ours, theirs = gaq.ase.Calculator(deployed(model, tmp_path / "model.gaq"), skin=1.0), of_mace(model)
+    atoms = crystal()
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        atoms.positions += rng.normal(0, 0.03, atoms.positions.shape)
+        agree(results(atoms, ours), results(atoms, theirs), 1e-9)
+    assert ours._list.made < 6
+    for other in (molecule("C2H6"), crystal(), 1.02 * np.eye(3)):
+        if isinstance(other, np.ndarray):
+            atoms.set_cell(atoms.cell @ other, scale_atoms=True)
+        else:
+            atoms = other
+        agree(results(atoms, ours), results(atoms, theirs), 1e-9)
+
+
+def test_threads_may_share_a_file(tmp_path: Path) -> None:
+    path = deployed(build_model("plain", D), tmp_path / "model.gaq")
+    expected = [results(atoms, gaq.ase.Calculator(path)) for atoms in structures()]
+    barrier = threading.Barrier(4)
+
+    def run(_: int) -> list[tuple[float, Any, Any]]:
+        calculator = gaq.ase.Calculator(path)
+        barrier.wait()
+        return [results(atoms, calculator) for atoms in structures() for _ in range(3)][::3]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(4)):
+            for ours, theirs in zip(found, expected, strict=True):
+                agree(ours, theirs, 1e-12)
+
+
+# -- the command --
+
+
+@pytest.fixture
+def folder(tmp_path: Path, quantized: Any) -> Path:
+    gaq.save(quantized("gaq", "plain", torch.float32), tmp_path / "gaq.model")
+    torch.save(
+        build_model("plain", interaction_cls=NON_LINEAR, interaction_cls_first=NON_LINEAR), tmp_path / "other.model"
+    )
+    return tmp_path
+
+
+def test_deploy_and_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "model.gaq"
+    write(folder / "more.xyz", crystal())
+    command = ["deploy", str(folder / "gaq.model"), str(out), "--elements", "O,C,H", "--structures"]
+    assert main([*command, str(folder / "more.xyz"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["elements"] == ["H", "C", "O"]
+    assert result["checks"]["Default"]["structures"] == 9
+    assert result["checks"]["Default"]["forces"] < 0.1
+    assert sum(result["bytes"].values()) == out.stat().st_size
+    assert main(["inspect", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "a deployed model, preset w8a16" in printed
+    assert "H, C, O" in printed
+    assert main(["inspect", str(out), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["status"], described["preset"], described["made of"]) == ("deployed", "w8a16", "gaq.model")
+    assert described["bytes"] == out.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gaq.model", "model.pt"], "has to end in .gaq"),
+        (["gaq.model", "model.gaq", "--elements", "H,Fe"], "Fe"),
+        (["gaq.model", "model.gaq", "--tolerance", "nan"], "--tolerance nan: give a force difference"),
+        (["gaq.model", "model.gaq", "--structures", "absent.xyz"], "does not exist"),
+        (["absent.model", "model.gaq"], "no such file"),
+        (["other.model", "model.gaq"], "the model cannot be deployed: a layer reads more than radial tables"),
+    ],
+)
+def test_what_cannot_be_deployed_is_one_line(
+    folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    assert main(["deploy", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gaq:")]
+    assert words in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_file_that_disagrees_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gaq.deployed import check
+
+    before, check.RELATIVE = check.RELATIVE, 0.0
+    try:
+        assert main(["deploy", str(folder / "gaq.model"), str(folder / "model.gaq"), "--tolerance", "0"]) == 1
+    finally:
+        check.RELATIVE = before
+    assert "not written, because forces differ" in capsys.readouterr().err
+    assert not (folder / "model.gaq").exists()
