@@ -103,7 +103,6 @@ PREAMBLE = """plugin load {plugin}
 units metal
 newton on
 atom_style atomic
-atom_modify map yes
 boundary {boundary}
 box tilt large
 read_data structure.data

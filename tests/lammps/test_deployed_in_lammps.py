@@ -16,7 +16,7 @@ from gaq.lammps.simulation import evaluate, with_box
 pytest.importorskip("mace")
 
 ELEMENTS = ["H", "C", "O"]
-VARIANTS = ("plain", "heads", "agnesi", "density")
+VARIANTS = {"plain": {}, "heads": {}, "agnesi": {}, "density": {}, "one layer": {"num_interactions": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folder = tmp_path_factory.mktemp("deployed")
     files = {}
     for variant, dtype in (*((name, "float64") for name in VARIANTS), ("plain", "float32")):
-        model = folder / f"{variant}.model"
-        torch.save(build_model(variant, torch.float64), model)
-        output = folder / f"{variant}_{dtype}.gaq"
+        model, output = folder / f"{variant}.model", folder / f"{variant} {dtype}.gaq"
+        kind = "plain" if VARIANTS[variant] else variant
+        torch.save(build_model(kind, torch.float64, **VARIANTS[variant]), model)
         assert deploy(model, output, dtype=dtype).written
         files[variant, dtype] = output
     return files
@@ -59,7 +59,7 @@ def box() -> Atoms:
 def assert_agree(lammps: Installation, plugin: Path, file: Path, atoms: Atoms, folder: Path, **options: object) -> None:
     from gaq.ase import Calculator
 
-    pair = f"pair_style gaq\npair_coeff * * {file} {' '.join(ELEMENTS)}"
+    pair = f"pair_style gaq\npair_coeff * * '{file}' {' '.join(ELEMENTS)}"
     result = evaluate(lammps, plugin, atoms, ELEMENTS, pair, folder, **options)  # type: ignore[arg-type]
     atoms.calc = Calculator(file)
     assert result.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
@@ -126,7 +126,7 @@ def test_after_a_box_has_changed(
 
     files = [deployed["plain", "float64"], deployed["agnesi", "float64"]]
     pair = "pair_style hybrid/overlay gaq gaq\n"
-    pair += "\n".join(f"pair_coeff * * gaq {i} {file} {' '.join(ELEMENTS)}" for i, file in enumerate(files, 1))
+    pair += "\n".join(f"pair_coeff * * gaq {i} '{file}' {' '.join(ELEMENTS)}" for i, file in enumerate(files, 1))
     before = """velocity all create 300 1
 fix run all npt temp 300 300 0.05 tri 0 0 0.5
 timestep 0.0005
@@ -156,7 +156,7 @@ class TestRefusals:
     @staticmethod
     def refusal(lammps: Installation, plugin: Path, atoms: Atoms, file: Path, folder: Path, elements: str) -> str:
         with pytest.raises(LammpsError) as caught:
-            evaluate(lammps, plugin, atoms, ELEMENTS, f"pair_style gaq\npair_coeff * * {file} {elements}", folder, 2)
+            evaluate(lammps, plugin, atoms, ELEMENTS, f"pair_style gaq\npair_coeff * * '{file}' {elements}", folder, 2)
         assert str(caught.value).count("ERROR") == 1
         return str(caught.value)
 

@@ -11,7 +11,7 @@ from ase import Atoms
 from exchanging_potential import CHARGES, Exchanging, write
 
 from gaq.lammps import simulation
-from gaq.lammps.installation import Installation
+from gaq.lammps.installation import Installation, LammpsError
 from gaq.lammps.simulation import Evaluation, evaluate
 
 ELEMENTS = ["H", "C", "O"]
@@ -199,6 +199,52 @@ unfix run"""
     computed(crystal, ranks=2, before=before)
     totals = np.loadtxt(tmp_path / "totals.txt")
     assert np.ptp(totals) < 1e-3 * len(crystal)
+
+
+BONDED = """plugin load {plugin}
+units {units}
+atom_style bond
+region box block 0 12 0 12 0 12
+create_box 3 box bond/types 1 extra/bond/per/atom 2 extra/special/per/atom 4
+create_atoms 1 single 5 5 5
+create_atoms 2 single 5 5 6.2
+create_atoms 3 single 5 6.1 6.9
+mass * 12
+bond_style zero
+bond_coeff *
+{special}
+create_bonds single/bond 1 1 2
+create_bonds single/bond 1 2 3
+pair_style gaq
+pair_coeff * * {model} H C O
+run 0
+print "$(pe:%.14g)" file energy.txt
+"""
+
+
+@pytest.mark.parametrize(
+    ("units", "special", "message"),
+    [
+        ("metal", "special_bonds lj/coul 1 1 1", ""),
+        ("metal", "", "needs special_bonds lj/coul 1 1 1: bonded atoms would not be neighbors"),
+        ("metal", "special_bonds lj/coul 0.5 0.5 0.5", ""),
+        ("real", "special_bonds lj/coul 1 1 1", r"needs units metal \(eV, Å\), not units real"),
+    ],
+)
+def test_bonds_and_units(
+    lammps: Installation, plugin: Path, tmp_path: Path, units: str, special: str, message: str
+) -> None:
+    """Bonds do not change the neighbours, unless LAMMPS would leave bonded atoms out."""
+    model = write(tmp_path / "model.txt")
+    script = BONDED.format(plugin=plugin, model=model, units=units, special=special)
+    if message:
+        with pytest.raises(LammpsError, match=message):
+            simulation.run(lammps, script, tmp_path)
+        return
+    simulation.run(lammps, script, tmp_path, ranks=2)
+    atoms = Atoms("HCO", [[5, 5, 5], [5, 5, 6.2], [5, 6.1, 6.9]], cell=[12, 12, 12], pbc=True)
+    atoms.calc = Exchanging()
+    assert float((tmp_path / "energy.txt").read_text()) == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
 
 
 class TestRefusals:

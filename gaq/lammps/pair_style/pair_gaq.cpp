@@ -82,8 +82,7 @@ void PairGAQ::open(const char* file) {
   char message[1024] = "";
   potential = gaq_potential_open(path.empty() ? file : path.c_str(), nelements, elements,
                                  head.empty() ? nullptr : head.c_str(), message, sizeof(message));
-  const int failed = potential == nullptr;
-  int failures = 0;
+  int failed = potential == nullptr, failures = 0;  // not const: LAMMPS's stand-in for MPI wants none
   MPI_Allreduce(&failed, &failures, 1, MPI_INT, MPI_SUM, world);
   if (failures == comm->nprocs) error->all(FLERR, "pair_style gaq: {}", message);
   if (failed) error->one(FLERR, "pair_style gaq: on rank {}: {}", comm->me, message);
