@@ -112,6 +112,7 @@ def _build(arguments: argparse.Namespace) -> int:
             f"{source}: a float model. Quantize it first (gaq quantize {source.name} --calibration DATA.xyz -o "
             "OUT.ckpt), train it with the key `quantization`, or deploy it as it is with nequip-compile."
         )
+    _refuse_ghosts(model, target)
     example = model.__dict__[EXAMPLE] = _example(arguments.example, model, source)
     if is_checked(output, target):  # what the check needs, before the work
         if not edges_of(example):
@@ -145,6 +146,25 @@ def _build(arguments: argparse.Namespace) -> int:
         put(trial, output)
     print(f"written: {output}")
     return DONE
+
+
+def _refuse_ghosts(model: AnyModule, target: str) -> None:
+    """Refuse to compile a model with message passing for ``pair_style allegro``.
+
+    That style divides space among ranks, and its ghost atoms have no neighbours of their own: forces would be wrong,
+    without a word.
+
+    Raises:
+        InputError: naming what to use.
+    """
+    from gaq_nequip.sites import class_name
+
+    layers = [m for m in model.modules() if class_name(m) == "ConvNetLayer"]
+    if target == "pair_allegro" and len(layers) > 1:
+        raise InputError(
+            f"--target pair_allegro: the model passes messages through {len(layers)} layers, and pair_style allegro "
+            "would give wrong forces. Use --target pair_nequip (one rank), or `gaq deploy` (any number)."
+        )
 
 
 def _checked(arguments: argparse.Namespace, source: Path) -> tuple[Path, str]:

@@ -101,6 +101,7 @@ def test_bad_input(trained: Any, trained_float: Any, tmp_path: Path, capsys: pyt
     refused(trained.best, tmp_path / "out.pth", word="has to end in .nequip.pt2 or .nequip.zip")
     refused(trained.best, tmp_path / "no" / "out.nequip.pt2", word="does not exist")
     refused(trained.best, out, "--target", "lammps", word="choose one of pair_nequip, ase, batch")
+    refused(trained.best, out, "--target", "pair_allegro", word="pair_style allegro would give wrong forces")
     refused(trained.best, out, "--compare", tmp_path / "none.nequip.pt2", word="none.nequip.pt2: no such file")
     refused(out, word="give MODEL")
     refused(trained.best, out, "--train-dir", tmp_path, word="not both")

@@ -78,35 +78,42 @@ inline void complete(double a[MAX_D][MAX_D], int axes, int d) {
 }
 
 // Sums of each component of x over channels, with fixed factors for each axis: v[k][m].
-template <typename T>
-void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, int count,
-              double v[MAX_D][MAX_D]) {
+template <typename T, int D, int COUNT>
+void mixtures(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, double v[MAX_D][MAX_D]) {
   constexpr int W = Lanes<double>::width;
+  constexpr int AT_ONCE = D == 3 ? 3 : 1;  // components whose sums fit into registers
   typedef T Narrow __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias));
-  const int d = int(p.dimension);
-  for (int m = 0; m < d; ++m) {
-    const T* row = x + m * p.row_stride;
-    Vec<double> totals[MAX_D] = {};
+  for (int first = 0; first < D; first += AT_ONCE) {
+    const T* row = x + first * p.row_stride;
+    Vec<double> totals[AT_ONCE][COUNT] = {};
     int64_t c = 0;
     for (; c + W <= p.channels; c += W) {
-      const Narrow narrow = *reinterpret_cast<const Narrow*>(row + c);
-      const Vec<double> values = __builtin_convertvector(narrow, Vec<double>);
-      for (int k = 0; k < count; ++k) totals[k] += load(mixing + k * mixing_stride + c, W) * values;
+      Vec<double> values[AT_ONCE];
+#pragma GCC unroll 3
+      for (int m = 0; m < AT_ONCE; ++m)
+        values[m] = __builtin_convertvector(*reinterpret_cast<const Narrow*>(row + m * p.row_stride + c), Vec<double>);
+#pragma GCC unroll 9
+      for (int k = 0; k < COUNT; ++k) {
+        const Vec<double> factors = load(mixing + k * mixing_stride + c, W);
+#pragma GCC unroll 3
+        for (int m = 0; m < AT_ONCE; ++m) totals[m][k] += factors * values[m];
+      }
     }
-    for (int k = 0; k < count; ++k) {
-      v[k][m] = sum<double>(totals[k]);
-      for (int64_t tail = c; tail < p.channels; ++tail) v[k][m] += mixing[k * mixing_stride + tail] * double(row[tail]);
-    }
+    for (int k = 0; k < COUNT; ++k)
+      for (int m = 0; m < AT_ONCE; ++m) {
+        double& to = v[k][first + m] = sum<double>(totals[m][k]);
+        for (int64_t tail = c; tail < p.channels; ++tail)
+          to += mixing[k * mixing_stride + tail] * double(row[m * p.row_stride + tail]);
+      }
   }
 }
 
 // Orthonormal axes that rotate with the features: Gram-Schmidt on fixed mixtures of the channels.
-template <typename T>
+template <typename T, int D>
 void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T axes[MAX_D][MAX_D]) {
-  const int d = int(p.dimension), count = d == 3 ? 3 : d;
+  constexpr int d = D, spanning = D == 3 ? 2 : D;
   double v[MAX_D][MAX_D], a[MAX_D][MAX_D] = {};
-  mixtures(p, x, mixing, mixing_stride, count, v);
-  const int spanning = d == 3 ? 2 : d;
+  mixtures<T, D, D>(p, x, mixing, mixing_stride, v);
   double size = 0;
   for (int k = 0; k < spanning; ++k) {
     double s = 0;
@@ -137,7 +144,7 @@ void frame(const Piece& p, const T* x, const double* mixing, int64_t mixing_stri
     std::copy(axis, axis + d, a[k]);
   }
   complete(a, spanning, d);
-  if (d == 3) {
+  if constexpr (D == 3) {
     const double c[3] = {a[0][1] * a[1][2] - a[0][2] * a[1][1], a[0][2] * a[1][0] - a[0][0] * a[1][2],
                          a[0][0] * a[1][1] - a[0][1] * a[1][0]};
     // Under inversion the other axes change sign, a cross product does not: the third mixture gives it its sign.
@@ -153,7 +160,7 @@ template <typename T, int D>
 void vectors(const Piece& p, const T* x, const double* mixing, int64_t mixing_stride, T top, T* out) {
   constexpr int W = Lanes<T>::width;
   T axes[MAX_D][MAX_D];
-  if (p.framed) frame(p, x, mixing, mixing_stride, axes);
+  if (p.framed) frame<T, D>(p, x, mixing, mixing_stride, axes);
   Vec<T> most = {};
   for (int64_t c = 0; c < p.channels; c += W) {
     Vec<T> s = {};
