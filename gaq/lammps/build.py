@@ -88,7 +88,9 @@ def compile_plugin(lammps: Installation, sources: Sequence[Path], headers: Path,
 
     def compiled(source: Path) -> str:
         target = headers / f"{source.stem}.o"
-        _run([*compiler, *_options(lammps), f"-I{headers}", "-c", str(source), "-o", str(target)], lammps)
+        # LAMMPS prints the name of the source with its errors.
+        folders = [f"-I{headers}", f"-ffile-prefix-map={headers}=gaq"]
+        _run([*compiler, *_options(lammps), *folders, "-c", str(source), "-o", str(target)], lammps)
         return str(target)
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:

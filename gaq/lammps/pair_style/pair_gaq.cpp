@@ -73,7 +73,7 @@ void PairGAQ::coeff(int narg, char** arg) {
   open(arg[2]);
   // In rows of doubles, as LAMMPS counts what it sends.
   row_bytes = gaq_potential_width(potential) * gaq_potential_bytes(potential);
-  comm_forward = comm_reverse = comm_reverse_off = doubles_per_row();
+  comm_forward = comm_reverse = doubles_per_row();
 }
 
 void PairGAQ::open(const char* file) {
@@ -89,6 +89,8 @@ void PairGAQ::open(const char* file) {
 }
 
 void PairGAQ::init_style() {
+  // Programs that use LAMMPS as a library may go on after an error.
+  if (potential == nullptr) error->all(FLERR, "pair_style gaq: no file is open; pair_coeff has failed");
   if (strcmp(update->unit_style, "metal") != 0)
     error->all(FLERR, "pair_style gaq needs units metal (eV, Å), not units {}", update->unit_style);
   if (!force->newton_pair) error->all(FLERR, "pair_style gaq needs newton on: it adds forces to ghost atoms");
@@ -99,7 +101,6 @@ void PairGAQ::init_style() {
   // A hybrid style asks for the sizes before pair_coeff has opened the file; LAMMPS sizes its buffers after this.
   force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
   force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
-  force->pair->comm_reverse_off = std::max(force->pair->comm_reverse_off, comm_reverse_off);
 }
 
 double PairGAQ::init_one(int, int) { return gaq_potential_cutoff(potential); }
@@ -192,25 +193,30 @@ void PairGAQ::exchange(int64_t back, void* new_rows, int64_t width) {
   row_bytes = width * gaq_potential_bytes(potential);
   // LAMMPS takes the size of a message from these. They are the largest size again afterwards, for its buffers.
   const int widest = comm_forward;
-  comm_forward = comm_reverse = comm_reverse_off = doubles_per_row();
+  comm_forward = comm_reverse = doubles_per_row();
   if (back) {
     comm->reverse_comm(this);
   } else {
     comm->forward_comm(this);
   }
-  comm_forward = comm_reverse = comm_reverse_off = widest;
+  comm_forward = comm_reverse = widest;
 }
 
 int PairGAQ::doubles_per_row() const { return (row_bytes + sizeof(double) - 1) / sizeof(double); }
 
-// Atoms that the model does not see send zeros: a place in a message is given by the atom's number in its list.
+// A place in a message is given by an atom's number in its list: atoms that the model does not see send zeros.
+void PairGAQ::pack_row(int atom, double* buffer) const {
+  const int64_t row = index_of[atom];
+  if (row < 0) {
+    std::fill(buffer, buffer + doubles_per_row(), 0.0);
+  } else {
+    memcpy(buffer, rows + row * row_bytes, row_bytes);
+  }
+}
+
 int PairGAQ::pack_forward_comm(int count, int* indices, double* buffer, int, int*) {
   const int doubles = doubles_per_row();
-  std::fill(buffer, buffer + static_cast<int64_t>(count) * doubles, 0.0);
-  for (int k = 0; k < count; ++k) {
-    const int64_t row = index_of[indices[k]];
-    if (row >= 0) memcpy(buffer + static_cast<int64_t>(k) * doubles, rows + row * row_bytes, row_bytes);
-  }
+  for (int k = 0; k < count; ++k) pack_row(indices[k], buffer + static_cast<int64_t>(k) * doubles);
   return count * doubles;
 }
 
@@ -224,11 +230,7 @@ void PairGAQ::unpack_forward_comm(int count, int first, double* buffer) {
 
 int PairGAQ::pack_reverse_comm(int count, int first, double* buffer) {
   const int doubles = doubles_per_row();
-  std::fill(buffer, buffer + static_cast<int64_t>(count) * doubles, 0.0);
-  for (int k = 0; k < count; ++k) {
-    const int64_t row = index_of[first + k];
-    if (row >= 0) memcpy(buffer + static_cast<int64_t>(k) * doubles, rows + row * row_bytes, row_bytes);
-  }
+  for (int k = 0; k < count; ++k) pack_row(first + k, buffer + static_cast<int64_t>(k) * doubles);
   return count * doubles;
 }
 

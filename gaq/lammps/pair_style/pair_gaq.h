@@ -64,6 +64,7 @@ class PairGAQ : public Pair {
   void add_forces();
   void exchange(int64_t back, void* new_rows, int64_t width);
   int doubles_per_row() const;
+  void pack_row(int atom, double* buffer) const;
   template <typename T> void add_row(int64_t row, const double* buffer);
 };
 
