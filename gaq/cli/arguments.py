@@ -179,6 +179,12 @@ def _lammps(commands: Any) -> None:
     )
     build = _command(kinds, "build", "compile the plugin for your LAMMPS, and print the line that loads it")
     build.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for gaqplugin.so (default: here)")
+    build.add_argument(
+        "--march",
+        metavar="NAME",
+        default="native",
+        help="processors that will run it, as the compiler names them, such as x86-64-v3 (default: this one)",
+    )
     check = _command(
         kinds,
         "check",

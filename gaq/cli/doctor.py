@@ -62,7 +62,7 @@ def _kernels(say: Say) -> Document:
     say("kernels")
     say("  reference        plain torch, any device, any dtype: training, Hessians, all that the others do not serve")
     on_cpu, on_gpu = native.why_not(), gpu.why_not()
-    say(f"  cpu              {'not here: ' + on_cpu if on_cpu else 'ready, ' + native.library()._name}")
+    say(f"  cpu              {'not here: ' + on_cpu if on_cpu else 'ready, ' + native.origin()}")
     say(f"  cuda             {'not here: ' + on_gpu if on_gpu else 'ready, by Triton'}")
     say("  cpu and cuda serve converted MACE models at inference (GAQ_ENGINE=0 turns that off) and nequip-deploy")
     return {"reference": None, "cpu": on_cpu, "cuda": on_gpu}

@@ -29,7 +29,7 @@ def _build(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
     folder = check_output_folder("--output", arguments.output)
     lammps = find(arguments.lammps)
     with explained(f"compiling the plugin for LAMMPS {lammps.version}"):
-        built = build.obtain(lammps)
+        built = build.obtain(lammps, arguments.march)
     folder.mkdir(parents=True, exist_ok=True)
     output = folder.resolve() / build.PLUGIN
     shutil.copyfile(built, output)

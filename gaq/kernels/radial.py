@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gaq.caches import cached
+from gaq.kernels.signatures import COEFFICIENTS
 
 __all__ = [
     "COEFFICIENTS",
@@ -45,9 +46,7 @@ __all__ = [
     "tabulate",
 ]
 
-DEGREE = 5
-COEFFICIENTS = DEGREE + 1
-"""Numbers that the polynomial of an interval has for each path and channel."""
+DEGREE = COEFFICIENTS - 1
 TOLERANCE = 3e-8
 """Bound of the error of the values, relative to the largest value."""
 SLOPE_FACTOR = 30.0

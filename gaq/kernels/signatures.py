@@ -13,9 +13,8 @@ import ctypes
 import re
 from typing import Any
 
-from gaq.kernels import radial
-
 __all__ = [
+    "COEFFICIENTS",
     "DEPLOYED_VERSION",
     "DTYPES",
     "KERNELS",
@@ -88,6 +87,8 @@ STEPS = (
 )
 """Operations of a program; `program.cpp` says what their arguments are."""
 
+COEFFICIENTS = 6
+"""Numbers that the polynomial of an interval of a radial table has for each path and channel."""
 DEPLOYED_VERSION = 1
 """Version of the form of deployed files, which `potential.cpp` reads."""
 
@@ -143,7 +144,7 @@ def header() -> str:
         "// Written by gaq/kernels/signatures.py.",
         "#pragma once",
         "#include <cstdint>",
-        f"#define GAQ_COEFFICIENTS {radial.COEFFICIENTS}",
+        f"#define GAQ_COEFFICIENTS {COEFFICIENTS}",
         f"#define GAQ_DEPLOYED_VERSION {DEPLOYED_VERSION}",
         "#define GAQ_KERNEL(KERNEL, NAME, T) GAQ_KERNEL_##KERNEL(NAME, T)",
         "#define GAQ_SHIM(OPERATION) GAQ_SHIM_##OPERATION",

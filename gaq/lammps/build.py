@@ -13,7 +13,7 @@ from os import cpu_count
 from pathlib import Path
 
 from gaq.kernels import signatures
-from gaq.kernels.cpu import native, store
+from gaq.kernels.cpu import native, store, variants
 from gaq.lammps.installation import Installation, LammpsError
 from gaq.lammps.simulation import run
 
@@ -39,15 +39,19 @@ def write_sources(folder: Path, plugin: bool = True) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     kernels = Path(native.__file__).parent
     copied = [PAIR_STYLE / name for name in (*PAIR_FILES, *([ENTRY_POINT] if plugin else []))]
-    copied += [kernels / name for name in (*native.SOURCES, *native.HEADERS)]
+    copied += [kernels / name for name in (*variants.SOURCES, *variants.HEADERS)]
     for path in copied:
         shutil.copyfile(path, folder / path.name)
     (folder / "signatures.h").write_text(signatures.header())
     return sorted([*(path.name for path in copied), "signatures.h"])
 
 
-def obtain(lammps: Installation) -> Path:
+def obtain(lammps: Installation, processor: str = "native") -> Path:
     """Path of the plugin for a LAMMPS in the cache folder, built first where it is not there.
+
+    Args:
+        lammps: for which it is.
+        processor: for which the compiler's ``-march`` is; one that this machine runs.
 
     Raises:
         LammpsError: if it cannot be compiled, or LAMMPS cannot load it.
@@ -59,20 +63,28 @@ def obtain(lammps: Installation) -> Path:
         write_sources(folder)
         digest = hashlib.sha256(native.processor().encode())
         program = lammps.program.stat()  # another one after LAMMPS was built anew
-        for part in (*_options(lammps), str(lammps.program), str(program.st_mtime_ns), str(program.st_size), compiler):
+        for part in (
+            *_options(lammps, processor),
+            str(lammps.program),
+            str(program.st_mtime_ns),
+            str(program.st_size),
+            compiler,
+        ):
             digest.update(part.encode() + b"\0")
         for path in sorted(folder.iterdir()):
             digest.update(path.read_bytes())
 
         def build() -> Path:
-            built = compile_plugin(lammps, sorted(folder.glob("*.cpp")), folder, folder / PLUGIN)
+            built = compile_plugin(lammps, sorted(folder.glob("*.cpp")), folder, folder / PLUGIN, processor)
             check_loads(lammps, built)
             return built
 
         return store.obtain(f"lammps-{digest.hexdigest()[:20]}", PLUGIN, build, lambda path: path)
 
 
-def compile_plugin(lammps: Installation, sources: Sequence[Path], headers: Path, output: Path) -> Path:
+def compile_plugin(
+    lammps: Installation, sources: Sequence[Path], headers: Path, output: Path, processor: str = "native"
+) -> Path:
     """Compile sources to a plugin.
 
     Args:
@@ -80,6 +92,7 @@ def compile_plugin(lammps: Installation, sources: Sequence[Path], headers: Path,
         sources: C++ files.
         headers: folder of their headers; object files go there too.
         output: the file to write.
+        processor: see `obtain`.
 
     Raises:
         LammpsError: if there is no compiler, or it fails.
@@ -90,7 +103,7 @@ def compile_plugin(lammps: Installation, sources: Sequence[Path], headers: Path,
         target = headers / f"{source.stem}.o"
         # LAMMPS prints the name of the source with its errors.
         folders = [f"-I{headers}", f"-ffile-prefix-map={headers}=gaq"]
-        _run([*compiler, *_options(lammps), *folders, "-c", str(source), "-o", str(target)], lammps)
+        _run([*compiler, *_options(lammps, processor), *folders, "-c", str(source), "-o", str(target)], lammps)
         return str(target)
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
@@ -116,10 +129,10 @@ def check_loads(lammps: Installation, plugin: Path) -> None:
         raise LammpsError(f"LAMMPS {lammps.version} does not load the plugin: {' '.join(lines)}")
 
 
-def _options(lammps: Installation) -> list[str]:
+def _options(lammps: Installation, processor: str) -> list[str]:
     """Options of the compiler; the plugin exports nothing but its entry point."""
     folders = [f"-I{lammps.headers}", f"-I{lammps.mpi_header}"]
-    return [*native.FLAGS, "-fvisibility=hidden", f"-D{lammps.integers}", *folders]
+    return [*variants.FLAGS, f"-march={processor}", "-fvisibility=hidden", f"-D{lammps.integers}", *folders]
 
 
 def _compiler() -> str:

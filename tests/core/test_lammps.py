@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from gaq.cli import main
-from gaq.kernels.cpu import native
+from gaq.kernels.cpu import variants
 from gaq.lammps import build, installation, simulation
 from gaq.lammps.installation import Installation, LammpsError, find
 
@@ -206,7 +206,7 @@ def test_sources_are_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for path in (tmp_path / "src").iterdir():
         included = {line.split('"')[1] for line in path.read_text().splitlines() if line.startswith('#include "')}
         assert included <= names | {f"{name}.h" for name in lammps}, path.name
-    assert set(native.SOURCES) <= names
+    assert set(variants.SOURCES) <= names
 
 
 def test_separate_processes_are_not_taken_for_ranks(tree: Path, tmp_path: Path) -> None:

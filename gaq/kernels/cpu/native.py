@@ -1,7 +1,8 @@
-"""Compilation of the C++ kernels for this machine, on first use.
+"""The C++ kernels: those that were built with the package, or their compilation for this machine on first use.
 
 The sources use neither torch's headers nor its ABI (tensors are passed as pointers), so compiling takes seconds and the
-library works with any version of torch. Libraries are kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
+library works with any version of torch. `gaq.kernels.cpu.variants` has those that are built at installation; what is
+compiled here is kept in ``$GAQ_CACHE`` (default: ``gaq`` in the user's cache
 folder; see `gaq.kernels.cpu.store`), under a name that is a hash of all they depend on.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -24,7 +26,8 @@ import torch
 
 from gaq.caches import cached
 from gaq.kernels import signatures
-from gaq.kernels.cpu import store
+from gaq.kernels.cpu import store, variants
+from gaq.kernels.cpu.variants import FLAGS, HEADERS, SOURCES
 from gaq.untyped import Operation
 
 __all__ = [
@@ -35,23 +38,17 @@ __all__ = [
     "kernel",
     "library",
     "operation",
+    "origin",
     "processor",
     "refuse_second_derivative",
     "static_library",
     "why_not",
 ]
 
-SOURCES = (
-    *("convolution.cpp", "convolution_backward.cpp", "product.cpp", "contraction.cpp", "rounding.cpp"),
-    *("program.cpp", "potential.cpp"),
-)
 SHIM_SOURCES = ("convolution.cpp", "convolution_backward.cpp", "product.cpp", "rounding.cpp", "shims.cpp")
-HEADERS = ("batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h", "potential.h")
-FLAGS = (
-    *("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
-)
+NATIVE = "-march=native"
 
+logger = logging.getLogger(__name__)
 
 Used = TypeVar("Used")
 
@@ -102,7 +99,7 @@ def _identified(kind: str, sources: Sequence[str], *parts: str) -> str:
     """
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for part in (*FLAGS, *parts, processor(), signatures.header()):
+    for part in (*FLAGS, NATIVE, *parts, processor(), signatures.header()):
         digest.update(part.encode() + b"\0")
     for name in (*HEADERS, *sources):
         digest.update((folder / name).read_bytes())
@@ -150,11 +147,47 @@ def _digest_of(compiler: str) -> str:
 
 @cached(most=1)
 def library() -> ctypes.CDLL:
-    """Load the compiled kernels, building them first where they are in no cache folder.
+    """Load the compiled kernels: those that were built with this package, or else those in a cache folder.
+
+    They are compiled first where neither has any for this processor.
 
     Raises:
         CompilerError: if there is no compiler, or if it fails.
     """
+    built = variants.installed(variants.features())
+    if built is not None:
+        try:
+            loaded = _with_openmp(built[1])
+        except OSError as error:
+            logger.warning(f"gaq: the kernels that were installed cannot be loaded ({error}), others are compiled.")
+        else:
+            _declare(loaded)
+            return loaded
+    return _compiled()
+
+
+def origin() -> str:
+    """Where the kernels in use come from, for `gaq doctor`."""
+    path = Path(library()._name)
+    built = variants.installed(variants.features())
+    if built is not None and built[1] == path:
+        return f"built for {built[0].name} when this package was installed"
+    return f"compiled on this machine, {path}"
+
+
+def _with_openmp(path: Path) -> ctypes.CDLL:
+    """Load a library that is linked with no OpenMP library, with torch's own, or the system's where torch has none.
+
+    Raises:
+        OSError: if it cannot be loaded.
+    """
+    for openmp in _openmp()[:1] or ["libgomp.so.1"]:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
+def _compiled() -> ctypes.CDLL:
+    """Load kernels that are compiled for this processor, building them first where they are in no cache folder."""
     linked = _openmp()
 
     def build(compiler: str, folder: Path) -> Path:
@@ -212,22 +245,15 @@ def _link(command: list[str]) -> None:
 
 
 def _objects(compiler: str, sources: Sequence[str], folder: Path, options: list[str]) -> list[str]:
-    """Compile sources at the same time, and return the paths of the object files."""
-    (folder / "signatures.h").write_text(signatures.header())
-    options = [*options, f"-I{folder}"]
-    running = []
-    for name in sources:
-        target = folder / (Path(name).stem + ".o")
-        command = [*compiler.split(), *FLAGS, *options, "-c", str(Path(__file__).parent / name), "-o", str(target)]
-        try:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        except OSError as error:
-            raise CompilerError(_FAILED.format(compiler=compiler, output=error)) from error
-        running.append((process, str(target)))
-    for process, output in [(process, process.communicate()[0]) for process, _ in running]:
-        if process.returncode != 0:
-            raise CompilerError(_FAILED.format(compiler=compiler, output=output))
-    return [target for _, target in running]
+    """Compile sources for this processor, and return the paths of the object files.
+
+    Raises:
+        CompilerError: if that fails.
+    """
+    try:
+        return variants.objects(compiler, sources, folder, [NATIVE, *options])
+    except (RuntimeError, OSError) as error:
+        raise CompilerError(_FAILED.format(compiler=compiler, output=error)) from error
 
 
 _FAILED = "{compiler} could not compile the kernels, models run through the slower reference path:\n{output}"

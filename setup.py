@@ -1,0 +1,37 @@
+"""Builds the CPU kernels when the package is installed. All else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gaq.kernels.cpu import variants
+
+
+class BuildWithKernels(build_py):
+    """Adds the libraries to what is installed. An installation from which one develops compiles on first use."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            print(f"gaq: {variants.build_all(Path(self.build_lib) / 'gaq' / 'kernels' / 'cpu' / variants.FOLDER.name)}")
+
+
+class WheelWithKernels(bdist_wheel):
+    """A wheel for one kind of machine, and for every version of Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = not (sys.platform.startswith("linux") and platform.machine() == "x86_64")
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})
