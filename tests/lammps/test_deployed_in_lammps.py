@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
 
+from gaq.cli import main
 from gaq.lammps import build
 from gaq.lammps.check import check
 from gaq.lammps.installation import Installation, LammpsError
@@ -148,6 +150,34 @@ print "$(lx:%.16g) $(ly:%.16g) $(lz:%.16g) $(xy:%.16g) $(xz:%.16g) $(yz:%.16g)" 
     assert result.energy == pytest.approx(energy, abs=1e-9)
     np.testing.assert_allclose(result.forces, forces, atol=1e-9)
     np.testing.assert_allclose(result.stress, stress, atol=1e-8)
+
+
+class TestCommand:
+    """``gaq lammps check``."""
+
+    def test_that_agrees(
+        self, gaq_plugin: Path, deployed: dict[tuple[str, str], Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["lammps", "check", str(deployed["one layer", "float64"])]) == 0
+        printed = capsys.readouterr().out
+        assert "crystal of 32 atoms" in printed
+        assert "allowed: 0.5 meV/Å" in printed
+        assert "DIFFERS" not in printed
+
+    def test_that_differs(
+        self,
+        gaq_plugin: Path,
+        deployed: dict[tuple[str, str], Path],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("gaq.lammps.check.allowed", lambda path: -1.0)
+        monkeypatch.setattr("gaq.lammps.check.RELATIVE", -1.0)
+        assert main(["lammps", "check", "--json", "--ranks", "1", str(deployed["one layer", "float64"])]) == 1
+        result = json.loads(capsys.readouterr().out)
+        assert not result["agrees"]
+        assert {row["ranks"] for row in result["rows"]} == {1}
+        assert {"energy", "forces", "force_scale", "stress", "structures"} == set(result["rows"][0]["check"])
 
 
 class TestRefusals:
