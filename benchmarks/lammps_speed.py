@@ -78,7 +78,13 @@ def measure(
     source.write_text(f"log {log}\n" + SCRIPT.format(plugins=loaded, **values))
     command = [str(lammps.program), "-in", str(source), "-nocite"]
     if row["style"] == "mliap":
-        command = [sys.executable, str(Path(__file__).with_name("lammps_mliap.py")), path, str(source), str(CUTOFF)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("lammps_mliap.py")),
+            str(Path(path).resolve()),
+            str(source),
+            str(CUTOFF),
+        ]
         command += [] if args.mliap_with_gaq else ["--without-gaq"]
     command = [sys.executable, "-c", RANK, str(memory), *command]
     if row["ranks"] > 1:
