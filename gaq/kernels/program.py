@@ -25,8 +25,10 @@ from gaq.kernels.convolution import ConvolutionProblem
 from gaq.kernels.cpu.native import kernel
 
 __all__ = [
+    "ACTIVATIONS",
     "Builder",
     "Exchange",
+    "Gated",
     "Layer",
     "Program",
     "Recorded",
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 ACTIVATIONS = ("silu", "tanh")
-"""Functions of `Builder.activation`."""
+"""Functions of `Builder.activation` and `Builder.gate`."""
 EXCHANGE = {
     torch.float32: ctypes.CFUNCTYPE(
         None, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_float), ctypes.c_int64
@@ -109,6 +111,7 @@ class Repulsion:
         rates: inverse of the screening length, (species, species) in 1/Å.
         cutoffs: (species, species) in Å.
         power: of the polynomial envelope.
+        exponents: the four of the screening function, in units of the inverse screening length.
     """
 
     factors: Tensor
@@ -116,6 +119,43 @@ class Repulsion:
     rates: Tensor
     cutoffs: Tensor
     power: int
+    exponents: tuple[float, float, float, float] = (3.2, 0.9423, 0.4028, 0.2016)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Features that functions of scalars multiply, and scalars that become such functions; see `Builder.gate`.
+
+    Offsets are in numbers, within the row of an atom. The components of features follow each other every `channels`.
+
+    Attributes:
+        channels: number of scalars, and of features.
+        scalars: offset of the scalars.
+        out: offset of the result.
+        kind: of `ACTIVATIONS`.
+        factor: by which the function is multiplied.
+        components: of each feature; 0 where the result is the function itself.
+        features: offset of the features.
+    """
+
+    channels: int
+    scalars: int
+    out: int
+    kind: str
+    factor: float
+    components: int = 0
+    features: int = 0
+
+    def words(self) -> list[int]:
+        """The integers as `program.cpp` reads them."""
+        return [
+            self.channels,
+            self.scalars,
+            self.out,
+            ACTIVATIONS.index(self.kind),
+            self.components,
+            self.features,
+        ]
 
 
 @dataclass(frozen=True)
@@ -391,6 +431,82 @@ class Builder:
         self.tape.append(back)
         return out
 
+    def gate(self, x: Value, width: int, pieces: Sequence[Gated]) -> Value:
+        """Apply functions to scalars, and multiply features by functions of scalars.
+
+        Args:
+            x: scalars and features; each of its numbers is read by one piece. Nothing else reads it.
+            width: of the result, whose numbers are all written.
+            pieces: of the features.
+        """
+        out = Value(self._memory(width), x.differentiable)
+        assert sum(p.channels * (p.components + 1) for p in pieces) == x.memory.width, "a number is not read once"
+        assert sum(p.channels * (p.components or 1) for p in pieces) == width, "a number is not written once"
+        words = torch.tensor([word for piece in pieces for word in piece.words()], dtype=torch.int64)
+        factors = torch.tensor([piece.factor for piece in pieces], dtype=torch.float64)
+        rest = (x.memory.width, width, len(pieces), self._integer(words), self._real(factors))
+        self._step("gate", x.memory, out.memory, *rest)
+
+        def back() -> None:
+            if out.grad is None:
+                return
+            target, add = self._target(x)
+            assert not add, "gated features are read by nothing else"
+            self._step("gate_back", out.grad, x.memory, target, *rest)
+
+        if x.differentiable:
+            self.tape.append(back)
+        return out
+
+    def copy(self, x: Value, width: int, blocks: Sequence[tuple[View, View, int]]) -> Value:
+        """Copy features to other places.
+
+        Args:
+            x: features.
+            width: of the result.
+            blocks: where rows are read and written, and their length. They write all of the result.
+        """
+        out = Value(self._memory(width), x.differentiable)
+        for read, written, columns in blocks:
+            self._step("copy", x.memory, *read.words(), out.memory, *written.words(), columns)
+
+        def back() -> None:
+            if out.grad is None:
+                return
+            target, add = self._target(x)
+            assert not add, "features that are copied are read by nothing else"
+            if sum(read.components * columns for read, _, columns in blocks) < x.memory.width:
+                self._step("zero", target, int(target.of_senders), target.width)
+            for read, written, columns in blocks:
+                self._step("copy", out.grad, *written.words(), target, *read.words(), columns)
+
+        if x.differentiable:
+            self.tape.append(back)
+        return out
+
+    def add(self, x: Value, onto: Value) -> Value:
+        """Add features to others of the same width, which cannot be read later."""
+        out = Value(onto.memory, x.differentiable or onto.differentiable)
+        self._step("add", x.memory, onto.memory, x.memory.width)
+
+        def back() -> None:
+            if out.grad is None:
+                return
+            if x.differentiable:
+                # A copy: more is added to the gradient of either.
+                target, add = self._target(x)
+                row = View(1, target.width, 0).words()
+                if add:
+                    self._step("add", out.grad, target, target.width)
+                else:
+                    self._step("copy", out.grad, *row, target, *row, target.width)
+            if onto.differentiable:
+                self._pass_on(onto, out.grad)
+
+        if out.differentiable:
+            self.tape.append(back)
+        return out
+
     def energy(self, x: Value) -> None:
         """Add the column of each atom's head to its energy."""
         width = x.memory.width
@@ -407,6 +523,7 @@ class Builder:
     def repulsion(self, pairs: Repulsion) -> None:
         """Add the repulsion of nuclei."""
         at = self._real(pairs.factors)
+        self._real(torch.tensor(pairs.exponents, dtype=torch.float64))
         self._real(torch.stack([pairs.charges, pairs.rates, pairs.cutoffs], dim=-1))
         self._step("repulsion", at, self.scales, pairs.charges.shape[0], pairs.power)
 

@@ -83,7 +83,7 @@ KERNELS = {
 STEPS = (
     *("gather", "linear", "round", "convolution", "convolution_back", "contraction", "contraction_back"),
     *("density", "density_back", "divide", "divide_back", "activation", "activation_back", "energy", "seed"),
-    *("repulsion", "scale_shift", "add", "zero", "exchange", "exchange_back", "export"),
+    *("repulsion", "scale_shift", "add", "zero", "exchange", "exchange_back", "export", "gate", "gate_back", "copy"),
 )
 """Operations of a program; `program.cpp` says what their arguments are."""
 

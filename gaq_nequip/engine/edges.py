@@ -18,7 +18,7 @@ from gaq.kernels import harmonics
 from gaq.untyped import AnyModule
 from gaq_nequip.sites import class_name
 
-__all__ = ["EdgePart", "Embedding", "Unsupported", "before_last", "edge_part", "fit_harmonics"]
+__all__ = ["EdgePart", "Embedding", "Unsupported", "before_last", "edge_part", "fit_harmonics", "layer_sequence"]
 
 
 class Unsupported(ValueError):
@@ -45,11 +45,13 @@ class EdgePart:
         modules: in the order in which they run.
         harmonics: the module that makes the spherical harmonics.
         r_max: cutoff in Å.
+        cutoffs: of pairs of types, (receivers, senders) in Å, where they differ; None otherwise.
     """
 
     modules: tuple[AnyModule, ...]
     harmonics: AnyModule
     r_max: float
+    cutoffs: Tensor | None = None
 
     def run(self, vectors: Tensor) -> AtomicDataDict.Type:
         """Run the modules on edges with the given vectors."""
@@ -59,17 +61,30 @@ class EdgePart:
         return data
 
 
-def edge_part(model: torch.nn.Module) -> EdgePart:
-    """Copy the modules that run on edges.
+def layer_sequence(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose children are the convolution layers and what runs before and after them.
 
     Raises:
-        Unsupported: for modules that are not known, and cutoffs by pair of types.
+        Unsupported: if there is not one.
     """
     sequences = [m for m in model.modules() if any(class_name(c) == "ConvNetLayer" for c in m.children())]
     if len(sequences) != 1:
         raise Unsupported("there is not one sequence of convolution layers")
+    return sequences[0]
+
+
+def edge_part(model: torch.nn.Module, by_pair: bool = False) -> EdgePart:
+    """Copy the modules that run on edges.
+
+    Args:
+        model: with convolution layers.
+        by_pair: whether cutoffs may differ by pair of types. The copied modules then have the same one for all pairs.
+
+    Raises:
+        Unsupported: for modules that are not known, and cutoffs by pair of types unless they may differ.
+    """
     modules: list[AnyModule] = []
-    for child in sequences[0].children():
+    for child in layer_sequence(model).children():
         if class_name(child) == "ConvNetLayer":
             break
         if class_name(child) != "NodeTypeEmbed":
@@ -86,21 +101,32 @@ def edge_part(model: torch.nn.Module) -> EdgePart:
     missing = [name for name in known[:3] if name not in by_name]
     if missing:
         raise Unsupported(f"the model has no {missing[0]}")
-    if by_name["EdgeLengthNormalizer"]._per_edge_type:
-        raise Unsupported("cutoffs differ by the types of both atoms (per_edge_type_cutoff)")
-    r_max = float(by_name["EdgeLengthNormalizer"].r_max)
-    return EdgePart(tuple(modules), by_name["SphericalHarmonicEdgeAttrs"], r_max)
+    normalizer = by_name["EdgeLengthNormalizer"]
+    r_max, cutoffs = float(normalizer.r_max), None
+    if normalizer._per_edge_type:
+        if not by_pair:
+            raise Unsupported("cutoffs differ by the types of both atoms (per_edge_type_cutoff)")
+        cutoffs = 1 / normalizer._rmax_recip.view(normalizer.num_types, -1)
+        normalizer._per_edge_type, normalizer._rmax_recip = False, torch.tensor(1 / r_max, dtype=torch.float64)
+    return EdgePart(tuple(modules), by_name["SphericalHarmonicEdgeAttrs"], r_max, cutoffs)
 
 
 class Embedding(torch.nn.Module):
     """Inputs of the radial networks as a function of the edge length, in float64.
 
     Its numbers are buffers, because a frozen model has no parameters besides those that its file counts as weights.
+
+    Args:
+        edge: modules of the model.
+        cutoff: of a pair of types in Å; None for that of the model.
     """
 
-    def __init__(self, edge: EdgePart) -> None:
+    def __init__(self, edge: EdgePart, cutoff: float | None = None) -> None:
         super().__init__()
         self.steps = torch.nn.ModuleList(copy.deepcopy(m) for m in edge.modules if m is not edge.harmonics)
+        for module in self.steps:
+            if class_name(module) == "EdgeLengthNormalizer" and cutoff is not None:
+                module._rmax_recip = torch.tensor(1 / cutoff, dtype=torch.float64)
         for module in list(self.steps.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, name)

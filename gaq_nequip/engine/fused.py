@@ -36,6 +36,7 @@ __all__ = [
     "FusedInteractionBlock",
     "FusedProduct",
     "Unsupported",
+    "chunked_of",
     "fuse",
     "head_of_scale",
     "refusals",
@@ -125,7 +126,7 @@ BLOCKS = {"InteractionBlock": FusedInteractionBlock, "AttentionInteractionBlock"
 """Fused class of each class of blocks that the kernels serve."""
 
 
-def _chunked(
+def chunked_of(
     block: AnyModule, sh: list[Tensor], r_max: float, device: torch.device, dtype: torch.dtype
 ) -> chunks.ChunkedConvolution:
     """Convolution of a block.
@@ -307,7 +308,7 @@ def _examine(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, _E
     dtype = _dtype(model)
     for name, block in blocks:
         try:
-            chunked = _chunked(block, sh, edge.r_max, device, dtype)
+            chunked = chunked_of(block, sh, edge.r_max, device, dtype)
             network = copy.deepcopy(block.edge_mlp.mlp).double()
             before_last(network, embedding(torch.ones(1, dtype=torch.float64)), torch.float64)
             served[name] = block, embedding, chunked

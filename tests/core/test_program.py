@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gaq.kernels import contraction, convolution, harmonics, program, radial
 from gaq.kernels.cpu import native
-from gaq.kernels.program import Builder, Layer, Program, View
+from gaq.kernels.program import Builder, Gated, Layer, Program, View
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.why_not()}")
 
@@ -63,6 +64,8 @@ MATRICES = {
     "species": random(SPECIES, CHANNELS, CHANNELS, seed=5),
     "hidden": random(2 * CHANNELS, 6, seed=6),
     "out": random(6, 2, seed=7),
+    "gates": random(CHANNELS, CHANNELS, seed=18),
+    "mixing": random(4 * CHANNELS, CHANNELS, seed=19),
 }
 ROWS = random(SPECIES, CHANNELS, seed=8)
 KEPT = random(SPECIES, 2 * CHANNELS, seed=9)
@@ -74,6 +77,7 @@ PAIRS = program.Repulsion(
     1 + random(SPECIES, SPECIES, seed=11).abs(),
     2.5 + 0 * random(SPECIES, SPECIES),
     6,
+    (3.1, 0.9, 0.4, 0.25),
 )
 
 
@@ -123,7 +127,7 @@ def reference(vectors: Tensor, sender: Tensor, receiver: Tensor) -> tuple[Tensor
     energies = energies + 0.3 * torch.tanh(hidden) @ MATRICES["out"]
     energy = energies[torch.arange(atoms), HEADS]
     pair = species[sender], species[receiver]
-    rates = torch.tensor([3.2, 0.9423, 0.4028, 0.2016], dtype=D)
+    rates = torch.tensor(PAIRS.exponents, dtype=D)
     phi = (PAIRS.factors * torch.exp(-rates * (lengths * PAIRS.rates[pair])[:, None])).sum(1)
     part = lengths / PAIRS.cutoffs[pair]
     envelope = (1 - 28 * part**6 + 48 * part**7 - 21 * part**8) * (part < 1)
@@ -176,20 +180,105 @@ def test_memory_is_shared_by_what_is_not_used_at_one_time() -> None:
     assert len(builder._sizes) == 2
 
 
-def test_a_program_on_two_parts_of_space() -> None:
+SCALARS, VECTORS = View(1, CHANNELS, CHANNELS), View(3, 3 * CHANNELS, CHANNELS, scaled_offset=CHANNELS)
+LAST = random(CHANNELS, 1, seed=12)
+
+
+def two_layers(made: Builder) -> Program:
+    """Scalars alone between two convolutions."""
+    x = made.convolution(made.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS)
+    x = made.linear(x, CHANNELS, [(SCALARS, View(1, CHANNELS, 0), MATRICES["scalars"])])
+    x = made.convolution(made.exchange(x), PROBLEM.rows_out, CHANNELS)
+    made.energy(made.linear(x, 1, [(SCALARS, View(1, 1, 0), LAST)]))
+    return made.build()
+
+
+def gated_layers(made: Builder) -> Program:
+    """A gate between two convolutions; its result is copied to other places, and added to what is made of it."""
+    width, after = 5 * CHANNELS, 4 * CHANNELS
+    x = made.convolution(made.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS)
+    blocks = [
+        (SCALARS, View(1, width, 0), MATRICES["scalars"]),
+        (SCALARS, View(1, width, 0, CHANNELS), MATRICES["gates"]),
+        (VECTORS, View(3, width, CHANNELS, 2 * CHANNELS), MATRICES["vectors"]),
+    ]
+    x = made.linear(x, width, blocks)
+    pieces = [
+        Gated(CHANNELS, 0, 0, "tanh", 1.3),
+        Gated(CHANNELS, CHANNELS, CHANNELS, "silu", 0.7, 3, 2 * CHANNELS),
+    ]
+    x = made.gate(x, after, pieces)
+    first, second = View(1, after, 0), View(3, after, CHANNELS, CHANNELS)
+    moved = View(3, after, CHANNELS), View(1, after, 0, 3 * CHANNELS)
+    x = made.copy(x, after, [(first, moved[1], CHANNELS), (second, moved[0], CHANNELS)])
+    mixed = made.linear(x, after, [(moved[0], moved[0], MATRICES["gates"])], full=False)
+    x = made.add(x, mixed)
+    made.export(x, CHANNELS, [3, 1])
+    both = View(4, after, CHANNELS)
+    # The sum over components is no scalar, but a function of the vectors.
+    x = made.linear(x, after, [(both, both, MATRICES["scalars"])])
+    x = made.linear(x, CHANNELS, [(View(1, after, 0), View(1, CHANNELS, 0), MATRICES["mixing"])])
+    x = made.convolution(made.exchange(x), PROBLEM.rows_out, CHANNELS)
+    made.energy(made.linear(x, 1, [(SCALARS, View(1, 1, 0), LAST)]))
+    return made.build()
+
+
+def gated_reference(vectors: Tensor, sender: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of `gated_layers` and the features that it exports, in plain torch."""
+    atoms, species = SPECIES_OF_ATOMS.numel(), SPECIES_OF_ATOMS
+    edges = convolution.Graph(sender, receiver)
+    message = convolution.reference(PROBLEM, edges, ROWS[species][:, None], vectors, WEIGHTS)
+    scalars, rest = PROBLEM.split(message, atoms)
+    gates = 0.7 * torch.nn.functional.silu(scalars @ MATRICES["gates"])
+    gated = (rest @ MATRICES["vectors"]).view(atoms, 3, -1) * gates[:, None]
+    x = torch.cat([gated, 1.3 * torch.tanh(scalars @ MATRICES["scalars"])[:, None]], dim=1)
+    x = x + torch.cat([x[:, :3] @ MATRICES["gates"], torch.zeros_like(x[:, :1])], dim=1)
+    sent = (x @ MATRICES["scalars"]).flatten(1) @ MATRICES["mixing"]
+    message = convolution.reference(PROBLEM, edges, sent[:, None], vectors, WEIGHTS)
+    return (PROBLEM.split(message, atoms)[0] @ LAST)[:, 0], x
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gates_copies_and_sums(threads: int) -> None:
+    sender, receiver, vectors = graph()
+    vectors.requires_grad_(True)
+    expected, features = gated_reference(vectors, sender, receiver)
+    (gradient,) = torch.autograd.grad(expected.sum(), [vectors])
+    made = gated_layers(Builder(D, torch.ones(1), torch.zeros(1)))
+    order, exported = torch.arange(SPECIES_OF_ATOMS.numel()), torch.empty(7, 4 * CHANNELS, dtype=D)
+    both = [Layer(PROBLEM, WEIGHTS, None)] * 2
+    torch.set_num_threads(threads)
+    energies, grad = made(both, sender, receiver, vectors.detach(), SPECIES_OF_ATOMS, SLICES, order, exports=[exported])
+    torch.testing.assert_close(energies, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
+    blocks = [features[:, :3].transpose(1, 2).flatten(1), features[:, 3]]
+    torch.testing.assert_close(exported, torch.cat(blocks, dim=1).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", program.ACTIVATIONS)
+def test_activation_functions_of_a_gate(dtype: torch.dtype, kind: str) -> None:
+    """To some units in the last place for numbers of every size, and without overflow."""
+    small = torch.logspace(-12, 2.6, 53, dtype=D)
+    x = torch.cat([small, -small, torch.zeros(1), torch.tensor([torch.nan])]).to(dtype)
+    builder = Builder(dtype, torch.ones(1), torch.zeros(1))
+    count = x.numel()
+    builder.export(builder.gate(builder.gather(x[None]), count, [Gated(count, 0, 0, kind, 1.0)]), count, [1])
+    out, none, zeros = torch.empty(1, count, dtype=dtype), torch.zeros(0, dtype=torch.int64), torch.zeros(1).long()
+    builder.build()(
+        [], none, none, torch.zeros(0, 3, dtype=dtype), zeros, torch.tensor([[0, 0, 1]]), zeros, exports=[out]
+    )
+    function = torch.nn.functional.silu if kind == "silu" else torch.tanh
+    # Below the smallest exponent, silu is cut off at x exp(-88), or exp(-709).
+    rtol, tiny = (3e-7, 1e-35) if dtype == torch.float32 else (1e-15, 1e-300)
+    torch.testing.assert_close(out[0].double(), function(x.double()), rtol=rtol, atol=tiny, equal_nan=True)
+
+
+@pytest.mark.parametrize("layers", [two_layers, gated_layers])
+def test_a_program_on_two_parts_of_space(layers: Callable[[Builder], Program]) -> None:
     """Rows of senders are exchanged, and their gradients added where they come from."""
     sender, receiver, vectors = graph()
     builder = Builder(D, torch.ones(1), torch.zeros(1), parts=True)
-    zeros = View(1, CHANNELS, 0)
-
-    def layers(made: Builder) -> Program:
-        x = made.convolution(made.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS)
-        scalars = View(1, CHANNELS, CHANNELS)
-        x = made.linear(x, CHANNELS, [(scalars, zeros, MATRICES["scalars"])])
-        x = made.convolution(made.exchange(x), PROBLEM.rows_out, CHANNELS)
-        made.energy(made.linear(x, 1, [(scalars, View(1, 1, 0), random(CHANNELS, 1, seed=12))]))
-        return made.build()
-
     whole = layers(Builder(D, torch.ones(1), torch.zeros(1)))
     both = [Layer(PROBLEM, WEIGHTS, None)] * 2
     order = torch.arange(SPECIES_OF_ATOMS.numel())

@@ -87,7 +87,7 @@ def test_the_convolution_is_nequips(quantized: Callable[..., Any], variant: str,
     vectors = torch.randn(40, 3, generator=generator, dtype=torch.float64)
     attributes = edge.run(vectors)["edge_attrs"]
     for block in [m for m in model.modules() if class_name(m) in fused.BLOCKS]:
-        chunked = fused._chunked(block, sh, edge.r_max, torch.device("cpu"), torch.float64)
+        chunked = fused.chunked_of(block, sh, edge.r_max, torch.device("cpu"), torch.float64)
         product = block.tp_scatter.tp
         x = torch.randn(5, product.irreps_in1.dim, generator=generator, dtype=torch.float64)
         weights = torch.randn(40, product.weight_numel, generator=generator, dtype=torch.float64)

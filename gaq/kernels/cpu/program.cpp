@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "activations.h"
 #include "edges.h"
 #include "lanes.h"
 #include "matrices.h"
@@ -175,6 +176,9 @@ template <typename T> class Program {
       case STEP_exchange: return exchange(a, call, arena);
       case STEP_exchange_back: return exchange_back(a, call, arena);
       case STEP_export: return export_rows(a, call, arena);
+      case STEP_gate: return gate(a, call, arena);
+      case STEP_gate_back: return gate_back(a, call, arena);
+      case STEP_copy: return copy(a, call, arena);
     }
   }
 
@@ -332,6 +336,76 @@ template <typename T> class Program {
     });
   }
 
+  // A piece of a gate as program.py writes it, with its factor.
+  struct Gated {
+    int64_t channels, scalars, out, kind, components, features;
+    T factor;
+  };
+  std::vector<Gated> gated(int64_t count, int64_t first_int, int64_t first_real) const {
+    std::vector<Gated> pieces;
+    const int64_t* p = ints.data() + first_int;
+    for (int64_t i = 0; i < count; ++i, p += 6)
+      pieces.push_back({p[0], p[1], p[2], p[3], p[4], p[5], T(reals[first_real + i])});
+    return pieces;
+  }
+
+  // input, output, their widths, pieces, integers, number of the first factor
+  void gate(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    const std::vector<Gated> pieces = gated(a[4], a[5], a[6]);
+    constexpr int W = Lanes<T>::width;
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (threads_for(call.atoms * a[2], call) > 1)
+    for (int64_t i = 0; i < call.atoms; ++i) {
+      const T* x = arena.at[a[0]] + i * a[2];
+      T* to = arena.at[a[1]] + i * a[3];
+      for (const Gated& p : pieces)
+        for (int64_t c = 0; c < p.channels; c += W) {
+          const int64_t left = p.channels - c;
+          Vec<T> value, slope;
+          activate<T>(p.kind, p.factor, load(x + p.scalars + c, left), value, slope);
+          if (!p.components) store(to + p.out + c, value, left);
+          for (int64_t m = c, end = c + p.components * p.channels; m < end; m += p.channels)
+            store(to + p.out + m, load(x + p.features + m, left) * value, left);
+        }
+    }
+  }
+
+  // gradient of the output, input, gradient of the input, widths of input and output, pieces, integers, number of the
+  // first factor
+  void gate_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    const std::vector<Gated> pieces = gated(a[5], a[6], a[7]);
+    constexpr int W = Lanes<T>::width;
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (threads_for(call.atoms * a[3], call) > 1)
+    for (int64_t i = 0; i < call.atoms; ++i) {
+      const T *grad = arena.at[a[0]] + i * a[4], *x = arena.at[a[1]] + i * a[3];
+      T* to = arena.at[a[2]] + i * a[3];
+      for (const Gated& p : pieces)
+        for (int64_t c = 0; c < p.channels; c += W) {
+          const int64_t left = p.channels - c;
+          Vec<T> value, slope, along = {};
+          activate<T>(p.kind, p.factor, load(x + p.scalars + c, left), value, slope);
+          if (!p.components) along = load(grad + p.out + c, left);
+          for (int64_t m = c, end = c + p.components * p.channels; m < end; m += p.channels) {
+            const Vec<T> of = load(grad + p.out + m, left);
+            along += of * load(x + p.features + m, left);
+            store(to + p.features + m, of * value, left);
+          }
+          store(to + p.scalars + c, along * slope, left);
+        }
+    }
+  }
+
+  // view (6) of the input, view (6) of the output, length of a row
+  void copy(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    const Rows<const T> in = rows<const T>(a, call, arena);
+    const Rows<T> out = rows<T>(a + 6, call, arena);
+#pragma omp parallel for schedule(static) \
+    num_threads(call.threads) if (threads_for(call.atoms * a[3] * a[12], call) > 1)
+    for (int64_t i = 0; i < call.atoms; ++i)
+      for (int64_t m = 0; m < in.components; ++m)
+        std::memcpy(out.first + i * out.atom_stride + m * out.row_stride,
+                    in.first + i * in.atom_stride + m * in.row_stride, a[12] * sizeof(T));
+  }
+
   static int64_t head(const Call<T>& call, int64_t atom) { return call.head ? call.head[atom] : 0; }
 
   // slot, width
@@ -354,13 +428,12 @@ template <typename T> class Program {
       call.energies[i] = reals[a[0] + head(call, i)] * call.energies[i] + reals[a[1] + head(call, i)];
   }
 
-  // Repulsion of nuclei (Ziegler, Biersack and Littmark 1985) with a polynomial envelope, as MACE has it: numbers of
-  // its constants, number of the first head's factor, species, power of the envelope.
+  // Repulsion of nuclei (Ziegler, Biersack and Littmark 1985) with a polynomial envelope: number of its first constant,
+  // number of the first head's factor, species, power of the envelope.
   void repulsion(const int64_t* a, const Call<T>& call, Arena&) const {
-    const double* c = reals.data() + a[0];  // four factors, then of each pair of species: charges, 1 / length, cutoff
-    const double* of_pairs = c + 4;
+    // Four factors and exponents, then of each pair of species: charges, 1 / length, cutoff.
+    const double *c = reals.data() + a[0], *exponents = c + 4, *of_pairs = c + 8;
     const double p = double(a[3]);
-    static constexpr double RATES[4] = {3.2, 0.9423, 0.4028, 0.2016};
     for (int64_t e = 0; e < call.edges; ++e) {
       const int64_t receiver = call.receiver[e];
       const double* pair = of_pairs + 3 * (call.species_of_sender[call.sender[e]] * a[2] + call.species[receiver]);
@@ -369,8 +442,8 @@ template <typename T> class Program {
       if (!(r < pair[2])) continue;
       double phi = 0, slope = 0;
       for (int i = 0; i < 4; ++i) {
-        const double term = c[i] * std::exp(-RATES[i] * r * pair[1]);
-        phi += term, slope -= RATES[i] * pair[1] * term;
+        const double term = c[i] * std::exp(-exponents[i] * r * pair[1]);
+        phi += term, slope -= exponents[i] * pair[1] * term;
       }
       const double x = r / pair[2], power = std::pow(x, p);
       const double envelope = 1 - power * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * p * (p + 1) / 2));

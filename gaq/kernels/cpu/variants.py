@@ -39,7 +39,10 @@ SOURCES = (
     *("convolution.cpp", "convolution_backward.cpp", "product.cpp", "contraction.cpp", "rounding.cpp"),
     *("program.cpp", "potential.cpp"),
 )
-HEADERS = ("batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h", "potential.h")
+HEADERS = (
+    *("activations.h", "batch.h", "edges.h", "lanes.h", "matrices.h", "passes.h", "plan.h"),
+    "potential.h",
+)
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
