@@ -104,7 +104,7 @@ def test_the_command(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_has_no_operations_is_refused(quantized: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the model cannot be deployed: .* do not round"):
+    with pytest.raises(ValueError, match=r"the model cannot be deployed: .* do not round"):
         deployed(quantized("w8a8", "plain", "float64"), tmp_path / "model.gaq")
     with pytest.raises(ValueError, match="deploy it with --dtype float64"):
         deployed(quantized("w8", "plain", "float64"), tmp_path / "model.gaq", torch.float32)
