@@ -11,6 +11,7 @@ import errno
 import glob
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,12 +40,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def put(finished: Path, path: Path) -> None:
-    """Move a finished file to its place at once; a file that is there is replaced.
+    """Move a finished file to its place at once; a file that is there is replaced. Its permissions are the usual ones.
 
     Raises:
         OSError: if `path` cannot be written.
     """
     _drop_stale(path)
+    finished.chmod(_mode_of_new_files(finished.parent))  # some writers make files that nobody else may read
     try:
         os.replace(finished, path)
         return
@@ -53,10 +55,18 @@ def put(finished: Path, path: Path) -> None:
             raise
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        shutil.copyfile(finished, part)
+        shutil.copy(finished, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """Permissions that this process gives to files; to ask for its umask would be to change it for a moment."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        probe = Path(own) / "probe"
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
 
 
 def _drop_stale(path: Path) -> None:

@@ -121,3 +121,14 @@ def test_nothing_else_writes_beside_the_output() -> None:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".part"):
                     found.append(str(path.relative_to(ROOT)))
     assert set(found) <= {"gaq/files/whole.py", "gaq/kernels/cpu/store.py"}
+
+
+def test_others_may_read_what_is_written(tmp_path: Path, file_systems: str) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole.written_whole(tmp_path / "file") as part:
+            part.write_text("text")
+            part.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
