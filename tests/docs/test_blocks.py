@@ -6,13 +6,15 @@
 
 `.ci/run` does the first in both environments. Tests that run no command belong to the default suite.
 
-A new block needs nothing here, with three exceptions. If it belongs to one environment or cannot be run, comments
-before it say so (see `doc_blocks`). If it promises an output, it gets a line in `PRINTED`. If it writes a new kind of
-file, `check_file` gets a check for it. `doc_blocks.SHORTER` shortens long commands by options that the text names.
+A new block needs nothing here, with three exceptions. If it belongs to one environment, needs another program or cannot
+be run, comments before it say so (see `doc_blocks`). If it promises an output, it gets a line in `PRINTED`. If it
+writes a new kind of file, `check_file` gets a check for it. `doc_blocks.SHORTER` shortens long commands by options that
+the text names.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -52,6 +54,7 @@ PRINTED = {
     "quickstart_mace.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
     "quickstart_nequip.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
     "gaq quantize": ("force_mae_ratio", "lee", "times smaller"),
+    "gaq deploy": ("written: ",),
     "gaq report": ("force_mae_ratio", "lee", "central_difference", "report.html"),
     "gaq inspect": ("preset", "int16", "total"),
     "gaq doctor": ("versions", "hardware", "adapters", "hooks", "kernels"),
@@ -200,6 +203,8 @@ def extras_of(text: str) -> list[str]:
 @pytest.mark.docs
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_block_does_what_the_text_says(block: Block, workspace: Workspace, forces: Callable[[str], np.ndarray]) -> None:
+    if block.missing:
+        pytest.skip(f"{block} needs {' and '.join(block.missing)}, which this environment does not have")
     done: Done = workspace.run(block)
     assert done.code == 0, f"{block} ended with exit code {done.code}:\n{shortened(block.text)}\n{done.output[-6000:]}"
     for command, texts in PRINTED.items():
@@ -325,6 +330,17 @@ def test_every_block_can_be_run_or_says_why_not() -> None:
         "needs the extra `completion`",
         ".ci/run extracts this very block and runs it in both environments",
     }
+
+
+def test_blocks_that_are_skipped_where_a_package_is_missing_are_python_or_commands() -> None:
+    """What is skipped in `.ci/run` has at least the syntax of its language."""
+    for block in BLOCKS:
+        if block.needs:
+            assert block.language in ("bash", "python"), f"{block}: only what is run can need a package"
+            if block.language == "python":
+                ast.parse(block.text)
+            else:
+                subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
 
 def test_commands_stand_in_fences() -> None:

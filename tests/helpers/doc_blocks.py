@@ -4,6 +4,7 @@ HTML comments right before the fence say what a document has to say of a block:
 
     <!-- environment: mace -->       mace or nequip; default: that of docs/mace.md and docs/nequip.md, elsewhere both
     <!-- not run: needs a GPU -->    the block is not run, and why; only its options are checked
+    <!-- needs: ipi>=3 openmmml -->  distributions without which the block is skipped, and this reason printed
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ("mace", "nequip")
 LANGUAGES = ("bash", "python", "yaml")
-COMMENT = re.compile(r"<!-- (environment|not run): (.+) -->")
-FILE = re.compile(r"[\w./-]+\.(?:model(?:-[\w.]+)?|ckpt|safetensors|nequip\.zip|nequip\.pt2|lmp\.pt|xyz)(?![\w.])")
+COMMENT = re.compile(r"<!-- (environment|not run|needs): (.+) -->")
+FILE = re.compile(r"[\w./-]+\.(?:model(?:-[\w.]+)?|ckpt|safetensors|gaq|nequip\.zip|nequip\.pt2|lmp\.pt|xyz)(?![\w.])")
 
 STEPS = "distillation: {steps: 20}"
 SHORTER = (
@@ -48,6 +52,7 @@ class Block:
         text: between the fences.
         environment: ``mace`` or ``nequip``; None for both.
         not_run: why it is not run; None if it is.
+        needs: requirements that no environment of `.ci/run` has to meet, such as ``ipi>=3``; empty for most blocks.
     """
 
     document: str
@@ -57,9 +62,15 @@ class Block:
     text: str
     environment: str | None
     not_run: str | None
+    needs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line} ({self.language or 'no language'})"
+
+    @property
+    def missing(self) -> list[str]:
+        """Requirements of `needs` that are not met here."""
+        return [text for text in self.needs if not is_met(text)]
 
 
 def documents() -> list[Path]:
@@ -90,7 +101,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
                 raise ValueError(f"{document}:{at + 1}: this fence is never closed")
             text = "".join(f"{line[indent:]}\n" for line in lines[at + 1 : end])
             environment = comments.get("environment", path.stem if path.stem in ENVIRONMENTS else None)
-            yield Block(document, at + 1, heading, line.strip("` "), text, environment, comments.get("not run"))
+            needs = tuple(comments.get("needs", "").split())
+            yield Block(document, at + 1, heading, line.strip("` "), text, environment, comments.get("not run"), needs)
             comments, at = {}, end + 1
             continue
         if line.startswith("#"):
@@ -110,6 +122,15 @@ def all_blocks() -> list[Block]:
 def installed() -> list[str]:
     """Environments whose framework can be imported here; one, as MACE and NequIP need different versions of e3nn."""
     return [name for name in ENVIRONMENTS if find_spec(name) is not None]
+
+
+def is_met(requirement: str) -> bool:
+    """Whether a distribution is installed, in a version that the requirement allows."""
+    wanted = Requirement(requirement)
+    try:
+        return wanted.specifier.contains(version(wanted.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
 
 
 def shortened(text: str) -> str:
@@ -167,6 +188,7 @@ class Workspace:
             for block in all_blocks()
             if block.language in ("bash", "python")
             and block.not_run is None
+            and not block.missing
             and block.environment in (None, environment)
         ]
         for name in ("examples", "benchmarks", "configs"):
