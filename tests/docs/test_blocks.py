@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,11 @@ def test_blocks_that_are_skipped_where_a_package_is_missing_are_python_or_comman
                 ast.parse(block.text)
             else:
                 subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+def test_a_block_misses_packages_that_are_absent_or_older() -> None:
+    block = replace(BLOCKS[0], needs=("pytest>=8", "pytest>=1000", "no-such-package>=1"))
+    assert block.missing == ["pytest>=1000", "no-such-package>=1"]
 
 
 def test_commands_stand_in_fences() -> None:

@@ -1,4 +1,4 @@
-"""The tables of README hold what the committed results say, digit for digit."""
+"""The tables of README and docs/hosts.md hold what the committed results say, digit for digit."""
 
 from __future__ import annotations
 
@@ -61,6 +61,27 @@ def test_presets(page: str, number: int, result: str) -> None:
             f"{row['size_ratio']:.1f}x",
         ], (preset, training)
     assert len(table) == (len(measured) if page.startswith("docs") else 10)
+
+
+def test_other_programs() -> None:
+    measured = rows_of("hosts")
+    (table,) = tables("program", "atoms", "stock", text=(ROOT / "docs/hosts.md").read_text(encoding="utf-8"))
+    assert len(table) == len(measured)
+    for (program, atoms, stock, ours, deployed, difference, difference_of_stock, difference_of_deployed), row in zip(
+        table, measured, strict=True
+    ):
+        assert (program.lower(), atoms) == (row["host"], str(row["atoms"]))
+        assert row["kernel_calls_of_10_steps"] >= 10
+        assert stock == f"{row['stock_ms']:.1f} ms"
+        assert ours == f"{row['gaq_ms']:.1f} ms, {row['gaq_times_faster']:.1f}x"
+        key = "{}_force_difference_mev_per_angstrom"
+        assert difference == f"{row[key.format('gaq')]:.3f}"
+        assert difference_of_stock == f"{row[key.format('stock')]:.3f}"
+        if "deployed_ms" in row:
+            assert deployed == f"{row['deployed_ms']:.1f} ms, {row['deployed_times_faster']:.1f}x"
+            assert difference_of_deployed == f"{row[key.format('deployed')]:.3f}"
+        else:
+            assert (deployed, difference_of_deployed) == (ABSENT, ABSENT)
 
 
 def test_foundation_shapes() -> None:
