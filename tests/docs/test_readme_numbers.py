@@ -132,10 +132,31 @@ def test_steps_of_the_quickstart() -> None:
             f"{row['stock_ms']:.1f} ms",
             f"{row['gaq_ms']:.1f} ms",
             f"{row['times_faster']:.1f}x",
+            f"{row['deployed_ms']:.1f} ms",
+            f"{row['deployed_times_faster']:.1f}x",
         ]
         for name, measured in rows.items()
         for row in measured
     ]
     assert {measured[0]["atoms"] for measured in rows.values()} == {24}
     mace, nequip = (f"{measured[0]['times_faster']:.1f}" for measured in rows.values())
-    assert f"on 24 atoms they gain {mace} (MACE) and {nequip} times (NequIP), because" in " ".join(README.split())
+    text = " ".join(README.split())
+    assert f"on 24 atoms they gain {mace} (MACE) and {nequip} times (NequIP), because" in text
+    mace, nequip = (f"{measured[0]['deployed_times_faster']:.1f}" for measured in rows.values())
+    assert f"(`gaq deploy`) they gain {mace} and {nequip} times" in text
+
+
+def test_speed_in_lammps() -> None:
+    names = {"`gaq`": ("A_gaq", "gaq"), "FP32": ("A_fp32", "gaq"), "FP32, stock ML-IAP": ("A_fp32_stock", "mliap")}
+    rows = {
+        (row["name"], row["style"], row["atoms"], row["ranks"], row["threads"]): row for row in rows_of("lammps_speed")
+    }
+    (table,) = tables("atoms", "file", "ranks", text=(ROOT / "docs/lammps.md").read_text(encoding="utf-8"))
+    for atoms, file, ranks, threads, speed, in_ase, memory in table:
+        (name, style), size = names[file], int(atoms.replace(",", ""))
+        row = rows[name, style, size, int(ranks), int(threads)]
+        assert speed == f"{row['steps_per_second']:.3g}"
+        assert memory == f"{row['mib_per_rank']:.0f}"
+        ase = rows.get((name, "ase", size, 1, int(threads))) if ranks == "1" else None
+        assert in_ase == (ABSENT if ase is None else f"{ase['steps_per_second']:.3g}")
+    assert len(table) == sum(row["style"] != "ase" for row in rows.values())
