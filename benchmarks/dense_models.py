@@ -1,12 +1,13 @@
 """Train small MACE models of dense periodic matter: an alloy, water, a salt, and one model of 18 elements.
 
-    python benchmarks/dense_models.py --work DIR [--rounds 4] [alloy water salt many]
+    python benchmarks/dense_models.py --work DIR [--rounds 4] [--quantize] [alloy water salt many]
 
 Data are made here: alloys with ASE's EMT, water, salts and oxides with GFN1-xTB (package tblite). Training is the stock
 ``mace_run_train`` in rounds of some epochs. After each round DIR/NAME.model is the model so far, beside
 DIR/NAME_train.xyz and DIR/NAME_test.xyz; the test structures are never trained on. Run the command again to train
 further: data that exist are kept, training resumes from its last checkpoint. results/dense_models.json says how far
-each model has come; ``--rounds 0`` only writes that.
+each model has come; ``--rounds 0`` only writes that. With ``--quantize``, ``gaq quantize`` then quantizes each model on
+24 of its test cells at most, and the result has its gates and times.
 
 `many` joins both methods. No element occurs in both, so the isolated-atom energies take up what differs between them.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,8 +274,35 @@ def progress(name: str, work: Path) -> dict[str, Any] | None:
     }
 
 
+def quantize(name: str, work: Path) -> None:
+    """Quantize a model by the command, on one thread, and keep what it prints in ``NAME_gaq.json``."""
+    from ase.io import read
+
+    cells = list(read(work / f"{name}_test.xyz", ":"))
+    write(work / f"{name}_cells.xyz", cells[:: -(-len(cells) // 24)], format="extxyz")
+    gaq = "import sys; from gaq.cli import main; sys.exit(main())"
+    command = [sys.executable, "-W", "ignore", "-c", gaq, "quantize", str(work / f"{name}.model"), "--calibration"]
+    command += [str(work / f"{name}_cells.xyz"), "-o", str(work / f"{name}_gaq.model"), "--json"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    printed = json.loads(done.stdout)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    kept = {
+        "processor_s": seconds,
+        "wall_s": time.perf_counter() - start,
+        "times_smaller": printed["times_smaller"],
+        "failed_gates": printed["failed_gates"],
+        "gates": {gate: value["value"] for gate, value in printed["gates"].items() if value["passed"] is not None},
+    }
+    (work / f"{name}_gaq.json").write_text(json.dumps(kept))
+
+
 def report(work: Path) -> None:
     rows = [row for name in TRAINED if (row := progress(name, work)) is not None]
+    for row in rows:
+        kept = work / f"{row['model']}_gaq.json"
+        row["quantized"] = json.loads(kept.read_text()) if kept.is_file() else None
     write_result("dense_models", rows, work)
 
 
@@ -281,6 +311,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TRAINED)}; all if none is given")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--rounds", type=int, default=1, help="how often each model is trained further, in turn")
+    parser.add_argument("--quantize", action="store_true", help="quantize the models after training")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of a round")
     arguments = parser.parse_args()
     names = arguments.names or TRAINED
@@ -297,6 +328,10 @@ def main() -> None:
                 f"{work / name}.model: {last_epoch(work / 'runs' / name / 'checkpoints', name) + 1} epochs", flush=True
             )
             report(work)
+    if arguments.quantize:
+        for name in names:
+            if (work / f"{name}.model").is_file():
+                quantize(name, work)
     report(work)
 
 
