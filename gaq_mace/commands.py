@@ -199,7 +199,10 @@ def create_lammps_model(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def work() -> tuple[int, Document]:
-        _convert(arguments)
+        from gaq.process import unchanged
+
+        with unchanged():  # LAMMPS's package, which MACE imports where it is installed, changes the environment
+            _convert(arguments)
         return frame.DONE, {}
 
     return frame.run(EXPORT, work)
