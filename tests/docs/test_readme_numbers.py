@@ -1,4 +1,4 @@
-"""The tables of README and docs/hosts.md hold what the committed results say, digit for digit."""
+"""The tables of README and docs hold what the committed results say, digit for digit."""
 
 from __future__ import annotations
 
@@ -82,6 +82,23 @@ def test_other_programs() -> None:
             assert difference_of_deployed == f"{row[key.format('deployed')]:.3f}"
         else:
             assert (deployed, difference_of_deployed) == (ABSENT, ABSENT)
+
+
+def test_trained_models_of_dense_matter() -> None:
+    (table,) = tables("name", "epochs", "hours of training", text=(ROOT / "docs/foundation.md").read_text("utf-8"))
+    assert table == [
+        [
+            row["model"],
+            str(row["epochs"]),
+            f"{row['hours_of_training']:.2f}",
+            f"{row['force_mae_mev_per_angstrom']:.0f}",
+            f"{100 * row['force_rmse_over_force_rms']:.1f} %",
+            f"{row['quantized']['processor_s']:.0f} s",
+            ", ".join(row["quantized"]["failed_gates"]) or "none",
+            f"{100 * row['quantized']['gates']['central_difference']:.2f} %",
+        ]
+        for row in rows_of("dense_models")
+    ]
 
 
 def test_foundation_shapes() -> None:
