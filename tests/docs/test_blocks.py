@@ -324,7 +324,6 @@ def test_every_block_can_be_run_or_says_why_not() -> None:
         assert block.environment in (None, *ENVIRONMENTS), f"{block}: environment {block.environment!r}"
     assert {block.not_run for block in BLOCKS} - {None} == {
         "needs a GPU",
-        "needs LAMMPS",
         "installs packages",
         "needs LAMMPS with its Python package",
         "takes hours",

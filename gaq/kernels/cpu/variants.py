@@ -150,14 +150,15 @@ def build_all(folder: Path) -> str:
     they cannot be built, the kernels are compiled on first use.
 
     Args:
-        folder: for the libraries.
+        folder: for the libraries, made anew.
     """
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return f"the kernels are compiled on first use: none are built for {sys.platform}, {platform.machine()}."
     found = compilers()
     if not found:
         return "the kernels are compiled on first use, which needs a C++ compiler: there is none here."
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier build left libraries of other sources
+    folder.mkdir(parents=True)
     try:
         for variant in VARIANTS:
             with tempfile.TemporaryDirectory(prefix="gaq-") as work:
