@@ -15,6 +15,7 @@ from torch import Tensor
 
 import gaq
 from gaq.files.packing import pack, packed_bytes, unpack
+from gaq.files.whole import let_others_read
 from gaq.model.state import FixedWeight, ModelFileError, StoredState, check_format
 from gaq.quantizers.weights import WeightLayout, dequantize
 from gaq.untyped import Document
@@ -113,6 +114,7 @@ def save_safetensors(packed: Packed, path: Path) -> None:
     }
     text = json.dumps(header)
     save_file(tensors, path, metadata={"gaq": text, CHECKSUM: checksum(text, tensors)})
+    let_others_read(Path(path))
 
 
 def check_known(header: Document, tensors: Mapping[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gaq.files.whole import written_whole
+from gaq.files.whole import let_others_read, written_whole
 from gaq.kernels import signatures
 from gaq.kernels.convolution import ConvolutionProblem
 from gaq.kernels.program import Recorded
@@ -140,6 +140,7 @@ def write(path: Path, model: Deployable, metadata: Document) -> None:
             tensors |= {f"{number}.density": density, f"{number}.density_size": torch.tensor([density.shape[1]])}
     with written_whole(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {METADATA: json.dumps(metadata)})
+        let_others_read(part)
 
 
 def _text(names: list[str]) -> Tensor:

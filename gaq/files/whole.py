@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put", "written_whole"]
+__all__ = ["let_others_read", "put", "written_whole"]
 
 STALE = 3600.0
 """Age in seconds from which on nobody is still copying."""
@@ -40,13 +40,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def put(finished: Path, path: Path) -> None:
-    """Move a finished file to its place at once; a file that is there is replaced. Its permissions are the usual ones.
+    """Move a finished file to its place at once, with its permissions; a file that is there is replaced.
 
     Raises:
         OSError: if `path` cannot be written.
     """
     _drop_stale(path)
-    finished.chmod(_mode_of_new_files(finished.parent))  # some writers make files that nobody else may read
     try:
         os.replace(finished, path)
         return
@@ -61,12 +60,15 @@ def put(finished: Path, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _mode_of_new_files(folder: Path) -> int:
-    """Permissions that this process gives to files; to ask for its umask would be to change it for a moment."""
-    with tempfile.TemporaryDirectory(dir=folder) as own:
+def let_others_read(path: Path) -> None:
+    """Give a file the permissions of any new file of this process; safetensors writes files for the owner alone.
+
+    To ask for the process's umask would be to change it for a moment.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:
         probe = Path(own) / "probe"
         probe.touch()
-        return stat.S_IMODE(probe.stat().st_mode)
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
 
 
 def _drop_stale(path: Path) -> None:

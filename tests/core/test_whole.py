@@ -129,6 +129,7 @@ def test_others_may_read_what_is_written(tmp_path: Path, file_systems: str) -> N
         with whole.written_whole(tmp_path / "file") as part:
             part.write_text("text")
             part.chmod(0o600)
+            whole.let_others_read(part)
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
