@@ -59,6 +59,7 @@ PRINTED = {
     "gaq report": ("force_mae_ratio", "lee", "central_difference", "report.html"),
     "gaq inspect": ("preset",),
     "gaq inspect MACE_gaq.model": ("int16", "total"),
+    "gaq inspect MODEL_gaq.nequip.zip": ("int16", "total"),
     "gaq inspect MACE.gaq": ("a deployed model", "radial tables"),
     "gaq inspect MODEL.gaq": ("a deployed model", "radial tables"),
     "gaq doctor": ("versions", "hardware", "adapters", "hooks", "kernels"),
