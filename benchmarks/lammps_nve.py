@@ -1,10 +1,11 @@
-"""NVE of a box of water in LAMMPS and in ASE from the same start: drift and fluctuation of the energy.
+"""NVE in LAMMPS and in ASE from the same start: drift and fluctuation of the energy.
 
-    python benchmarks/lammps_nve.py FILE.gaq --work DIR [--ps 20] [--ranks 2] [--structure WATER.xyz]
+    python benchmarks/lammps_nve.py FILE.gaq --work DIR [--ps 20] [--ranks 2] [--structure FILE.xyz]
 
-FILE is a deployed model of H and O. Both run on the box, by default 64 molecules on a grid, which FIRE relaxes and
-Langevin dynamics brings to 300 K first, with velocity Verlet of 0.5 fs. The drift is the slope of a line through the
-total energies, one each 10 fs, with its standard error from blocks of a tenth of the run.
+FILE is a deployed model. Both run on the structure, by default 64 molecules of water on a grid; a molecule without a
+cell gets one. FIRE relaxes it and Langevin dynamics brings it to 300 K first; then velocity Verlet of 0.5 fs. The drift
+is the slope of a line through the total energies, one each 10 fs, with its standard error from blocks of a tenth of the
+run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ boundary p p p
 box tilt large
 read_data start.data
 pair_style gaq
-pair_coeff * * {file} H O
+pair_coeff * * {file} {elements}
 neighbor 1.0 bin
 velocity all set 0 0 0
 {velocities}
@@ -53,8 +54,11 @@ run {steps}
 
 
 def start(file: Path, structure: Path | None) -> Atoms:
-    """A box at 300 K."""
-    atoms = water_box(64) if structure is None else read(structure)
+    """A structure at 300 K."""
+    atoms = water_box(64) if structure is None else read(structure, 0)
+    atoms = Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=True)
+    if atoms.cell.rank < 3:
+        atoms.center(vacuum=6.0)
     atoms.calc = Calculator(file)
     FIRE(atoms, logfile=None).run(fmax=0.3, steps=100)
     MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
@@ -101,13 +105,13 @@ def main() -> None:
     atoms = read(begin)
     rows = []
     lammps = find(args.lammps)
-    write_data(atoms, ["H", "O"], args.work / "start.data")
+    elements = sorted(set(atoms.get_chemical_symbols()))
+    write_data(atoms, elements, args.work / "start.data")
     # LAMMPS's units metal: Å/ps.
     velocities = atoms.get_velocities() * (1e3 * units.fs)
     lines = [f"set atom {i + 1} vx {v[0]:.15g} vy {v[1]:.15g} vz {v[2]:.15g}" for i, v in enumerate(velocities)]
-    script = SCRIPT.format(
-        plugin=build.obtain(lammps), file=file, velocities="\n".join(lines), step=1e-3 * STEP, every=EVERY, steps=steps
-    )
+    values = {"plugin": build.obtain(lammps), "file": file, "elements": " ".join(elements), "steps": steps}
+    script = SCRIPT.format(velocities="\n".join(lines), step=1e-3 * STEP, every=EVERY, **values)
     run(lammps, script, args.work, args.ranks)
     found = re.findall(r"TOTAL (\S+) TEMPERATURE (\S+)", (args.work / "energies").read_text())
     values = judged([float(e) for e, _ in found], [float(t) for _, t in found], len(atoms))
