@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,18 @@ def measure(
     }
 
 
+def median_of(runs: list[Document]) -> Document:
+    """The row of a case: the median speed, its range and the largest memory of its runs."""
+    speeds = [run["steps_per_second"] for run in runs]
+    return {
+        **runs[0],
+        "steps_per_second": statistics.median(speeds),
+        "slowest_and_fastest": [min(speeds), max(speeds)],
+        "mib_per_rank": max(run["mib_per_rank"] for run in runs),
+        "runs": len(runs),
+    }
+
+
 def cases(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Name, style and file of each."""
     found = [(*text.split("=", 1), "gaq") for text in args.file] + [
@@ -214,8 +227,7 @@ def main() -> None:
                     measured.setdefault(tuple(row[key] for key in KEYS), []).append(row)
         for key, runs in measured.items():
             failed = [run for run in runs if "failed" in run]
-            ordered = sorted(runs, key=lambda run: run.get("steps_per_second", 0.0))
-            rows[key] = failed[0] if failed else {**ordered[len(ordered) // 2], "runs": len(runs)}
+            rows[key] = failed[0] if failed else median_of(runs)
         write_result("lammps_speed", list(rows.values()), args.work, lammps=lammps.version)
     table = []
     for row in rows.values():
