@@ -3,7 +3,8 @@
 e3nn writes code for each of its layers, optimizes it and compiles it to TorchScript, MACE does the same for its
 contractions. That is most of the time its constructor takes, and for nothing where the fused kernels serve the model.
 In a model that `constructing` made, a `Deferred` stands for each piece of generated code, with the same buffers under
-the same names. The reference path, TorchScript and pickles get the compiled code; see `settle`.
+the same names; the code of linear layers, which has no buffers, is not even written. The reference path, TorchScript
+and pickles get the compiled code; see `settle`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import copy
 import inspect
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -23,6 +25,7 @@ import mace  # noqa: F401  (before e3nn)
 import opt_einsum_fx
 import torch
 from e3nn.math import _normalize_activation as normalization
+from e3nn.math import perm
 from e3nn.o3 import _linear as e3nn_linear
 from e3nn.o3._tensor_product import _codegen as e3nn_product
 from e3nn.util.codegen import CodeGenMixin
@@ -47,17 +50,18 @@ class _Recipe:
     """How to compile a piece of code.
 
     Attributes:
-        graph: the code as it was written.
+        graph: the code as it was written; where it has no buffers, a function that writes it.
         inputs: examples for the optimization of its einsums; None where it is not optimized.
         scripted: whether it becomes TorchScript.
     """
 
-    graph: fx.GraphModule
+    graph: fx.GraphModule | Callable[[], fx.GraphModule]
     inputs: tuple[Tensor, ...] | None
     scripted: bool
 
     def compile(self) -> torch.nn.Module:
-        graph = self.graph if self.inputs is None else _optimize(self.graph, self.inputs)
+        written = self.graph if isinstance(self.graph, fx.GraphModule) else self.graph()
+        graph = written if self.inputs is None else _optimize(written, self.inputs)
         if self.scripted:
             with known_hidden():  # as where a model is loaded
                 return torch.jit.script(jitable(graph))
@@ -75,8 +79,9 @@ class Deferred(torch.nn.Module):
         super().__init__()
         self.recipe = recipe
         self.made: list[torch.nn.Module] = []  # in a list, because it is no child of this module
-        for name, buffer in recipe.graph.named_buffers():
-            self.register_buffer(name, buffer)
+        if isinstance(recipe.graph, fx.GraphModule):
+            for name, buffer in recipe.graph.named_buffers():
+                self.register_buffer(name, buffer)
 
     def compiled(self) -> torch.nn.Module:
         """Compile the code, with this module's buffers."""
@@ -176,10 +181,35 @@ def _traced_apart(original: Callable[..., fx.GraphModule]) -> Callable[..., fx.G
     return trace
 
 
+def _write_later(original: Callable[..., tuple[fx.GraphModule, int, int]]) -> Callable[..., tuple[Any, int, int]]:
+    """Stand for e3nn's ``_codegen_linear``: its code, which has no buffers, is written when it is compiled."""
+
+    def write(irreps_in: Any, irreps_out: Any, instructions: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if not _active.get():
+            return original(irreps_in, irreps_out, instructions, *args, **kwargs)
+        weights = sum(prod(instruction.path_shape) for instruction in instructions if instruction.i_in != -1)
+        biases = sum(irreps_out[instruction.i_out].dim for instruction in instructions if instruction.i_in == -1)
+
+        def graph() -> fx.GraphModule:
+            return original(irreps_in, irreps_out, instructions, *args, **kwargs)[0]
+
+        return graph, weights, biases
+
+    return write
+
+
+def _inverse_permutation(p: Sequence[int]) -> tuple[int, ...]:
+    """Stand for e3nn's ``perm.inverse``, which takes time with the square of the length."""
+    inverse = [0] * len(p)
+    for place, image in enumerate(p):
+        inverse[image] = place
+    return tuple(inverse)
+
+
 def _register_later(original: Callable[..., None]) -> Callable[..., None]:
     """Stand for e3nn's ``CodeGenMixin._codegen_register``."""
 
-    def register(self: Any, funcs: Mapping[str, fx.GraphModule]) -> None:
+    def register(self: Any, funcs: Mapping[str, Any]) -> None:
         import e3nn
 
         if not _active.get():
@@ -188,7 +218,8 @@ def _register_later(original: Callable[..., None]) -> Callable[..., None]:
             self.__codegen__ = []
         scripted = bool(e3nn.get_optimization_defaults()["jit_script_fx"])
         for name, graph in funcs.items():
-            setattr(self, name, Deferred(_Recipe(graph, graph.__dict__.pop("gaq_inputs", None), scripted)))
+            inputs = graph.__dict__.pop("gaq_inputs", None)
+            setattr(self, name, Deferred(_Recipe(graph, inputs, scripted)))
         return None
 
     return register
@@ -232,10 +263,11 @@ def constructing() -> Iterator[None]:
     """
     with _lock, ExitStack() as stack:
         for target, name, stand_in in (
-            (e3nn_linear, "optimize_einsums_full", _optimize_later),
+            (e3nn_linear, "_codegen_linear", _write_later(e3nn_linear._codegen_linear)),
             (e3nn_product, "optimize_einsums_full", _optimize_later),
             (opt_einsum_fx, "optimize_einsums_full", _defer_contraction),
             (fx, "symbolic_trace", _traced_apart(fx.symbolic_trace)),
+            (perm, "inverse", _inverse_permutation),
             (CodeGenMixin, "_codegen_register", _register_later(CodeGenMixin._codegen_register)),
             (cg, "_wigner_nj", _remembering(cg._wigner_nj)),
             (normalization, "moment", _remembering_moments(normalization.moment)),
