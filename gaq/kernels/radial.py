@@ -191,24 +191,24 @@ def _through_last(coefficients: Tensor, missed: Tensor, last: Tensor, out: Tenso
     """
     tables, intervals, _, features = coefficients.shape
     first = intervals - missed.shape[1]
-    reduced, last_reduced = coefficients.to(out.dtype).view(tables, -1, features), last.to(out.dtype)
+    # Coefficients that are multiplied in float64, and those that are multiplied in the dtype of the table.
+    exact = COEFFICIENTS if out.dtype == torch.float64 else 2
+    lowest = coefficients[:, :, :exact].transpose(1, 2).reshape(tables, exact * intervals, features)
+    higher = coefficients[:, :, exact:].to(out.dtype).view(tables, -1, features)
+    last_reduced = last.to(out.dtype)
     missed, last_float = missed.float(), last.float()  # their sizes are all that matters
-    exact = out.dtype == torch.float64
-    lowest = None if exact else coefficients[:, :, :2].transpose(1, 2).reshape(tables, -1, features)
-    largest = torch.empty(tables, len(last), 3, 2, dtype=torch.float64)
+    extremes: list[Tensor] = []
     for table in range(tables):
         # A path at a time, so that nothing leaves the cache but the coefficients.
         for path in range(len(last)):
             rows = out[table, path]
-            torch.mm(reduced[table], last_reduced[path], out=rows.view(-1, rows.shape[-1]))
-            if lowest is None:
-                constants, slopes = rows[:, 0], rows[:, 1]
-            else:
-                constants, slopes = (lowest[table] @ last[path]).split(intervals)
-                rows[:, 0], rows[:, 1] = constants, slopes
-            measured = (missed[table] @ last_float[path], constants[first:], slopes[first:])
-            for number, values in enumerate(measured):
-                largest[table, path, number, 0], largest[table, path, number, 1] = torch.aminmax(values)
+            products = (lowest[table] @ last[path]).view(exact, intervals, -1)
+            rows[:, :exact] = products.transpose(0, 1)
+            if exact < COEFFICIENTS:
+                rows[:, exact:] = (higher[table] @ last_reduced[path]).view(intervals, COEFFICIENTS - exact, -1)
+            for values in (missed[table] @ last_float[path], products[0, first:], products[1, first:]):
+                extremes += torch.aminmax(values)
+    largest = torch.stack([value.double() for value in extremes]).view(tables, len(last), 3, 2)
     return largest.abs().amax(dim=(1, 3))
 
 
