@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_what_is_in_an_archive_stays(tmp_path: Path) -> None:
     assert target.stat().st_size < 0.6 * path.stat().st_size
     deflate(path, path)
     assert torch.load(path).keys() == state.keys()
+
+
+def test_codes_of_weights_get_the_strategy_that_suits_them(tmp_path: Path) -> None:
+    """Codes with no repetitions but by chance, and rows that repeat, each with its best strategy."""
+    path, target = tmp_path / "plain.pt", tmp_path / "small.pt"
+    generator = torch.Generator().manual_seed(0)
+    codes = (8 * torch.randn(40_000, generator=generator)).to(torch.int8)
+    rows = codes[:64].repeat(500)
+    torch.save({"codes": codes, "rows": rows}, path)
+    deflate(path, target)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.testzip() is None
+        sizes = [info.compress_size for info in archive.infolist() if "/data/" in info.filename]
+    level_nine = [len(zlib.compress(values.numpy().tobytes(), 9)) for values in (codes, rows)]
+    assert sizes[0] < 0.97 * level_nine[0]
+    assert sizes[1] <= level_nine[1]
+    loaded = torch.load(target)
+    assert torch.equal(loaded["codes"], codes)
+    assert torch.equal(loaded["rows"], rows)
 
 
 def _without_docstrings(source: str) -> str:

@@ -257,3 +257,9 @@ def test_a_file_that_disagrees_is_not_written(folder: Path, capsys: pytest.Captu
         check.RELATIVE = before
     assert "not written, because forces differ" in capsys.readouterr().err
     assert not (folder / "model.gaq").exists()
+
+
+def test_features_of_8_bits_are_refused(quantized: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the model cannot be deployed: .* do not round"):
+        deployed(quantized("w8a8", "plain", D), tmp_path / "model.gaq")
+    assert not list(tmp_path.iterdir())
