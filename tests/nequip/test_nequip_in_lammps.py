@@ -33,9 +33,10 @@ def test_models_agree_with_ase(
     lammps: Installation, float_model: Callable[..., Any], tmp_path: Path, variant: str
 ) -> None:
     """A crystal and a molecule, on one rank and on three, with features exchanged between the layers."""
-    file = tmp_path / "model.gaq"
-    model = float_model(variant, "float64")
-    form.write(file, NequIPAdapter().deployable(model, ["H", "C", "O"], torch.float64), {"configuration": None})
+    file, elements = tmp_path / "model.gaq", ["H", "C", "O"]
+    deployable = NequIPAdapter().deployable(float_model(variant, "float64"), elements, torch.float64)
+    metadata = {"configuration": None, "elements": elements, "heads": ["default"], "r_max": deployable.r_max}
+    form.write(file, deployable, metadata)
     rows = list(check(file, lammps, build.obtain(lammps), [1, 3]))
     assert {row.ranks for row in rows} == {1, 3}
     assert max(row.check.forces / max(row.check.force_scale, 1.0) for row in rows) < 1e-9
