@@ -84,12 +84,13 @@ STEPS = (
     *("gather", "linear", "round", "convolution", "convolution_back", "contraction", "contraction_back"),
     *("density", "density_back", "divide", "divide_back", "activation", "activation_back", "energy", "seed"),
     *("repulsion", "scale_shift", "add", "zero", "exchange", "exchange_back", "export", "gate", "gate_back", "copy"),
+    *("given", "repeated"),
 )
 """Operations of a program; `program.cpp` says what their arguments are."""
 
 COEFFICIENTS = 6
 """Numbers that the polynomial of an interval of a radial table has for each path and channel."""
-DEPLOYED_VERSION = 1
+DEPLOYED_VERSION = 2
 """Version of the form of deployed files, which `potential.cpp` reads."""
 
 _EDGES = (

@@ -9,9 +9,9 @@ import torch
 
 from gaq.deployed.form import Deployable, DeployedLayer, check_tables
 from gaq.untyped import AnyModule
-from gaq_mace.engine.programs import Recorder
 from gaq_mace.engine.radial_tables import Pair
 from gaq_mace.engine.reading import Unsupported
+from gaq_mace.engine.recorder import Recorder
 from gaq_mace.engine.step import Engine
 
 __all__ = ["deployable"]

@@ -444,6 +444,7 @@ def test_hidden_features_are_returned_in_the_hosts_layout() -> None:
         ("residual_first", {}, True),
         ("agnesi", {"apply_cutoff": False}, False),  # tables over the transformed distance
         ("plain", {"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, False),
+        ("plain", {"interaction_cls": NON_LINEAR}, True),
     ],
 )
 def test_which_models_run_as_a_program(variant: str, changes: dict[str, Any], program: bool) -> None:

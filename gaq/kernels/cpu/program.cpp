@@ -1,5 +1,5 @@
 // A model as a program: its operations on node features one after the other, forward and backward, in one call.
-// program.py has the operations and their arguments, and writes programs.
+// builder.py has the operations and their arguments, and writes programs.
 //
 // Slots are memory for a row of each atom or sender. They are kept by each thread from call to call.
 
@@ -55,6 +55,8 @@ template <typename T> struct Call {
   const T* const* weights;    // of each layer: radial tables of its convolution
   const T* const* densities;  // and of its edge density
   const int64_t* density_intervals;
+  const int64_t* kind;    // of each atom
+  const T* const* given;  // rows of all kinds
   T* grad_vectors;
   T* const* exported;
   double* energies;
@@ -74,10 +76,15 @@ inline void look_up(const T* table, int64_t intervals, T scale, T length, T& val
   slope *= scale;
 }
 
-inline double silu(double x) { return x / (1 + std::exp(-x)); }
-inline double silu_slope(double x) {
+// An activation function of one number, and its slope.
+inline void activate(int64_t kind, double x, double& value, double& slope) {
+  if (kind == ACTIVATION_tanh) {
+    value = std::tanh(x), slope = 1 - value * value;
+    return;
+  }
   const double s = 1 / (1 + std::exp(-x));
-  return s * (1 + x * (1 - s));
+  value = kind == ACTIVATION_sigmoid ? s : x * s;
+  slope = kind == ACTIVATION_sigmoid ? s * (1 - s) : s * (1 + x * (1 - s));
 }
 
 template <typename T> class Program {
@@ -121,10 +128,12 @@ template <typename T> class Program {
   struct Arena {
     std::vector<Registers<Vec<T>>> memory;
     std::vector<T*> at;
+    std::vector<int64_t> alike;  // the species of each atom where species do not matter
 
     void reserve(const Program& program, const Call<T>& call) {
       while (int64_t(memory.size()) < program.slots) memory.emplace_back();
       at.resize(program.slots);
+      alike.resize(call.atoms);
       for (int64_t i = 0; i < program.slots; ++i) {
         const Slot& of = program.slot[i];
         const int64_t size = (of.of_senders ? call.senders : call.atoms) * of.width;
@@ -179,6 +188,8 @@ template <typename T> class Program {
       case STEP_gate: return gate(a, call, arena);
       case STEP_gate_back: return gate_back(a, call, arena);
       case STEP_copy: return copy(a, call, arena);
+      case STEP_given: return given(a, call, arena);
+      case STEP_repeated: return repeated(a, call, arena);
     }
   }
 
@@ -190,6 +201,18 @@ template <typename T> class Program {
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (threads_for(count * width, call) > 1)
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(to + i * width, constants.data() + a[3] + species[i] * width, width * sizeof(T));
+  }
+
+  // slot, width, number of the rows that are given
+  void given(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    for (int64_t i = 0; i < call.atoms; ++i)
+      std::memcpy(arena.at[a[0]] + i * a[1], call.given[a[2]] + call.kind[i] * a[1], a[1] * sizeof(T));
+  }
+
+  // slot, width, constants
+  void repeated(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    for (int64_t i = 0; i < call.atoms; ++i)
+      std::memcpy(arena.at[a[0]] + i * a[1], constants.data() + a[2], a[1] * sizeof(T));
   }
 
   // view (6) of the input, view (6) of the output, matrix, by_species, add
@@ -233,15 +256,17 @@ template <typename T> class Program {
                                  nullptr, nullptr, call.threads);
   }
 
-  // input, output, integers, coefficients
+  // input, output, integers, coefficients, by_species
   void contraction(const int64_t* a, const Call<T>& call, Arena& arena) const {
-    Kernels<T>::contraction(ints.data() + a[2], call.atoms, call.species, arena.at[a[0]], constants.data() + a[3],
+    const int64_t* species = a[4] ? call.species : arena.alike.data();
+    Kernels<T>::contraction(ints.data() + a[2], call.atoms, species, arena.at[a[0]], constants.data() + a[3],
                             arena.at[a[1]], call.threads);
   }
 
-  // input, gradient of the output, that of the input, integers, coefficients
+  // input, gradient of the output, that of the input, integers, coefficients, by_species
   void contraction_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
-    Kernels<T>::contraction_back(ints.data() + a[3], call.atoms, call.species, arena.at[a[0]], constants.data() + a[4],
+    const int64_t* species = a[5] ? call.species : arena.alike.data();
+    Kernels<T>::contraction_back(ints.data() + a[3], call.atoms, species, arena.at[a[0]], constants.data() + a[4],
                                  arena.at[a[1]], arena.at[a[2]], call.threads);
   }
 
@@ -280,23 +305,26 @@ template <typename T> class Program {
     });
   }
 
-  // slot, densities, width
+  // slot, densities, width, number of the constant and the factor
   void divide(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T *x = arena.at[a[0]], *density = arena.at[a[1]];
+    const T constant = T(reals[a[3]]), by_density = T(reals[a[3] + 1]);
     for (int64_t i = 0; i < call.atoms; ++i) {
-      const T factor = 1 / (1 + density[i]);
+      const T factor = 1 / (constant + by_density * density[i]);
       for (int64_t c = 0; c < a[2]; ++c) x[i * a[2] + c] *= factor;
     }
   }
 
-  // gradient of the output, which becomes that of the input; output, densities, gradient of the densities, width
+  // gradient of the output, which becomes that of the input; output, densities, gradient of the densities, width,
+  // number of the constant and the factor
   void divide_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T *grad = arena.at[a[0]], *by_density = arena.at[a[3]];
     const T *x = arena.at[a[1]], *density = arena.at[a[2]];
     const int64_t width = a[4];
+    const T constant = T(reals[a[5]]), slope = T(reals[a[5] + 1]);
     constexpr int W = Lanes<T>::width;
     for (int64_t i = 0; i < call.atoms; ++i) {
-      const T factor = 1 / (1 + density[i]);
+      const T factor = 1 / (constant + slope * density[i]);
       Vec<T> total = {};
       for (int64_t c = 0; c < width; c += W) {
         T* g = grad + i * width + c;
@@ -304,7 +332,7 @@ template <typename T> class Program {
         total += of * load(x + i * width + c, width - c);
         store(g, of * factor, width - c);
       }
-      by_density[i] = -sum<T>(total) * factor;
+      by_density[i] = -sum<T>(total) * factor * slope;
     }
   }
 
@@ -321,7 +349,9 @@ template <typename T> class Program {
     T* out = arena.at[a[1]];
     const double factor = reals[a[5]];
     for_columns(call, a[2], a[4], [&](int64_t at, bool within) {
-      out[at] = within ? T(factor * (a[3] ? std::tanh(double(in[at])) : silu(in[at]))) : T(0);
+      double value = 0, slope;
+      if (within) activate(a[3], double(in[at]), value, slope);
+      out[at] = T(factor * value);
     });
   }
 
@@ -331,12 +361,13 @@ template <typename T> class Program {
     const T* in = arena.at[a[1]];
     const double factor = reals[a[5]];
     for_columns(call, a[2], a[4], [&](int64_t at, bool within) {
-      const double x = in[at], y = std::tanh(x);
-      grad[at] = within ? T(grad[at] * factor * (a[3] ? 1 - y * y : silu_slope(x))) : T(0);
+      double value, slope = 0;
+      if (within) activate(a[3], double(in[at]), value, slope);
+      grad[at] = T(grad[at] * factor * slope);
     });
   }
 
-  // A piece of a gate as program.py writes it, with its factor.
+  // A piece of a gate as recording.py writes it, with its factor.
   struct Gated {
     int64_t channels, scalars, out, kind, components, features;
     T factor;
@@ -516,9 +547,10 @@ void run(int64_t program, const int64_t* counts, const int64_t* const* integers,
   call.threads = counts[4];
   call.sender = integers[0], call.receiver = integers[1], call.tables = integers[2], call.species = integers[3];
   call.species_of_sender = integers[4], call.slice = integers[5], call.head = integers[6], call.place = integers[7];
-  call.density_intervals = integers[8], call.plans = integers + 9;
+  call.density_intervals = integers[8], call.kind = integers[9], call.plans = integers + 10;
   call.plan_reals = reals;
   call.vectors = inputs[0], call.weights = inputs + 1, call.densities = inputs + 1 + layers;
+  call.given = inputs + 1 + 2 * layers;
   call.grad_vectors = outputs[0], call.exported = outputs + 1;
   call.energies = energies, call.seconds = seconds;
   call.exchange = reinterpret_cast<Exchange<T>>(exchange), call.context = reinterpret_cast<void*>(context);
