@@ -14,7 +14,18 @@ from torch import Tensor
 
 from gaq.kernels import contraction, rounding
 from gaq.kernels.program import Program
-from gaq.kernels.recording import ACTIVATIONS, Argument, Gated, Memory, Recording, Repulsion, Value, View
+from gaq.kernels.recording import (
+    ACTIVATIONS,
+    TRANSFORMS,
+    Argument,
+    Gated,
+    Memory,
+    Recording,
+    Repulsion,
+    Transform,
+    Value,
+    View,
+)
 
 __all__ = ["Block", "Builder"]
 
@@ -107,11 +118,26 @@ class Builder(Recording):
             species = int(matrix.dim() == 3)
             self._step("linear", grad, *written.words(), target, *read.words(), number, species, int(add))
 
-    def convolution(self, x: Value, rows_out: int, channels: int) -> Value:
-        """Messages of the next layer's convolution from the features of senders."""
+    def transform(self, of: Transform) -> None:
+        """Transform distances, for the convolutions and densities whose tables are over transformed ones."""
+        parameters = [of.r_max, *of.parameters, *[0.0] * (3 - len(of.parameters))]
+        at = self._real(torch.tensor(parameters, dtype=torch.float64))
+        self._real(of.lengths)
+        self._step("transform", TRANSFORMS.index(of.kind), at, of.lengths.numel(), of.power)
+
+    def convolution(self, x: Value, rows_out: int, channels: int, transformed: bool = False) -> Value:
+        """Messages of the next layer's convolution from the features of senders.
+
+        Args:
+            x: features.
+            rows_out: rows of an atom's messages.
+            channels: of each row.
+            transformed: whether the layer's tables are over transformed distances; see `transform`.
+        """
+        self.transformed = int(transformed)
         layer, out = self.layers, Value(self._memory(rows_out * channels), True)
         self.layers += 1
-        self._step("convolution", layer, x.memory, out.memory)
+        self._step("convolution", layer, x.memory, out.memory, int(transformed))
 
         def back() -> None:
             if out.grad is None:
@@ -120,7 +146,7 @@ class Builder(Recording):
             if x.differentiable:
                 target, add = self._target(x)
                 assert not add, "features of senders are read by one convolution only"
-            self._step("convolution_back", layer, x.memory, out.grad, target, x.memory.width)
+            self._step("convolution_back", layer, x.memory, out.grad, target, x.memory.width, int(transformed))
 
         self.tape.append(back)
         return out
@@ -150,8 +176,8 @@ class Builder(Recording):
         The densities are those of the layer that was convolved last.
         """
         numbers = self._real(torch.tensor([constant, factor], dtype=torch.float64))
-        layer, density, width = self.layers - 1, self._memory(1), x.memory.width
-        self._step("density", layer, density)
+        layer, density, width, transformed = self.layers - 1, self._memory(1), x.memory.width, self.transformed
+        self._step("density", layer, density, transformed)
         self._step("divide", x.memory, density, width, numbers)
         out = Value(x.memory, True)
 
@@ -160,7 +186,7 @@ class Builder(Recording):
                 return
             by_density = self._memory(1)
             self._step("divide_back", out.grad, out.memory, density, by_density, width, numbers)
-            self._step("density_back", layer, by_density)
+            self._step("density_back", layer, by_density, transformed)
             self._pass_on(x, out.grad)
 
         self.tape.append(back)

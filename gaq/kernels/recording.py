@@ -14,10 +14,23 @@ from torch import Tensor
 from gaq.kernels import signatures
 from gaq.kernels.convolution import ConvolutionProblem
 
-__all__ = ["ACTIVATIONS", "Gated", "Layer", "Memory", "Recorded", "Recording", "Repulsion", "Value", "View"]
+__all__ = [
+    "ACTIVATIONS",
+    "Gated",
+    "Layer",
+    "Memory",
+    "Recorded",
+    "Recording",
+    "Repulsion",
+    "Transform",
+    "Value",
+    "View",
+]
 
 ACTIVATIONS = ("silu", "tanh", "sigmoid")
 """Functions of `Builder.activation` and `Builder.gate`."""
+TRANSFORMS = ("agnesi", "soft")
+"""Functions of `Transform`."""
 
 
 @dataclass(eq=False)
@@ -86,6 +99,25 @@ class Repulsion:
     cutoffs: Tensor
     power: int
     exponents: tuple[float, float, float, float] = (3.2, 0.9423, 0.4028, 0.2016)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Transform of distances, with the cutoff function that multiplies what is made of them.
+
+    Attributes:
+        kind: of `TRANSFORMS`.
+        parameters: q, p and a of an Agnesi transform, alpha of a soft one.
+        lengths: of each species, (species,) in Å: half of the covalent radius (Agnesi), or the radius.
+        r_max: cutoff in Å.
+        power: of the cutoff function, a polynomial envelope.
+    """
+
+    kind: str
+    parameters: tuple[float, ...]
+    lengths: Tensor
+    r_max: float
+    power: int
 
 
 @dataclass(frozen=True)

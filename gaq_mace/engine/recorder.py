@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaq.kernels.builder import Builder
-from gaq.kernels.recording import Gated, Repulsion, Value, View
+from gaq.kernels.recording import Gated, Repulsion, Transform, Value, View
 from gaq.untyped import AnyModule
 from gaq_mace.engine.compositions import alone
 from gaq_mace.engine.interactions import AgnosticLayer, NonLinearLayer
@@ -63,6 +63,8 @@ class Recorder:
         self.species = self.every if species is None else species
         if hasattr(model, "pair_repulsion"):
             self.builder.repulsion(_repulsion(model, self.species))
+        if any(layer.radial is not None and layer.radial.transformed for layer in layers):
+            self.builder.transform(_transform(model, self.species))
         self.widths: list[int] = []
         features: list[Value] = []
         for layer in layers:
@@ -83,8 +85,6 @@ class Recorder:
             raise Unsupported("an interaction block computes attention")
         if layer.radial is None:
             raise Unsupported("hidden layers of a radial network are rounded, so that no table can hold them")
-        if layer.radial.transformed:
-            raise Unsupported("radial tables are over transformed distances")
         if type(layer) is AgnosticLayer and layer.reads_edges:
             raise Unsupported("densities of edges are rounded")
         x, sc = (self._non_linear if type(layer) is NonLinearLayer else self._agnostic)(layer, embedding, features)
@@ -105,7 +105,7 @@ class Recorder:
             if layer.residual:
                 sc = self._skip(layer, features)
             sent = builder.exchange(self._mix(layer, layer.up, features))
-        x = builder.convolution(sent, layer.problem.rows_out, layer.problem.channels)
+        x = builder.convolution(sent, layer.problem.rows_out, layer.problem.channels, layer.radial.transformed)
         x = self._mixed_messages(layer, x)
         if layer.radial.density is not None:
             x = builder.divide_by_density(x)
@@ -253,6 +253,23 @@ def _written(components: Sequence[int], channels: Sequence[int]) -> tuple[list[V
 def _rows(rows: slice, channels: int, width: int) -> View:
     """View of a block's rows in features of a width."""
     return View(rows.stop - rows.start, width, channels, rows.start * channels)
+
+
+def _transform(model: AnyModule, species: Tensor) -> Transform:
+    """The transform of distances between some species of a model.
+
+    Raises:
+        Unsupported: for a transform of which there is no operation.
+    """
+    embedding = model.radial_embedding
+    transform, cutoff = embedding.distance_transform, embedding.cutoff_fn
+    kinds = {"AgnesiTransform": ("agnesi", ("q", "p", "a"), 0.5), "SoftTransform": ("soft", ("alpha",), 1.0)}
+    if class_name(transform) not in kinds or class_name(cutoff) != "PolynomialCutoff":
+        raise Unsupported(f"distances are transformed by a {class_name(transform)}")
+    kind, names, factor = kinds[class_name(transform)]
+    radii = transform.covalent_radii.detach().double().cpu()[model.atomic_numbers.cpu()[species]]
+    parameters = tuple(float(getattr(transform, name)) for name in names)
+    return Transform(kind, parameters, factor * radii, float(cutoff.r_max), int(cutoff.p))
 
 
 def _repulsion(model: AnyModule, species: Tensor) -> Repulsion:

@@ -281,6 +281,59 @@ def test_rows_of_kinds_are_given_with_a_call() -> None:
         made(layers, *inputs, heads=HEADS, given=given[:1], kinds=kinds)
 
 
+TRANSFORMS = {
+    "agnesi": recording.Transform("agnesi", (0.9, 4.5, 1.1), torch.tensor([0.3, 0.4, 0.6], dtype=D), R_MAX, 5),
+    "soft": recording.Transform("soft", (4.0,), torch.tensor([0.6, 0.9, 1.1], dtype=D), R_MAX, 6),
+}
+"""Of lengths within the cutoff, which tables up to `R_MAX` hold after the transform."""
+
+
+def transformed(of: recording.Transform, r: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Transformed distances and the cutoff function, in plain torch."""
+    length, x = of.lengths[pair[0]] + of.lengths[pair[1]], r / of.r_max
+    p = float(of.power)
+    cutoff = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
+    if of.kind == "agnesi":
+        q, p, a = of.parameters
+        u = 1 / (1 + a * (r / length) ** q / (1 + (r / length) ** (q - p)))
+    else:
+        near, far = 0.75 * length, 4 / 3 * length
+        u = near + (r - near) * 0.5 * (1 + torch.tanh(of.parameters[0] / (far - near) * (r - (near + far) / 2)))
+    return u, cutoff * (x < 1)
+
+
+@pytest.mark.parametrize("kind", recording.TRANSFORMS)
+def test_tables_over_transformed_distances(kind: str) -> None:
+    """Weights and densities are functions of the transformed distance, times the cutoff function of the distance."""
+    sender, receiver, vectors = graph()
+    vectors.requires_grad_(True)
+    of, atoms = TRANSFORMS[kind], SPECIES_OF_ATOMS.numel()
+    u, cutoff = transformed(of, vectors.norm(dim=-1), (SPECIES_OF_ATOMS[sender], SPECIES_OF_ATOMS[receiver]))
+    weights = radial.evaluate(WEIGHTS, u, R_MAX) * cutoff[:, None, None]
+    edges = convolution.Graph(sender, receiver)
+    x = ROWS[SPECIES_OF_ATOMS][:, None]
+    message = convolution.reference(PROBLEM, edges, x, vectors, weights, tabulated=False)
+    of_edges = radial.evaluate(DENSITY, u, R_MAX)[:, 0, 0] * cutoff
+    density = torch.zeros(atoms, dtype=D).index_add(0, receiver, of_edges)
+    scalars, rest = PROBLEM.split(message, atoms)
+    mixed = scalars @ MATRICES["scalars"] + (rest @ MATRICES["vectors"]).view(atoms, 3, -1).sum(1)
+    expected = (mixed / (1 + density)[:, None] @ LAST)[:, 0]
+    (gradient,) = torch.autograd.grad(expected.sum(), [vectors])
+
+    builder = Builder(D, torch.ones(1), torch.zeros(1))
+    builder.transform(of)
+    made = builder.convolution(builder.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS, transformed=True)
+    three = View(3, 4 * CHANNELS, CHANNELS, CHANNELS)
+    blocks = [(SCALARS, View(1, 4 * CHANNELS, 0), MATRICES["scalars"]), (VECTORS, three, MATRICES["vectors"])]
+    made = builder.divide_by_density(builder.linear(made, 4 * CHANNELS, blocks))
+    sums = torch.cat([LAST] * 4)
+    builder.energy(builder.linear(made, 1, [(View(1, 4 * CHANNELS, 0), View(1, 1, 0), sums)]))
+    order, layers = torch.arange(atoms), [Layer(PROBLEM, WEIGHTS, DENSITY)]
+    energies, grad = builder.build()(layers, sender, receiver, vectors.detach(), SPECIES_OF_ATOMS, SLICES, order)
+    torch.testing.assert_close(energies, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
+
+
 def gated_reference(vectors: Tensor, sender: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
     """Energies of `gated_layers` and the features that it exports, in plain torch."""
     atoms, species = SPECIES_OF_ATOMS.numel(), SPECIES_OF_ATOMS

@@ -87,6 +87,31 @@ inline void activate(int64_t kind, double x, double& value, double& slope) {
   slope = kind == ACTIVATION_sigmoid ? s * (1 - s) : s * (1 + x * (1 - s));
 }
 
+// In the order of TRANSFORMS in recording.py.
+enum Transform { TRANSFORM_agnesi, TRANSFORM_soft };
+
+// Transformed distances, and their slopes, as MACE's AgnesiTransform and SoftTransform have them; `length` is the sum
+// of the lengths of both species.
+inline void agnesi(double r, double length, const double* of, double& u, double& slope) {
+  const double x = r / length, q = of[0], p = of[1], a = of[2];
+  const double power = std::pow(x, q), rest = std::pow(x, q - p), part = a * power / (1 + rest);
+  u = 1 / (1 + part);
+  slope = -u * u * part * (q - (q - p) * rest / (1 + rest)) / r;
+}
+inline void soft(double r, double length, const double* of, double& u, double& slope) {
+  const double near = 0.75 * length, far = 4.0 / 3.0 * length, alpha = of[0] / (far - near);
+  const double y = std::tanh(alpha * (r - 0.5 * (near + far))), part = 0.5 * (1 + y);
+  u = near + (r - near) * part;
+  slope = part + (r - near) * 0.5 * alpha * (1 - y * y);
+}
+
+// Polynomial envelope, and its slope.
+inline void envelope(double x, double p, double& value, double& slope) {
+  const double power = std::pow(x, p);
+  value = 1 - power * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * p * (p + 1) / 2));
+  slope = -power / x * p * (p + 1) * (p + 2) / 2 * (1 - x) * (1 - x);
+}
+
 template <typename T> class Program {
  public:
   // `weights` are the matrices, which are kept packed only.
@@ -128,7 +153,11 @@ template <typename T> class Program {
   struct Arena {
     std::vector<Registers<Vec<T>>> memory;
     std::vector<T*> at;
+    // Of each edge: transformed distance and its slope, cutoff function and its slope.
+    std::vector<T> radial;
     std::vector<int64_t> alike;  // the species of each atom where species do not matter
+
+    const T* of_edges(int64_t transformed) const { return transformed ? radial.data() : nullptr; }
 
     void reserve(const Program& program, const Call<T>& call) {
       while (int64_t(memory.size()) < program.slots) memory.emplace_back();
@@ -190,6 +219,7 @@ template <typename T> class Program {
       case STEP_copy: return copy(a, call, arena);
       case STEP_given: return given(a, call, arena);
       case STEP_repeated: return repeated(a, call, arena);
+      case STEP_transform: return transform(a, call, arena);
     }
   }
 
@@ -237,23 +267,24 @@ template <typename T> class Program {
                       threads_for(call.atoms * a[2], call));
   }
 
-  // layer, features, messages
+  // layer, features, messages, transformed
   void convolution(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const int64_t layer = a[0];
     Kernels<T>::convolution(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
                             call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]], call.weights[layer],
-                            nullptr, arena.at[a[2]], call.threads);
+                            nullptr, arena.of_edges(a[3]), arena.at[a[2]], call.threads);
   }
 
-  // layer, features, gradient of the messages, that of the features or -1, width of the features
+  // layer, features, gradient of the messages, that of the features or -1, width of the features,
+  // transformed
   void convolution_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const int64_t layer = a[0];
     T* grad_features = a[3] < 0 ? nullptr : arena.at[a[3]];
     if (grad_features) std::fill(grad_features, grad_features + call.senders * a[4], T(0));
     Kernels<T>::convolution_back(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
                                  call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]],
-                                 call.weights[layer], nullptr, arena.at[a[2]], call.grad_vectors, grad_features,
-                                 nullptr, nullptr, call.threads);
+                                 call.weights[layer], nullptr, arena.of_edges(a[5]), arena.at[a[2]], call.grad_vectors,
+                                 grad_features, nullptr, nullptr, call.threads);
   }
 
   // input, output, integers, coefficients, by_species
@@ -270,8 +301,28 @@ template <typename T> class Program {
                                  arena.at[a[1]], arena.at[a[2]], call.threads);
   }
 
-  // Calls `f(edge, receiver, length, table of the edge)` for the edges within the cutoff, those of an atom in order.
-  template <typename F> void for_edges(int64_t layer, const Call<T>& call, F f) const {
+  // Transformed distances: kind, number of the first parameter, species, power of the cutoff function. The parameters
+  // are the cutoff and those of the transform, and a length of each species.
+  void transform(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    const double r_max = reals[a[1]], *of = reals.data() + a[1] + 1, *lengths = of + 3;
+    arena.radial.resize(4 * call.edges);
+    for (int64_t e = 0; e < call.edges; ++e) {
+      const T* v = call.vectors + 3 * e;
+      const double r = std::sqrt(double(v[0]) * v[0] + double(v[1]) * v[1] + double(v[2]) * v[2]);
+      const double of_pair = lengths[call.species_of_sender[call.sender[e]]] + lengths[call.species[call.receiver[e]]];
+      double u = 0, slope = 0, cutoff = 0, steep = 0;
+      if (r < r_max) {
+        (a[0] == TRANSFORM_agnesi ? agnesi : soft)(r, of_pair, of, u, slope);
+        envelope(r / r_max, double(a[3]), cutoff, steep);
+      }
+      T* to = arena.radial.data() + 4 * e;
+      to[0] = T(u), to[1] = T(slope), to[2] = T(cutoff), to[3] = T(steep / r_max);
+    }
+  }
+
+  // Calls `f(edge, receiver, length, function, slope)` for the edges within the cutoff, those of an atom in order.
+  // `radial` is that of the edges where tables are over transformed distances.
+  template <typename F> void for_edges(int64_t layer, const Call<T>& call, const T* radial, F f) const {
     const T r_max = T(call.plan_reals[layer][0]);
     const int64_t intervals = call.density_intervals[layer];
     const Sorted sorted(call.edges, call.atoms, call.receiver);
@@ -281,25 +332,27 @@ template <typename T> class Program {
         const int64_t e = sorted.order[k];
         const T* v = call.vectors + 3 * e;
         const T length = std::sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
-        if (!(length < r_max)) continue;
+        const T* of = radial ? radial + 4 * e : nullptr;
+        if (radial ? of[2] == 0 : !(length < r_max)) continue;
         T value, slope;
         look_up(call.densities[layer] + (call.tables ? call.tables[e] : 0) * intervals * COEFFICIENTS, intervals,
-                T(intervals) / r_max, length, value, slope);
+                T(intervals) / r_max, radial ? of[0] : length, value, slope);
+        if (radial) slope = of[2] * slope * of[1] + of[3] * value, value *= of[2];
         f(e, atom, length, value, slope);
       }
   }
 
-  // layer, output
+  // layer, output, transformed
   void density(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T* out = arena.at[a[1]];
     std::fill(out, out + call.atoms, T(0));
-    for_edges(a[0], call, [&](int64_t, int64_t atom, T, T value, T) { out[atom] += value; });
+    for_edges(a[0], call, arena.of_edges(a[2]), [&](int64_t, int64_t atom, T, T value, T) { out[atom] += value; });
   }
 
-  // layer, gradient of the densities
+  // layer, gradient of the densities, transformed
   void density_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const T* grad = arena.at[a[1]];
-    for_edges(a[0], call, [&](int64_t e, int64_t atom, T length, T, T slope) {
+    for_edges(a[0], call, arena.of_edges(a[2]), [&](int64_t e, int64_t atom, T length, T, T slope) {
       const T along = grad[atom] * slope / length;
       for (int k = 0; k < 3; ++k) call.grad_vectors[3 * e + k] += along * call.vectors[3 * e + k];
     });
@@ -476,12 +529,12 @@ template <typename T> class Program {
         const double term = c[i] * std::exp(-exponents[i] * r * pair[1]);
         phi += term, slope -= exponents[i] * pair[1] * term;
       }
-      const double x = r / pair[2], power = std::pow(x, p);
-      const double envelope = 1 - power * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * p * (p + 1) / 2));
-      const double steep = -power / x * p * (p + 1) * (p + 2) / 2 * (1 - x) * (1 - x) / pair[2];
+      double inside, steep;
+      envelope(r / pair[2], p, inside, steep);
+      steep /= pair[2];
       const double half = 0.5 * pair[0] / r;
-      call.energies[receiver] += half * phi * envelope;
-      const double along = half * (slope * envelope + phi * steep - phi * envelope / r) / r;
+      call.energies[receiver] += half * phi * inside;
+      const double along = half * (slope * inside + phi * steep - phi * inside / r) / r;
       const double factor = along * reals[a[1] + head(call, receiver)];
       for (int k = 0; k < 3; ++k) call.grad_vectors[3 * e + k] += T(factor * v[k]);
     }
