@@ -94,6 +94,7 @@ class Engine(torch.nn.Module):
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
         self.inputs, self.rest = inputs_of(model), held_by(model)
         self.graphs = Graphs()
+        self.why_no_program: str | None = None
         self.compiled = None if gpu.chosen(device) else self._compiled(model)
         if self.compiled is None:
             for layer in layers:
@@ -109,6 +110,7 @@ class Engine(torch.nn.Module):
         try:
             return Compiled(model, layers, None if self.embeds else self.embedding)
         except Unsupported as error:
+            self.why_no_program = str(error)
             logger.debug("gaq: each kernel is called by itself, because %s", error)
             return None
 
