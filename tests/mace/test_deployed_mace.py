@@ -322,6 +322,10 @@ def test_a_charge_and_spin_are_said(
     assert main(["inspect", str(out)]) == 0
     assert f"charge         {fixed['charge']}, fixed at deployment" in capsys.readouterr().out
     assert form.metadata_of(out)["fixed"] == fixed
+    atoms = crystal()
+    atoms.info["charge"] = fixed["charge"] + 1
+    with pytest.raises(ValueError, match=f"charge {fixed['charge']} is fixed in the file"):
+        results(atoms, gaq.ase.Calculator(out))
 
 
 @pytest.mark.parametrize(
