@@ -214,6 +214,22 @@ def test_charge_and_spin_are_fixed_at_deployment(charge: int, spin: int, tmp_pat
         agree(results(atoms, gaq.ase.Calculator(path)), theirs, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        (CHARGE_AND_SPIN, None),
+        ({"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, "an interaction block computes attention"),
+        ({"embedding_specs": {"total_field": CHARGED["total_charge"]}}, "it embeds total_field"),
+    ],
+    ids=["plain", "charge and spin", "attention", "field"],
+)
+def test_what_cannot_be_deployed_is_known_at_once(options: dict[str, Any], reason: str | None) -> None:
+    prepared = gaq.prepare(build_model("plain", D, **options), {"preset": "w8", "weights": {"rounding": "nearest"}})
+    found = MACEAdapter().undeployable(gaq.convert(prepared))
+    assert found is None if reason is None else reason in str(found)
+
+
 @pytest.mark.parametrize("preset", ["gaq", "w4a16"])
 def test_a_file_of_a_quantized_model_with_charge_and_spin(preset: str, tmp_path: Path) -> None:
     held = MACEAdapter().hold(model_of(**CHARGE_AND_SPIN), structures(), {"charge": 0, "spin": 1})

@@ -71,6 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_embedding_readout": True,
     },
     "tables_and_networks": {"interaction_cls": NON_LINEAR, "embedding_specs": EMBEDDED},
+    "transformed_distances": {**DENSITY, "apply_cutoff": False, "distance_transform": "Agnesi"},
     "attention": {"interaction_cls_first": OURS, "interaction_cls": OURS, "distance_transform": "Agnesi"},
     "attention_of_uneven_heads": {
         "interaction_cls": OURS,
@@ -134,7 +135,7 @@ def test_the_engine_is_maces_own_forward_pass(shape: str) -> None:
     assert float(theirs["forces"].abs().max()) > 1e-2
 
 
-PROGRAMS = ["nonlinear", "multihead", "charge_and_spin", "tables_and_networks"]
+PROGRAMS = ["nonlinear", "multihead", "charge_and_spin", "tables_and_networks", "transformed_distances"]
 
 
 @pytest.fixture
