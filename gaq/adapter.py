@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -165,6 +165,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def undeployable(self, model: torch.nn.Module) -> str | None:
+        """Return why `gaq deploy` refuses a converted model, as far as that is known at once; None where it may not."""
+        ...
+
     def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
         """Let a float model run through fused kernels where they serve it, in place; elsewhere it stays as it is."""
         ...
@@ -180,13 +184,32 @@ class Adapter(Protocol):
         """
         ...
 
-    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+    def fixed_at_deployment(self, model: torch.nn.Module, charge: int | None, spin: int | None) -> dict[str, int]:
+        """Return charge and spin that a deployed file has fixed, as far as the model reads them: 0 and 1 for None.
+
+        Raises:
+            ValueError: if the model does not read what is given, or reads what a file cannot have fixed.
+        """
+        ...
+
+    def hold(self, model: torch.nn.Module, structures: Sequence[Atoms], values: Mapping[str, int]) -> list[Atoms]:
+        """Return copies of structures that hold a charge and a spin where the framework reads them."""
+        ...
+
+    def deployable(
+        self,
+        model: torch.nn.Module,
+        elements: Sequence[str],
+        dtype: torch.dtype,
+        values: Mapping[str, int] | None = None,
+    ) -> Deployable:
         """Return a model, float or converted, as what a deployed file holds.
 
         Args:
             model: on the CPU; it is not changed.
             elements: chemical symbols that the file is to know.
             dtype: in which it computes.
+            values: charge and spin that the file has fixed; see `fixed_at_deployment`.
 
         Raises:
             ValueError: if the model has parts that no deployed file can hold; the message says which, and what to do.

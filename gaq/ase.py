@@ -13,6 +13,7 @@ from ase.calculators.calculator import all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from gaq import settings
+from gaq.deployed.form import metadata_of
 from gaq.deployed.neighbours import NeighbourList
 from gaq.deployed.potential import Potential
 from gaq.kernels import program
@@ -36,7 +37,8 @@ class Calculator(ASECalculator):
 
     Raises:
         ValueError: if the file is not whole or of another version, or has no such head; at a step, if it does not know
-            an element, or a position is not a finite number.
+            an element, a position is not a finite number, or `info` of the structure has another charge or spin than
+            the file has fixed.
         gaq.kernels.cpu.native.CompilerError: where the kernels cannot be built.
     """
 
@@ -47,6 +49,7 @@ class Calculator(ASECalculator):
         self.path, self.head = Path(path), head
         self._symbols: list[str] = []
         self._potential = Potential(self.path, [], head)
+        self._fixed: dict[str, int] = metadata_of(self.path).get("fixed", {})
         self._list = NeighbourList(self._potential.r_max, settings.current().skin if skin is None else skin)
         self._numbers = b""
         self._types = torch.zeros(0, dtype=torch.int64)
@@ -60,6 +63,7 @@ class Calculator(ASECalculator):
         """Compute all properties of a structure; the stress only for a cell with a volume."""
         super().calculate(atoms, properties, system_changes)
         structure: Any = self.atoms  # of ase.Atoms, which `super` has copied
+        self._check(structure)
         self._know(structure)
         self._list.update(structure)
         sender, receiver = self._list.sender, self._list.receiver
@@ -73,6 +77,16 @@ class Calculator(ASECalculator):
         self.results = {"energy": energy, "free_energy": energy, "energies": energies.numpy(), "forces": forces.numpy()}
         if strain is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(strain[0].numpy() / structure.get_volume())
+
+    def _check(self, atoms: Atoms) -> None:
+        """Refuse a structure of another charge or spin than the file has fixed."""
+        for name, value in self._fixed.items():
+            for key in (name, f"total_{name}"):
+                if float(atoms.info.get(key, value)) != value:
+                    raise ValueError(
+                        f"{self.path}: {name} {value} is fixed in the file, and the structure has info[{key!r}] = "
+                        f"{atoms.info[key]}. Deploy the model again with --{name} {atoms.info[key]}."
+                    )
 
     def _know(self, atoms: Atoms) -> None:
         """Number the types of the atoms; where there are new elements, open the file for them as well."""

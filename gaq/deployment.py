@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from gaq.untyped import Document
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["DTYPES", "Deployed", "deploy"]
+__all__ = ["DTYPES", "Deployed", "deploy", "words"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -39,6 +39,7 @@ class Deployed:
         written: whether the file agrees with the model, and was written.
         sizes: bytes of the file by what they are.
         elements: chemical symbols that the file knows.
+        fixed: charge and spin that the file has fixed, by their names.
     """
 
     checks: dict[str, Check]
@@ -46,6 +47,7 @@ class Deployed:
     written: bool
     sizes: dict[str, int]
     elements: list[str]
+    fixed: dict[str, int]
 
 
 def deploy(
@@ -56,6 +58,8 @@ def deploy(
     structures: Sequence[Atoms] = (),
     tolerance: float | None = None,
     species: SpeciesMap | None = None,
+    charge: int | None = None,
+    spin: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Deployed:
     """Write a model as one file that C++ runs: `gaq.ase.Calculator`, and ``pair_style gaq`` of LAMMPS.
@@ -70,6 +74,8 @@ def deploy(
         structures: to compare on, beside those made here.
         tolerance: allowed force difference in meV/Å; None for that of the preset (`default_tolerance`).
         species: see `gaq.load`.
+        charge: total charge of every structure that the file computes; None for 0 in models that read one.
+        spin: their multiplicity; None for 1 in models that read one.
         say: takes what is being done.
 
     Raises:
@@ -87,8 +93,11 @@ def deploy(
         known = adapter.elements(model)
         chosen = known if elements is None else checked_elements(elements, known)
         heads = adapter.heads(model) or ["default"]
+        fixed = adapter.fixed_at_deployment(model, charge, spin)
+        if fixed:
+            say(f"fixed in the file: {words(fixed)}")
         say("writing the model as a program")
-        deployable = adapter.deployable(model, chosen, DTYPES[dtype])
+        deployable = adapter.deployable(model, chosen, DTYPES[dtype], fixed)
         config = adapter.config(model)
         metadata: Document = {
             "gaq": gaq.__version__,
@@ -101,11 +110,12 @@ def deploy(
             "heads": heads,
             "r_max": deployable.r_max,
             "dtype": dtype,
+            "fixed": fixed,
         }
         with tempfile.TemporaryDirectory(prefix="gaq-") as folder:
             trial = Path(folder) / output.name
             form.write(trial, deployable, {key: json_types(value) for key, value in metadata.items()})
-            compared = [*structures_for(chosen, deployable.r_max), *structures]
+            compared = adapter.hold(model, [*structures_for(chosen, deployable.r_max), *structures], fixed)
             checks = {}
             for head in heads:
                 say(f"comparing it with the model on {len(compared)} structures" + f", head {head}" * (len(heads) > 1))
@@ -118,4 +128,9 @@ def deploy(
             sizes = form.sizes_of(trial)
             if agrees:
                 put(trial, output)
-    return Deployed(checks, bound, agrees, sizes, chosen)
+    return Deployed(checks, bound, agrees, sizes, chosen, fixed)
+
+
+def words(fixed: Mapping[str, int]) -> str:
+    """Charge and spin that are fixed, in words."""
+    return ", ".join(f"{name} {value}" for name, value in fixed.items())

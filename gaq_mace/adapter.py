@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +147,20 @@ class MACEAdapter:
         reason = serving.record_of(model, warn=False).reason
         return {} if reason is None else {"model": reason}
 
+    def undeployable(self, model: torch.nn.Module) -> str | None:
+        from gaq_mace.engine.deployable import settled
+
+        if self.status(model) != "converted":
+            return None
+        record = serving.record_of(model, warn=False)
+        if record.engine is None:
+            return record.reason
+        try:
+            settled(model, {})
+        except engine.Unsupported as error:
+            return str(error)
+        return record.engine.why_no_program
+
     def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
         if serving.switched_off():
             return model
@@ -161,21 +175,32 @@ class MACEAdapter:
     def potential(self, model: torch.nn.Module, atoms: int | None = None, head: str | None = None) -> Potential:
         return MACEPotential(model, atoms, head)
 
-    def deployable(self, model: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+    def fixed_at_deployment(self, model: torch.nn.Module, charge: int | None, spin: int | None) -> dict[str, int]:
+        from gaq_mace.engine.deployable import settled
+
+        with _deploying(model):
+            return settled(model, {"charge": charge, "spin": spin})
+
+    def hold(self, model: torch.nn.Module, structures: Sequence[Atoms], values: Mapping[str, int]) -> list[Atoms]:
+        keys, held = keys_of(model).info_keys, []
+        for structure in structures:
+            held.append(structure.copy())
+            held[-1].info |= {keys[f"total_{name}"]: value for name, value in values.items()}
+        return held
+
+    def deployable(
+        self,
+        model: torch.nn.Module,
+        elements: Sequence[str],
+        dtype: torch.dtype,
+        values: Mapping[str, int] | None = None,
+    ) -> Deployable:
         from gaq_mace.engine.deployable import deployable
 
-        if not isinstance(model, mace_models.ScaleShiftMACE):
-            raise ValueError(f"a {type(model).__name__} cannot be deployed: only models of class ScaleShiftMACE can.")
-        copied = copy.deepcopy(model).to(dtype)
-        try:
-            # MACE's calculator computes in a default dtype that is the model's.
-            with default_dtype(dtype):
-                return deployable(copied, element_names(model), elements, head_names(model))
-        except engine.Unsupported as error:
-            raise ValueError(
-                f"the model cannot be deployed: {error}. It runs through MACE's calculator, and in LAMMPS through "
-                "ML-IAP (gaq_mace_create_lammps_model)."
-            ) from error
+        # MACE's calculator computes in a default dtype that is the model's.
+        with _deploying(model), default_dtype(dtype):
+            copied = copy.deepcopy(model).to(dtype)
+            return deployable(copied, element_names(model), elements, head_names(model), values)
 
     def keep_example(self, model: torch.nn.Module, structures: Sequence[Atoms]) -> None:
         pass  # MACE's files hold the model alone
@@ -204,6 +229,20 @@ class MACEAdapter:
     def doctor(self) -> list[str]:
         """State of the training hook, for ``gaq doctor``."""
         return [f"mace training    {status.describe()}"]
+
+
+@contextmanager
+def _deploying(model: torch.nn.Module) -> Iterator[None]:
+    """Context in which a model is deployed; says of one that cannot be how it runs instead."""
+    if not isinstance(model, mace_models.ScaleShiftMACE):
+        raise ValueError(f"a {type(model).__name__} cannot be deployed: only models of class ScaleShiftMACE can.")
+    try:
+        yield
+    except engine.Unsupported as error:
+        raise ValueError(
+            f"the model cannot be deployed: {error}. It runs through MACE's calculator, and in LAMMPS through "
+            "ML-IAP (gaq_mace_create_lammps_model)."
+        ) from error
 
 
 def _refuse_species(species: SpeciesMap | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,6 +149,9 @@ class NequIPAdapter:
     def unfused(self, model: torch.nn.Module) -> dict[str, str]:
         return {} if isinstance(model, files.CompiledModel) else refusals(model)
 
+    def undeployable(self, model_: torch.nn.Module) -> str | None:
+        return None  # known when the program is made, which takes longer than other commands have
+
     def accelerate(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
 
@@ -160,7 +163,22 @@ class NequIPAdapter:
             return CalculatorPotential(model.calculator())
         return NequIPPotential(model, atoms)
 
-    def deployable(self, model_: torch.nn.Module, elements: Sequence[str], dtype: torch.dtype) -> Deployable:
+    def fixed_at_deployment(self, model_: torch.nn.Module, charge: int | None, spin: int | None) -> dict[str, int]:
+        for name, value in (("charge", charge), ("spin", spin)):
+            if value is not None:
+                raise ValueError(f"--{name} {value}: NequIP models do not read a {name}; leave it out.")
+        return {}
+
+    def hold(self, model_: torch.nn.Module, structures: Sequence[Atoms], values: Mapping[str, int]) -> list[Atoms]:
+        return list(structures)
+
+    def deployable(
+        self,
+        model_: torch.nn.Module,
+        elements: Sequence[str],
+        dtype: torch.dtype,
+        values: Mapping[str, int] | None = None,
+    ) -> Deployable:
         from gaq_nequip.engine.deployable import deployable
 
         return deployable(model_, elements, dtype)

@@ -161,6 +161,13 @@ def _deploy(command: argparse.ArgumentParser) -> None:
         "--structures", metavar="FILE", help="structures to compare the file with the model on, beside those made here"
     )
     command.add_argument("--tolerance", type=float, help="allowed force difference to the model, meV/Å; see the docs")
+    for name, value in (("charge", 0), ("spin", 1)):
+        command.add_argument(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"{name} of every structure that the file computes, for models that read one (default: {value})",
+        )
     _add_species(command)
 
 

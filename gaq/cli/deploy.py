@@ -17,7 +17,7 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     """Write a model as one file without a framework; returns the exit code and the result."""
-    from gaq.deployment import deploy
+    from gaq.deployment import deploy, words
     from gaq.progress import explained
     from gaq.reporting import format_table
 
@@ -39,7 +39,12 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
             structures=structures,
             tolerance=arguments.tolerance,
             species=arguments.species,
+            charge=arguments.charge,
+            spin=arguments.spin,
         )
+    if done.fixed:
+        chosen = arguments.charge is not None or arguments.spin is not None
+        say(f"fixed in the file: {words(done.fixed)}" + ("" if chosen else " (--charge and --spin set others)"))
     rows = [{"": Path(arguments.model).name, "value": _mib(Path(arguments.model).stat().st_size), "unit": "MiB"}]
     rows.append({"": output.name, "value": _mib(sum(done.sizes.values())), "unit": "MiB"})
     rows += [{"": f"  {name}", "value": _mib(size), "unit": "MiB"} for name, size in done.sizes.items()]
@@ -58,6 +63,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "output": str(output) if done.written else None,
         "elements": done.elements,
         "dtype": arguments.dtype,
+        "fixed": done.fixed,
         "bytes": done.sizes,
         "checks": {head: asdict(check) for head, check in done.checks.items()},
         "allowed_force_difference": done.allowed,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gaq.cli.frame import DONE
 from gaq.cli.inputs import InputError, check_structure_file, find_adapter, load_model, read_structures
-from gaq.cli.lines import Say, say_unfused, speaker
+from gaq.cli.lines import Say, say_undeployable, say_unfused, speaker
 from gaq.process import check_device
 from gaq.untyped import Document
 
@@ -42,12 +42,14 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         raise InputError("--sensitivity needs the float model: this one is rounded already.")
     rows, notes = adapter.rows(model), adapter.notes(model)
     unfused = {} if config is None else adapter.unfused(model)
+    undeployable = None if config is None else adapter.undeployable(model)
     state = "a float model" if config is None else f"preset {config.preset}, {adapter.status(model)}"
     say(f"{arguments.model}: {state}" + (f" ({kind.words})" if kind.name == "export" else ""))
     say(format_rows(rows))
     if config is not None:
         say(legend(config))
         say_unfused(say, unfused)
+        say_undeployable(say, undeployable)
     _say_notes(say, notes)
     scan = None if arguments.sensitivity is None else _sensitivity(say, model, arguments.sensitivity)
     return DONE, {
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "modules": [asdict(row) for row in rows],
         "bytes": sum(row.bytes for row in rows),
         "not_fused": unfused,
+        "not_deployable": undeployable,
         "notes": notes,
         "sensitivity": scan,
     }
@@ -75,6 +78,8 @@ def _deployed(say: Say, path: Path) -> tuple[int, Document]:
     for key in ("framework", "made of", "elements", "heads", "r_max", "dtype", "gaq"):
         value = described[key]
         say(f"  {key:14s} {', '.join(value) if isinstance(value, list) else value}")
+    for name, value in described.get("fixed", {}).items():
+        say(f"  {name:14s} {value}, fixed at deployment")
     for name, size in sizes.items():
         say(f"  {name:14s} {size} bytes")
     _say_notes(say, described["notes"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from gaq.untyped import Document
 
-__all__ = ["Say", "gate_lines", "metric_lines", "say_unfused", "speaker"]
+__all__ = ["Say", "gate_lines", "metric_lines", "say_undeployable", "say_unfused", "speaker"]
 
 Say = Callable[[str], object]
 """Takes a line for the user."""
@@ -48,3 +48,9 @@ def say_unfused(say: Say, unfused: Mapping[str, str]) -> None:
     """Say which parts of a quantized model the fused kernels do not serve."""
     for name, reason in unfused.items():
         say(f"not on the fast path: {name}: {reason}")
+
+
+def say_undeployable(say: Say, reason: str | None) -> None:
+    """Say why `gaq deploy` refuses a model, if it does."""
+    if reason is not None:
+        say(f"`gaq deploy` refuses this model: {reason}")

@@ -19,7 +19,7 @@ from gaq.cli.inputs import (
     load_model,
     read_structures,
 )
-from gaq.cli.lines import Say, gate_lines, say_unfused, speaker
+from gaq.cli.lines import Say, gate_lines, say_undeployable, say_unfused, speaker
 from gaq.files.whole import put
 from gaq.process import check_device
 from gaq.progress import explained
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     api.convert(quantized)
     unfused = adapter.unfused(quantized)
     say_unfused(say, unfused)
+    undeployable = adapter.undeployable(quantized)
+    say_undeployable(say, undeployable)
     gates, failed = _write_judged(adapter, quantized, selected, unseen, arguments, say)
     written = arguments.force or not failed
     before, after = Path(arguments.model).stat().st_size, output.stat().st_size if written else None
@@ -83,6 +85,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         "times_smaller": None if after is None else before / after,
         "distillation": notes.get("distillation"),
         "not_fused": unfused,
+        "not_deployable": undeployable,
         "left_out": left_out,
         "gates": gates,
         "failed_gates": failed,

@@ -9,7 +9,7 @@ It is a safetensors file. `gaq/kernels/cpu/potential.cpp` reads these tensors, L
 ``r_max``             cutoff in Å
 ``isolated_atoms``    energies of isolated atoms, (heads, species) in eV
 ``pairs``             number of the radial table of each pair of species, (species, species)
-``code`` ...          the program: `gaq.kernels.program.Recorded`
+``code`` ...          the program: `gaq.kernels.recording.Recorded`
 ``L.plan_ints`` ...   the convolution, as `ConvolutionProblem.plan` writes it
 ``L.tables``          features before the last layer of the radial network, (tables, intervals, COEFFICIENTS, features)
 ``L.last``            that layer, (paths, features, channels): tables times it are made when a file is opened
@@ -33,7 +33,7 @@ from torch import Tensor
 from gaq.files.whole import let_others_read, written_whole
 from gaq.kernels import signatures
 from gaq.kernels.convolution import ConvolutionProblem
-from gaq.kernels.program import Recorded
+from gaq.kernels.recording import Recorded
 from gaq.untyped import Document
 
 __all__ = ["METADATA", "SUFFIX", "Deployable", "DeployedLayer", "check_tables", "metadata_of", "sizes_of", "write"]

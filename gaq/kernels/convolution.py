@@ -70,6 +70,7 @@ def _convolution(
         features.data_ptr(),
         weights.data_ptr(),
         scales.data_ptr() if scales.numel() else None,
+        None,
         message.data_ptr(),
         torch.get_num_threads(),
     )
@@ -130,6 +131,7 @@ def _convolution_backward(
         features.data_ptr(),
         weights.data_ptr(),
         scales.data_ptr() if scales.numel() else None,
+        None,
         grad.data_ptr(),
         grad_vectors.data_ptr(),
         grad_features.data_ptr() if of_features else None,

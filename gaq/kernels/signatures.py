@@ -33,13 +33,13 @@ KERNELS = {
     "convolution": (
         "const int64_t* ints, const double* reals, int64_t senders, int64_t receivers, int64_t edges, "
         "const int64_t* sender, const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, "
-        "const T* weights, const T* scales, T* message, int64_t threads"
+        "const T* weights, const T* scales, const T* radial, T* message, int64_t threads"
     ),
     "convolution_backward": (
         "const int64_t* ints, const double* reals, int64_t senders, int64_t receivers, int64_t edges, "
         "const int64_t* sender, const int64_t* receiver, const int64_t* tables, const T* vectors, const T* features, "
-        "const T* weights, const T* scales, const T* grad, T* grad_vectors, T* grad_features, T* grad_weights, "
-        "T* grad_scales, int64_t threads"
+        "const T* weights, const T* scales, const T* radial, const T* grad, T* grad_vectors, T* grad_features, "
+        "T* grad_weights, T* grad_scales, int64_t threads"
     ),
     "product": (
         "const int64_t* ints, const double* reals, int64_t atoms, int64_t edges, const int64_t* centre, "
@@ -84,12 +84,13 @@ STEPS = (
     *("gather", "linear", "round", "convolution", "convolution_back", "contraction", "contraction_back"),
     *("density", "density_back", "divide", "divide_back", "activation", "activation_back", "energy", "seed"),
     *("repulsion", "scale_shift", "add", "zero", "exchange", "exchange_back", "export", "gate", "gate_back", "copy"),
+    *("given", "repeated", "transform"),
 )
 """Operations of a program; `program.cpp` says what their arguments are."""
 
 COEFFICIENTS = 6
 """Numbers that the polynomial of an interval of a radial table has for each path and channel."""
-DEPLOYED_VERSION = 1
+DEPLOYED_VERSION = 2
 """Version of the form of deployed files, which `potential.cpp` reads."""
 
 _EDGES = (

@@ -18,7 +18,7 @@ from gaq_mace.engine.edges import Tables
 from gaq_mace.engine.pair_tables import PairTables
 from gaq_mace.engine.reading import Unsupported
 
-__all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions"]
+__all__ = ["COMPOSITIONS", "MOST_SPECIES", "Composition", "Compositions", "alone"]
 
 COMPOSITIONS = 8
 """Compositions that are kept."""
@@ -60,6 +60,14 @@ class Composition:
     def slices(self) -> Tensor:
         """`bounds` as a tensor, (slices, 3), int64."""
         return torch.tensor(self.bounds, dtype=torch.int64).view(-1, 3)
+
+
+def alone(species: Tensor) -> Composition:
+    """Composition of atoms that are sorted already, whose pairs do not matter; species (atoms,) in ascending order."""
+    every, firsts = torch.arange(species.numel()), torch.unique_consecutive(species, return_counts=True)
+    ends = firsts[1].cumsum(0)
+    bounds = list(zip(firsts[0].tolist(), (ends - firsts[1]).tolist(), ends.tolist(), strict=True))
+    return Composition(b"", species, every, every, species, bounds, None, None)
 
 
 class Compositions:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mace  # noqa: F401  (before e3nn)
 import torch
@@ -33,7 +35,7 @@ from gaq_mace.engine.reading import (
 )
 from gaq_mace.names import ATTENTION
 
-__all__ = ["INTERACTIONS", "layer_of"]
+__all__ = ["INTERACTIONS", "AgnosticLayer", "NonLinearLayer", "layer_of"]
 
 
 class AgnosticLayer(Layer):
@@ -90,6 +92,12 @@ class AgnosticLayer(Layer):
             else:  # the block has no input of its degree
                 parts.append(x.new_zeros(x.shape[0], rows.stop - rows.start, self.skip_channels))
         return torch.cat(parts, dim=1)
+
+    def before_messages(self, features: Tensor, composition: Composition) -> list[Tensor]:
+        made = [self.mix(self.up, features)]
+        if self.residual:
+            made.append(self._skip(features, composition))
+        return [x.flatten(1) for x in made]
 
     def _densities(self, edges: Edges) -> Tensor | None:
         """Density of each edge, (edges,); None for a block without."""
@@ -187,7 +195,14 @@ class AttentionLayer(AgnosticLayer):
         return weights[:, :, None].expand(-1, -1, self.channels // self.heads).reshape(-1, 1, self.channels)
 
 
-Activation = Callable[[Tensor], Tensor]
+class Activation(NamedTuple):
+    """An activation function of a gate, times a factor."""
+
+    function: Callable[[Tensor], Tensor]
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x) * self.factor
 
 
 def _activations_of(gate: AnyModule, path: str) -> tuple[Activation, Activation]:
@@ -197,17 +212,22 @@ def _activations_of(gate: AnyModule, path: str) -> tuple[Activation, Activation]
         Unsupported: for a gate that is neither MACE's nor e3nn's.
     """
     if isinstance(gate, nn.Gate):  # of models from before MACE had a gate of its own
-        return gate.act_scalars.acts[0], gate.act_gates.acts[0]
+        acts = gate.act_scalars.acts[0], gate.act_gates.acts[0]
+        scalars, gates = (Activation(getattr(act, "f", act), float(getattr(act, "cst", 1.0))) for act in acts)
+        return scalars, gates
     if class_name(gate) != "GatedEquivariantBlock":
         raise Unsupported(f"{path} is a {class_name(gate)}")
-    scalar, scalar_factor, of_gate, gate_factor = gate._act_scalar, gate._scalar_cst, gate._act_gate, gate._gate_cst
-    return (lambda x: scalar(x) * scalar_factor), (lambda x: of_gate(x) * gate_factor)
+    return (
+        Activation(gate._act_scalar, float(gate._scalar_cst)),
+        Activation(gate._act_gate, float(gate._gate_cst)),
+    )
 
 
 class NonLinearLayer(Layer):
     """`RealAgnosticResidualNonLinearInteractionBlock`."""
 
     MESSAGE_LINEAR = "linear_1"
+    READS_TABLES = False
     network: RadialNetwork
     density: RadialNetwork
     alpha: Tensor
@@ -226,6 +246,9 @@ class NonLinearLayer(Layer):
                 self.register_buffer(f"{name}_{end}", rows)
         for name in ("alpha", "beta"):
             self.register_buffer(name, getattr(block, name).detach().to(dtype))
+        if not gpu.chosen(next(model.parameters()).device):
+            with contextlib.suppress(ValueError):  # a function with steps has no table
+                self.radial = RadialTables(model, block, len(self.problem.paths), self.channels, dtype)
         skip = LinearLayer("skip", f"{path}.skip_tp", block.skip_tp, reads_features=True)
         self.skip = self._read_mixing(skip, dtype)
         self.residual = self._read_mixing(LinearLayer("res", f"{path}.linear_res", block.linear_res), dtype)
@@ -236,6 +259,11 @@ class NonLinearLayer(Layer):
         multiplicity(gate.irreps_scalars + gate.irreps_gated, f"messages of {path}.equivariant_nonlin")
         if len(gate.irreps_scalars) != 1 or block.linear_1.irreps_out[0].ir.l != 0:
             raise Unsupported(f"{path}.equivariant_nonlin has scalars of several kinds")
+
+    def before_messages(self, features: Tensor, composition: Composition) -> list[Tensor]:
+        sent = self.mix(self.up, features)
+        kept = torch.cat([block.flatten(1) for block in self.mix_blocks(self.residual, sent)], dim=1)
+        return [sent.flatten(1), self.mix(self.skip, features).flatten(1), kept]
 
     def _ends(self, name: str, edges: EdgeFeatures) -> tuple[Tensor, Tensor]:
         """What one of the two networks reads of the species of each edge."""

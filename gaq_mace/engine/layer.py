@@ -63,6 +63,8 @@ class Layer(torch.nn.Module):
     MESSAGE_LINEAR = "linear"
     SCALED = False
     exchanges = True
+    # Whether the layer reads its radial tables in `forward`, or programs alone do.
+    READS_TABLES = True
 
     def __init__(self, model: AnyModule, number: int, sh: list[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -279,6 +281,18 @@ class Layer(torch.nn.Module):
     def sent(self, x: Tensor, edges: Edges) -> Tensor:
         """What edges read of senders, from what ``linear_up`` makes of the atoms, both (atoms, rows, channels)."""
         return x if edges.senders is None else edges.senders(x, lambda features: self.mix(self.up, features))
+
+    def before_messages(self, features: Tensor, composition: Composition) -> list[Tensor]:
+        """What a first layer makes of the features of atoms before its messages, each (atoms, width).
+
+        Args:
+            features: (atoms, 1, channels), atoms sorted by species.
+            composition: species of the atoms.
+
+        Returns:
+            What edges read of senders, then what the layer keeps of each atom.
+        """
+        raise NotImplementedError
 
     def mix_messages(self, message: Tensor, atoms: int) -> list[Tensor]:
         """Mix the paths of messages.

@@ -56,7 +56,7 @@ class PairTables:
 
     def __init__(self, layers: Sequence[RadialTables], device: torch.device) -> None:
         self.layers, self.device = layers, device
-        self.elements, self.by_species = layers[0].elements, layers[0].by_species
+        self.elements, self.by_species, self.ordered = layers[0].elements, layers[0].by_species, layers[0].ordered
         # Memory of the tables of each layer's weights and densities, with room for more pairs than are made.
         self.banks: list[list[Tensor]] = []
         self.spent: dict[int, float] = {}
@@ -83,8 +83,8 @@ class PairTables:
         `LIMIT`.
 
         Args:
-            first: species of one atom of each edge, (edges,).
-            second: species of the other, (edges,).
+            first: species of the sender of each edge, (edges,).
+            second: species of the receiver, (edges,).
 
         Raises:
             ValueError: if the functions of a pair cannot be tabulated.
@@ -95,14 +95,19 @@ class PairTables:
             return None
         if int(numbers.min()) >= 0:
             return made.tables, numbers
-        codes = torch.unique(torch.minimum(first, second) * self.elements + torch.maximum(first, second)).tolist()
+        pairs = first * self.elements + second
+        if not self.ordered:
+            pairs = torch.minimum(pairs, second * self.elements + first)
+        codes = torch.unique(pairs).tolist()
         with self.lock:
             if not (self._due(codes, first.numel()) and self._need(codes)):
                 return None
             return self.made.tables, self.made.places[first, second]
 
     def _code(self, first: int, second: int) -> int:
-        """Number of a pair of species, in either order."""
+        """Number of a pair of species, in either order where tables do not tell them apart."""
+        if self.ordered:
+            return first * self.elements + second
         return min(first, second) * self.elements + max(first, second)
 
     def _most(self) -> int:
@@ -187,7 +192,9 @@ class PairTables:
         places = torch.full_like(self.made.places, -1, device="cpu")
         for place, code in enumerate(codes):
             first, second = self._pair(code)
-            places[first, second] = places[second, first] = place
+            places[first, second] = place
+            if not self.ordered:
+                places[second, first] = place
         tables: list[Tables] = []
         for weights, *density in banks:
             tables.append((weights.flatten(0, 1), density[0].flatten(0, 1) if density else None))

@@ -4,6 +4,9 @@ With ``distance_transform`` (Agnesi, Soft) the radial network reads a distance t
 both atoms, so each pair of species has a table; otherwise one table serves all. With ``apply_cutoff: False`` the cutoff
 function does not enter the network, which is then a function of the transformed distance alone, and one table over
 that distance serves all pairs (`RadialTables.transformed`).
+
+The networks of `RealAgnosticResidualNonLinearInteractionBlock` read the species of sender and receiver as well. For a
+pair of species they are functions of the distance alone, but not the same ones for both of its directions.
 """
 
 from __future__ import annotations
@@ -18,16 +21,16 @@ import mace  # noqa: F401  (before e3nn)
 import torch
 from torch import Tensor
 
-from gaq.kernels import radial
+from gaq.kernels import gpu, radial
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
 from gaq_mace.engine.radial_networks import RadialNetwork
-from gaq_mace.engine.reading import class_name
+from gaq_mace.engine.reading import class_name, matrices_of
 
 __all__ = ["Pair", "RadialTables"]
 
 Pair = tuple[int, int]
-"""Numbers of two species."""
+"""Numbers of two species, the sender's first where tables are of ordered pairs."""
 AT_ONCE = 2**21
 """Bytes of the values of a hidden layer that are computed at once: more would not stay in cache."""
 
@@ -45,6 +48,14 @@ def _end_of(embedding: AnyModule) -> float | None:
     return None
 
 
+def _species_of(block: AnyModule) -> tuple[Tensor, Tensor] | None:
+    """What radial networks read of the species of sender and receiver, each (species, properties), float64."""
+    if not hasattr(block, "source_embedding"):
+        return None
+    sender, receiver = (matrices_of(linear)[0].cpu() for linear in (block.source_embedding, block.target_embedding))
+    return sender, receiver
+
+
 class RadialTables:
     """Make tables of one layer's radial weights, and of its edge density where it has one.
 
@@ -58,6 +69,8 @@ class RadialTables:
     Attributes:
         transformed: whether the tables are over the transformed distance, without the cutoff function.
         by_species: whether there is a table for each pair of species.
+        ordered: whether the two directions of a pair have tables of their own, in this layer or in another one: edges
+            have one number of a table for all layers.
         r_max: upper end of the tables, in Å or in the unit of the transformed distance.
         elements: number of species.
         intervals: of the tables of the weights, and of the density. It grows when a pair needs more.
@@ -70,11 +83,14 @@ class RadialTables:
     def __init__(self, model: AnyModule, block: AnyModule, paths: int, channels: int, dtype: torch.dtype) -> None:
         # Tables are made in float64, on the CPU for any device: that takes a few evaluations of the network.
         self.embedding = copy.deepcopy(model.radial_embedding).cpu().double()
+        self.species = _species_of(block)
+        on_gpu = gpu.chosen(next(model.parameters()).device)  # where such networks are evaluated for each edge
+        self.ordered = not on_gpu and any(hasattr(of, "source_embedding") for of in model.interactions)
         self.network = self._exact(block.conv_tp_weights)
         self.last = self.network.last.view(-1, paths, channels).transpose(0, 1).contiguous()
         density = getattr(block, "density_fn", None)
         self.density = None if density is None else self._exact(density)
-        end = _end_of(self.embedding)
+        end = None if self.ordered else _end_of(self.embedding)
         self.transformed = end is not None
         # A transformed distance that is rounded up must not lie beyond the table.
         self.r_max = float(model.r_max) if end is None else 1.001 * end
@@ -82,22 +98,23 @@ class RadialTables:
         self.tolerance = radial.TOLERANCE if dtype == torch.float32 else radial.DOUBLE_TOLERANCE
         self.numbers = model.atomic_numbers.detach().cpu()
         self.elements = len(self.numbers)
-        self.by_species = hasattr(model.radial_embedding, "distance_transform") and not self.transformed
+        transforms = hasattr(model.radial_embedding, "distance_transform")
+        self.by_species = self.ordered or (transforms and not self.transformed)
         self.intervals = [radial.FEWEST] * (1 if density is None else 2)
         self.error = 0.0
         self._probe()
 
-    @staticmethod
-    def _exact(network: AnyModule) -> RadialNetwork:
+    def _exact(self, network: AnyModule) -> RadialNetwork:
         """Copy a radial network in float64 to the CPU."""
         if any(isinstance(m, FeatureQuantizer) for m in network.modules()):
             raise ValueError("the hidden layers of the radial network are rounded")
-        return RadialNetwork(network, torch.float64).cpu().double()
+        properties = 0 if self.species is None else self.species[0].shape[1]
+        return RadialNetwork(network, torch.float64, properties).cpu().double()
 
     def _probe(self) -> None:
         """Make one table now, so that a model that cannot be served is refused when the engine is made."""
         first, last = 0, self.elements - 1
-        if self.by_species:
+        if self.by_species and self.species is None:
             lengths = torch.linspace(0.5, 0.99 * self.r_max, 16, dtype=torch.float64)
             if not torch.equal(*self._hidden([(first, last), (last, first)], lengths)):
                 raise ValueError("the radial functions tell sender from receiver")
@@ -123,13 +140,24 @@ class RadialTables:
 
     def _hidden(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Inputs of the last radial layer, times the cutoff, for pairs at lengths (n,), (pairs, n, features)."""
-        return self.network.before_last(*self._basis(pairs, lengths)).view(len(pairs), lengths.numel(), -1)
+        basis, cutoff = self._basis(pairs, lengths)
+        hidden = self.network.before_last(basis, cutoff, self._ends(self.network, pairs, lengths.numel()))
+        return hidden.view(len(pairs), lengths.numel(), -1)
+
+    def _ends(self, network: RadialNetwork, pairs: Sequence[Pair], count: int) -> tuple[Tensor, Tensor] | None:
+        """What a network reads of the species of each pair at so many lengths; None where it reads none."""
+        if self.species is None:
+            return None
+        sender, receiver = torch.tensor(pairs).T.repeat_interleave(count, dim=1)
+        properties = network.properties_of(*self.species)
+        return properties[0][sender], properties[1][receiver]
 
     def _densities(self, pairs: Sequence[Pair], lengths: Tensor) -> Tensor:
         """Edge densities of pairs at lengths (n,), (pairs, n, 1)."""
         assert self.density is not None
         basis, cutoff = self._basis(pairs, lengths)
-        density = torch.tanh(self.density(basis) ** 2)
+        ends = self._ends(self.density, pairs, lengths.numel())
+        density = torch.tanh(self.density(basis, None, ends) ** 2)
         if cutoff is not None:
             density = density * cutoff
         return density.view(len(pairs), lengths.numel(), 1)

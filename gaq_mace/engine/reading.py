@@ -53,23 +53,28 @@ def input_quantizer_of(module: torch.nn.Module) -> FeatureQuantizer | None:
     return quantizer if isinstance(quantizer, FeatureQuantizer) else None
 
 
-def matrices_of(linear: o3.Linear, weight: Tensor | None = None, scaled: bool = True) -> dict[int, Tensor]:
+def matrices_of(
+    linear: o3.Linear, weight: Tensor | None = None, scaled: bool = True, biased: bool = False
+) -> dict[int, Tensor]:
     """Matrix of each output block of a linear layer, (sum of input multiplicities, output multiplicity), float64.
 
     Args:
         linear: the layer.
         weight: a tensor in the layout of the layer's weight, to read in its place.
         scaled: whether the normalisation of paths is multiplied in.
+        biased: whether the caller reads the bias.
 
     Raises:
-        Unsupported: if the layer has a bias.
+        Unsupported: if the layer has a bias that the caller does not read.
     """
-    if linear.bias.numel():
+    if linear.bias.numel() and not biased:
         raise Unsupported("a linear layer has a bias")
     blocks_of: dict[int, list[Tensor]] = {}
     offset = 0
     weight = (linear.weight if weight is None else weight).detach().double().flatten()
     for ins in linear.instructions:
+        if ins.i_in < 0:  # the bias
+            continue
         rows, columns = ins.path_shape
         block = weight[offset : offset + rows * columns].view(rows, columns)
         offset += rows * columns
@@ -81,7 +86,8 @@ def inputs_of(linear: o3.Linear) -> dict[int, list[int]]:
     """Input blocks of each output block of a linear layer, in the order of `matrices_of`."""
     inputs: dict[int, list[int]] = {}
     for ins in linear.instructions:
-        inputs.setdefault(ins.i_out, []).append(ins.i_in)
+        if ins.i_in >= 0:  # not the bias
+            inputs.setdefault(ins.i_out, []).append(ins.i_in)
     return inputs
 
 

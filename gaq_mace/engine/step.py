@@ -15,7 +15,7 @@ from torch import Tensor
 from gaq.kernels import convolution, gpu, harmonics
 from gaq.kernels.cpu import native
 from gaq.kernels.gpu.graphs import Graphs, Outputs
-from gaq.kernels.program import Layer
+from gaq.kernels.recording import Layer
 from gaq.model.state import state_of
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule
@@ -29,6 +29,7 @@ from gaq_mace.engine.programs import Compiled, Sorted
 from gaq_mace.engine.reading import Unsupported, matrices_of
 from gaq_mace.engine.replays import beyond, held_by, inputs_of, replayed
 from gaq_mace.engine.soundness import checked
+from gaq_mace.engine.starts import Starts, embedded
 
 __all__ = ["Engine"]
 
@@ -93,16 +94,23 @@ class Engine(torch.nn.Module):
         self.__dict__["quantizers"] = [m for m in model.modules() if isinstance(m, FeatureQuantizer)]
         self.inputs, self.rest = inputs_of(model), held_by(model)
         self.graphs = Graphs()
+        self.why_no_program: str | None = None
+        self.compiled = None if gpu.chosen(device) else self._compiled(model)
+        if self.compiled is None:
+            for layer in layers:
+                if not layer.READS_TABLES:
+                    layer.radial = None  # would be made, and read by nothing
         self.compositions = Compositions(self.layers, device)
-        self.compiled = None if self.embeds or gpu.chosen(device) else self._compiled(model)
+        self.starts = Starts(model, layers[0], self.embedding, self.embeds_structures) if self.embeds else None
         self.compiled_parts: Compiled | None = None
 
     def _compiled(self, model: AnyModule) -> Compiled | None:
         """The engine as one program; None where it has parts for which there is none."""
         layers: AnyModule = self.layers  # of `Layer`s; a ModuleList knows modules only
         try:
-            return Compiled(model, layers, self.embedding)
+            return Compiled(model, layers, None if self.embeds else self.embedding)
         except Unsupported as error:
+            self.why_no_program = str(error)
             logger.debug("gaq: each kernel is called by itself, because %s", error)
             return None
 
@@ -129,7 +137,8 @@ class Engine(torch.nn.Module):
         if edges is None:
             return self._step(data, composition, options, step_tables)
         virials = options.get("compute_virials", False) or options.get("compute_stress", False)
-        return self.compiled.step(self.__dict__["model"], data, composition, edges, virials)
+        start = None if self.starts is None else self.starts(data, composition)
+        return self.compiled.step(self.__dict__["model"], data, composition, edges, virials, start)
 
     def _step(
         self,
@@ -366,13 +375,8 @@ class Engine(torch.nn.Module):
         if not hasattr(model, "joint_embedding"):
             return None
         features = {name: data[name] for name in model.embedding_specs}
-        batch = data["batch"]
-        if self.embeds_structures:
-            # Once for each structure, not for each atom.
-            embedded = model.joint_embedding(torch.arange(graphs, device=batch.device), features)[batch]
-        else:
-            embedded = model.joint_embedding(batch, features)
-        return self.embedding[composition.species] + embedded
+        added = embedded(model, features, data["batch"], graphs if self.embeds_structures else None)
+        return self.embedding[composition.species] + added
 
     def _node_feats(self, start: Tensor | None, edges: list[Edges], composition: Composition) -> list[Tensor]:
         """Run the layers.

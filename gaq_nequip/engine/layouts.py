@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gaq.kernels import rounding
 from gaq.kernels.chunks import ChunkedConvolution
-from gaq.kernels.program import Gated, View
+from gaq.kernels.recording import Gated, View
 from gaq.untyped import AnyModule
 from gaq_nequip.engine.edges import Unsupported
 from gaq_nequip.engine.reading import Block, blocks_of

@@ -19,9 +19,12 @@ from nequip.data import AtomicDataDict
 from torch import Tensor
 
 from gaq.kernels import program, radial, rounding
+from gaq.kernels.builder import Block as Product
+from gaq.kernels.builder import Builder
 from gaq.kernels.chunks import ChunkedConvolution
 from gaq.kernels.problem import ConvolutionProblem
-from gaq.kernels.program import Builder, Exchange, Layer, Program, Recorded, Value, View
+from gaq.kernels.program import Exchange, Program
+from gaq.kernels.recording import Layer, Recorded, Repulsion, Value, View
 from gaq.model.state import state_of
 from gaq.untyped import AnyModule
 from gaq_nequip.engine.edges import EdgePart, Unsupported, edge_part, fit_harmonics, layer_sequence
@@ -294,9 +297,9 @@ class _Writer:
             raise Unsupported(f"the kernels do not round the features of a {class_name(module)} as its quantizer does")
         return self.builder.round(x, plan, in_place)
 
-    def _linear(self, x: Value, width: int, blocks: Sequence[program.Block], onto: Value | None = None) -> Value:
+    def _linear(self, x: Value, width: int, blocks: Sequence[Product], onto: Value | None = None) -> Value:
         """Multiply by matrices of which several may add to the same place."""
-        turns: list[list[program.Block]] = []
+        turns: list[list[Product]] = []
         for block in blocks:
             turn = next((t for t in turns if all(block[1] != other[1] for other in t)), None)
             if turn is None:
@@ -319,7 +322,7 @@ class _Writer:
             starts[b.start] = row
             row += -(-b.channels // channels) * b.components
         x = self._round(linear, blocks_of(linear.irreps_in), x)
-        blocks: list[program.Block] = []
+        blocks: list[Product] = []
         for start, to, matrix in linear_matrices(linear):
             components = read[start].components
             scaled = matrix * norm[0, 0] if norm.numel() == 1 else matrix * norm[:, :, None]
@@ -399,7 +402,7 @@ class _Writer:
             shifts = shifts + scale_shift.shifts.double().flatten()
         return readout, scales, shifts
 
-    def _repulsion(self, zbl: AnyModule) -> program.Repulsion:
+    def _repulsion(self, zbl: AnyModule) -> Repulsion:
         """NequIP's repulsion; the numbers are those of its `_ZBL`."""
         power, numbers = float(zbl.cutoff.p), zbl.atomic_numbers.double()
         if power != int(power):
@@ -407,7 +410,7 @@ class _Writer:
         if zbl.per_atom_energy_field != ENERGY:
             raise Unsupported(f"the repulsion of nuclei is added to {zbl.per_atom_energy_field}")
         powers = numbers**0.23
-        return program.Repulsion(
+        return Repulsion(
             torch.tensor([0.02817, 0.28022, 0.50986, 0.18175], dtype=torch.float64),
             2 * float(zbl._qqr2exesquare) * numbers[:, None] * numbers[None],  # it holds half of the constant
             (powers[:, None] + powers[None]) / 0.46850,

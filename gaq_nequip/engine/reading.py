@@ -13,7 +13,7 @@ import torch
 from nequip.data import AtomicDataDict
 from torch import Tensor
 
-from gaq.kernels.program import View
+from gaq.kernels.recording import View
 from gaq.model.state import is_kind
 from gaq.quantizers.features import FeatureQuantizer
 from gaq.untyped import AnyModule, Irreps

@@ -434,9 +434,13 @@ def test_inspect_says_what_is_not_fused(
     adapter = adapter_for_file(path)
     with adapter.process_state():
         assert adapter.unfused(adapter.load(path)) == {}
+        assert adapter.undeployable(adapter.load(path)) is None
     monkeypatch.setattr(type(adapter), "unfused", lambda self, model: {"interactions.0": "a reason"})
+    monkeypatch.setattr(type(adapter), "undeployable", lambda self, model: "another reason")
     assert main(["inspect", str(path)]) == 0
-    assert "not on the fast path: interactions.0: a reason" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not on the fast path: interactions.0: a reason" in printed
+    assert "`gaq deploy` refuses this model: another reason" in printed
 
 
 def test_a_flipped_bit_is_noticed(saved: Callable[[str, str], Path], tmp_path: Path, checked_suffix: str) -> None:

@@ -20,8 +20,8 @@ from gaq.deployed.neighbours import NeighbourList
 from gaq.deployed.potential import Potential
 from gaq.files.kinds import kind_of
 from gaq.kernels import signatures
+from gaq.kernels.builder import Builder
 from gaq.kernels.cpu import native
-from gaq.kernels.program import Builder
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.why_not()}")
 D = torch.float64
@@ -188,7 +188,7 @@ def test_files_of_others_and_damaged_ones_are_refused(file: Path) -> None:
         form.write(damaged, newer, {})
     finally:
         signatures.DEPLOYED_VERSION = before
-    with pytest.raises(ValueError, match=r"of another version \(99; this program reads 1\)"):
+    with pytest.raises(ValueError, match=r"of another version \(99; this program reads 2\)"):
         Potential(damaged, ["H"])
 
 

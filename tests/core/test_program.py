@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaq.kernels import contraction, convolution, harmonics, program, radial
+from gaq.kernels import contraction, convolution, harmonics, program, radial, recording
+from gaq.kernels.builder import Builder
 from gaq.kernels.cpu import native
-from gaq.kernels.program import Builder, Gated, Layer, Program, View
+from gaq.kernels.program import Program
+from gaq.kernels.recording import Gated, Layer, View
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.why_not()}")
 
@@ -71,7 +73,7 @@ ROWS = random(SPECIES, CHANNELS, seed=8)
 KEPT = random(SPECIES, 2 * CHANNELS, seed=9)
 HEADS = torch.tensor([0, 1, 0, 1, 1, 0, 1])
 SCALES, SHIFTS = torch.tensor([1.5, 0.5], dtype=D), torch.tensor([0.25, -1.0], dtype=D)
-PAIRS = program.Repulsion(
+PAIRS = recording.Repulsion(
     torch.tensor([0.18, 0.51, 0.28, 0.03], dtype=D),
     random(SPECIES, SPECIES, seed=10).abs(),
     1 + random(SPECIES, SPECIES, seed=11).abs(),
@@ -223,6 +225,115 @@ def gated_layers(made: Builder) -> Program:
     return made.build()
 
 
+def of_kinds(made: Builder) -> Program:
+    """Rows of kinds, one polynomial for all species, a density with factors, sigmoids and a bias."""
+    width = 5 * CHANNELS
+    sent, kept = made.given(CHANNELS), made.given(width)
+    x = made.convolution(sent, PROBLEM.rows_out, CHANNELS)
+    blocks = [
+        (SCALARS, View(1, width, 0), MATRICES["scalars"]),
+        (SCALARS, View(1, width, 0, CHANNELS), MATRICES["gates"]),
+        (VECTORS, View(3, width, CHANNELS, 2 * CHANNELS), MATRICES["vectors"]),
+    ]
+    x = made.add(made.divide_by_density(made.linear(x, width, blocks), 1.5, 0.7), kept)
+    pieces = [
+        Gated(CHANNELS, 0, 0, "silu", 1.3),
+        Gated(CHANNELS, CHANNELS, CHANNELS, "sigmoid", 1.8, 3, 2 * CHANNELS),
+    ]
+    x = made.contraction(made.gate(x, 4 * CHANNELS, pieces), POLYNOMIAL, COEFFICIENTS[:1])
+    whole, two = View(1, 2 * CHANNELS, 0), View(1, 2, 0)
+    x = made.linear(x, 2, [(whole, two, MATRICES["hidden"][:, :2])], made.repeated(random(2, seed=21)))
+    made.energy(made.activation(x, "sigmoid", 0.8, 1))
+    return made.build()
+
+
+def reference_of_kinds(given: list[Tensor], kinds: Tensor, vectors: Tensor, sender: Tensor, receiver: Tensor) -> Tensor:
+    """Energies of `of_kinds`, in plain torch."""
+    atoms = kinds.numel()
+    message = convolution.reference(
+        PROBLEM, convolution.Graph(sender, receiver), given[0][kinds][:, None], vectors, WEIGHTS
+    )
+    scalars, rest = PROBLEM.split(message, atoms)
+    parts = [scalars @ MATRICES["scalars"], scalars @ MATRICES["gates"], (rest @ MATRICES["vectors"]).view(atoms, -1)]
+    density = radial.evaluate(DENSITY, vectors.norm(dim=-1), R_MAX)[:, 0, 0]
+    x = torch.cat(parts, dim=1) / (1.5 + 0.7 * torch.zeros(atoms, dtype=D).index_add(0, receiver, density))[:, None]
+    x = (x + given[1][kinds]).view(atoms, 5, CHANNELS)
+    gates = 1.8 * torch.sigmoid(x[:, 1:2])
+    x = torch.cat([1.3 * torch.nn.functional.silu(x[:, :1]), gates * x[:, 2:]], dim=1)
+    x = contraction.reference(POLYNOMIAL, x, torch.zeros(atoms).long(), COEFFICIENTS[:1]).flatten(1)
+    return 0.8 * torch.sigmoid(x @ MATRICES["hidden"][:, :2] + random(2, seed=21))[torch.arange(atoms), HEADS]
+
+
+def test_rows_of_kinds_are_given_with_a_call() -> None:
+    sender, receiver, vectors = graph()
+    vectors.requires_grad_(True)
+    kinds, given = torch.tensor([0, 1, 2, 2, 3, 4, 4]), [random(5, CHANNELS, seed=22), random(5, 25, seed=23)]
+    expected = reference_of_kinds(given, kinds, vectors, sender, receiver)
+    (gradient,) = torch.autograd.grad(expected.sum(), [vectors])
+    made = of_kinds(Builder(D, torch.ones(2), torch.zeros(2)))
+    order = torch.arange(SPECIES_OF_ATOMS.numel())
+    inputs = (sender, receiver, vectors.detach(), SPECIES_OF_ATOMS, SLICES, order)
+    layers = [Layer(PROBLEM, WEIGHTS, DENSITY)]
+    energies, grad = made(layers, *inputs, heads=HEADS, given=given, kinds=kinds)
+    torch.testing.assert_close(energies, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"rows of \(5,\) numbers are given, not of \(5, 25\)"):
+        made(layers, *inputs, heads=HEADS, given=given[:1], kinds=kinds)
+
+
+TRANSFORMS = {
+    "agnesi": recording.Transform("agnesi", (0.9, 4.5, 1.1), torch.tensor([0.3, 0.4, 0.6], dtype=D), R_MAX, 5),
+    "soft": recording.Transform("soft", (4.0,), torch.tensor([0.6, 0.9, 1.1], dtype=D), R_MAX, 6),
+}
+"""Of lengths within the cutoff, which tables up to `R_MAX` hold after the transform."""
+
+
+def transformed(of: recording.Transform, r: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Transformed distances and the cutoff function, in plain torch."""
+    length, x = of.lengths[pair[0]] + of.lengths[pair[1]], r / of.r_max
+    p = float(of.power)
+    cutoff = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
+    if of.kind == "agnesi":
+        q, p, a = of.parameters
+        u = 1 / (1 + a * (r / length) ** q / (1 + (r / length) ** (q - p)))
+    else:
+        near, far = 0.75 * length, 4 / 3 * length
+        u = near + (r - near) * 0.5 * (1 + torch.tanh(of.parameters[0] / (far - near) * (r - (near + far) / 2)))
+    return u, cutoff * (x < 1)
+
+
+@pytest.mark.parametrize("kind", recording.TRANSFORMS)
+def test_tables_over_transformed_distances(kind: str) -> None:
+    """Weights and densities are functions of the transformed distance, times the cutoff function of the distance."""
+    sender, receiver, vectors = graph()
+    vectors.requires_grad_(True)
+    of, atoms = TRANSFORMS[kind], SPECIES_OF_ATOMS.numel()
+    u, cutoff = transformed(of, vectors.norm(dim=-1), (SPECIES_OF_ATOMS[sender], SPECIES_OF_ATOMS[receiver]))
+    weights = radial.evaluate(WEIGHTS, u, R_MAX) * cutoff[:, None, None]
+    edges = convolution.Graph(sender, receiver)
+    x = ROWS[SPECIES_OF_ATOMS][:, None]
+    message = convolution.reference(PROBLEM, edges, x, vectors, weights, tabulated=False)
+    of_edges = radial.evaluate(DENSITY, u, R_MAX)[:, 0, 0] * cutoff
+    density = torch.zeros(atoms, dtype=D).index_add(0, receiver, of_edges)
+    scalars, rest = PROBLEM.split(message, atoms)
+    mixed = scalars @ MATRICES["scalars"] + (rest @ MATRICES["vectors"]).view(atoms, 3, -1).sum(1)
+    expected = (mixed / (1 + density)[:, None] @ LAST)[:, 0]
+    (gradient,) = torch.autograd.grad(expected.sum(), [vectors])
+
+    builder = Builder(D, torch.ones(1), torch.zeros(1))
+    builder.transform(of)
+    made = builder.convolution(builder.gather(ROWS, of_senders=True), PROBLEM.rows_out, CHANNELS, transformed=True)
+    three = View(3, 4 * CHANNELS, CHANNELS, CHANNELS)
+    blocks = [(SCALARS, View(1, 4 * CHANNELS, 0), MATRICES["scalars"]), (VECTORS, three, MATRICES["vectors"])]
+    made = builder.divide_by_density(builder.linear(made, 4 * CHANNELS, blocks))
+    sums = torch.cat([LAST] * 4)
+    builder.energy(builder.linear(made, 1, [(View(1, 4 * CHANNELS, 0), View(1, 1, 0), sums)]))
+    order, layers = torch.arange(atoms), [Layer(PROBLEM, WEIGHTS, DENSITY)]
+    energies, grad = builder.build()(layers, sender, receiver, vectors.detach(), SPECIES_OF_ATOMS, SLICES, order)
+    torch.testing.assert_close(energies, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, gradient, rtol=0, atol=1e-12)
+
+
 def gated_reference(vectors: Tensor, sender: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
     """Energies of `gated_layers` and the features that it exports, in plain torch."""
     atoms, species = SPECIES_OF_ATOMS.numel(), SPECIES_OF_ATOMS
@@ -256,7 +367,7 @@ def test_gates_copies_and_sums(threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", program.ACTIVATIONS)
+@pytest.mark.parametrize("kind", recording.ACTIVATIONS)
 def test_activation_functions_of_a_gate(dtype: torch.dtype, kind: str) -> None:
     """To some units in the last place for numbers of every size, and without overflow."""
     small = torch.logspace(-12, 2.6, 53, dtype=D)
@@ -268,8 +379,8 @@ def test_activation_functions_of_a_gate(dtype: torch.dtype, kind: str) -> None:
     builder.build()(
         [], none, none, torch.zeros(0, 3, dtype=dtype), zeros, torch.tensor([[0, 0, 1]]), zeros, exports=[out]
     )
-    function = torch.nn.functional.silu if kind == "silu" else torch.tanh
-    # Below the smallest exponent, silu is cut off at x exp(-88), or exp(-709).
+    function = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[kind]
+    # Below the smallest exponent, silu and sigmoid are cut off at x exp(-88) and exp(-88), or exp(-709).
     rtol, tiny = (3e-7, 1e-35) if dtype == torch.float32 else (1e-15, 1e-300)
     torch.testing.assert_close(out[0].double(), function(x.double()), rtol=rtol, atol=tiny, equal_nan=True)
 

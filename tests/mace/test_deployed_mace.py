@@ -19,6 +19,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
+from e3nn import o3
 from mace.calculators import MACECalculator
 from mace_models import build_model
 from parts import on_parts
@@ -39,6 +40,12 @@ DENSITY: dict[str, Any] = {
     "interaction_cls_first": "RealAgnosticDensityInteractionBlock",
     "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
 }
+HEADS: dict[str, Any] = {
+    "heads": ["Default", "other"],
+    "atomic_energies": [[-1.0, -3.0, -5.0], [-1.5, -2.5, -4.5]],
+    "atomic_inter_scale": [0.8, 1.1],
+    "atomic_inter_shift": [0.1, -0.2],
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one layer": {"num_interactions": 1},
@@ -46,14 +53,49 @@ SHAPES: dict[str, dict[str, Any]] = {
     "first residual": {"interaction_cls_first": "RealAgnosticResidualInteractionBlock"},
     "density, distances of pairs, repulsion": {**DENSITY, "distance_transform": "Agnesi", "pair_repulsion": True},
     "tensors": {"hidden_irreps": "8x0e+8x1o+8x2e", "correlation": 3},
-    "heads": {
-        "heads": ["Default", "other"],
-        "atomic_energies": [[-1.0, -3.0, -5.0], [-1.5, -2.5, -4.5]],
-        "atomic_inter_scale": [0.8, 1.1],
-        "atomic_inter_shift": [0.1, -0.2],
-    },
+    "heads": HEADS,
 }
 NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+BOTH: dict[str, Any] = {"interaction_cls_first": NON_LINEAR, "interaction_cls": NON_LINEAR}
+CHARGED = {
+    name: {"type": "categorical", "per": "graph", "in_dim": 1, "emb_dim": 4, "num_classes": 7, "offset": offset}
+    for name, offset in (("total_charge", 3), ("total_spin", 0))
+}
+SHAPES |= {
+    "non-linear": {
+        **BOTH,
+        **HEADS,
+        "edge_irreps": o3.Irreps("4x0e+4x1o"),
+        "use_edge_irreps_first": True,
+        "use_agnostic_product": True,
+        "apply_cutoff": False,
+        "pair_repulsion": True,
+        "distance_transform": "Agnesi",
+    },
+    "transformed distances": {**DENSITY, "apply_cutoff": False, "distance_transform": "Agnesi"},
+    "soft distances": {"num_interactions": 3, "apply_cutoff": False, "distance_transform": "Soft"},
+}
+CHARGE_AND_SPIN: dict[str, Any] = {
+    **BOTH,
+    "num_interactions": 3,
+    "hidden_irreps": "6x0e+6x1o+6x2e",
+    "edge_irreps": o3.Irreps("4x0e+4x1o+4x2e"),
+    "apply_cutoff": False,
+    "embedding_specs": CHARGED,
+    "use_embedding_readout": True,
+}
+
+
+def model_of(**options: Any) -> torch.nn.Module:
+    """A model in which species and density matter: MACE starts with next to no influence of either."""
+    model, generator = build_model("plain", D, **options), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "source_embedding" in name or "target_embedding" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=D))
+            elif name.endswith((".alpha", ".beta")):
+                parameter.fill_(2.0)
+    return model
 
 
 def crystal() -> Atoms:
@@ -108,7 +150,7 @@ def agree(ours: tuple[float, Any, Any], theirs: tuple[float, Any, Any], toleranc
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_file_computes_what_its_model_computes(shape: str, tmp_path: Path) -> None:
-    model = build_model("plain", D, **SHAPES[shape])
+    model = model_of(**SHAPES[shape])
     path = deployed(model, tmp_path / "model.gaq")
     for head in SHAPES[shape].get("heads", [None]):
         ours = gaq.ase.Calculator(path, head=head)
@@ -136,9 +178,19 @@ def test_a_file_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [[[*range(8)]], [[5, 0, 1, 2], [3, 4, 6, 7]], [[0], [], [1, 2, 3, 4, 5, 6, 7]]])
-@pytest.mark.parametrize("shape", ["plain", "three layers", "density, distances of pairs, repulsion"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "plain",
+        "three layers",
+        "density, distances of pairs, repulsion",
+        "non-linear",
+        "soft distances",
+        "charge and spin",
+    ],
+)
 def test_parts_of_space_are_the_whole(shape: str, parts: list[list[int]], tmp_path: Path) -> None:
-    model = build_model("plain", D, **SHAPES[shape])
+    model = model_of(**(CHARGE_AND_SPIN if shape == "charge and spin" else SHAPES[shape]))
     path, atoms = deployed(model, tmp_path / "model.gaq"), crystal()
     energy, forces, calls = on_parts(path, atoms, parts)
     theirs = results(atoms, gaq.ase.Calculator(path))
@@ -147,8 +199,51 @@ def test_parts_of_space_are_the_whole(shape: str, parts: list[list[int]], tmp_pa
     assert calls == [2 * (len(model.interactions) - 1)] * len(parts)
 
 
-def test_some_of_the_elements_take_a_part_of_the_file(tmp_path: Path) -> None:
-    model = build_model("plain", D, **SHAPES["density, distances of pairs, repulsion"])
+@pytest.mark.parametrize(("charge", "spin"), [(0, 1), (-2, 2)])
+def test_charge_and_spin_are_fixed_at_deployment(charge: int, spin: int, tmp_path: Path) -> None:
+    model, adapter = model_of(**CHARGE_AND_SPIN), MACEAdapter()
+    values = adapter.fixed_at_deployment(model, charge or None, None if spin == 1 else spin)
+    assert values == {"charge": charge, "spin": spin}
+    path = tmp_path / "model.gaq"
+    form.write(path, adapter.deployable(model, [*"HCO"], D, values), {})
+    for atoms in structures():
+        (held,) = adapter.hold(model, [atoms], values)
+        assert "charge" not in atoms.info
+        with engine.disabled():
+            theirs = results(held, of_mace(model))
+        agree(results(atoms, gaq.ase.Calculator(path)), theirs, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        (CHARGE_AND_SPIN, None),
+        ({"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, "an interaction block computes attention"),
+        ({"embedding_specs": {"total_field": CHARGED["total_charge"]}}, "it embeds total_field"),
+    ],
+    ids=["plain", "charge and spin", "attention", "field"],
+)
+def test_what_cannot_be_deployed_is_known_at_once(options: dict[str, Any], reason: str | None) -> None:
+    prepared = gaq.prepare(build_model("plain", D, **options), {"preset": "w8", "weights": {"rounding": "nearest"}})
+    found = MACEAdapter().undeployable(gaq.convert(prepared))
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("preset", ["gaq", "w4a16"])
+def test_a_file_of_a_quantized_model_with_charge_and_spin(preset: str, tmp_path: Path) -> None:
+    held = MACEAdapter().hold(model_of(**CHARGE_AND_SPIN), structures(), {"charge": 0, "spin": 1})
+    plain = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
+    model = gaq.quantize(model_of(**CHARGE_AND_SPIN), held[:2], plain, progress=False)
+    ours = gaq.ase.Calculator(deployed(model, tmp_path / "model.gaq"))
+    for atoms in held:
+        # A code may fall to the other side of a threshold.
+        agree(results(atoms, ours), results(atoms, of_mace(model)), 2e-6)
+
+
+@pytest.mark.parametrize("shape", ["density, distances of pairs, repulsion", "non-linear"])
+def test_some_of_the_elements_take_a_part_of_the_file(shape: str, tmp_path: Path) -> None:
+    model = model_of(**SHAPES[shape])
     all_of_them, some = deployed(model, tmp_path / "a.gaq"), deployed(model, tmp_path / "s.gaq", "OC")
     atoms = Atoms("CO2", [[0, 0, 0], [0, 0, 1.2], [0.1, 0, -1.2]])
     agree(results(atoms, gaq.ase.Calculator(some)), results(atoms, gaq.ase.Calculator(all_of_them)), 1e-9)
@@ -199,9 +294,11 @@ def test_threads_may_share_a_file(tmp_path: Path) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, quantized: Any) -> Path:
     gaq.save(quantized("gaq", "plain", torch.float32), tmp_path / "gaq.model")
-    torch.save(
-        build_model("plain", interaction_cls=NON_LINEAR, interaction_cls_first=NON_LINEAR), tmp_path / "other.model"
-    )
+    attention = "RealAgnosticAttResidualInteractionBlock"
+    torch.save(build_model("plain", interaction_cls=attention), tmp_path / "other.model")
+    torch.save(build_model("plain", torch.float32, **CHARGE_AND_SPIN), tmp_path / "charged.model")
+    per_atom = {"site_charge": {**CHARGED["total_charge"], "per": "node"}}
+    torch.save(build_model("plain", embedding_specs=per_atom), tmp_path / "sites.model")
     return tmp_path
 
 
@@ -226,6 +323,28 @@ def test_deploy_and_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("arguments", "fixed"),
+    [([], {"charge": 0, "spin": 1}), (["--charge", "-1", "--spin", "2"], {"charge": -1, "spin": 2})],
+)
+def test_a_charge_and_spin_are_said(
+    folder: Path, arguments: list[str], fixed: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "model.gaq"
+    write(folder / "more.xyz", crystal())
+    command = ["deploy", str(folder / "charged.model"), str(out), "--structures", str(folder / "more.xyz")]
+    assert main([*command, *arguments]) == 0
+    said = f"fixed in the file: charge {fixed['charge']}, spin {fixed['spin']}"
+    assert said + ("" if arguments else " (--charge and --spin set others)") in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    assert f"charge         {fixed['charge']}, fixed at deployment" in capsys.readouterr().out
+    assert form.metadata_of(out)["fixed"] == fixed
+    atoms = crystal()
+    atoms.info["charge"] = fixed["charge"] + 1
+    with pytest.raises(ValueError, match=f"charge {fixed['charge']} is fixed in the file"):
+        results(atoms, gaq.ase.Calculator(out))
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["gaq.model", "model.pt"], "has to end in .gaq"),
@@ -233,7 +352,10 @@ def test_deploy_and_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         (["gaq.model", "model.gaq", "--tolerance", "nan"], "--tolerance nan: give a force difference"),
         (["gaq.model", "model.gaq", "--structures", "absent.xyz"], "does not exist"),
         (["absent.model", "model.gaq"], "no such file"),
-        (["other.model", "model.gaq"], "the model cannot be deployed: a layer reads more than radial tables"),
+        (["other.model", "model.gaq"], "the model cannot be deployed: an interaction block computes attention"),
+        (["sites.model", "model.gaq"], "the model cannot be deployed: it embeds site_charge"),
+        (["gaq.model", "model.gaq", "--charge", "1"], "--charge 1: the model does not read a charge; leave it out"),
+        (["charged.model", "model.gaq", "--spin", "9"], "--spin 9: the model knows 0 to 6"),
     ],
 )
 def test_what_cannot_be_deployed_is_one_line(

@@ -442,8 +442,10 @@ def test_hidden_features_are_returned_in_the_hosts_layout() -> None:
         ("heads", {}, True),
         ("density", {"pair_repulsion": True}, True),
         ("residual_first", {}, True),
-        ("agnesi", {"apply_cutoff": False}, False),  # tables over the transformed distance
+        ("agnesi", {"apply_cutoff": False}, True),  # tables over the transformed distance
+        ("density", {"apply_cutoff": False, "distance_transform": "Soft"}, True),
         ("plain", {"interaction_cls": "RealAgnosticAttResidualInteractionBlock"}, False),
+        ("plain", {"interaction_cls": "RealAgnosticResidualNonLinearInteractionBlock"}, True),
     ],
 )
 def test_which_models_run_as_a_program(variant: str, changes: dict[str, Any], program: bool) -> None:

@@ -21,7 +21,8 @@ from gaq.model.sites import POSITION_FREE, ROUNDED
 from gaq.model.state import feature_quantizers
 from gaq_mace import engine
 from gaq_mace.attention import GAQAttentionResidualInteractionBlock
-from gaq_mace.engine import accelerate, first_messages
+from gaq_mace.engine import accelerate, first_messages, pair_tables
+from gaq_mace.engine.programs import Compiled
 from gaq_mace.evaluate import MACEPotential, make_batches
 from gaq_mace.sites import bystanders, find_sites
 from gaq_mace.weights import quantized_weights
@@ -70,6 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_embedding_readout": True,
     },
     "tables_and_networks": {"interaction_cls": NON_LINEAR, "embedding_specs": EMBEDDED},
+    "transformed_distances": {**DENSITY, "apply_cutoff": False, "distance_transform": "Agnesi"},
     "attention": {"interaction_cls_first": OURS, "interaction_cls": OURS, "distance_transform": "Agnesi"},
     "attention_of_uneven_heads": {
         "interaction_cls": OURS,
@@ -133,6 +135,51 @@ def test_the_engine_is_maces_own_forward_pass(shape: str) -> None:
     assert float(theirs["forces"].abs().max()) > 1e-2
 
 
+PROGRAMS = ["nonlinear", "multihead", "charge_and_spin", "tables_and_networks", "transformed_distances"]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Radial tables are made in the first step; grows by each step that a program computes."""
+    called: list[int] = []
+    original = Compiled.step
+    monkeypatch.setattr(pair_tables, "EDGES_OF_AN_INTERVAL", 0)
+    monkeypatch.setattr(Compiled, "step", lambda *args: called.append(1) or original(*args))
+    return called
+
+
+@pytest.mark.parametrize("shape", PROGRAMS)
+def test_the_program_is_maces_own_forward_pass(shape: str, steps: list[int]) -> None:
+    """Of each structure by itself and of all at once, whose charges differ; also the second time."""
+    model = accelerate(made(shape))
+    for structures in (STRUCTURES[:1], STRUCTURES, STRUCTURES[::-1], STRUCTURES):
+        ours, theirs = both(model, structures, compute_stress=True)
+        agree(ours, theirs, 1e-9)
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize("shape", PROGRAMS)
+def test_forces_of_programs_in_float32(shape: str, steps: list[int]) -> None:
+    """They are at most twice as far from those of float64 as those of MACE in float32."""
+    exact, single = made(shape), made(shape, torch.float32)
+    single.load_state_dict(exact.state_dict())
+    structures = [*STRUCTURES[:2], cubic()]
+    with engine.disabled():
+        expected = exact(make_batches(exact, structures, 1000)[0])["forces"].detach()
+    ours, theirs = (of["forces"].detach().double() for of in both(accelerate(single), structures))
+    assert steps
+    assert float((ours - expected).norm()) <= 2 * float((theirs - expected).norm())
+
+
+def cubic() -> Atoms:
+    """A distorted cell of 8 atoms of three species."""
+    atoms = bulk("C", "diamond", a=3.6, cubic=True)
+    atoms.rattle(0.05, seed=0)
+    atoms.symbols[2], atoms.symbols[5] = "O", "H"
+    atoms.info.update(charge=0, spin=1)
+    return atoms
+
+
 def converted(model: Any, preset: str, **changes: Any) -> Any:
     plain = {"preset": preset, "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}, **changes}
     prepared = gaq.prepare(model, plain)
@@ -140,8 +187,11 @@ def converted(model: Any, preset: str, **changes: Any) -> Any:
     return gaq.convert(prepared)
 
 
+@pytest.mark.parametrize("program", [False, True])
 @pytest.mark.parametrize("shape", ["multihead", "charge_and_spin"])
-def test_converted_models(shape: str) -> None:
+def test_converted_models(shape: str, program: bool, request: pytest.FixtureRequest) -> None:
+    if program:
+        request.getfixturevalue("steps")
     ours, theirs = both(converted(made(shape), "gaq"), STRUCTURES, compute_stress=True)
     # A code may fall to the other side of a threshold.
     agree(ours, theirs, 2e-6)

@@ -9,8 +9,8 @@
 
 namespace {
 
-// In the order of ACTIVATIONS in program.py.
-enum Activation { ACTIVATION_silu, ACTIVATION_tanh };
+// In the order of ACTIVATIONS in recording.py.
+enum Activation { ACTIVATION_silu, ACTIVATION_tanh, ACTIVATION_sigmoid };
 
 constexpr double FACTORIALS[] = {1,    1,     2,      6,       24,       120,       720,
                                  5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
@@ -45,6 +45,10 @@ template <typename T> inline void activate(int64_t kind, T factor, Vec<T> x, Vec
     exponential<T>(x + x, power, rest);
     const Vec<T> e = power * rest + (power - T(1)), y = e / (e + T(2));  // e: without the 1, which would hide small x
     value = y * factor, slope = (T(1) - y * y) * factor;
+  } else if (kind == ACTIVATION_sigmoid) {
+    exponential<T>(-x, power, rest);
+    const Vec<T> e = power * rest + power, s = T(1) / (T(1) + e);
+    value = s * factor, slope = s * (e * s) * factor;
   } else {
     exponential<T>(-x, power, rest);
     const Vec<T> e = power * rest + power, s = T(1) / (T(1) + e);

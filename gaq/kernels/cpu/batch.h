@@ -64,10 +64,14 @@ template <typename T> struct Batch {
   // and directions are those of whole registers.
   std::vector<int64_t> number, sender, row;
   std::vector<T> t, length, direction[3];
+  // Null, or of all edges of the call, (edges, 4): the distance that the radial tables are over and its slope, and a
+  // factor of the radial weights and its slope. An edge whose factor is zero is left out.
+  const T* radial = nullptr;
 
   // Fills the batch from `atom` on, and returns the first atom that is not in it.
   int64_t fill(const Plan& plan, const Sorted& sorted, const int64_t* senders, const int64_t* tables, const T* vectors,
-               int64_t atom, int64_t last, int64_t most) {
+               const T* of_edges, int64_t atom, int64_t last, int64_t most) {
+    radial = of_edges;
     const std::vector<int64_t>&first = sorted.first, &order = sorted.order;
     int64_t next = atom + 1;
     while (next < last && first[next + 1] - first[atom] <= most) ++next;
@@ -82,7 +86,7 @@ template <typename T> struct Batch {
         const T squared = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
         // Beyond the cutoff (a neighbour list may have a skin) the weights are zero. An edge of length 0 has no
         // direction, and makes NaN.
-        if (!(squared < most_squared)) continue;
+        if (radial ? radial[4 * order[k] + 2] == 0 : !(squared < most_squared)) continue;
         number[count] = order[k], sender[count] = senders[order[k]];
         for (int i = 0; i < 3; ++i) direction[i][count] = v[i];
         length[count++] = squared;
@@ -111,7 +115,7 @@ template <typename T> struct Batch {
     const int64_t size = (plan.lmax + 1) * (plan.lmax + 1);
     Harmonics<T> y;
     for (int64_t group = 0; group < groups(); ++group, grad_b += plan.b_size) {
-      Vec<T> u[3], grad_sh[MAX_SH] = {}, g[3] = {};
+      Vec<T> u[3], grad_sh[MAX_SH] = {}, g[3] = {}, along = load(grad_length + group * W, W);
       for (int k = 0; k < 3; ++k) u[k] = load(direction[k].data() + group * W, W);
       y.template evaluate<true>(plan, u);
       for (const Path& p : plan.path)
@@ -121,10 +125,17 @@ template <typename T> struct Batch {
         }
       for (int k = 0; k < 3; ++k)
         for (int64_t m = 0; m < size; ++m) g[k] += grad_sh[m] * y.gradient[k][m];
-      const Vec<T> radial = g[0] * u[0] + g[1] * u[1] + g[2] * u[2];
-      const Vec<T> r = load(length.data() + group * W, W), along = load(grad_length + group * W, W);
+      if (radial) {
+        Vec<T> by_factor = {};
+        y.template evaluate<false>(plan, u);
+        for (int64_t m = 0; m < size; ++m) by_factor += grad_sh[m] * y.value[m];
+        along = along * of_lanes(group, 1) + by_factor * of_lanes(group, 3);
+        for (int k = 0; k < 3; ++k) g[k] *= of_lanes(group, 2);
+      }
+      const Vec<T> outward = g[0] * u[0] + g[1] * u[1] + g[2] * u[2];
+      const Vec<T> r = load(length.data() + group * W, W);
       for (int k = 0; k < 3; ++k) {
-        const Vec<T> result = (g[k] - radial * u[k]) / r + along * u[k];
+        const Vec<T> result = (g[k] - outward * u[k]) / r + along * u[k];
         for (int64_t i = group * W; i < std::min(count, (group + 1) * W); ++i)
           grad_vectors[3 * number[i] + k] += result[i % W];
       }
@@ -142,11 +153,19 @@ template <typename T> struct Batch {
     for (std::vector<T>* of : {&t, &length, &direction[0], &direction[1], &direction[2]}) of->resize(size);
   }
 
+  // One of the four numbers of `radial` for the edges of a group; zero for lanes beyond the last edge.
+  Vec<T> of_lanes(int64_t group, int64_t which) const {
+    Vec<T> values = {};
+    for (int64_t i = group * W; i < std::min(count, (group + 1) * W); ++i)
+      values[i % W] = radial[4 * number[i] + which];
+    return values;
+  }
+
   // Finds the places in the radial table.
   void place(const Plan& plan, const int64_t* tables) {
     const T step = T(plan.r_max) / T(plan.intervals);
     for (int64_t i = 0; i < count; ++i) {
-      const T position = length[i] / step;
+      const T position = (radial ? radial[4 * number[i]] : length[i]) / step;
       const int64_t interval = std::min<int64_t>(int64_t(position), plan.intervals - 1);
       t[i] = position - T(interval);
       row[i] = plan.table_row(tables ? tables[number[i]] : 0, 0, interval);
@@ -161,6 +180,8 @@ template <typename T> struct Batch {
       Vec<T> u[3];
       for (int k = 0; k < 3; ++k) u[k] = load(direction[k].data() + group * W, W);
       y.template evaluate<false>(plan, u);
+      if (radial)
+        for (int64_t m = 0; m < (plan.lmax + 1) * (plan.lmax + 1); ++m) y.value[m] *= of_lanes(group, 2);
       for (const Path& p : plan.path) {
         Vec<T>* matrix = to + p.b_offset;
         std::fill(matrix, matrix + p.d1 * p.d3, Vec<T>{});

@@ -188,8 +188,8 @@ template <typename T> struct Worker {
 
 template <typename T>
 void forward(const int64_t* ints, const double* reals, int64_t senders, const Sorted& edges, const int64_t* sender,
-             const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, T* out,
-             int64_t threads) {
+             const int64_t* tables, const T* vectors, const T* h, const T* table, const T* scales, const T* radial,
+             T* out, int64_t threads) {
   const Plan plan(ints, reals);
   const std::vector<Pass<Accumulate<T>>> all = passes(plan, kinds<T>());
   const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE, receivers = edges.first.size() - 1;
@@ -198,7 +198,7 @@ void forward(const int64_t* ints, const double* reals, int64_t senders, const So
     Worker<T>& worker = *of_thread<Worker<T>>();
     const Share share(edges.first, part, threads);
     for (int64_t atom = share.begin, next; atom < share.end; atom = next) {
-      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, most);
+      next = worker.batch.fill(plan, edges, sender, tables, vectors, radial, atom, share.end, most);
       if (plan.tabulated) worker.runs.sort(plan, worker.batch, tables != nullptr);
       for (const Pass<Accumulate<T>>*first = all.data(), *end = first + all.size(), *last; first < end; first = last) {
         const Path& block = plan.path[first->first];
@@ -220,7 +220,7 @@ extern "C" {
 #define GAQ_EXPORT(NAME, T)                                                                                          \
   GAQ_KERNEL(convolution, NAME, T) {                                                                                 \
     forward<T>(ints, reals, senders, Sorted(edges, receivers, receiver), sender, tables, vectors, features, weights, \
-               scales, message, threads);                                                                            \
+               scales, radial, message, threads);                                                                    \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

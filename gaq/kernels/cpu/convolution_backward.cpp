@@ -191,7 +191,7 @@ template <typename T> struct Worker {
 
 template <typename T>
 void backward(const int64_t* ints, const double* reals, const Sorted& edges, const int64_t* sender,
-              const int64_t* tables, const T* vectors, const Arrays<T>& arrays, int64_t threads) {
+              const int64_t* tables, const T* vectors, const T* radial, const Arrays<T>& arrays, int64_t threads) {
   const Plan plan(ints, reals);
   const std::vector<Pass<Differentiate<T>>> all = passes(plan, kinds<T>());
   const int64_t most = tables ? EDGES_OF_TABLES : EDGES_AT_ONCE;
@@ -205,7 +205,7 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
     if (arrays.grad_h && part > 0) of_part.grad_h = extra.data() + (part - 1) * size;
     const Share share(edges.first, part, threads);
     for (int64_t atom = share.begin, next; atom < share.end; atom = next) {
-      next = worker.batch.fill(plan, edges, sender, tables, vectors, atom, share.end, most);
+      next = worker.batch.fill(plan, edges, sender, tables, vectors, radial, atom, share.end, most);
       worker.compute(plan, all, of_part, atom, tables != nullptr);
     }
   }
@@ -220,11 +220,11 @@ void backward(const int64_t* ints, const double* reals, const Sorted& edges, con
 
 extern "C" {
 
-#define GAQ_EXPORT(NAME, T)                                                                                 \
-  GAQ_KERNEL(convolution_backward, NAME, T) {                                                               \
-    const Arrays<T> arrays{senders, receivers,    features,      weights,      scales,                      \
-                           grad,    grad_vectors, grad_features, grad_weights, grad_scales};                \
-    backward<T>(ints, reals, Sorted(edges, receivers, receiver), sender, tables, vectors, arrays, threads); \
+#define GAQ_EXPORT(NAME, T)                                                                                         \
+  GAQ_KERNEL(convolution_backward, NAME, T) {                                                                       \
+    const Arrays<T> arrays{senders, receivers,    features,      weights,      scales,                              \
+                           grad,    grad_vectors, grad_features, grad_weights, grad_scales};                        \
+    backward<T>(ints, reals, Sorted(edges, receivers, receiver), sender, tables, vectors, radial, arrays, threads); \
   }
 #ifndef GAQ_ONLY_FLOAT64
 GAQ_EXPORT(float32, float)

@@ -170,7 +170,8 @@ template <typename T> class Potential final : public gaq_potential {
     const int64_t counts[] = {local, all, kept, int64_t(w.slices.size()) / 3, threads, layers};
     std::vector<const int64_t*> integers = {w.sender.data(), w.receiver.data(), tables > 1 ? w.table.data() : nullptr,
                                             w.sorted.data(), w.sending.data(),  w.slices.data(),
-                                            w.head.data(),   w.order.data(),    density_intervals.data()};
+                                            w.head.data(),   w.order.data(),    density_intervals.data(),
+                                            nullptr};
     std::vector<const double*> reals;
     std::vector<const T*> inputs = {w.vectors.data()};
     for (int64_t i = 0; i < layers; ++i) integers.push_back(plan_ints[i].data()), reals.push_back(plan_reals[i].data());

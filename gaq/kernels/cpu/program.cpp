@@ -1,5 +1,5 @@
 // A model as a program: its operations on node features one after the other, forward and backward, in one call.
-// program.py has the operations and their arguments, and writes programs.
+// builder.py has the operations and their arguments, and writes programs.
 //
 // Slots are memory for a row of each atom or sender. They are kept by each thread from call to call.
 
@@ -55,6 +55,8 @@ template <typename T> struct Call {
   const T* const* weights;    // of each layer: radial tables of its convolution
   const T* const* densities;  // and of its edge density
   const int64_t* density_intervals;
+  const int64_t* kind;    // of each atom
+  const T* const* given;  // rows of all kinds
   T* grad_vectors;
   T* const* exported;
   double* energies;
@@ -74,10 +76,40 @@ inline void look_up(const T* table, int64_t intervals, T scale, T length, T& val
   slope *= scale;
 }
 
-inline double silu(double x) { return x / (1 + std::exp(-x)); }
-inline double silu_slope(double x) {
+// An activation function of one number, and its slope.
+inline void activate(int64_t kind, double x, double& value, double& slope) {
+  if (kind == ACTIVATION_tanh) {
+    value = std::tanh(x), slope = 1 - value * value;
+    return;
+  }
   const double s = 1 / (1 + std::exp(-x));
-  return s * (1 + x * (1 - s));
+  value = kind == ACTIVATION_sigmoid ? s : x * s;
+  slope = kind == ACTIVATION_sigmoid ? s * (1 - s) : s * (1 + x * (1 - s));
+}
+
+// In the order of TRANSFORMS in recording.py.
+enum Transform { TRANSFORM_agnesi, TRANSFORM_soft };
+
+// Transformed distances, and their slopes, as MACE's AgnesiTransform and SoftTransform have them; `length` is the sum
+// of the lengths of both species.
+inline void agnesi(double r, double length, const double* of, double& u, double& slope) {
+  const double x = r / length, q = of[0], p = of[1], a = of[2];
+  const double power = std::pow(x, q), rest = std::pow(x, q - p), part = a * power / (1 + rest);
+  u = 1 / (1 + part);
+  slope = -u * u * part * (q - (q - p) * rest / (1 + rest)) / r;
+}
+inline void soft(double r, double length, const double* of, double& u, double& slope) {
+  const double near = 0.75 * length, far = 4.0 / 3.0 * length, alpha = of[0] / (far - near);
+  const double y = std::tanh(alpha * (r - 0.5 * (near + far))), part = 0.5 * (1 + y);
+  u = near + (r - near) * part;
+  slope = part + (r - near) * 0.5 * alpha * (1 - y * y);
+}
+
+// Polynomial envelope, and its slope.
+inline void envelope(double x, double p, double& value, double& slope) {
+  const double power = std::pow(x, p);
+  value = 1 - power * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * p * (p + 1) / 2));
+  slope = -power / x * p * (p + 1) * (p + 2) / 2 * (1 - x) * (1 - x);
 }
 
 template <typename T> class Program {
@@ -121,10 +153,16 @@ template <typename T> class Program {
   struct Arena {
     std::vector<Registers<Vec<T>>> memory;
     std::vector<T*> at;
+    // Of each edge: transformed distance and its slope, cutoff function and its slope.
+    std::vector<T> radial;
+    std::vector<int64_t> alike;  // the species of each atom where species do not matter
+
+    const T* of_edges(int64_t transformed) const { return transformed ? radial.data() : nullptr; }
 
     void reserve(const Program& program, const Call<T>& call) {
       while (int64_t(memory.size()) < program.slots) memory.emplace_back();
       at.resize(program.slots);
+      alike.resize(call.atoms);
       for (int64_t i = 0; i < program.slots; ++i) {
         const Slot& of = program.slot[i];
         const int64_t size = (of.of_senders ? call.senders : call.atoms) * of.width;
@@ -179,6 +217,9 @@ template <typename T> class Program {
       case STEP_gate: return gate(a, call, arena);
       case STEP_gate_back: return gate_back(a, call, arena);
       case STEP_copy: return copy(a, call, arena);
+      case STEP_given: return given(a, call, arena);
+      case STEP_repeated: return repeated(a, call, arena);
+      case STEP_transform: return transform(a, call, arena);
     }
   }
 
@@ -190,6 +231,18 @@ template <typename T> class Program {
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (threads_for(count * width, call) > 1)
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(to + i * width, constants.data() + a[3] + species[i] * width, width * sizeof(T));
+  }
+
+  // slot, width, number of the rows that are given
+  void given(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    for (int64_t i = 0; i < call.atoms; ++i)
+      std::memcpy(arena.at[a[0]] + i * a[1], call.given[a[2]] + call.kind[i] * a[1], a[1] * sizeof(T));
+  }
+
+  // slot, width, constants
+  void repeated(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    for (int64_t i = 0; i < call.atoms; ++i)
+      std::memcpy(arena.at[a[0]] + i * a[1], constants.data() + a[2], a[1] * sizeof(T));
   }
 
   // view (6) of the input, view (6) of the output, matrix, by_species, add
@@ -214,39 +267,62 @@ template <typename T> class Program {
                       threads_for(call.atoms * a[2], call));
   }
 
-  // layer, features, messages
+  // layer, features, messages, transformed
   void convolution(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const int64_t layer = a[0];
     Kernels<T>::convolution(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
                             call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]], call.weights[layer],
-                            nullptr, arena.at[a[2]], call.threads);
+                            nullptr, arena.of_edges(a[3]), arena.at[a[2]], call.threads);
   }
 
-  // layer, features, gradient of the messages, that of the features or -1, width of the features
+  // layer, features, gradient of the messages, that of the features or -1, width of the features,
+  // transformed
   void convolution_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const int64_t layer = a[0];
     T* grad_features = a[3] < 0 ? nullptr : arena.at[a[3]];
     if (grad_features) std::fill(grad_features, grad_features + call.senders * a[4], T(0));
     Kernels<T>::convolution_back(call.plans[layer], call.plan_reals[layer], call.senders, call.atoms, call.edges,
                                  call.sender, call.receiver, call.tables, call.vectors, arena.at[a[1]],
-                                 call.weights[layer], nullptr, arena.at[a[2]], call.grad_vectors, grad_features,
-                                 nullptr, nullptr, call.threads);
+                                 call.weights[layer], nullptr, arena.of_edges(a[5]), arena.at[a[2]], call.grad_vectors,
+                                 grad_features, nullptr, nullptr, call.threads);
   }
 
-  // input, output, integers, coefficients
+  // input, output, integers, coefficients, by_species
   void contraction(const int64_t* a, const Call<T>& call, Arena& arena) const {
-    Kernels<T>::contraction(ints.data() + a[2], call.atoms, call.species, arena.at[a[0]], constants.data() + a[3],
+    const int64_t* species = a[4] ? call.species : arena.alike.data();
+    Kernels<T>::contraction(ints.data() + a[2], call.atoms, species, arena.at[a[0]], constants.data() + a[3],
                             arena.at[a[1]], call.threads);
   }
 
-  // input, gradient of the output, that of the input, integers, coefficients
+  // input, gradient of the output, that of the input, integers, coefficients, by_species
   void contraction_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
-    Kernels<T>::contraction_back(ints.data() + a[3], call.atoms, call.species, arena.at[a[0]], constants.data() + a[4],
+    const int64_t* species = a[5] ? call.species : arena.alike.data();
+    Kernels<T>::contraction_back(ints.data() + a[3], call.atoms, species, arena.at[a[0]], constants.data() + a[4],
                                  arena.at[a[1]], arena.at[a[2]], call.threads);
   }
 
-  // Calls `f(edge, receiver, length, table of the edge)` for the edges within the cutoff, those of an atom in order.
-  template <typename F> void for_edges(int64_t layer, const Call<T>& call, F f) const {
+  // Transformed distances: kind, number of the first parameter, species, power of the cutoff function. The parameters
+  // are the cutoff and those of the transform, and a length of each species.
+  void transform(const int64_t* a, const Call<T>& call, Arena& arena) const {
+    const double r_max = reals[a[1]], *of = reals.data() + a[1] + 1, *lengths = of + 3;
+    arena.radial.resize(4 * call.edges);
+    for (int64_t e = 0; e < call.edges; ++e) {
+      const T* v = call.vectors + 3 * e;
+      const double r = std::sqrt(double(v[0]) * v[0] + double(v[1]) * v[1] + double(v[2]) * v[2]);
+      const double of_pair = lengths[call.species_of_sender[call.sender[e]]] + lengths[call.species[call.receiver[e]]];
+      double u = 0, slope = 0, cutoff = 0, steep = 0;
+      if (r < r_max) {
+        (a[0] == TRANSFORM_agnesi ? agnesi : soft)(r, of_pair, of, u, slope);
+        envelope(r / r_max, double(a[3]), cutoff, steep);
+      }
+      T* to = arena.radial.data() + 4 * e;
+      to[0] = T(u), to[1] = T(slope), to[2] = T(cutoff), to[3] = T(steep / r_max);
+    }
+  }
+
+  // Calls `f(edge, receiver, length, function, slope)` for the edges within the cutoff, those of an atom in order.
+  // `radial` is that of the edges where tables are over transformed distances.
+  template <typename F> void for_edges(int64_t layer, const Call<T>& call, const T* radial, F f) const {
     const T r_max = T(call.plan_reals[layer][0]);
     const int64_t intervals = call.density_intervals[layer];
     const Sorted sorted(call.edges, call.atoms, call.receiver);
@@ -256,47 +332,52 @@ template <typename T> class Program {
         const int64_t e = sorted.order[k];
         const T* v = call.vectors + 3 * e;
         const T length = std::sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
-        if (!(length < r_max)) continue;
+        const T* of = radial ? radial + 4 * e : nullptr;
+        if (radial ? of[2] == 0 : !(length < r_max)) continue;
         T value, slope;
         look_up(call.densities[layer] + (call.tables ? call.tables[e] : 0) * intervals * COEFFICIENTS, intervals,
-                T(intervals) / r_max, length, value, slope);
+                T(intervals) / r_max, radial ? of[0] : length, value, slope);
+        if (radial) slope = of[2] * slope * of[1] + of[3] * value, value *= of[2];
         f(e, atom, length, value, slope);
       }
   }
 
-  // layer, output
+  // layer, output, transformed
   void density(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T* out = arena.at[a[1]];
     std::fill(out, out + call.atoms, T(0));
-    for_edges(a[0], call, [&](int64_t, int64_t atom, T, T value, T) { out[atom] += value; });
+    for_edges(a[0], call, arena.of_edges(a[2]), [&](int64_t, int64_t atom, T, T value, T) { out[atom] += value; });
   }
 
-  // layer, gradient of the densities
+  // layer, gradient of the densities, transformed
   void density_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     const T* grad = arena.at[a[1]];
-    for_edges(a[0], call, [&](int64_t e, int64_t atom, T length, T, T slope) {
+    for_edges(a[0], call, arena.of_edges(a[2]), [&](int64_t e, int64_t atom, T length, T, T slope) {
       const T along = grad[atom] * slope / length;
       for (int k = 0; k < 3; ++k) call.grad_vectors[3 * e + k] += along * call.vectors[3 * e + k];
     });
   }
 
-  // slot, densities, width
+  // slot, densities, width, number of the constant and the factor
   void divide(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T *x = arena.at[a[0]], *density = arena.at[a[1]];
+    const T constant = T(reals[a[3]]), by_density = T(reals[a[3] + 1]);
     for (int64_t i = 0; i < call.atoms; ++i) {
-      const T factor = 1 / (1 + density[i]);
+      const T factor = 1 / (constant + by_density * density[i]);
       for (int64_t c = 0; c < a[2]; ++c) x[i * a[2] + c] *= factor;
     }
   }
 
-  // gradient of the output, which becomes that of the input; output, densities, gradient of the densities, width
+  // gradient of the output, which becomes that of the input; output, densities, gradient of the densities, width,
+  // number of the constant and the factor
   void divide_back(const int64_t* a, const Call<T>& call, Arena& arena) const {
     T *grad = arena.at[a[0]], *by_density = arena.at[a[3]];
     const T *x = arena.at[a[1]], *density = arena.at[a[2]];
     const int64_t width = a[4];
+    const T constant = T(reals[a[5]]), slope = T(reals[a[5] + 1]);
     constexpr int W = Lanes<T>::width;
     for (int64_t i = 0; i < call.atoms; ++i) {
-      const T factor = 1 / (1 + density[i]);
+      const T factor = 1 / (constant + slope * density[i]);
       Vec<T> total = {};
       for (int64_t c = 0; c < width; c += W) {
         T* g = grad + i * width + c;
@@ -304,7 +385,7 @@ template <typename T> class Program {
         total += of * load(x + i * width + c, width - c);
         store(g, of * factor, width - c);
       }
-      by_density[i] = -sum<T>(total) * factor;
+      by_density[i] = -sum<T>(total) * factor * slope;
     }
   }
 
@@ -321,7 +402,9 @@ template <typename T> class Program {
     T* out = arena.at[a[1]];
     const double factor = reals[a[5]];
     for_columns(call, a[2], a[4], [&](int64_t at, bool within) {
-      out[at] = within ? T(factor * (a[3] ? std::tanh(double(in[at])) : silu(in[at]))) : T(0);
+      double value = 0, slope;
+      if (within) activate(a[3], double(in[at]), value, slope);
+      out[at] = T(factor * value);
     });
   }
 
@@ -331,12 +414,13 @@ template <typename T> class Program {
     const T* in = arena.at[a[1]];
     const double factor = reals[a[5]];
     for_columns(call, a[2], a[4], [&](int64_t at, bool within) {
-      const double x = in[at], y = std::tanh(x);
-      grad[at] = within ? T(grad[at] * factor * (a[3] ? 1 - y * y : silu_slope(x))) : T(0);
+      double value, slope = 0;
+      if (within) activate(a[3], double(in[at]), value, slope);
+      grad[at] = T(grad[at] * factor * slope);
     });
   }
 
-  // A piece of a gate as program.py writes it, with its factor.
+  // A piece of a gate as recording.py writes it, with its factor.
   struct Gated {
     int64_t channels, scalars, out, kind, components, features;
     T factor;
@@ -445,12 +529,12 @@ template <typename T> class Program {
         const double term = c[i] * std::exp(-exponents[i] * r * pair[1]);
         phi += term, slope -= exponents[i] * pair[1] * term;
       }
-      const double x = r / pair[2], power = std::pow(x, p);
-      const double envelope = 1 - power * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * p * (p + 1) / 2));
-      const double steep = -power / x * p * (p + 1) * (p + 2) / 2 * (1 - x) * (1 - x) / pair[2];
+      double inside, steep;
+      envelope(r / pair[2], p, inside, steep);
+      steep /= pair[2];
       const double half = 0.5 * pair[0] / r;
-      call.energies[receiver] += half * phi * envelope;
-      const double along = half * (slope * envelope + phi * steep - phi * envelope / r) / r;
+      call.energies[receiver] += half * phi * inside;
+      const double along = half * (slope * inside + phi * steep - phi * inside / r) / r;
       const double factor = along * reals[a[1] + head(call, receiver)];
       for (int k = 0; k < 3; ++k) call.grad_vectors[3 * e + k] += T(factor * v[k]);
     }
@@ -516,9 +600,10 @@ void run(int64_t program, const int64_t* counts, const int64_t* const* integers,
   call.threads = counts[4];
   call.sender = integers[0], call.receiver = integers[1], call.tables = integers[2], call.species = integers[3];
   call.species_of_sender = integers[4], call.slice = integers[5], call.head = integers[6], call.place = integers[7];
-  call.density_intervals = integers[8], call.plans = integers + 9;
+  call.density_intervals = integers[8], call.kind = integers[9], call.plans = integers + 10;
   call.plan_reals = reals;
   call.vectors = inputs[0], call.weights = inputs + 1, call.densities = inputs + 1 + layers;
+  call.given = inputs + 1 + 2 * layers;
   call.grad_vectors = outputs[0], call.exported = outputs + 1;
   call.energies = energies, call.seconds = seconds;
   call.exchange = reinterpret_cast<Exchange<T>>(exchange), call.context = reinterpret_cast<void*>(context);

@@ -89,11 +89,11 @@ GAQ_SHIM(edge_convolution) {
   GAQ_CHECK(k.read(tables));
   const int64_t sizes[2] = {rows_out * receivers, h.sizes[2]};
   GAQ_CHECK(make(2, sizes, h.dtype, ret0, &out));
-#define GAQ_CALL(NAME, T)                                                                                            \
-  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], receivers, s.sizes[0],           \
-                         (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),               \
-                         (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), (T*)out.data, \
-                         omp_get_max_threads());
+#define GAQ_CALL(NAME, T)                                                                                       \
+  gaq_convolution_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], receivers, s.sizes[0],      \
+                         (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),          \
+                         (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(), nullptr, \
+                         (T*)out.data, omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
   return AOTI_TORCH_SUCCESS;
@@ -124,7 +124,7 @@ GAQ_SHIM(edge_convolution_backward) {
   gaq_convolution_backward_##NAME((const int64_t*)i.data, (const double*)d.data, h.sizes[0], receivers, s.sizes[0], \
                                   (const int64_t*)s.data, (const int64_t*)t.data, (const int64_t*)k.optional(),     \
                                   (const T*)r.data, (const T*)h.data, (const T*)w.data, (const T*)f.optional(),     \
-                                  (const T*)g.data, (T*)gr.data, of_features ? (T*)gh.data : nullptr,               \
+                                  nullptr, (const T*)g.data, (T*)gr.data, of_features ? (T*)gh.data : nullptr,      \
                                   of_weights ? (T*)gw.data : nullptr, (T*)gf.optional(), omp_get_max_threads());
   GAQ_CALL_OF(h.dtype)
 #undef GAQ_CALL
