@@ -41,6 +41,7 @@ html_title = "GAQ"
 html_static_path = ["_static"]
 html_css_files = ["gaq.css"]
 html_show_sourcelink = False
+html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 linkcheck_ignore = [r"https?://localhost"]

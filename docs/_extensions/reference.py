@@ -241,7 +241,9 @@ def variables() -> str:
         variable = field.metadata["variable"]
         text = re.sub(rf"^``{variable}``,? ?", "", descriptions[field.name])
         default = field.default
-        shown = f"default `{int(default) if isinstance(default, bool) else default}`" if default is not None else "not set"
+        shown = (
+            f"default `{int(default) if isinstance(default, bool) else default}`" if default is not None else "not set"
+        )
         parts.append(f"`{variable}`\n: takes {field.metadata['allowed']}; {shown}\n\n  {text[:1].upper()}{text[1:]}\n")
     return "\n".join(parts)
 
@@ -272,7 +274,9 @@ def api() -> str:
         parts.append(f"## {subject}\n")
         for name in names:
             if name == "PRESETS":  # a dictionary has no docstring of its own
-                parts.append("`gaq.PRESETS`: the named configurations, by name ([what each sets](configuration.md#presets)).\n")
+                parts.append(
+                    "`gaq.PRESETS`: the named configurations, by name ([what each sets](configuration.md#presets)).\n"
+                )
                 continue
             parts.append(_autodoc(f"gaq.{name}"))
     return "\n".join(parts)
@@ -302,6 +306,16 @@ def results() -> str:
     return "\n".join(rows)
 
 
+def of_the_repository(name: str) -> Callable[[], str]:
+    """A page that stands at the top of the repository, with its links as they are in ``docs/dev``."""
+
+    def page() -> str:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        return re.sub(r"\]\((?!http|#)(docs/dev/)?", lambda match: "](" if match[1] else "](../../", text)
+
+    return page
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "presets": presets,
@@ -311,6 +325,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "api": api,
     "engine-api": engine_api,
     "results": results,
+    "contributing": of_the_repository("CONTRIBUTING.md"),
+    "changelog": of_the_repository("CHANGELOG.md"),
 }
 """Texts by the names with which pages ask for them."""
 

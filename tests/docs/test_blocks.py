@@ -47,9 +47,12 @@ from gaq.config.parse import PRESETS, parse_config
 
 BLOCKS = all_blocks()
 HERE = [block for block in BLOCKS if block.environment is None or block.environment in installed()]
-RUN = [block for block in HERE if block.not_run is None and block.language in ("bash", "python")]
+RUN = [block for block in HERE if block.runs]
 NOT_RUN = [block for block in HERE if block.not_run is not None]
-YAML = [block for block in HERE if block.not_run is None and block.language == "yaml"]
+YAML = [block for block in HERE if block.not_run is None and block.language == "yaml" and block.file is None]
+OUTPUT = [block for block in HERE if block.is_output]
+
+NOTEBOOK = ROOT / "docs" / "tutorials" / "dynamics.ipynb"
 
 PRINTED = {
     "quickstart_mace.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
@@ -227,6 +230,52 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
         check_extras(workspace)
 
 
+def without_numbers(line: str) -> str:
+    """A line of output with every number as ``#`` and one space for several, since numbers and widths may differ."""
+    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?", "#", re.sub("-{3,}", "---", line)).split())
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("block", OUTPUT, ids=str)
+def test_output_that_is_shown_is_printed(block: Block, workspace: Workspace) -> None:
+    """Every line that a page shows occurs in what the block before it prints, in this order, up to its numbers."""
+    before = [other for other in HERE if other.document == block.document and other.line < block.line]
+    producer = next(other for other in reversed(before) if other.runs and other.file is None)
+    if producer.missing:
+        pytest.skip(f"{producer} needs {' and '.join(producer.missing)}, which this environment does not have")
+    output = workspace.run(producer).output
+    printed = iter([without_numbers(line) for line in output.splitlines()])
+    for line in block.text.splitlines():
+        assert line.strip() == "..." or without_numbers(line) in printed, (
+            f"{block}: not printed: {line}\n{output[-6000:]}"
+        )
+
+
+@pytest.mark.docs
+@pytest.mark.skipif("mace" not in installed(), reason="the notebook trains MACE")
+def test_the_notebook_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells check what its text says. Models that the tutorials have made are not made again."""
+    nbclient = pytest.importorskip("nbclient", reason="pip install '.[docs]'")
+    import nbformat
+
+    for name, value in workspace.variables.items():
+        monkeypatch.setenv(name, value)
+    where = {"metadata": {"path": str(workspace.folder)}}
+    nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=900, resources=where).execute()
+
+
+def test_the_notebook_is_committed_with_what_it_prints_and_draws() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    printing = [cell for cell in cells if "print(" in "".join(cell["source"])]
+    assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    assert all(any(o["output_type"] == "stream" for o in cell["outputs"]) for cell in printing)
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]) == 2
+
+
+def test_output_has_its_own_language() -> None:
+    assert [str(block) for block in BLOCKS if block.is_output != (block.language == "text")] == []
+
+
 @pytest.mark.docs
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)
 def test_block_that_is_not_run_has_commands_and_options_that_exist(block: Block, workspace: Workspace) -> None:
@@ -398,7 +447,7 @@ def test_supported_versions_of_the_text_are_those_of_pyproject() -> None:
 
 
 def test_presets_of_the_text_are_those_there_are() -> None:
-    for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
+    for path in ("README.md", "docs/mace.md", "docs/nequip.md", "docs/presets.md"):
         text = (ROOT / path).read_text()
         assert not [preset for preset in PRESETS if preset not in text], path
 
