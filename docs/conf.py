@@ -8,11 +8,11 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS / "_extensions")]
 
-import gaq
+import gaq  # noqa: E402
 
 project = "GAQ"
 author = "The GAQ developers"
-copyright = "The GAQ developers, MIT licence"  # noqa: A001  (Sphinx's name)
+copyright = "The GAQ developers, MIT licence"
 release = version = gaq.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]

@@ -33,8 +33,8 @@ OF_NO_SECTION = {
     "preset": "the preset that all other keys start from; its name alone is a configuration.",
     "radial_activations": "whether the hidden layers of radial networks are rounded as scalars are. Only the baseline "
     "`naive_w8a8` does so: functions of the distance alone are kept smooth.",
-    "overrides": "patterns on the names of modules, each with a preset, a mapping, or null, which leaves the modules in "
-    "float. A pattern that matches nothing is an error.",
+    "overrides": "patterns on the names of modules, each with a preset, a mapping, or null, which leaves the modules "
+    "in float. A pattern that matches nothing is an error.",
     "attention": "as a section, below; null, the default, leaves weights of neighbours and gates alone.",
 }
 """Keys of `QuantizationConfig` itself: their dataclass describes sections, not keys."""
@@ -147,7 +147,8 @@ def configuration() -> str:
         if field.name not in OF_NO_SECTION:
             raise MissingDescription(f"quantization.{field.name}: describe it in OF_NO_SECTION")
         of_root.append(_entry(field.name, field, value, OF_NO_SECTION[field.name]))
-        sections += [(field.name, kind) for kind in get_args(field.type) if dataclasses.is_dataclass(kind)]
+        optional = (kind for kind in get_args(field.type) if isinstance(kind, type) and kind is not NoneType)
+        sections += [(field.name, kind) for kind in optional if dataclasses.is_dataclass(kind)]
     parts.append("## Keys of no section\n\n" + "\n".join(of_root))
     for name, kind in sections:
         section = getattr(default, name) or kind()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -231,8 +232,12 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
 
 
 def without_numbers(line: str) -> str:
-    """A line of output with every number as ``#`` and one space for several, since numbers and widths may differ."""
-    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?", "#", re.sub("-{3,}", "---", line)).split())
+    """A line of output with every number as ``#`` and one space for several, since numbers and widths may differ.
+
+    What a log has before its messages is left out.
+    """
+    line = re.sub(r"^\[?\d{4}-\d\d-\d\d [\d:.,]+\]?(\[[\w.]+\])?( INFO: |\[INFO\] - )", "", line)
+    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("-{3,}", "---", line)).split())
 
 
 @pytest.mark.docs
@@ -444,6 +449,18 @@ def test_supported_versions_of_the_text_are_those_of_pyproject() -> None:
         assert bounds is not None, distribution
         texts.append(f"{name} >= {bounds[1]} (< {bounds[2]})")
     assert line == f"Supported: {', '.join(texts)}."
+
+
+def test_the_package_description_has_no_links_that_lead_nowhere_there() -> None:
+    text = runpy.run_path(str(ROOT / "setup.py"))["description"]()
+    assert re.findall(r"\]\((?!http)", text) == []
+    assert "(`docs/presets.md`)" in text
+    assert "[symmetrix-xl](https://" in text
+    assert "<!--" not in text
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
 def test_presets_of_the_text_are_those_there_are() -> None:

@@ -2,7 +2,7 @@
 
 HTML comments right before the fence say what a document has to say of a block:
 
-    <!-- environment: mace -->       mace or nequip; default: that of the page, or of pages called mace and nequip, or both
+    <!-- environment: mace -->       mace or nequip; default: the page's, that of its name, or both
     <!-- not run: needs a GPU -->    the block is not run, and why; only its options are checked
     <!-- needs: ipi>=3 openmmml -->  distributions without which the block is skipped, and this reason printed
     <!-- file: tutorial/mace.yml --> the reader saves the block under this name
