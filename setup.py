@@ -1,4 +1,4 @@
-"""Builds the CPU kernels when the package is installed, and the package's description. The rest is in pyproject.toml."""
+"""Builds the CPU kernels on installation, and the package's description. The rest stands in pyproject.toml."""
 
 from __future__ import annotations
 
