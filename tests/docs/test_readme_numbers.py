@@ -166,6 +166,9 @@ def test_sizes_and_errors_of_readme() -> None:
     text = " ".join(README.split())
     assert f"{mace} times smaller (MACE 32x0e+32x1o) and {nequip} times (NequIP's package)" in text
     assert f"force errors {mace_error} and {nequip_error} times FP32's" in text
+    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart_report.json").read_text())
+    size, growth = (report["gates"][name]["value"] for name in ("file_size_ratio", "force_mae_ratio"))
+    assert f"MACE file is {size:.1f} times smaller, with a force error {growth:.3f} times FP32's" in text
 
 
 def test_speed_on_the_cpu() -> None:
