@@ -76,6 +76,13 @@ PRINTED = {
 }
 """What a block that contains a command prints."""
 
+FLOAT_OF = {
+    "tutorial/quantized.model": "tutorial/fp32.model",
+    "tutorial/w8.model": "tutorial/fp32.model",
+    "tutorial/chn.model": "tutorial/many.model",
+}
+"""The float model of each model that a tutorial quantizes after training."""
+
 WITHOUT_PACKAGE = """
 import importlib.metadata as metadata, os, sys
 # Hide this package: its entry points and its modules, as if it were not installed.
@@ -163,8 +170,10 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
         facts = artefact.metadata(path)
         assert facts["gaq_preset"] == "w8a16"
         assert facts["nequip_aoti_outputs"].split() == ["atomic_energy", "forces", "virial"]
+    elif name.startswith("tutorial/") and name not in FLOAT_OF and name.endswith((".model", ".nequip.pt2")):
+        assert np.isfinite(forces(name)).all()
     elif name.endswith((".model", ".nequip.zip", ".nequip.pt2")):
-        float_forces = forces("MACE.model" if name.endswith(".model") else "MODEL.nequip.zip")
+        float_forces = forces(FLOAT_OF.get(name, "MACE.model" if name.endswith(".model") else "MODEL.nequip.zip"))
         # A trained model comes from another training than the float model, and differs more.
         bound = 0.5 if "trained" in name else 0.02
         difference = forces(name) - float_forces

@@ -167,7 +167,7 @@ def shortened(text: str) -> str:
 
 def files_named(text: str) -> list[str]:
     """Model files, structures and report folders that a block names, its comments included, in order."""
-    return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w-]+)/", text)))
+    return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w/-]+)/(?=\s|$)", text)))
 
 
 def commands_of(block: Block) -> list[tuple[str, ...]]:
