@@ -1,8 +1,9 @@
-"""Builds the CPU kernels when the package is installed. All else stands in pyproject.toml."""
+"""Builds the CPU kernels on installation, and the package's description. The rest stands in pyproject.toml."""
 
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -34,4 +35,21 @@ class WheelWithKernels(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})
+def description() -> str:
+    """README for where it stands without the repository: links to its files name them instead, figures are left out."""
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^(!\[.*\]\((?!http).*\)|<!--.*-->)\n+", "", text, flags=re.MULTILINE)
+
+    def place(match: re.Match[str]) -> str:
+        name, target = match[1], match[2].partition("#")[0]
+        return f"`{target}`" if name == target else f"{name} (`{target}`)"
+
+    return re.sub(r"\[([^\]]+)\]\((?!http|#)([^)\s]+)\)", place, text)
+
+
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
+        long_description=description(),
+        long_description_content_type="text/markdown",
+    )

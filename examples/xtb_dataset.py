@@ -183,10 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, default=Path("quickstart"), help="where the files go")
     parser.add_argument("--train", type=int, default=800, help="number of training frames")
     parser.add_argument("--test", type=int, default=100, help="number of test frames")
+    parser.add_argument(
+        "--warm-up", type=int, default=WARM_UP_FRAMES, help="frames discarded at the start of each trajectory"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:
-        paths = make_dataset(arguments.directory, arguments.train, arguments.test, arguments.seed)
+        paths = make_dataset(
+            arguments.directory, arguments.train, arguments.test, arguments.seed, warm_up=arguments.warm_up
+        )
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
     print("wrote " + " and ".join(str(path) for path in paths))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,9 +48,12 @@ from gaq.config.parse import PRESETS, parse_config
 
 BLOCKS = all_blocks()
 HERE = [block for block in BLOCKS if block.environment is None or block.environment in installed()]
-RUN = [block for block in HERE if block.not_run is None and block.language in ("bash", "python")]
+RUN = [block for block in HERE if block.runs]
 NOT_RUN = [block for block in HERE if block.not_run is not None]
-YAML = [block for block in HERE if block.not_run is None and block.language == "yaml"]
+YAML = [block for block in HERE if block.not_run is None and block.language == "yaml" and block.file is None]
+OUTPUT = [block for block in HERE if block.is_output]
+
+NOTEBOOK = ROOT / "docs" / "tutorials" / "dynamics.ipynb"
 
 PRINTED = {
     "quickstart_mace.py": ("force MAE", "smaller", "LEE", "NVE drift", "comparison.json", "nve.png"),
@@ -71,6 +75,13 @@ PRINTED = {
     "VelocityVerlet": ("Etot[eV]",),
 }
 """What a block that contains a command prints."""
+
+FLOAT_OF = {
+    "tutorial/quantized.model": "tutorial/fp32.model",
+    "tutorial/w8.model": "tutorial/fp32.model",
+    "tutorial/chn.model": "tutorial/many.model",
+}
+"""The float model of each model that a tutorial quantizes after training."""
 
 WITHOUT_PACKAGE = """
 import importlib.metadata as metadata, os, sys
@@ -159,8 +170,10 @@ def check_file(workspace: Workspace, forces: Callable[[str], np.ndarray], name: 
         facts = artefact.metadata(path)
         assert facts["gaq_preset"] == "w8a16"
         assert facts["nequip_aoti_outputs"].split() == ["atomic_energy", "forces", "virial"]
+    elif name.startswith("tutorial/") and name not in FLOAT_OF and name.endswith((".model", ".nequip.pt2")):
+        assert np.isfinite(forces(name)).all()
     elif name.endswith((".model", ".nequip.zip", ".nequip.pt2")):
-        float_forces = forces("MACE.model" if name.endswith(".model") else "MODEL.nequip.zip")
+        float_forces = forces(FLOAT_OF.get(name, "MACE.model" if name.endswith(".model") else "MODEL.nequip.zip"))
         # A trained model comes from another training than the float model, and differs more.
         bound = 0.5 if "trained" in name else 0.02
         difference = forces(name) - float_forces
@@ -225,6 +238,60 @@ def test_block_does_what_the_text_says(block: Block, workspace: Workspace, force
     if "quickstart_" in block.text:
         check_quickstart(workspace, block)
         check_extras(workspace)
+
+
+def without_numbers(line: str) -> str:
+    """A line of output with every number as ``#`` and one space for several, since numbers and widths may differ.
+
+    What a log has before its messages is left out.
+    """
+    line = re.sub(r"^\[?\d{4}-\d\d-\d\d [\d:.,]+\]?(\[[\w.]+\])?( INFO: |\[INFO\] - (\[rank: 0\] )?)", "", line)
+    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("-{3,}", "---", line)).split())
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("block", OUTPUT, ids=str)
+def test_output_that_is_shown_is_printed(block: Block, workspace: Workspace) -> None:
+    """Every line that a page shows occurs in what the block before it prints, in this order, up to its numbers.
+
+    Three dots stand for lines that are left out, and for the end of a line.
+    """
+    before = [other for other in HERE if other.document == block.document and other.line < block.line]
+    producer = next(other for other in reversed(before) if other.runs and other.file is None)
+    if producer.missing:
+        pytest.skip(f"{producer} needs {' and '.join(producer.missing)}, which this environment does not have")
+    output = workspace.run(producer).output
+    printed = iter([without_numbers(line) for line in output.splitlines()])
+    for line in block.text.splitlines():
+        shown = without_numbers(line.removesuffix("..."))
+        if shown:
+            same = (other for other in printed if other == shown or (line.endswith("...") and other.startswith(shown)))
+            assert next(same, None) is not None, f"{block}: not printed: {line}\n{output[-6000:]}"
+
+
+@pytest.mark.docs
+@pytest.mark.skipif("mace" not in installed(), reason="the notebook trains MACE")
+def test_the_notebook_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells check what its text says. Models that the tutorials have made are not made again."""
+    nbclient = pytest.importorskip("nbclient", reason="pip install '.[docs]'")
+    import nbformat
+
+    for name, value in workspace.variables.items():
+        monkeypatch.setenv(name, value)
+    where = {"metadata": {"path": str(workspace.folder)}}
+    nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=900, resources=where).execute()
+
+
+def test_the_notebook_is_committed_with_what_it_prints_and_draws() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    printing = [cell for cell in cells if "print(" in "".join(cell["source"])]
+    assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    assert all(any(o["output_type"] == "stream" for o in cell["outputs"]) for cell in printing)
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]) == 2
+
+
+def test_output_has_its_own_language() -> None:
+    assert [str(block) for block in BLOCKS if block.is_output != (block.language == "text")] == []
 
 
 @pytest.mark.docs
@@ -397,8 +464,20 @@ def test_supported_versions_of_the_text_are_those_of_pyproject() -> None:
     assert line == f"Supported: {', '.join(texts)}."
 
 
+def test_the_package_description_has_no_links_that_lead_nowhere_there() -> None:
+    text = runpy.run_path(str(ROOT / "setup.py"))["description"]()
+    assert re.findall(r"\]\((?!http)", text) == []
+    assert "(`docs/presets.md`)" in text
+    assert "[symmetrix-xl](https://" in text
+    assert "<!--" not in text
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
 def test_presets_of_the_text_are_those_there_are() -> None:
-    for path in ("README.md", "docs/mace.md", "docs/nequip.md"):
+    for path in ("README.md", "docs/mace.md", "docs/nequip.md", "docs/presets.md"):
         text = (ROOT / path).read_text()
         assert not [preset for preset in PRESETS if preset not in text], path
 

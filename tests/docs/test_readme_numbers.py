@@ -11,6 +11,7 @@ import pytest
 ABSENT = "\N{EN DASH}"
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 STRUCTURES = {"azobenzene": 24, "water box": 192, "larger water box": 1536}
 SPEED: dict[tuple[str, str], tuple[str, Any]] = {
     **{("MACE A", f"{name}, {atoms} atoms"): ("cpu_engine", ("A", atoms)) for name, atoms in STRUCTURES.items()},
@@ -29,7 +30,7 @@ def rows_of(result: str) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(*header: str, text: str = README) -> list[list[list[str]]]:
+def tables(*header: str, text: str = RESULTS) -> list[list[list[str]]]:
     """The cells of every table whose header begins with these cells, without it."""
     found, lines = [], text.splitlines()
     for n, line in enumerate(lines):
@@ -43,11 +44,13 @@ def tables(*header: str, text: str = README) -> list[list[list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/presets.md"])
-@pytest.mark.parametrize(("number", "result"), [(0, "mace_presets"), (1, "nequip_presets")])
-def test_presets(page: str, number: int, result: str) -> None:
+PRESET_TABLES = [(0, "mace_presets"), (1, "nequip_presets")]
+
+
+@pytest.mark.parametrize(("number", "result"), PRESET_TABLES)
+def test_presets(number: int, result: str) -> None:
     measured = {(row["scheme"], row["training"]): row for row in rows_of(result)}
-    table = tables("preset", "training", "F MAE meV/Å", text=(ROOT / page).read_text(encoding="utf-8"))[number]
+    table = tables("preset", "training", "F MAE meV/Å")[number]
     for preset, training, *cells in table:
         scheme = "w8a16" if preset.startswith("`gaq`") else preset.strip("`").lower()
         kind = {ABSENT: "float", "PTQ": "ptq"}.get(training, "qat")
@@ -60,7 +63,34 @@ def test_presets(page: str, number: int, result: str) -> None:
             f"{row['file_bytes'] / 1024:.0f}",
             f"{row['size_ratio']:.1f}x",
         ], (preset, training)
-    assert len(table) == (len(measured) if page.startswith("docs") else 10)
+    assert len(table) == len(measured)
+
+
+def test_what_presets_are_good_for() -> None:
+    """The words and numbers of docs/presets.md are those of quantization after training, in both frameworks."""
+    measured = [{(row["scheme"], row["training"]): row for row in rows_of(result)} for _, result in PRESET_TABLES]
+    (table,) = tables("preset", "file, MACE and NequIP", text=(ROOT / "docs/presets.md").read_text(encoding="utf-8"))
+    assert {row[0] for row in table} == {
+        "`gaq` (`w8a16`)" if scheme == "w8a16" else f"`{scheme}`" for scheme, kind in measured[0] if kind == "ptq"
+    }
+    for preset, size, accuracy, symmetry, energy, _ in table:
+        scheme = "w8a16" if preset.startswith("`gaq`") else preset.strip("`")
+        pairs = [(rows[scheme, "ptq"], rows["fp32", "float"]) for rows in measured]
+        assert size == ", ".join(f"{row['size_ratio']:.1f}x" for row, _ in pairs) + " smaller"
+        key = "force_mae_mev_per_angstrom"
+        growth = [row[key] / fp32[key] for row, fp32 in pairs]
+        assert (accuracy == "kept") == (max(growth) <= 1.02)
+        lee = [row["lee_mev_per_angstrom"] for row, _ in pairs]
+        assert symmetry.startswith("kept") == (max(lee) <= 0.15)
+        slopes = [100 * row["central_difference_relative_error"]["0.01"] for row, _ in pairs]
+        assert energy.startswith("kept") == (max(slopes) <= 1.0)
+        if accuracy != "kept":
+            digits = 1 if max(growth) > 1.1 else 2
+            assert accuracy == " and ".join(f"{value:.{digits}f}" for value in growth) + " times"
+        if not symmetry.startswith("kept"):
+            assert symmetry == "no: " + " and ".join(f"{value:.0f}" for value in lee) + " meV/Å"
+        if not energy.startswith("kept"):
+            assert " and ".join(f"{value:.0f}" for value in slopes) in energy.replace(" %", "")
 
 
 def test_other_programs() -> None:
@@ -113,7 +143,32 @@ def test_foundation_shapes() -> None:
         assert speed == f"{row['speed_up']:.1f}x"
     failing = sum(bool(row["failed_gates"]) for row in measured.values())
     words = ("no", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven")
-    assert f"{words[failing]} of these {words[len(measured)].lower()} random models" in README
+    assert f"{words[failing]} of these {words[len(measured)].lower()} random models" in RESULTS
+
+
+def test_the_table_of_readme_is_a_part_of_the_one_of_speed() -> None:
+    (short,) = tables("model", "structure", "stock", "symmetrix-xl", "`w8`", "`gaq`", text=README)
+    (table,) = tables("model", "structure", "stock", "compiled", "symmetrix-xl")
+    complete = {(row[0], row[1]): [row[2], row[4], row[6], row[7]] for row in table}
+    for model, structure, *cells in short:
+        assert cells == complete[model, structure]
+
+
+def test_sizes_and_errors_of_readme() -> None:
+    """The default after training: how many times smaller, and its force error."""
+    numbers = []
+    for _, result in PRESET_TABLES:
+        rows = {(row["scheme"], row["training"]): row for row in rows_of(result)}
+        row, fp32 = rows["w8a16", "ptq"], rows["fp32", "float"]
+        growth = row["force_mae_mev_per_angstrom"] / fp32["force_mae_mev_per_angstrom"]
+        numbers.append((f"{row['size_ratio']:.1f}", f"{growth:.4f}"))
+    (mace, mace_error), (nequip, nequip_error) = numbers
+    text = " ".join(README.split())
+    assert f"{mace} times smaller (MACE 32x0e+32x1o) and {nequip} times (NequIP's package)" in text
+    assert f"force errors {mace_error} and {nequip_error} times FP32's" in text
+    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart_report.json").read_text())
+    size, growth = (report["gates"][name]["value"] for name in ("file_size_ratio", "force_mae_ratio"))
+    assert f"MACE file is {size:.1f} times smaller, with a force error {growth:.3f} times FP32's" in text
 
 
 def test_speed_on_the_cpu() -> None:

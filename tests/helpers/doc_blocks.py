@@ -2,9 +2,13 @@
 
 HTML comments right before the fence say what a document has to say of a block:
 
-    <!-- environment: mace -->       mace or nequip; default: that of docs/mace.md and docs/nequip.md, elsewhere both
+    <!-- environment: mace -->       mace or nequip; default: the page's, that of its name, or both
     <!-- not run: needs a GPU -->    the block is not run, and why; only its options are checked
     <!-- needs: ipi>=3 openmmml -->  distributions without which the block is skipped, and this reason printed
+    <!-- file: tutorial/mace.yml --> the reader saves the block under this name
+    <!-- output -->                  the block shows what the one before it prints; its numbers are examples
+
+    <!-- page: mace -->              at the top of a page: the environment of its blocks
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ("mace", "nequip")
-LANGUAGES = ("bash", "python", "yaml")
-COMMENT = re.compile(r"<!-- (environment|not run|needs): (.+) -->")
+LANGUAGES = ("bash", "python", "yaml", "text")
+COMMENT = re.compile(r"<!-- (environment|not run|needs|file|output|page)(?:: (.+))? -->")
 FILE = re.compile(r"[\w./-]+\.(?:model(?:-[\w.]+)?|ckpt|safetensors|gaq|nequip\.zip|nequip\.pt2|lmp\.pt|xyz)(?![\w.])")
 
 STEPS = "distillation: {steps: 20}"
@@ -53,6 +57,8 @@ class Block:
         environment: ``mace`` or ``nequip``; None for both.
         not_run: why it is not run; None if it is.
         needs: requirements that no environment of `.ci/run` has to meet, such as ``ipi>=3``; empty for most blocks.
+        file: the name under which the reader saves the block; None for most blocks.
+        is_output: whether it shows what the block before it prints.
     """
 
     document: str
@@ -63,9 +69,16 @@ class Block:
     environment: str | None
     not_run: str | None
     needs: tuple[str, ...] = ()
+    file: str | None = None
+    is_output: bool = False
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line} ({self.language or 'no language'})"
+
+    @property
+    def runs(self) -> bool:
+        """Whether something happens when the reader follows it: commands, code, or a file that is saved."""
+        return self.not_run is None and (self.language in ("bash", "python") or self.file is not None)
 
     @property
     def missing(self) -> list[str]:
@@ -75,7 +88,8 @@ class Block:
 
 def documents() -> list[Path]:
     """The users' pages, whose blocks are run: README and docs, in the order in which they are read."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    folders = (ROOT / "docs", ROOT / "docs" / "tutorials", ROOT / "docs" / "reference")
+    return [ROOT / "README.md", *(path for folder in folders for path in sorted(folder.glob("*.md")))]
 
 
 def pages() -> list[Path]:
@@ -91,7 +105,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
     """
     document = path.relative_to(ROOT).as_posix()
     heading, comments, lines = "", dict[str, str](), path.read_text().splitlines()
-    at = 0
+    page, at = path.stem if path.stem in ENVIRONMENTS else None, 0
     while at < len(lines):
         line = lines[at]
         if line.lstrip().startswith("```"):
@@ -100,15 +114,26 @@ def blocks_of(path: Path) -> Iterator[Block]:
             if end is None:
                 raise ValueError(f"{document}:{at + 1}: this fence is never closed")
             text = "".join(f"{line[indent:]}\n" for line in lines[at + 1 : end])
-            environment = comments.get("environment", path.stem if path.stem in ENVIRONMENTS else None)
-            needs = tuple(comments.get("needs", "").split())
-            yield Block(document, at + 1, heading, line.strip("` "), text, environment, comments.get("not run"), needs)
+            if not line.strip("` ").startswith("{"):  # a directive of Sphinx
+                yield Block(
+                    document,
+                    at + 1,
+                    heading,
+                    line.strip("` "),
+                    text,
+                    comments.get("environment", page),
+                    comments.get("not run"),
+                    tuple(comments.get("needs", "").split()),
+                    comments.get("file"),
+                    "output" in comments,
+                )
             comments, at = {}, end + 1
             continue
         if line.startswith("#"):
             heading = line.lstrip("# ")
         if (comment := COMMENT.fullmatch(line.strip())) is not None:
-            comments[comment[1]] = comment[2]
+            comments[comment[1]] = comment[2] or ""
+            page = comments.pop("page", page)
         elif line.strip() and not line.strip().startswith("<!--"):
             comments = {}
         at += 1
@@ -142,12 +167,15 @@ def shortened(text: str) -> str:
 
 def files_named(text: str) -> list[str]:
     """Model files, structures and report folders that a block names, its comments included, in order."""
-    return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w-]+)/", text)))
+    return list(dict.fromkeys(FILE.findall(text) + re.findall(r"-o ([\w/-]+)/(?=\s|$)", text)))
 
 
 def commands_of(block: Block) -> list[tuple[str, ...]]:
-    """The commands to run for a block: one for Python, one for each line of a shell, each in a new shell."""
-    text = shortened(block.text)
+    """The commands to run for a block: one for Python, one for each line of a shell, each in a new shell.
+
+    Tutorials are followed to the letter.
+    """
+    text = block.text if block.document.startswith("docs/tutorials/") else shortened(block.text)
     if block.language == "python":
         return [(sys.executable, "-c", text)]
     lines = (line.split("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines())
@@ -186,10 +214,7 @@ class Workspace:
         self.blocks = [
             block
             for block in all_blocks()
-            if block.language in ("bash", "python")
-            and block.not_run is None
-            and not block.missing
-            and block.environment in (None, environment)
+            if block.runs and not block.missing and block.environment in (None, environment)
         ]
         for name in ("examples", "benchmarks", "configs"):
             (folder / name).symlink_to(ROOT / name)
@@ -225,7 +250,10 @@ class Workspace:
                 if earlier.document == block.document and earlier.line < block.line:
                     self.run(earlier)
         done = Done(0, "", [])
-        for command in commands_of(block):
+        if block.file is not None:
+            (self.folder / block.file).parent.mkdir(exist_ok=True)
+            (self.folder / block.file).write_text(block.text)
+        for command in commands_of(block) if block.file is None else []:
             if command not in self.finished:
                 self.finished[command] = self._finish(command, files_named(block.text))
             result = self.finished[command]
