@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # H, B, C, N, O, F, Si, P, S, Cl, Se, Br, I: bonds between these are covalent and do not break at 300 K.
 _NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
 _DETACHED_HYDROGEN = 2.5
-_EXPLOSION_K = 10_000.0
+EXPLOSION_K = 10_000.0
+"""Temperature in K above that of the start from which on a run has exploded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,13 +291,13 @@ class _Monitor:
 
     def __init__(self, atoms: Atoms, temperature_K: float, check_bonds: bool) -> None:
         self.atoms = atoms
-        self.limit = temperature_K + _EXPLOSION_K
+        self.limit = temperature_K + EXPLOSION_K
         self.max_temperature = 0.0
         self.reason = ""
         self.first = self.second = np.zeros(0, dtype=int)
         self.longest = np.zeros(0)
         if check_bonds:
-            self.first, self.second, self.longest = _covalent_bonds(atoms)
+            self.first, self.second, self.longest = covalent_bonds(atoms)
 
     @property
     def stable(self) -> bool:
@@ -323,7 +324,7 @@ class _Monitor:
         if temperature > self.limit:
             self.fail(f"the temperature rose to {temperature:.0f} K")
         elif len(self.first):
-            lengths = _lengths(self.atoms, self.first, self.second)
+            lengths = bond_lengths(self.atoms, self.first, self.second)
             broken = np.flatnonzero(lengths > self.longest)
             if len(broken):
                 n = broken[0]
@@ -331,7 +332,7 @@ class _Monitor:
         return self.stable
 
 
-def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find bonds between non-metals: first atoms, second atoms, and the length (Å) beyond which each is broken."""
     from ase.data import covalent_radii
     from ase.neighborlist import natural_cutoffs, neighbor_list
@@ -345,7 +346,7 @@ def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return first, second, longest
 
 
-def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def bond_lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return minimum-image bond lengths, shape (bonds,), Å."""
     from ase.geometry import find_mic
 
