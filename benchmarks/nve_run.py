@@ -19,6 +19,7 @@ from ase import Atoms, units
 from numpy.typing import NDArray
 
 from gaq import settings
+from gaq.checks import spectrum
 from gaq.checks.nve import EXPLOSION_K, bond_lengths, covalent_bonds
 from gaq.deployed.neighbours import NeighbourList
 from gaq.deployed.potential import Potential
@@ -299,8 +300,6 @@ class _Sampling:
         self.first, self.second, self.longest = (
             covalent_bonds(atoms) if self.protocol.bonds else (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
         )
-        self._window = np.hanning(self.protocol.block)[:, None, None]
-        self._weights = np.sqrt(atoms.get_masses())[None, :, None]
         self._of_element = [np.array(symbols) == element for element in self.elements]
         # Momentum is zero, and the angular momentum of a molecule.
         self.freedom = max(1, 3 * len(atoms) - (3 if atoms.pbc.any() else 6))
@@ -314,8 +313,7 @@ class _Sampling:
 
     def power(self, velocities: NDArray[np.float32]) -> Floats:
         """Power of the mass-weighted velocities of a block, (elements, frequencies)."""
-        waves = np.fft.rfft(self._window * self._weights * velocities, axis=0)
-        power = (waves.real**2 + waves.imag**2).sum(axis=2)
+        power = spectrum.power(velocities, self.atoms.get_masses())
         return np.stack([power[:, mask].sum(axis=1) for mask in self._of_element])
 
     def histogram(self, positions: Floats) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nve_run import BIN, Run
 
 from gaq.checks.nve import fit_drift
+from gaq.checks.spectrum import wave_numbers
 from gaq.reporting.tables import markdown_table
 from gaq.untyped import Document
 
@@ -19,8 +20,6 @@ __all__ = ["difference", "row_of", "write_table"]
 
 Floats = NDArray[np.float64]
 FP32 = "fp32"
-LIGHT_CM = 2.99792458e-5
-"""Speed of light in cm/fs: a frequency in 1/fs over it is a wave number in 1/cm."""
 HIGHEST = 4000.0
 """Highest wave number of spectra, 1/cm."""
 
@@ -39,7 +38,7 @@ def density_of_states(run: Run) -> tuple[Floats, Floats]:
     """Wave numbers up to `HIGHEST`, 1/cm, and the density of all atoms, whose integral over them is 1."""
     power = run.spectrum.sum(axis=0)
     interval = run.protocol.timestep_fs * run.protocol.velocities_every
-    waves = np.fft.rfftfreq(run.protocol.block, interval) / LIGHT_CM
+    waves = wave_numbers(run.protocol.block, interval)
     kept = waves <= HIGHEST
     return waves[kept], power[kept] / (power[kept].sum() * waves[1])
 

@@ -19,7 +19,6 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from mace_models import write_trained_model
 from trained import ethanol
 
-
 from gaq.ase import Calculator
 from gaq.deployment import deploy
 from gaq.kernels.cpu import native
