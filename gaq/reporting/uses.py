@@ -39,7 +39,11 @@ def of_minimum(subject: Subject, reference: Subject, atoms: Atoms, progress: boo
     """
     with explained("geometry optimisation by model and reference", progress):
         own, ideal = (relaxed(one.calculator, atoms, MOST_STEPS) for one in (subject, reference))
-    measures: dict[str, float | None] = {"force_left_ev_per_angstrom": own.force}
+    measures: dict[str, float | None] = {
+        "force_left_ev_per_angstrom": own.force,
+        "optimisation_steps": own.steps,
+        "reference_optimisation_steps": ideal.steps,
+    }
     if own.force > 0 and ideal.force > 0:
         change, energy = minimum_change(own.atoms, ideal.atoms, reference.exact)
         measures |= {"bond_length_change_angstrom": change, "minimum_energy_mev": energy}
