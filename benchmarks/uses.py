@@ -31,6 +31,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import read
 from common import RESULTS, SHARED, load_json, write_result
+from dense_models import progress
 from nanosecond import command, model_file
 from presets import store
 
@@ -180,7 +181,8 @@ def table(work: Path) -> None:
             entry[preset] = cell([row["uses"] for row in rows if row["preset"] == preset], use)
         matrix.append(entry)
     criteria: Any = {use: [vars(criterion) for criterion in some] for use, some in USES.items()}
-    print(write_result("uses", rows, work, good_for=matrix, criteria=criteria))
+    copper = progress("copper", work / "dense")
+    print(write_result("uses", rows, work, good_for=matrix, criteria=criteria, training_of_copper=copper))
     print(markdown_table(matrix, ["use", *PRESETS]))
     for row in rows:
         print(row["system"], row["preset"], row["line"], json.dumps(row["measures"]))

@@ -177,7 +177,8 @@ def _gate_table(gates: Mapping[str, ReadOnlyDocument]) -> str:
         bound = row["bound"].replace("<=", "≤").replace(">=", "≥")
         remark = f' <span class="muted">({row["enforced"]})</span>' if row["enforced"] else ""
         rows.append(
-            f"<tr><td>{_text(row['gate'])}</td><td class='n'>{_text(row['value'].replace('inf', '∞'))}</td>"
+            f"<tr><td>{_text(row['title'])}<br><code class='muted'>{_text(row['gate'])}</code></td>"
+            f"<td class='n'>{_text(row['value'].replace('inf', '∞'))}</td>"
             f"<td class='n'>{_text(bound)} {_text(row['unit'])}</td>"
             f'<td><span class="{row["verdict"]}">{row["verdict"]}</span>{remark}</td>'
             f"<td class='muted'>{_text(row['what'])}</td></tr>"

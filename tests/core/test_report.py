@@ -185,6 +185,8 @@ class TestReport:
         assert len(images) == 3
         assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
         assert page.count('class="pass">pass') == 11
+        assert "Energy is smooth along a bond<br><code class='muted'>bond_stretch</code>" in page
+        assert "8.583e-04</td>" in page or "8.58e-04</td>" in page  # 900 bytes in MiB
         assert '<p class="pass">11 of 11 gates measured, none failed.</p>' in page
         # A report read back from disk makes a page too, without figures.
         write_report(data, tmp_path / "again")
