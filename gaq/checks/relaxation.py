@@ -37,8 +37,8 @@ class Relaxed:
     force: float
 
 
-def relaxed(calculator: Calculator, atoms: Atoms, steps: int = 500) -> Relaxed:
-    """Optimise the positions by BFGS until no atom has a force above `FORCE`; the cell is kept.
+def relaxed(calculator: Calculator, atoms: Atoms, steps: int = 500, force: float = FORCE) -> Relaxed:
+    """Optimise the positions by BFGS until no atom has a force above `force` (eV/Å); the cell is kept.
 
     It ends early where forces grow beyond `RUIN`.
     """
@@ -52,12 +52,12 @@ def relaxed(calculator: Calculator, atoms: Atoms, steps: int = 500) -> Relaxed:
     def largest() -> float:
         return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
 
-    for _ in optimizer.irun(fmax=FORCE, steps=steps):
+    for _ in optimizer.irun(fmax=force, steps=steps):
         if not largest() < RUIN:
             break
-    force = largest()
+    left = largest()
     atoms.calc = None
-    return Relaxed(atoms, optimizer.nsteps, force)
+    return Relaxed(atoms, optimizer.nsteps, left)
 
 
 def minimum_change(model: Atoms, reference: Atoms, potential: Potential) -> tuple[float | None, float]:

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     for line in report["left_out"]:
         say(line)
     files = write_report(report, arguments.output)
-    say(use_lines(report["uses"]))
+    if table := use_lines(report["uses"]):
+        say(table)
     if report["gates"]:
         say(gate_lines(report["gates"]))
     else:

@@ -231,11 +231,13 @@ def measure_subject(
     try:
         for name, measured in subjects.items():
             checks = () if gates_only and measured is reference else checked
-            _by_itself(found, name, measured, structures, checks, nve_ps, seed, progress, gates_only, keys)
+            _by_itself(found, name, measured, structures, checks, seed, progress, gates_only, keys)
         _against_reference(found, subject, reference, checked, keys, seed, progress)
         if reference is not None and not gates_only:
             found.doing = "measuring uses"
             _uses(found, subject, reference, several_atoms[0], progress)
+        if nve_ps > 0:  # last, because it takes longest
+            _simulate(found, subjects, several_atoms[0], nve_ps, seed, progress)
     except KeyboardInterrupt:
         if not keep_partial:
             raise
@@ -288,13 +290,12 @@ def _by_itself(
     subject: Subject,
     structures: Sequence[Atoms],
     checked: Sequence[Atoms],
-    nve_ps: float,
     seed: int,
     progress: bool,
     gates_only: bool,
     keys: tuple[str, str],
 ) -> None:
-    """Measure the errors, physics and cost of one model; see `measure_subject`."""
+    """Measure the errors, symmetry and cost of one model; see `measure_subject`."""
     first = without_single_atoms(structures)[0][0]
     metrics = found.metrics[name]
     steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
@@ -307,16 +308,22 @@ def _by_itself(
     found.doing = f"measuring rotations and central differences of the {name}"
     metrics |= quality(subject, rotated=checked, **options).metrics
     metrics |= quality(subject, displaced=checked, steps=steps, **options).metrics
-    if nve_ps > 0:
-        found.doing = f"simulating with the {name}"
-        run = nve_drift(
-            subject.calculator, first, duration_ps=nve_ps, seed=seed, progress=progress, description=f"NVE, {name}"
-        )
-        found.runs[name] = run
-        metrics["nve"] = {key: _unless_nan(getattr(run, key)) for key in _OF_RUNS}
     if not gates_only:
         found.doing = f"timing the {name}"
         metrics["seconds_per_step"], metrics["peak_bytes"] = cost(subject.calculator, first, seed, progress)
+
+
+def _simulate(
+    found: _Found, subjects: dict[str, Subject], atoms: Atoms, nve_ps: float, seed: int, progress: bool
+) -> None:
+    """Run the models without thermostat."""
+    for name, subject in subjects.items():
+        found.doing = f"simulating with the {name}"
+        run = nve_drift(
+            subject.calculator, atoms, duration_ps=nve_ps, seed=seed, progress=progress, description=f"NVE, {name}"
+        )
+        found.runs[name] = run
+        found.metrics[name]["nve"] = {key: _unless_nan(getattr(run, key)) for key in _OF_RUNS}
 
 
 def _uses(found: _Found, subject: Subject, reference: Subject, atoms: Atoms, progress: bool) -> None:

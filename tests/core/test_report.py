@@ -164,7 +164,9 @@ class TestReport:
         assert report["model"]["nve"]["stable"]
         assert report["reference"]["nve"] is None
         assert report["gates"]["lee"]["passed"]
-        assert report["gates"]["force_difference"]["passed"] is None
+        assert report["gates"]["force_difference"]["passed"]
+        assert report["gates"]["nve_drift_against_reference"]["passed"] is None
+        assert report["uses"]["vibrations"]["fit"]
         page = write_report(report, tmp_path)[1].read_text()
         assert "Partial report: stopped while simulating with the reference" in page
         runs.clear()
