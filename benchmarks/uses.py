@@ -47,8 +47,6 @@ from gaq.untyped import Document
 SYSTEMS = {"azobenzene": "azobenzene", "acac": "water", "copper": ""}
 """Systems, with the names of those of benchmarks/nanosecond.py that have the same model."""
 PRESETS = ("w8", "gaq", "w4a16")
-LEAST_PS = 100.0
-"""Least length of a simulation that is judged, ps."""
 
 
 def files(work: Path, system: str, preset: str) -> tuple[Path, Path]:
@@ -130,13 +128,16 @@ def measure(work: Path, system: str, preset: str) -> None:
 
 
 def of_simulations(system: str, preset: str) -> dict[str, float | None]:
-    """Drift and distances from the nanosecond runs of one system, where they are long enough."""
+    """Drift and distances from the finished nanosecond runs of one system."""
     result = load_json(RESULTS / "nanosecond.json")
-    rows = [row for row in result.get("rows", ()) if row["system"] == SYSTEMS[system] and row["ps"] >= LEAST_PS]
+    rows = [row for row in result.get("rows", ()) if row["system"] == SYSTEMS[system] and row["ps"] == row["of_ps"]]
     own = [row for row in rows if row["preset"] == preset]
     ideal = [row for row in rows if row["preset"] == "fp32"]
     moved = [row["beside_fp32"]["distances"] for row in own if row["beside_fp32"]]
-    measures: dict[str, float | None] = {"distances_moved": float(np.mean(moved)) if moved else None}
+    seeds = [pair["distances"] for pair in result.get("fp32_apart", ()) if pair["runs"][0].startswith(SYSTEMS[system])]
+    measures: dict[str, float | None] = {"distances_moved_beside_seeds": None}
+    if moved and seeds:
+        measures["distances_moved_beside_seeds"] = float(np.mean(moved) / np.mean(seeds))
     if own and ideal:
         means = [np.mean([row["drift_mev_per_atom_per_ps"] for row in some]) for some in (own, ideal)]
         error = np.mean([row["standard_error"] for row in ideal]) * math.sqrt(1 / len(own) + 1 / len(ideal))

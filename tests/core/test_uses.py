@@ -120,7 +120,7 @@ def test_judged() -> None:
     """A value at the bound holds; one above, infinite or NaN does not; one that is missing says nothing."""
     assert all(entry["fit"] is True for entry in judged(bounds()).values())
     values = bounds() | {"worst_frequency_shift_per_cm": 5.01, "volume_shift": None, "profile_error_mev": math.inf}
-    values |= {"bulk_modulus_shift": 0.02, "drift_in_standard_errors": None, "distances_moved": math.nan}
+    values |= {"bulk_modulus_shift": 0.02, "drift_in_standard_errors": None, "distances_moved_beside_seeds": math.nan}
     uses = judged(values)
     assert {use: entry["fit"] for use, entry in uses.items()} == {
         "geometry optimisation": True,

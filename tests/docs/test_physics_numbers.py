@@ -57,3 +57,12 @@ def test_uses_and_bounds() -> None:
     epochs, error = re.search(r"(\d+) epochs on EMT and has a force error of ([\d.]+) meV/Å", PAGE).groups()  # type: ignore[union-attr]
     training = RESULT["training_of_copper"]
     assert (int(epochs), error) == (training["epochs"], f"{training['force_mae_mev_per_angstrom']:.1f}")
+
+
+def test_nanosecond() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/nanosecond.json").read_text())["rows"]
+    found = rows("run")
+    for run in (run for run in runs if run["system"] == "azobenzene"):
+        drift = f"{run['drift_mev_per_atom_per_ps']:.5f} ± {run['standard_error']:.5f}"
+        name = f"azobenzene `{run['preset']}`, seed {run['seed']}"
+        assert found[name] == [f"{run['ps']:.0f}", drift, f"{run['temperature_k']:.1f}"]
