@@ -54,6 +54,11 @@ def alloy(rng: Rng, repeat: tuple[int, int, int], elements: tuple[str, ...]) -> 
     return distorted(atoms, rng, rng.uniform(0.03, 0.15), 0.01)
 
 
+def copper(rng: Rng, repeat: tuple[int, int, int]) -> Atoms:
+    """Copper on a distorted fcc lattice, compressed and stretched around EMT's lattice constant of 3.59 Å."""
+    return distorted(bulk("Cu", "fcc", a=rng.uniform(3.4, 3.8)).repeat(repeat), rng, rng.uniform(0.02, 0.12), 0.01)
+
+
 def salt(rng: Rng, repeat: tuple[int, int, int], cations: dict[str, float], anions: dict[str, float]) -> Atoms:
     """A rocksalt of one or two cations and one or two anions."""
     some_cations = rng.choice(list(cations), min(2, len(cations)), replace=False)
@@ -117,6 +122,15 @@ KINDS = {
         EMT,
         frames=(400, 20, 40),
     ),
+    # Small, for uses.py: a crystal whose phonons and equation of state are smooth.
+    "copper": Kind(
+        lambda rng: copper(rng, BINARY(rng)),
+        lambda rng: copper(rng, (4, 4, 4)),
+        EMT,
+        frames=(80, 4, 8),
+        irreps="32x0e + 32x1o",
+        options={"max_ell": "2", "correlation": "2"},
+    ),
     "water": Kind(lambda rng: water(rng, (2, 2, 2)), lambda rng: water(rng, _cells((3, 3, 2), (3, 2, 4))(rng)), xtb),
     "salt": Kind(
         lambda rng: salt(rng, _cells((1, 1, 2), (1, 2, 2))(rng), {"Na": 1.02, "K": 1.38}, {"Cl": 1.81, "Br": 1.96}),
@@ -141,7 +155,9 @@ KINDS = {
         frames=(400, 20, 30),
     ),
 }
-TRAINED = ("alloy", "water", "salt", "many")  # `metals` is data for `many`
+SEEDS = {"alloy": 0, "many": 1, "metals": 2, "salt": 3, "water": 4, "copper": 5}
+"""Seeds of the data."""
+TRAINED = ("alloy", "copper", "water", "salt", "many")  # `metals` is data for `many`
 
 
 def labelled(make: Callable[[Rng], Atoms], calculator: Calculator, rng: Rng, count: int) -> list[Atoms]:
@@ -173,7 +189,7 @@ def make_data(name: str, work: Path) -> None:
     if (work / f"{name}_test.xyz").is_file():
         return
     kind = KINDS[name]
-    rng = np.random.default_rng(sorted(KINDS).index(name))
+    rng = np.random.default_rng(SEEDS[name])
     small, large, held_out = kind.frames
     calculator = kind.label()
     train = labelled(kind.small, calculator, rng, small) + labelled(kind.large, calculator, rng, large)

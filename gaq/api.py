@@ -256,6 +256,7 @@ def report(
     head: str | None = None,
     energy_key: str = ENERGY_KEY,
     forces_key: str = FORCES_KEY,
+    keep_partial: bool = False,
 ) -> Document:
     """Measure a model file: errors, equivariance, conservation, size, speed, and the gates of its preset.
 
@@ -273,6 +274,7 @@ def report(
         head: of a model with several, measure this one; by default all are, one after the other.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
+        keep_partial: on Ctrl-C, return what was measured, with the line ``partial``, instead of raising.
 
     Returns:
         The report as plain data; see `gaq.reporting.measure_subject`.
@@ -283,7 +285,7 @@ def report(
     from gaq.reporting import measure_file
 
     options: Options = {"nve_ps": nve_ps, "progress": progress, "gates_only": gates_only}
-    options |= {"energy_key": energy_key, "forces_key": forces_key}
+    options |= {"energy_key": energy_key, "forces_key": forces_key, "keep_partial": keep_partial}
     return measure_file(
         path, structures, reference, trained=trained, device=device, species=species, head=head, **options
     )

@@ -14,7 +14,7 @@ import gaq
 from gaq.adapter import adapter_for_file
 from gaq.ase import Calculator
 from gaq.deployed import form
-from gaq.deployed.check import Check, compare, default_tolerance, structures_for
+from gaq.deployed.check import Check, compare, default_tolerance, relative_tolerance, structures_for
 from gaq.files.kinds import new_name
 from gaq.files.whole import put
 from gaq.model.elements import SpeciesMap, checked_elements
@@ -124,7 +124,7 @@ def deploy(
                     adapter.calculator(path, "cpu", dtype, species, name), Calculator(trial, head=name), compared, True
                 )
             bound = default_tolerance(config) if tolerance is None else tolerance
-            agrees = all(check.within(bound) for check in checks.values())
+            agrees = all(check.within(bound, relative_tolerance(config)) for check in checks.values())
             sizes = form.sizes_of(trial)
             if agrees:
                 put(trial, output)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gaq.checks.spectrum import power, wave_numbers
 from gaq.progress import Progress
 from gaq.untyped import Calculator
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 # H, B, C, N, O, F, Si, P, S, Cl, Se, Br, I: bonds between these are covalent and do not break at 300 K.
 _NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
 _DETACHED_HYDROGEN = 2.5
-_EXPLOSION_K = 10_000.0
+EXPLOSION_K = 10_000.0
+"""Temperature in K above that of the start from which on a run has exploded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class NVEResult:
         times_ps: sampled times, shape (samples,), ps.
         total_energy_ev: total energy at those times, eV.
         kinetic_energy_ev: kinetic energy at those times, eV.
+        wave_numbers_per_cm: of the vibrational spectrum, shape (frequencies,), 1/cm; empty if too little was sampled.
+        vibrations: power spectrum of the mass-weighted velocities at those wave numbers, its sum being 1.
     """
 
     drift_mev_per_atom_per_ps: float
@@ -62,6 +66,8 @@ class NVEResult:
     times_ps: np.ndarray
     total_energy_ev: np.ndarray
     kinetic_energy_ev: np.ndarray
+    wave_numbers_per_cm: np.ndarray
+    vibrations: np.ndarray
 
 
 def nve_drift(
@@ -132,10 +138,14 @@ def nve_drift(
     bar = Progress(warm_up + samples, description, "sample", shown=bool(progress))
     if not keep_velocities:
         _equilibrate(atoms, monitor, bar, warm_up, stride, timestep_fs, temperature_K, seed)
-    indices, total_energy, kinetic_energy, seconds = _sample(atoms, monitor, bar, samples, stride, timestep_fs)
+    velocities = _Velocities(atoms, timestep_fs)
+    indices, total_energy, kinetic_energy, seconds = _sample(
+        atoms, monitor, bar, samples, stride, timestep_fs, velocities
+    )
     bar.close()
     times = 1e-3 * indices * stride * timestep_fs
-    return _result(atoms, monitor, times, total_energy, kinetic_energy, seconds, timestep_fs, temperature_K)
+    spectrum = velocities.spectrum()
+    return _result(atoms, monitor, times, total_energy, kinetic_energy, seconds, timestep_fs, temperature_K, spectrum)
 
 
 def _equilibrate(
@@ -185,7 +195,13 @@ def _equilibrate(
 
 
 def _sample(
-    atoms: Atoms, monitor: _Monitor, bar: Progress, samples: int, stride: int, timestep_fs: float
+    atoms: Atoms,
+    monitor: _Monitor,
+    bar: Progress,
+    samples: int,
+    stride: int,
+    timestep_fs: float,
+    velocities: _Velocities,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Run NVE while it is stable; return sample indices, total and kinetic energies (eV), and seconds per step."""
     from ase import units
@@ -193,6 +209,7 @@ def _sample(
 
     indices, totals, kinetics, seconds = [], [], [], []
     verlet = VelocityVerlet(atoms, timestep_fs * units.fs)
+    verlet.attach(velocities.keep, interval=velocities.every)
     for sample in range(samples + 1):
         start = time.perf_counter()
         if not monitor.stable or (sample and not monitor.advance(verlet, stride)):
@@ -223,6 +240,7 @@ def _result(
     seconds: float,
     timestep_fs: float,
     temperature_K: float,
+    spectrum: tuple[np.ndarray, np.ndarray],
 ) -> NVEResult:
     from ase import units
 
@@ -249,6 +267,8 @@ def _result(
         times_ps=times,
         total_energy_ev=total_energy,
         kinetic_energy_ev=kinetic_energy,
+        wave_numbers_per_cm=spectrum[0],
+        vibrations=spectrum[1],
     )
 
 
@@ -285,18 +305,50 @@ def fit_drift(times: np.ndarray, energies: np.ndarray, blocks: int = 10) -> tupl
     return slope, float(np.sqrt(residuals @ residuals / (blocks - 2) / spread))
 
 
+class _Velocities:
+    """Velocities of a run, for its vibrational spectrum: every 2 fs, and the first ones only where they are many."""
+
+    INTERVAL = 2.0
+    """Least time between samples, fs: bonds to hydrogen vibrate with a period of 9 fs or more."""
+    MOST = 2**24
+    """Most numbers that are kept."""
+    BLOCK = 4096
+    """Samples of a block, whose spectra are averaged."""
+
+    def __init__(self, atoms: Atoms, timestep_fs: float) -> None:
+        self.atoms = atoms
+        self.every = max(1, round(self.INTERVAL / timestep_fs))
+        self.interval_fs = self.every * timestep_fs
+        self.most = self.MOST // (3 * len(atoms))
+        self.samples: list[np.ndarray] = []
+
+    def keep(self) -> None:
+        if len(self.samples) < self.most:
+            self.samples.append(self.atoms.get_velocities().astype(np.float32))
+
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wave numbers, 1/cm, and the power spectrum, whose sum is 1; both empty if too little was sampled."""
+        length = min(len(self.samples), self.BLOCK)
+        if length < 32 or not np.isfinite(self.samples[-1]).all():
+            return np.zeros(0), np.zeros(0)
+        masses = self.atoms.get_masses()
+        blocks = [self.samples[n : n + length] for n in range(0, len(self.samples) - length + 1, length)]
+        total = np.sum([power(np.array(block), masses).sum(axis=1) for block in blocks], axis=0)
+        return wave_numbers(length, self.interval_fs), total / total.sum() if total.any() else total
+
+
 class _Monitor:
     """Advances a run and watches for explosions and broken bonds."""
 
     def __init__(self, atoms: Atoms, temperature_K: float, check_bonds: bool) -> None:
         self.atoms = atoms
-        self.limit = temperature_K + _EXPLOSION_K
+        self.limit = temperature_K + EXPLOSION_K
         self.max_temperature = 0.0
         self.reason = ""
         self.first = self.second = np.zeros(0, dtype=int)
         self.longest = np.zeros(0)
         if check_bonds:
-            self.first, self.second, self.longest = _covalent_bonds(atoms)
+            self.first, self.second, self.longest = covalent_bonds(atoms)
 
     @property
     def stable(self) -> bool:
@@ -323,7 +375,7 @@ class _Monitor:
         if temperature > self.limit:
             self.fail(f"the temperature rose to {temperature:.0f} K")
         elif len(self.first):
-            lengths = _lengths(self.atoms, self.first, self.second)
+            lengths = bond_lengths(self.atoms, self.first, self.second)
             broken = np.flatnonzero(lengths > self.longest)
             if len(broken):
                 n = broken[0]
@@ -331,7 +383,7 @@ class _Monitor:
         return self.stable
 
 
-def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find bonds between non-metals: first atoms, second atoms, and the length (Å) beyond which each is broken."""
     from ase.data import covalent_radii
     from ase.neighborlist import natural_cutoffs, neighbor_list
@@ -345,7 +397,7 @@ def _covalent_bonds(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return first, second, longest
 
 
-def _lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def bond_lengths(atoms: Atoms, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return minimum-image bond lengths, shape (bonds,), Å."""
     from ase.geometry import find_mic
 

@@ -15,7 +15,7 @@ from gaq.home import home_or_stand_in
 from gaq.third_party_warnings import hidden_in_commands
 from gaq.untyped import Document
 
-__all__ = ["DONE", "FAILED", "REFUSED", "Work", "run", "without_framework"]
+__all__ = ["DONE", "FAILED", "REFUSED", "STOPPED", "Work", "run", "without_framework"]
 
 DONE, FAILED, REFUSED = 0, 1, 2
 STOPPED, BROKEN_PIPE = 130, 141  # as shells report signals: 128 + SIGINT, 128 + SIGPIPE

@@ -40,7 +40,6 @@ def _build(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
 
 
 def _check(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
-    from gaq.deployed.check import RELATIVE
     from gaq.lammps import build
     from gaq.lammps.check import allowed, check
     from gaq.lammps.installation import find
@@ -50,7 +49,7 @@ def _check(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
     path = Path(arguments.file)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file.")
-    bound = allowed(path)
+    bound, relative = allowed(path)
     lammps = find(arguments.lammps)
     if arguments.ranks is not None and arguments.ranks < 1:
         raise InputError(f"--ranks {arguments.ranks}: must be at least 1.")
@@ -78,7 +77,7 @@ def _check(arguments: argparse.Namespace, say: Say) -> tuple[int, Document]:
     say(
         "forces are rounded too coarsely to be judged"
         if bound == float("inf")
-        else f"allowed: {bound:g} meV/Å, or {RELATIVE:g} of the largest force"
+        else f"allowed: {bound:g} meV/Å, or {relative:g} of the largest force"
     )
     agrees = all(row.agrees for row in rows)
     result: Document = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from gaq.untyped import Document
 
-__all__ = ["Say", "gate_lines", "metric_lines", "say_undeployable", "say_unfused", "speaker"]
+__all__ = ["Say", "gate_lines", "metric_lines", "say_undeployable", "say_unfused", "speaker", "use_lines"]
 
 Say = Callable[[str], object]
 """Takes a line for the user."""
@@ -28,6 +28,27 @@ def gate_lines(gates: dict[str, Document]) -> str:
         rows.append({**row, "verdict": printed})
     lines = [format_table(rows, ["gate", "value", "bound", "unit", "verdict", "what"]), summary(gates)]
     return "\n".join([*lines, *(f"  not measured: {name}: {needs}" for name, needs in unmeasured(gates).items())])
+
+
+def use_lines(uses: Document) -> str:
+    """The number behind each verdict on a use, as a table; what those that were not shown need stands in the page."""
+    from gaq.checks.uses import use_rows
+    from gaq.reporting import format_table
+    from gaq.reporting.tables import format_number
+
+    rows = [
+        {
+            "use": use,
+            "value": format_number(value),
+            "bound": f"<= {format_number(bound)}",
+            "unit": unit,
+            "verdict": word,
+            "what": what,
+        }
+        for use, word, value, bound, unit, what in use_rows(uses)
+        if value is not None
+    ]
+    return format_table(rows, ["use", "value", "bound", "unit", "verdict", "what"]) if rows else ""
 
 
 def metric_lines(report: Document) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gaq.cli.frame import DONE, FAILED
+from gaq.cli.frame import DONE, FAILED, STOPPED
 from gaq.cli.inputs import (
     InputError,
     check_output_folder,
@@ -14,7 +14,7 @@ from gaq.cli.inputs import (
     number_of_at_least,
     read_structures,
 )
-from gaq.cli.lines import gate_lines, metric_lines, speaker
+from gaq.cli.lines import gate_lines, metric_lines, speaker, use_lines
 from gaq.process import check_device
 from gaq.untyped import Document
 
@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     """Measure a model and write the report; returns the exit code and what ``report.json`` holds."""
     from gaq import api
     from gaq.checks.errors import spaced
+    from gaq.checks.uses import fitness_line
     from gaq.reporting import failed_gates, write_report
 
     say = speaker(arguments.json)
@@ -40,10 +41,16 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
         head=arguments.head,
         energy_key=arguments.energy_key,
         forces_key=arguments.forces_key,
+        keep_partial=True,
     )
+    if report["partial"]:
+        say(f"partial report: {report['partial']}")
+    say(fitness_line(report["uses"]))
     for line in report["left_out"]:
         say(line)
     files = write_report(report, arguments.output)
+    if table := use_lines(report["uses"]):
+        say(table)
     if report["gates"]:
         say(gate_lines(report["gates"]))
     else:
@@ -51,7 +58,8 @@ def run(arguments: argparse.Namespace) -> tuple[int, Document]:
     say(f"written: {Path(arguments.output) / 'report.html'}")
     failed = failed_gates(report["gates"])
     content = {key: value for key, value in report.items() if key != "figures"}
-    return FAILED if failed else DONE, {**content, "failed_gates": failed, "files": [str(file) for file in files]}
+    code = STOPPED if report["partial"] else FAILED if failed else DONE
+    return code, {**content, "failed_gates": failed, "files": [str(file) for file in files]}
 
 
 def _check(arguments: argparse.Namespace) -> None:

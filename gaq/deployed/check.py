@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from gaq.config.schema import QuantizationConfig
 
-__all__ = ["Check", "compare", "default_tolerance", "structures_for"]
+__all__ = ["Check", "compare", "default_tolerance", "relative_tolerance", "structures_for"]
 
 RELATIVE = 1e-5
 """Allowed force difference, relative to the largest force: structures made at random have large ones."""
+RELATIVE_ROUNDED = 1e-4
+"""The same with rounded activations: their noise grows with them, and three steps of a grid of 16 bits are 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Check:
     structures: int
     stress: float = 0.0
 
-    def within(self, tolerance: float) -> bool:
-        """Whether forces differ by no more than a bound in meV/Å, or than float32 can tell from the largest of them."""
-        return self.forces <= max(tolerance, RELATIVE * self.force_scale)
+    def within(self, tolerance: float, relative: float) -> bool:
+        """Whether forces differ by no more than a bound in meV/Å, or by no more than a part of the largest of them."""
+        return self.forces <= max(tolerance, relative * self.force_scale)
 
 
 def default_tolerance(config: QuantizationConfig | None) -> float:
@@ -59,6 +61,15 @@ def default_tolerance(config: QuantizationConfig | None) -> float:
     attention = None if config.attention is None else config.attention.bits
     bits = [b for b in (config.scalars.bits, config.vectors.magnitude_bits, attention) if b is not None]
     return 5.0 if min(bits) >= 16 else float("inf")
+
+
+def relative_tolerance(config: QuantizationConfig | None) -> float:
+    """Allowed force difference, relative to the largest force; `default_tolerance` has the absolute one.
+
+    Args:
+        config: of the model; None for a float one.
+    """
+    return RELATIVE if config is None or not config.rounds_activations else RELATIVE_ROUNDED
 
 
 def compare(reference: Calculator, deployed: Calculator, structures: Sequence[Atoms], stress: bool = False) -> Check:

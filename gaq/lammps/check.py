@@ -13,7 +13,7 @@ from ase.calculators.calculator import all_changes
 
 from gaq.ase import Calculator
 from gaq.config.parse import parse_config
-from gaq.deployed.check import RELATIVE, Check, compare, default_tolerance, structures_for
+from gaq.deployed.check import Check, compare, default_tolerance, relative_tolerance, structures_for
 from gaq.deployed.form import metadata_of
 from gaq.lammps.installation import Installation
 from gaq.lammps.simulation import evaluate, with_box
@@ -68,10 +68,14 @@ class _InLammps(ASECalculator):
         self.results = {"energy": result.energy, "forces": result.forces, "stress": result.stress}
 
 
-def allowed(path: Path) -> float:
-    """Allowed force difference, meV/Å; infinite where rounding is so coarse that its noise cannot be judged."""
+def allowed(path: Path) -> tuple[float, float]:
+    """Allowed force difference, in meV/Å and relative to the largest force; the larger one counts.
+
+    Infinite where rounding is so coarse that its noise cannot be judged.
+    """
     configuration = metadata_of(path)["configuration"]
-    return default_tolerance(None if configuration is None else parse_config(configuration))
+    config = None if configuration is None else parse_config(configuration)
+    return default_tolerance(config), relative_tolerance(config)
 
 
 def check(path: Path, lammps: Installation, plugin: Path, ranks: Sequence[int]) -> Iterator[Row]:
@@ -87,7 +91,7 @@ def check(path: Path, lammps: Installation, plugin: Path, ranks: Sequence[int]) 
         ValueError: if it is no such file.
         LammpsError: if LAMMPS stops with an error.
     """
-    described, bound = metadata_of(path), allowed(path)
+    described, bounds = metadata_of(path), allowed(path)
     structures = [atoms for atoms in structures_for(described["elements"], described["r_max"]) if len(atoms) > 2]
     for head in described["heads"]:
         reference = Calculator(path, head)
@@ -96,5 +100,4 @@ def check(path: Path, lammps: Installation, plugin: Path, ranks: Sequence[int]) 
             for number in ranks:
                 in_lammps = _InLammps(lammps, plugin, path, head, number)
                 difference = compare(reference, in_lammps, [atoms], stress=True)
-                agrees = difference.forces <= max(bound, RELATIVE * difference.force_scale)
-                yield Row(f"{kind} of {len(atoms)} atoms", head, number, difference, agrees)
+                yield Row(f"{kind} of {len(atoms)} atoms", head, number, difference, difference.within(*bounds))

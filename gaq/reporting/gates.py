@@ -87,6 +87,21 @@ HIGHEST_FLOAT_ERROR = 0.1
 OWN_LABELS = 1e-4
 """RMS force error over RMS force below which labels are the float model's own output, written to a file."""
 
+TITLES = {
+    "finite": "Numbers are finite",
+    "force_mae_ratio": "Force error beside the float model's",
+    "force_difference": "Force difference to the float model",
+    "lee": "Force error under rotations",
+    "lee_against_naive": "Rotations, beside naive rounding",
+    "central_difference": "Forces are the energy's gradient",
+    "nve_drift": "Energy is conserved",
+    "nve_drift_against_reference": "Energy drift beside the float model's",
+    "bond_stretch": "Energy is smooth along a bond",
+    "engine": "Fused kernels are exact",
+    "file_size_ratio": "Times smaller",
+}
+"""Names of gates in words."""
+
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": lambda value, bound: value <= bound,
     "<": lambda value, bound: value < bound,
@@ -176,6 +191,12 @@ def summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
 def passes_all(gates: Mapping[str, ReadOnlyDocument]) -> bool:
     """Whether every gate was measured and passed, the printed ones included."""
     return bool(gates) and all(gate["passed"] is True for gate in gates.values())
+
+
+def title_of(name: str) -> str:
+    """The name of a gate in words, given its name in a report, which may end in that of a head in parentheses."""
+    gate, space, head = name.partition(" ")
+    return TITLES.get(gate, gate) + space + head
 
 
 def verdict(gate: ReadOnlyDocument) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gaq.checks.labels import ENERGY_KEY, FORCES_KEY, frames_text, labels_of, left_out_labels
+from gaq.checks.uses import worst
 from gaq.untyped import Document
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def joined(reports: Mapping[str, Document], lines: Sequence[str] = ()) -> Docume
 
     Returns:
         The report of the first head, with the gates of all, each under its name and its head; a gate that is the same
-        for all, such as that of the file size, stands there once. ``heads`` holds the metrics of each head, ``figures``
-        the arrays of each for the page.
+        for all, such as that of the file size, stands there once; of each use the worst verdict. ``heads`` holds the
+        metrics of each head, ``figures`` the arrays of each for the page.
     """
     first = next(iter(reports.values()))
     common = [line for line in first["left_out"] if all(line in report["left_out"] for report in reports.values())]
@@ -71,6 +72,8 @@ def joined(reports: Mapping[str, Document], lines: Sequence[str] = ()) -> Docume
     return {
         **first,
         "gates": gates,
+        "uses": None if first["uses"] is None else worst([report["uses"] for report in reports.values()]),
+        "partial": next((report["partial"] for report in reports.values() if report["partial"]), None),
         "left_out": [*lines, *common],
         "heads": {head: {"model": r["model"], "reference": r["reference"]} for head, r in reports.items()},
         "figures": {head: r["figures"] for head, r in reports.items()},

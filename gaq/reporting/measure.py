@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gaq.checks.nve import NVEResult, nve_drift
 from gaq.checks.potential import Potential
 from gaq.checks.smoothness import NoBondError, SmoothnessResult, bond_stretch_scan
 from gaq.checks.structures import away_from_rest, check_structures, rattled, without_single_atoms
+from gaq.checks.uses import judged
 from gaq.model.elements import SpeciesMap
 from gaq.progress import explained
 from gaq.reporting.cost import cost
@@ -25,6 +26,7 @@ from gaq.reporting.environment import hardware, versions
 from gaq.reporting.gates import BOUNDS, CENTRAL_DIFFERENCE_STEP, FLOAT, evaluate_gates, float_error, quotient
 from gaq.reporting.heads import joined, labelled_in
 from gaq.reporting.subject import Subject, open_heads
+from gaq.reporting.uses import MOST_ATOMS, of_minimum, of_runs, of_scan
 from gaq.reporting.watched import watched
 from gaq.untyped import Document
 
@@ -149,10 +151,11 @@ def measure_file(
         ((name, subject),) = subjects.items()
         return {**measure_subject(subject, structures, others.get(name), **options), "head": head}
     of_heads, lines = labelled_in(structures, list(subjects), **keys)
-    reports = {
-        name: measure_subject(subject, of_heads[name], others.get(name), **options)
-        for name, subject in subjects.items()
-    }
+    reports: dict[str, Document] = {}
+    for name, measured in subjects.items():
+        reports[name] = measure_subject(measured, of_heads[name], others.get(name), **options)
+        if reports[name]["partial"]:
+            break
     return joined(reports, lines)
 
 
@@ -166,6 +169,7 @@ def measure_subject(
     progress: bool = False,
     checked_structures: int = 8,
     gates_only: bool = False,
+    keep_partial: bool = False,
     energy_key: str = ENERGY_KEY,
     forces_key: str = FORCES_KEY,
 ) -> Document:
@@ -174,9 +178,9 @@ def measure_subject(
     Errors against labels use every structure that has them. All else leaves out structures of a single atom, on which
     forces are zero. Rotations and central differences, which cost dozens of evaluations per structure, use
     ``checked_structures`` of them, evenly spaced, with displaced atoms where they are at rest. The NVE run, the
-    bond-stretch scan and the timing use the first structure. The force difference to the reference uses every structure
-    with reference forces; where these are fewer, the spaced ones and a copy of each with displaced atoms, because
-    forces on relaxed structures are zero.
+    bond-stretch scan, the timing and the uses take the first structure. The force difference to the reference uses
+    every structure with reference forces; where these are fewer, the spaced ones and a copy of each with displaced
+    atoms, because forces on relaxed structures are zero.
 
     Args:
         subject: the model.
@@ -187,14 +191,16 @@ def measure_subject(
         progress: show progress bars.
         checked_structures: number of structures for rotations and central differences.
         gates_only: measure what the gates judge and no more: not the time of a step, and of the reference only its
-            errors and NVE run.
+            errors and NVE run; no uses.
+        keep_partial: on Ctrl-C, return what was measured, with the line ``partial``, instead of raising.
         energy_key: key of the reference energy in ``info``.
         forces_key: key of the reference forces in ``arrays``.
 
     Returns:
         ``model`` and ``reference`` (metrics; reference None if there is none), ``versions``, ``hardware``,
-        ``command``, ``gates``, ``left_out`` (lines that say which labels and structures were not used, or not as they
-        are), ``head`` (None; the one that `measure_file` was asked for), ``heads`` (None; see
+        ``command``, ``gates``, ``uses`` (`gaq.checks.uses.judged`; None for `gates_only`), ``partial`` (None, or a line
+        that says where Ctrl-C stopped it), ``left_out`` (lines that say which labels and structures were not used, or
+        not as they are), ``head`` (None; the one that `measure_file` was asked for), ``heads`` (None; see
         `gaq.reporting.heads.joined`), all of plain Python types; and ``figures``, arrays for
         `gaq.reporting.write_report`, which are not part of ``report.json``.
 
@@ -207,6 +213,7 @@ def measure_subject(
     several_atoms, lines = without_single_atoms(structures)
     if subject.preset not in (*BOUNDS, FLOAT):
         raise ValueError(f"measure: no gates for preset {subject.preset!r}; nearest of: {', '.join(BOUNDS)}")
+    keys = (energy_key, forces_key)
     subjects = {"model": subject, **({"reference": reference} if reference else {})}
     for measured in subjects.values():
         if measured.path is None or not Path(measured.path).is_file():
@@ -214,50 +221,30 @@ def measure_subject(
     checked, at_rest = away_from_rest(
         subject.potential, spaced(several_atoms, max(1, checked_structures)), seed, energy_key, forces_key
     )
-    metrics: dict[str, Document] = {}
-    labels: dict[str, LabelErrors] = {}
-    runs: dict[str, NVEResult] = {}
-    for name, measured in subjects.items():
-        checks = () if gates_only and measured is reference else checked
-        steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
-        result = quality(
-            measured,
-            structures,
-            checks,
-            checks,
-            steps=steps,
-            seed=seed,
-            energy_key=energy_key,
-            forces_key=forces_key,
-            progress=progress,
-            name=name,
-        )
-        if result.labels is not None:
-            labels[name] = result.labels
-        if nve_ps > 0:
-            runs[name] = nve_drift(
-                measured.calculator,
-                several_atoms[0],
-                duration_ps=nve_ps,
-                seed=seed,
-                progress=progress,
-                description=f"NVE, {name}",
-            )
-        file_metrics = _file_metrics(measured, runs.get(name))
-        if not gates_only:
-            file_metrics["seconds_per_step"], file_metrics["peak_bytes"] = cost(
-                measured.calculator, several_atoms[0], seed, progress
-            )
-        metrics[name] = {"path": measured.path, **result.metrics, **file_metrics}
-    keys = (energy_key, forces_key)
-    comparison, scan = _against_reference(subject, reference, checked, labels, metrics, keys, seed, progress)
-    metrics["model"] |= {
+    found = _Found({name: _of_file(measured) for name, measured in subjects.items()})
+    found.metrics["model"] |= {
         "preset": subject.preset,
         "training": subject.training,
         "rounds_features": subject.rounds_features,
-        **comparison,
+        "not_applicable": [] if subject.engine_error is not None else ["engine"],
     }
+    try:
+        for name, measured in subjects.items():
+            checks = () if gates_only and measured is reference else checked
+            _by_itself(found, name, measured, structures, checks, seed, progress, gates_only, keys)
+        _against_reference(found, subject, reference, checked, keys, seed, progress)
+        if reference is not None and not gates_only:
+            found.doing = "measuring uses"
+            _uses(found, subject, reference, several_atoms[0], progress)
+        if nve_ps > 0:  # last, because it takes longest
+            _simulate(found, subjects, several_atoms[0], nve_ps, seed, progress)
+    except KeyboardInterrupt:
+        if not keep_partial:
+            raise
+        found.stopped = True
+    metrics = found.metrics
     gates = evaluate_gates(metrics["model"], subject.preset, metrics.get("reference"))
+    uses = None if gates_only else judged({**found.uses, **of_scan(found.scan), **of_runs(found.runs)})
     return {
         "model": metrics["model"],
         "reference": metrics.get("reference"),
@@ -265,11 +252,84 @@ def measure_subject(
         "hardware": hardware(),
         "command": shlex.join(sys.argv),
         "gates": {name: gate.to_dict() for name, gate in gates.items()},
+        "uses": uses,
+        "partial": f"stopped while {found.doing}; what follows was not measured" if found.stopped else None,
         "left_out": [*left_out, *lines, *at_rest],
         "head": None,
         "heads": None,
-        "figures": {"labels": labels, "nve": runs, "scan": scan},
+        "figures": {"labels": found.labels, "nve": found.runs, "scan": found.scan},
     }
+
+
+@dataclass
+class _Found:
+    """What a measurement has come to.
+
+    Attributes:
+        metrics: of ``model`` and ``reference``, under their names in ``report.json``.
+        doing: what is being measured.
+        stopped: whether Ctrl-C ended it.
+        labels: errors against labels, for figures.
+        runs: NVE runs.
+        scan: bond-stretch scan.
+        uses: measures of uses.
+    """
+
+    metrics: dict[str, Document]
+    doing: str = "beginning"
+    stopped: bool = False
+    labels: dict[str, LabelErrors] = field(default_factory=dict)
+    runs: dict[str, NVEResult] = field(default_factory=dict)
+    scan: SmoothnessResult | None = None
+    uses: dict[str, float | None] = field(default_factory=dict)
+
+
+def _by_itself(
+    found: _Found,
+    name: str,
+    subject: Subject,
+    structures: Sequence[Atoms],
+    checked: Sequence[Atoms],
+    seed: int,
+    progress: bool,
+    gates_only: bool,
+    keys: tuple[str, str],
+) -> None:
+    """Measure the errors, symmetry and cost of one model; see `measure_subject`."""
+    first = without_single_atoms(structures)[0][0]
+    metrics = found.metrics[name]
+    steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
+    options: dict[str, Any] = {"seed": seed, "progress": progress, "name": name}
+    found.doing = f"measuring errors of the {name}"
+    result = quality(subject, structures, energy_key=keys[0], forces_key=keys[1], **options)
+    metrics |= result.metrics
+    if result.labels is not None:
+        found.labels[name] = result.labels
+    found.doing = f"measuring rotations and central differences of the {name}"
+    metrics |= quality(subject, rotated=checked, **options).metrics
+    metrics |= quality(subject, displaced=checked, steps=steps, **options).metrics
+    if not gates_only:
+        found.doing = f"timing the {name}"
+        metrics["seconds_per_step"], metrics["peak_bytes"] = cost(subject.calculator, first, seed, progress)
+
+
+def _simulate(
+    found: _Found, subjects: dict[str, Subject], atoms: Atoms, nve_ps: float, seed: int, progress: bool
+) -> None:
+    """Run the models without thermostat."""
+    for name, subject in subjects.items():
+        found.doing = f"simulating with the {name}"
+        run = nve_drift(
+            subject.calculator, atoms, duration_ps=nve_ps, seed=seed, progress=progress, description=f"NVE, {name}"
+        )
+        found.runs[name] = run
+        found.metrics[name]["nve"] = {key: _unless_nan(getattr(run, key)) for key in _OF_RUNS}
+
+
+def _uses(found: _Found, subject: Subject, reference: Subject, atoms: Atoms, progress: bool) -> None:
+    """Take the measures of uses that are cheap: of a small first structure."""
+    if len(atoms) <= MOST_ATOMS and subject.calculator is not None and reference.calculator is not None:
+        found.uses |= of_minimum(subject, reference, atoms, progress)
 
 
 def _label_errors(
@@ -281,11 +341,15 @@ def _label_errors(
     return force_and_energy_mae(potential, structures, energy_key, forces_key)
 
 
-def _file_metrics(subject: Subject, run: NVEResult | None) -> Document:
-    """Drift of the NVE run, and sizes."""
-    drift = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
+_OF_RUNS = ("drift_mev_per_atom_per_ps", "standard_error", "drift_over_std_kinetic", "stable", "reason")
+"""Fields of an NVE run that are metrics."""
+
+
+def _of_file(subject: Subject) -> Document:
+    """Kind and sizes of a file, and no NVE run so far."""
     return {
-        "nve": run and {name: _unless_nan(getattr(run, name)) for name in drift},
+        "path": subject.path,
+        "nve": None,
         "file_kind": subject.file_kind,
         "file_bytes": subject.file_bytes,
         "weight_bytes": subject.weight_bytes,
@@ -298,37 +362,34 @@ def _unless_nan(value: object) -> object:
 
 
 def _against_reference(
+    found: _Found,
     subject: Subject,
     reference: Subject | None,
     checked: Sequence[Atoms],
-    labels: dict[str, LabelErrors],
-    metrics: dict[str, Document],
     keys: tuple[str, str],
     seed: int,
     progress: bool,
-) -> tuple[Document, SmoothnessResult | None]:
-    """Metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
-    difference, scan = None, None
-    smoothness: dict[str, float | None] | None = None
-    not_applicable = [] if subject.engine_error is not None else ["engine"]
+) -> None:
+    """Take the metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
+    metrics = found.metrics["model"]
+    metrics |= {"force_difference": None, "smoothness": None}
     if reference is not None:
-        difference = _difference(subject, reference, checked, labels, metrics["reference"], keys, seed, progress)
+        found.doing = "comparing forces with the reference"
+        fp32 = found.metrics["reference"]
+        metrics["force_difference"] = _difference(subject, reference, checked, found.labels, fp32, keys, seed, progress)
+        found.doing = "stretching a bond"
         try:
             exact = [watched(one.exact, "bond stretched", progress) for one in (subject, reference)]
             scan = bond_stretch_scan(exact[0], checked[0], exact[1])
         except NoBondError:
-            not_applicable.append("bond_stretch")
+            metrics["not_applicable"].append("bond_stretch")
         else:
-            smoothness = {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev}
-            if scan.nothing_measured:
-                smoothness, scan = {"largest_jump_mev": None, "allowed_mev": None}, None
-    comparison = {
-        "force_difference": difference,
-        "smoothness": smoothness,
-        "not_applicable": not_applicable,
-        **_against_plain_operations(subject, reference, checked, seed, progress),
-    }
-    return comparison, scan
+            metrics["smoothness"] = {"largest_jump_mev": None, "allowed_mev": None}
+            if not scan.nothing_measured:
+                found.scan = scan
+                metrics["smoothness"] = {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev}
+    found.doing = "comparing with plain operations"
+    metrics |= _against_plain_operations(subject, reference, checked, seed, progress)
 
 
 def _difference(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gaq.checks.uses import fitness_line, use_rows
 from gaq.files.whole import written_whole
 from gaq.reporting.gates import failed_gates, passes_all, summary, unmeasured
 from gaq.reporting.plots import figures
@@ -88,8 +89,11 @@ def _page(report: ReadOnlyDocument) -> str:
 <body>
 <h1>Quantization report</h1>
 <p><code>{_text(model["path"])}</code>, preset <strong>{_text(model["preset"])}</strong>{head}{compared}.</p>
+{_partial(report.get("partial"))}
+{_fitness(report.get("uses"))}
 {_summary(gates)}
 {_left_out(report.get("left_out") or ())}
+{_use_table(report.get("uses"))}
 <h2>Gates</h2>
 {_gate_table(gates)}
 {_measurements(report)}
@@ -119,6 +123,36 @@ def _summary(gates: Mapping[str, ReadOnlyDocument]) -> str:
     return "\n".join(lines)
 
 
+def _partial(line: str | None) -> str:
+    return f'<p class="fail">Partial report: {_text(line)}.</p>' if line else ""
+
+
+def _fitness(uses: ReadOnlyDocument | None) -> str:
+    """The line that says what the model is fit for; nothing in reports from before there were uses."""
+    if not uses:
+        return ""
+    line = fitness_line(uses)
+    return f"<p><strong>{_text(line[0].upper() + line[1:])}.</strong></p>"
+
+
+def _use_table(uses: ReadOnlyDocument | None) -> str:
+    """The number behind each verdict, and what those that were not shown need."""
+    if not uses:
+        return ""
+    rows = []
+    for use, word, value, bound, unit, what in use_rows(uses):
+        tone = {"fit": "pass", "not fit": "fail"}.get(word, "muted")
+        rows.append(
+            f"<tr><td>{_text(use)}</td><td class='n'>{_text(_value(value))}</td>"
+            f"<td class='n'>≤ {_text(format_number(bound))} {_text(unit)}</td>"
+            f"<td><span class=\"{tone}\">{word}</span></td><td class='muted'>{_text(what)}</td></tr>"
+        )
+    needs = "".join(f"<li>{_text(use)}: {_text(entry['needs'])}</li>" for use, entry in uses.items() if entry["needs"])
+    missing = f'<p class="muted">Not shown, and what each needs:</p><ul class="muted">{needs}</ul>' if needs else ""
+    head = "<tr><th>Use</th><th class='n'>Value</th><th class='n'>Bound</th><th>Result</th><th>Meaning</th></tr>"
+    return f"<h2>Uses, beside the float model</h2>\n<table>{head}{''.join(rows)}</table>\n{missing}"
+
+
 def _left_out(lines: Sequence[str]) -> str:
     """The labels and structures that were not used."""
     return "\n".join(f'<p class="muted">{_text(line)}</p>' for line in lines)
@@ -143,7 +177,8 @@ def _gate_table(gates: Mapping[str, ReadOnlyDocument]) -> str:
         bound = row["bound"].replace("<=", "≤").replace(">=", "≥")
         remark = f' <span class="muted">({row["enforced"]})</span>' if row["enforced"] else ""
         rows.append(
-            f"<tr><td>{_text(row['gate'])}</td><td class='n'>{_text(row['value'].replace('inf', '∞'))}</td>"
+            f"<tr><td>{_text(row['title'])}<br><code class='muted'>{_text(row['gate'])}</code></td>"
+            f"<td class='n'>{_text(row['value'].replace('inf', '∞'))}</td>"
             f"<td class='n'>{_text(bound)} {_text(row['unit'])}</td>"
             f'<td><span class="{row["verdict"]}">{row["verdict"]}</span>{remark}</td>'
             f"<td class='muted'>{_text(row['what'])}</td></tr>"

@@ -23,6 +23,9 @@ __all__ = ["figures"]
 # Colours of the model and of the reference, distinguishable without colour vision.
 _COLOURS = {"model": "#0b5fa5", "reference": "#d98324"}
 
+HIGHEST_WAVE_NUMBER = 4000.0
+"""Highest wave number of spectra, 1/cm: above those of all bonds but that of H2."""
+
 
 def figures(data: ReadOnlyDocument | None) -> str:
     """Draw the figures of a report as HTML; without figures, a line that says why."""
@@ -89,17 +92,23 @@ def _force_figure(labels: Mapping[str, LabelErrors]) -> str:
 
 
 def _nve_figure(runs: Mapping[str, NVEResult]) -> str:
-    """Total energy per atom over time."""
+    """Total energy per atom over time, and beside it the vibrational spectrum."""
     figure = _new_figure()
-    axes = figure.subplots()
+    energy, spectrum = figure.subplots(1, 2)
     for name, run in runs.items():
+        style = {"linewidth": 0.8, "color": _COLOURS[name], "label": name}
         if len(run.times_ps):
             change = 1e3 * (run.total_energy_ev - run.total_energy_ev[0]) / run.n_atoms
-            axes.plot(run.times_ps, change, linewidth=0.8, color=_COLOURS[name], label=name)
-    axes.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)")
-    if axes.lines:
-        axes.legend(frameon=False)
-    return _embed(figure, "Total energy of the NVE run.")
+            energy.plot(run.times_ps, change, **style)
+        kept = run.wave_numbers_per_cm <= HIGHEST_WAVE_NUMBER
+        if kept.any():
+            spectrum.plot(run.wave_numbers_per_cm[kept], run.vibrations[kept], **style)
+    energy.set(xlabel="time (ps)", ylabel="total energy change (meV/atom)")
+    spectrum.set(xlabel="wave number (1/cm)", ylabel="vibrations", yticks=[])
+    for axes in (energy, spectrum):
+        if axes.lines:
+            axes.legend(frameon=False)
+    return _embed(figure, "Total energy of the NVE run, and the power spectrum of its velocities.")
 
 
 def _scan_figure(scan: SmoothnessResult) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gaq.reporting.gates import COMPARE, verdict
+from gaq.reporting.gates import COMPARE, title_of, verdict
 from gaq.untyped import ReadOnlyDocument
 
 MISSING = "-"
@@ -23,10 +24,10 @@ _NVE_METRICS = (
     ("stable", "NVE run stable", ""),
 )
 _COST_METRICS = (
-    ("file_bytes", "File size", "bytes"),
-    ("weight_bytes", "Weights: codes, scales and what is float", "bytes"),
+    ("file_bytes", "File size", "MiB"),
+    ("weight_bytes", "Weights: codes, scales and what is float", "MiB"),
     ("seconds_per_step", "Energy and forces, median", "s/step"),
-    ("peak_bytes", "Peak memory", "bytes"),
+    ("peak_bytes", "Peak memory", "MiB"),
 )
 
 
@@ -37,7 +38,7 @@ def metric_rows(
     rows: list[tuple[str, str, object, object]] = []
 
     def add(entries: Sequence[tuple[str, str, str]], left: ReadOnlyDocument, right: ReadOnlyDocument) -> None:
-        rows.extend((label, unit, left.get(key), right.get(key)) for key, label, unit in entries)
+        rows.extend((label, unit, _in(unit, left.get(key)), _in(unit, right.get(key))) for key, label, unit in entries)
 
     reference = reference or {}
     add(_METRICS, model, reference)
@@ -57,14 +58,19 @@ def metric_rows(
     return [row for row in rows if row[2] is not None or row[3] is not None]
 
 
+def _in(unit: str, value: Any) -> Any:
+    """A metric in the unit of its row: bytes in MiB."""
+    return value if unit != "MiB" or value is None else value / 2**20
+
+
 def gate_rows(gates: Mapping[str, ReadOnlyDocument]) -> list[dict[str, str]]:
     """Return the texts of each gate that was measured, given gates as in ``report.json``.
 
     The numbers have the digits that show why the gate passes or fails.
 
     Returns:
-        Rows of ``gate``, ``value``, ``bound``, ``unit``, ``verdict`` (`gaq.reporting.gates.verdict`), ``enforced``
-        (empty, or the remark that the gate is not) and ``what``.
+        Rows of ``gate``, ``title`` (its name in words), ``value``, ``bound``, ``unit``, ``verdict``
+        (`gaq.reporting.gates.verdict`), ``enforced`` (empty, or the remark that the gate is not) and ``what``.
     """
     rows = []
     for name, gate in gates.items():
@@ -74,6 +80,7 @@ def gate_rows(gates: Mapping[str, ReadOnlyDocument]) -> list[dict[str, str]]:
         rows.append(
             {
                 "gate": name,
+                "title": title_of(name),
                 "value": value,
                 "bound": f"{gate['comparison']} {bound}",
                 "unit": gate["unit"],

@@ -14,7 +14,9 @@ from ase import Atoms
 from ase.calculators.morse import MorsePotential
 from reports import Staircase, cluster, morse
 
+from gaq.checks.nve import nve_drift
 from gaq.checks.potential import CalculatorPotential
+from gaq.checks.uses import fitness_line
 from gaq.reporting import Subject, failed_gates, measure_subject, quality, write_report
 from gaq.reporting.gates import NOTHING, unmeasured, verdict
 
@@ -84,6 +86,8 @@ class TestReport:
             "hardware",
             "command",
             "gates",
+            "uses",
+            "partial",
             "left_out",
             "head",
             "heads",
@@ -125,6 +129,50 @@ class TestReport:
         }
         assert report["gates"]["nve_drift"]["passed"] is None
 
+    def test_uses(self, good_report):
+        """The same potential in both files: no measure moves, and what a cluster has no number for is not shown."""
+        uses = good_report["uses"]
+        fit = ("geometry optimisation", "vibrations", "energy profiles", "constant-energy dynamics")
+        assert [use for use, entry in uses.items() if entry["fit"]] == list(fit)
+        values = {name: one["value"] for use in fit for name, one in uses[use]["criteria"].items()}
+        assert values.pop("force_left_ev_per_angstrom") < 1e-3
+        assert set(values.values()) == {0.0}
+        assert fitness_line(uses) == (
+            "fit for: geometry optimisation, vibrations, energy profiles, constant-energy dynamics; "
+            "not shown: equation of state, structure at 300 K"
+        )
+        run = good_report["figures"]["nve"]["model"]
+        # 0.3 ps hold 151 velocities, 2 fs apart.
+        assert run.wave_numbers_per_cm[1] == pytest.approx(1 / (151 * 2.0 * 2.99792458e-5))
+        assert run.vibrations.sum() == pytest.approx(1.0)
+
+    def test_stopped(self, case, monkeypatch, tmp_path):
+        """Ctrl-C in the second simulation: what was measured before is there, and the page says that more is not."""
+        subject, structures = case
+        runs = []
+
+        def stopped(*arguments, **options):
+            runs.append(nve_drift(*arguments, **options))
+            if len(runs) == 2:
+                raise KeyboardInterrupt
+            return runs[-1]
+
+        monkeypatch.setattr("gaq.reporting.measure.nve_drift", stopped)
+        model, reference = subject("quantized.model", "gaq"), subject("fp32.model")
+        report = measure_subject(model, structures, reference, nve_ps=0.1, keep_partial=True)
+        assert report["partial"] == "stopped while simulating with the reference; what follows was not measured"
+        assert report["model"]["nve"]["stable"]
+        assert report["reference"]["nve"] is None
+        assert report["gates"]["lee"]["passed"]
+        assert report["gates"]["force_difference"]["passed"]
+        assert report["gates"]["nve_drift_against_reference"]["passed"] is None
+        assert report["uses"]["vibrations"]["fit"]
+        page = write_report(report, tmp_path)[1].read_text()
+        assert "Partial report: stopped while simulating with the reference" in page
+        runs.clear()
+        with pytest.raises(KeyboardInterrupt):
+            measure_subject(model, structures, reference, nve_ps=0.1)
+
     def test_written_files(self, good_report, tmp_path):
         json_path, html_path = write_report(good_report, tmp_path / "deep" / "report")
         data = json.loads(json_path.read_text())
@@ -134,11 +182,13 @@ class TestReport:
         page = html_path.read_text()
         assert "http" not in page
         assert "<script" not in page
-        assert page.count("<table>") == 2
+        assert page.count("<table>") == 3
         images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
         assert len(images) == 3
         assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
         assert page.count('class="pass">pass') == 11
+        assert "Energy is smooth along a bond<br><code class='muted'>bond_stretch</code>" in page
+        assert "8.583e-04</td>" in page or "8.58e-04</td>" in page  # 900 bytes in MiB
         assert '<p class="pass">11 of 11 gates measured, none failed.</p>' in page
         # A report read back from disk makes a page too, without figures.
         write_report(data, tmp_path / "again")
@@ -163,7 +213,7 @@ class TestReport:
         write_report(data, tmp_path)
         page = html_path.read_text()
         assert "not finite" in page
-        assert 'class="pass"' not in page
+        assert 'class="pass"' not in page.partition("<h2>Gates</h2>")[2]
 
     def test_without_matplotlib(self, good_report, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -171,8 +171,7 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("gaq.lammps.check.allowed", lambda path: -1.0)
-        monkeypatch.setattr("gaq.lammps.check.RELATIVE", -1.0)
+        monkeypatch.setattr("gaq.lammps.check.allowed", lambda path: (-1.0, -1.0))
         assert main(["lammps", "check", "--json", "--ranks", "1", str(deployed["one layer", "float64"])]) == 1
         result = json.loads(capsys.readouterr().out)
         assert not result["agrees"]

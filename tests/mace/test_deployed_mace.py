@@ -27,7 +27,7 @@ from parts import on_parts
 import gaq
 import gaq.ase
 from gaq.cli import main
-from gaq.deployed import form
+from gaq.deployed import check, form
 from gaq.kernels.cpu import native
 from gaq.process import default_dtype
 from gaq_mace import engine
@@ -369,16 +369,25 @@ def test_what_cannot_be_deployed_is_one_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_file_that_disagrees_is_not_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gaq.deployed import check
-
-    before, check.RELATIVE = check.RELATIVE, 0.0
-    try:
-        assert main(["deploy", str(folder / "gaq.model"), str(folder / "model.gaq"), "--tolerance", "0"]) == 1
-    finally:
-        check.RELATIVE = before
+def test_a_file_that_disagrees_is_not_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaq.deployed.check.RELATIVE_ROUNDED", 0.0)
+    assert main(["deploy", str(folder / "gaq.model"), str(folder / "model.gaq"), "--tolerance", "0"]) == 1
     assert "not written, because forces differ" in capsys.readouterr().err
     assert not (folder / "model.gaq").exists()
+
+
+def test_noise_of_rounding_may_grow_with_forces(quantized: Any) -> None:
+    """6 meV/Å of forces of 100 eV/Å are less than three steps of 16 bits, but no error that float weights explain."""
+    difference = check.Check(energy=0.0, forces=6.0, force_scale=1e5, structures=1)
+    rounded, exact = (quantized(preset, "plain", torch.float32) for preset in ("gaq", "w8"))
+    bounds = [
+        (check.default_tolerance(config), check.relative_tolerance(config))
+        for config in (MACEAdapter().config(rounded), MACEAdapter().config(exact), None)
+    ]
+    assert bounds == [(5.0, 1e-4), (0.5, 1e-5), (0.5, 1e-5)]
+    assert [difference.within(*bound) for bound in bounds] == [True, False, False]
 
 
 def test_features_of_8_bits_are_refused(quantized: Any, tmp_path: Path) -> None:
