@@ -32,6 +32,7 @@ from e3nn.util.codegen import CodeGenMixin
 from mace.tools import cg
 from opt_einsum_fx import jitable
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from gaq.third_party_warnings import known_hidden
 
@@ -206,6 +207,21 @@ def _inverse_permutation(p: Sequence[int]) -> tuple[int, ...]:
     return tuple(inverse)
 
 
+class _NotDrawn(TorchFunctionMode):
+    """Constructors get zeros in place of random numbers: what they draw for weights, those of a file replace.
+
+    Draws from a generator of their own, such as e3nn's samples for normalization, stay.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and "generator" not in kwargs:
+            func = torch.zeros
+        return func(*args, **kwargs)
+
+
 def _register_later(original: Callable[..., None]) -> Callable[..., None]:
     """Stand for e3nn's ``CodeGenMixin._codegen_register``."""
 
@@ -259,7 +275,8 @@ def _remembering_moments(original: Callable[..., Any]) -> Callable[..., Any]:
 def constructing() -> Iterator[None]:
     """Context in which constructors of MACE and e3nn leave the compilation of generated code for later.
 
-    Other threads, which may construct models meanwhile, are not affected.
+    They draw no weights either: whoever constructs a model here loads its weights. Other threads, which may construct
+    models meanwhile, are not affected.
     """
     with _lock, ExitStack() as stack:
         for target, name, stand_in in (
@@ -275,4 +292,5 @@ def constructing() -> Iterator[None]:
             stack.enter_context(mock.patch.object(target, name, stand_in))
         token = _active.set(True)
         stack.callback(_active.reset, token)
+        stack.enter_context(_NotDrawn())
         yield

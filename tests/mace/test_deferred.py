@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mace.modules import models as mace_models
 
 import gaq
 from gaq_mace import engine
-from gaq_mace.deferred import DEFERRED, Deferred, settle
+from gaq_mace.deferred import DEFERRED, Deferred, constructing, settle
 from gaq_mace.packed import build, model_config
 
 
@@ -54,6 +55,15 @@ def test_constructed_models_are_those_of_the_constructor(float_model: Callable[.
         assert getattr(ours, "__codegen__", None) == getattr(theirs, "__codegen__", None)
     # As pickles of MACE's own models.
     torch.save(deferred, io.BytesIO())
+
+
+def test_constructors_draw_no_weights_but_other_threads_do() -> None:
+    with constructing():
+        assert not torch.randn(8).any()
+        assert torch.randn(8, generator=torch.Generator().manual_seed(0)).all()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.randn, 8).result().all()
+    assert torch.randn(8).all()
 
 
 @pytest.mark.parametrize("load", [gaq.load, lambda path: torch.load(path, weights_only=False)])
