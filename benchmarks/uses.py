@@ -76,7 +76,7 @@ def paths(system: str, reference: Subject) -> dict[str, list[Atoms]]:
     if system == "acac":
         names = {"dihedral": "test_dihedral", "hydrogen transfer": "test_H_transfer"}
         return {path: list(read(SHARED / f"data/acac/{name}.xyz", ":")) for path, name in names.items()}
-    minimum = relaxed(reference.calculator, structure(system)).atoms
+    minimum = relaxed(reference.potential, structure(system)).atoms
     if system == "copper":
         return {"shear": [sheared(minimum, strain) for strain in np.linspace(-0.05, 0.05, 41)]}
     # The phenyl at nitrogen 0: carbon 8 and all that is bonded to it but not to nitrogen 1.

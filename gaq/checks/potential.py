@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gaq.untyped import Calculator
 
-__all__ = ["CalculatorPotential", "Potential", "energies_of"]
+__all__ = ["CalculatorPotential", "Potential", "calculator_of", "energies_of"]
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -52,3 +52,21 @@ class CalculatorPotential:
             forces.append(np.array(atoms.get_forces()))
             energies.append(atoms.get_potential_energy())
         return np.array(energies), forces
+
+
+def calculator_of(potential: Potential) -> Calculator:
+    """An ASE calculator of energies and forces that asks a potential."""
+    from ase.calculators.calculator import Calculator as ASECalculator
+    from ase.calculators.calculator import all_changes
+
+    class PotentialCalculator(ASECalculator):  # type: ignore[misc]
+        implemented_properties = ["energy", "forces"]  # noqa: RUF012  (a list in ASE's base class)
+
+        def calculate(
+            self, atoms: Any = None, properties: Sequence[str] = (), system_changes: Sequence[str] = all_changes
+        ) -> None:
+            super().calculate(atoms, properties, system_changes)
+            energies, (forces,) = potential([atoms])
+            self.results = {"energy": float(energies[0]), "forces": np.asarray(forces, dtype=np.float64)}
+
+    return PotentialCalculator()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gaq.checks.nve import bond_lengths, covalent_bonds
-from gaq.checks.potential import Potential
-from gaq.untyped import Calculator
+from gaq.checks.potential import Potential, calculator_of
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -37,24 +36,27 @@ class Relaxed:
     force: float
 
 
-def relaxed(calculator: Calculator, atoms: Atoms, steps: int = 500, force: float = FORCE) -> Relaxed:
+def relaxed(potential: Potential, atoms: Atoms, steps: int = 500, force: float = FORCE) -> Relaxed:
     """Optimise the positions by BFGS until no atom has a force above `force` (eV/Å); the cell is kept.
 
-    It ends early where forces grow beyond `RUIN`.
+    It ends early where forces grow beyond `RUIN`, or do not change with the positions.
     """
     from ase.optimize import BFGS
 
     atoms = atoms.copy()
     atoms.set_constraint()
-    atoms.calc = calculator
+    atoms.calc = calculator_of(potential)
     optimizer = BFGS(atoms, logfile=None)
 
     def largest() -> float:
         return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
 
-    for _ in optimizer.irun(fmax=force, steps=steps):
-        if not largest() < RUIN:
-            break
+    try:
+        for _ in optimizer.irun(fmax=force, steps=steps):
+            if not largest() < RUIN:
+                break
+    except np.linalg.LinAlgError:
+        pass  # forces that do not change with the positions leave no Hessian; what is left of them is the result
     left = largest()
     atoms.calc = None
     return Relaxed(atoms, optimizer.nsteps, left)

@@ -20,7 +20,8 @@ __all__ = ["Check", "compare", "default_tolerance", "relative_tolerance", "struc
 RELATIVE = 1e-5
 """Allowed force difference, relative to the largest force: structures made at random have large ones."""
 RELATIVE_ROUNDED = 1e-4
-"""The same with rounded activations: their noise grows with them, and three steps of a grid of 16 bits are 1e-4."""
+"""The same with rounded activations, whose noise grows with them. One and the same model changes its forces by as much
+when the atoms of a structure are listed in another order (benchmarks/deploy_tolerance.py)."""
 
 
 @dataclass(frozen=True)

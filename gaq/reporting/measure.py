@@ -328,7 +328,7 @@ def _simulate(
 
 def _uses(found: _Found, subject: Subject, reference: Subject, atoms: Atoms, progress: bool) -> None:
     """Take the measures of uses that are cheap: of a small first structure."""
-    if len(atoms) <= MOST_ATOMS and subject.calculator is not None and reference.calculator is not None:
+    if len(atoms) <= MOST_ATOMS:
         found.uses |= of_minimum(subject, reference, atoms, progress)
 
 

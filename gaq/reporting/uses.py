@@ -38,10 +38,11 @@ HIGHEST = 1.0
 def of_minimum(subject: Subject, reference: Subject, atoms: Atoms, progress: bool = False) -> dict[str, float | None]:
     """Optimise the structure with both models, and compare minima, frequencies and, in a cell, the equation of state.
 
-    Energies and forces in float64 where that exists; the optimisations run through the stock calculators.
+    Energies in float64 where that exists; optimisations and frequencies in the precision of the file, through the
+    fused kernels, float models as well: stock's forward pass would take most of a report's time.
     """
     with explained("geometry optimisation by model and reference", progress):
-        own, ideal = (relaxed(one.calculator, atoms, MOST_STEPS) for one in (subject, reference))
+        own, ideal = (relaxed(one.potential, atoms, MOST_STEPS) for one in (subject, reference))
     measures: dict[str, float | None] = {
         "force_left_ev_per_angstrom": own.force,
         "optimisation_steps": own.steps,
@@ -53,7 +54,7 @@ def of_minimum(subject: Subject, reference: Subject, atoms: Atoms, progress: boo
     shifts = []
     for one, minimum, name in ((subject, own, "model"), (reference, ideal, "reference")):
         # At `FORCE` a methyl group that turns almost freely is degrees from its minimum, and its frequency is off.
-        nearer = relaxed(one.calculator, minimum.atoms, MOST_FURTHER_STEPS, 0.1 * FORCE).atoms
+        nearer = relaxed(one.potential, minimum.atoms, MOST_FURTHER_STEPS, 0.1 * FORCE).atoms
         shifts.append(frequencies(watched(one.potential, f"vibrations, {name}", progress), nearer))
     if len(shifts[0]) and np.any(shifts[1]):
         mean, worst = frequency_shifts(*shifts)

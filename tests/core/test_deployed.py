@@ -56,7 +56,7 @@ STRUCTURES = {
     "skewed": skewed(),
     "slab": in_a_slab(),
     "two vectors": without_a_third_vector(),
-    "far from the origin": Atoms("H2", [[1e4, -1e4, 0], [1e4, -1e4, 0.8]]),
+    "far from the origin": Atoms("H2", [[300, -300, 0], [300, -300, 0.8]]),
     "outside of the cell": Atoms("H2", [[-31.0, 17.0, 2.0], [5.2, 5.2, 5.2]], cell=[4, 4, 4], pbc=True),
     "one atom": Atoms("H"),
 }

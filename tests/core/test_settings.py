@@ -140,6 +140,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "set by the program" in lines["GAQ_SKIN"]
 
 
+@pytest.mark.slow
 def test_doctor_of_an_environment() -> None:
     done = doctor(GAQ_LINEAR="int8", GAQ_LINAER="int8")
     assert done.returncode == 0, done.stderr
@@ -151,6 +152,7 @@ def test_doctor_of_an_environment() -> None:
     assert "unknown, and ignored. Did you mean GAQ_LINEAR?" in lines["GAQ_LINAER"]
 
 
+@pytest.mark.slow
 def test_doctor_of_a_user_without_a_home(tmp_path: Path) -> None:
     """ASE and MACE need one when they are imported: one line says so, and everything else is reported."""
     done = as_nobody(tmp_path, "gaq.cli:main", "doctor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_frequencies_as_ase(tmp_path: object) -> None:
     """Water in EMT, as ASE computes it from the same displacements; rigid motion is left out."""
     from ase.vibrations import Vibrations
 
-    atoms = relaxed(EMT(), molecule("H2O")).atoms
+    atoms = relaxed(CalculatorPotential(EMT()), molecule("H2O")).atoms
     ours = frequencies(CalculatorPotential(EMT()), atoms)
     assert len(ours) == 3
     atoms.calc = EMT()
@@ -61,17 +62,24 @@ def test_shifts() -> None:
 
 
 def test_relaxed() -> None:
-    result = relaxed(morse(), cluster())
+    result = relaxed(CalculatorPotential(morse()), cluster())
     assert 0 < result.steps < 100
     assert result.force <= 1e-3
     assert result.atoms.get_all_distances()[np.triu_indices(4, 1)] == pytest.approx(2.21, abs=1e-3)
-    assert relaxed(morse(), cluster(), steps=1).force > 1e-3
+    assert relaxed(CalculatorPotential(morse()), cluster(), steps=1).force > 1e-3
+
+
+def test_a_force_that_does_not_change_is_left() -> None:
+    def constant(structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
+        return np.zeros(len(structures)), [np.full((len(one), 3), 0.1) for one in structures]
+
+    assert relaxed(constant, cluster()).force == pytest.approx(0.1 * math.sqrt(3))
 
 
 def test_minimum_change() -> None:
     """A cluster that is larger by 0.01 Å: the Morse energy of its six bonds."""
     potential = CalculatorPotential(morse())
-    small = relaxed(morse(), cluster()).atoms
+    small = relaxed(CalculatorPotential(morse()), cluster()).atoms
     large = small.copy()
     large.positions *= 2.22 / 2.21
     change, energy = minimum_change(large, small, potential)

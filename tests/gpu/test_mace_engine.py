@@ -90,8 +90,8 @@ def batch_of(model: torch.nn.Module, structures: list[Atoms], dtype: torch.dtype
     [
         ("", "4x0e+4x1o", 2, 2, {}, "gaq"),
         pytest.param("", "4x0e+4x1o", 3, 2, {}, "gaq", marks=pytest.mark.slow),
-        ("", "6x0e", 2, 3, {"distance_transform": "Agnesi"}, "w8"),
-        ("Density", "4x0e+4x1o", 1, 2, {}, "gaq"),
+        pytest.param("", "6x0e", 2, 3, {"distance_transform": "Agnesi"}, "w8", marks=pytest.mark.slow),
+        pytest.param("Density", "4x0e+4x1o", 1, 2, {}, "gaq", marks=pytest.mark.slow),
         ("Density", "4x0e+4x1o", 1, 2, {"distance_transform": "Agnesi", "apply_cutoff": False}, "w8"),
     ],
 )
@@ -353,6 +353,7 @@ def test_the_composition_is_looked_at_once(small: torch.nn.Module) -> None:
     assert len(small_engine.compositions.kept) == compositions.COMPOSITIONS
 
 
+@pytest.mark.slow
 def test_structures_of_many_species_look_at_their_edges(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +367,7 @@ def test_structures_of_many_species_look_at_their_edges(
     assert (small_engine.compositions(data["node_attrs"]).tables is None) == by_species
 
 
+@pytest.mark.slow
 def test_linear_layers_in_integers(setting: Callable[..., Any]) -> None:
     """The products of a float32 model on its integer codes, against those of floats."""
     model = converted(make("", "32x0e+32x1o", 1, 2), "gaq", [WATER]).float().to(DEVICE)

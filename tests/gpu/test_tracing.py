@@ -91,6 +91,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_graph_serves_any_number_of_atoms(kind: str, device: torch.device) -> None:
     make, forward, backward = KINDS[kind]
@@ -114,6 +115,7 @@ def test_a_graph_serves_any_number_of_atoms(kind: str, device: torch.device) -> 
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_compiled_without_a_break(kind: str, dynamic: bool, device: torch.device) -> None:

@@ -149,6 +149,7 @@ def test_what_a_run_cannot_go_on_from(model: Any, float_one: Any, other_models: 
         assert words in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line(float_one: Any, train: Any, tmp_path: Path) -> None:
     """Stock MACE trains from the start, silently, with those of the weights that fit."""
     write(tmp_path / "checkpoints", float_one, 8)

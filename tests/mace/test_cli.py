@@ -145,6 +145,7 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_python_and_the_command_measure_and_judge_alike(folder: Path, tmp_path: Path) -> None:
     """Central differences of float32 energies would be ten times the float64 ones, and another verdict."""
     from ase.io import read
@@ -566,6 +567,7 @@ def test_unforced_failure_as_json(
     assert (result["output"], result["times_smaller"], result["failed_gates"]) == (None, None, ["lee"])
 
 
+@pytest.mark.slow
 def test_names_do_not_matter_for_reading(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Caches of foundation models have files without a suffix."""
     gaq.save(gaq.load(folder / "gaq.model"), tmp_path / "x.safetensors")

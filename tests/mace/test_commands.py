@@ -146,6 +146,7 @@ def test_mliap(
         np.testing.assert_allclose(atom_forces(inputs, pair_forces), reference[1], atol=loose)
 
 
+@pytest.mark.slow
 def test_mliap_file_is_packed_and_loads_without_the_plugin(
     saved: Any, quantized: Any, structures: Any, python: Any, tmp_path: Path
 ) -> None:

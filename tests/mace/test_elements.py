@@ -154,6 +154,7 @@ def quantize(folder: Path, output: Path, *options: str, data: str = "hydrocarbon
     return main([*arguments, "--config", "{preset: gaq, distillation: {steps: 0}}", "--force", *options])
 
 
+@pytest.mark.slow
 def test_file_of_one_head_and_some_elements(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gates compare it with the same part of the float model; against the complete one, in another head, they fail."""
     output = tmp_path / "part.model"

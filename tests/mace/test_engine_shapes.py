@@ -335,6 +335,7 @@ def test_every_module_has_a_place(shape: str) -> None:
             assert site.input_note == ROUNDED
 
 
+@pytest.mark.slow
 def test_files_hold_the_codes_of_embeddings(tmp_path: Path) -> None:
     plain = {"preset": "w8", "distillation": {"steps": 0}, "weights": {"rounding": "nearest"}}
     model = gaq.convert(gaq.prepare(made("charge_and_spin", torch.float32), plain))

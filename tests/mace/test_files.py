@@ -298,6 +298,7 @@ print("RESULT" + json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_damage_is_found_where_this_package_is_not_installed(
     quantized: Callable[..., Any], python: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_four_bit_presets_fine_tune_as_fp32_does(train: Any, stock: Run) -> None
     assert losses(run) == losses(plain)
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_when_training_is_over(train: Any, stock: Run) -> None:
     """The run is that of FP32 step by step, its best weights are rounded by calibration, and that is what is saved."""
     run = train(quantization={"preset": "w4", "distillation": {"steps": 40, "batch_atoms": 16}})

@@ -73,6 +73,7 @@ def test_all_heads_are_judged(folder: Path, tmp_path: Path) -> None:
         assert f"<td class='n'>{format_number(value)}</td>" in section
 
 
+@pytest.mark.slow
 def test_one_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is measured as the stock calculator computes it, with all labels of the data."""
     frames = ase.io.read(folder / "data.xyz", ":")
@@ -95,6 +96,7 @@ def test_one_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no head 'pbesol'; it has pbe, scan" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_labels_of_no_head_are_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = report(folder, tmp_path / "report", data="nameless")
     (line,) = measured["left_out"]
@@ -131,6 +133,7 @@ def test_quantize_calibrates_and_judges_all_heads(
         assert f"force_difference ({head})" in printed
 
 
+@pytest.mark.slow
 def test_a_file_of_one_head_against_the_model_of_several(folder: Path, tmp_path: Path) -> None:
     """The reference is taken in the head that the file has."""
     model = torch.load(folder / "float.model", weights_only=False)

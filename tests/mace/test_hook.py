@@ -172,6 +172,7 @@ ADVICE = (
 )
 
 
+@pytest.mark.slow
 def test_moved_target_stops_the_key_only(python: Callable[..., Any]) -> None:
     """A MACE that has moved a function still imports and parses; the key and the doctor name the function."""
     code = f"""{MOVED}{PARSER}
@@ -277,6 +278,7 @@ def test_supported_versions_are_those_of_the_package() -> None:
     assert f'mace = ["{SUPPORTED_MACE}"]' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_patch_does_not_break_mace(python: Callable[..., Any]) -> None:
     code = """
 from gaq_mace.hook import patches

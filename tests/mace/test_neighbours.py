@@ -479,6 +479,7 @@ print("ALL")
 """
 
 
+@pytest.mark.slow
 def test_a_calculator_that_was_imported_before(python: Callable[..., Any]) -> None:
     done = python(LATE, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.stdout.endswith("ALL\n"), done.stderr[-2000:]

@@ -64,6 +64,7 @@ def run(files: tuple[Path, Path], path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", CODE, *map(str, files), str(path)])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert run(files, tmp_path / "whole.npz").wait() == 0
     killed = tmp_path / "killed.npz"

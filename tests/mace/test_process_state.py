@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import gaq
@@ -17,6 +18,7 @@ CALLS = """
 import sys
 from pathlib import Path
 import mace
+import pytest
 import torch
 import gaq
 from gaq import cli
@@ -94,6 +96,7 @@ print("FAILED" + "\\n".join(failed))
 """
 
 
+@pytest.mark.slow
 def test_calls(
     quantized: Callable[..., Any], float_model: Callable[..., Any], structures: list[Any], tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_another_mace(
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_another_mace_without_this_package(
     quantized: Callable[..., Any], python: Callable[..., Any], tmp_path: Path
 ) -> None:

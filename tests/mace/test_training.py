@@ -36,6 +36,7 @@ from gaq.reporting import open_file
 from gaq_mace.weights import weight_quantizers
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_scalar_form(train: Any, stock: Run) -> None:
     run = train(quantization="gaq", swa=None)
@@ -114,6 +115,7 @@ def test_parser_refuses(changes: dict[str, Any], message: str, tmp_path: Path, c
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unmatched_override_stops_the_run(train: Any) -> None:
     run = train(quantization={"preset": "gaq", "overrides": {"raedouts.*": None}})
     assert run.code == 2
