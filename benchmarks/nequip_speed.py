@@ -7,8 +7,9 @@ Each file is compiled once and kept in the working directory: FP32 by the stock 
 `nequip-deploy` uses. Kinds that end in `_fused` have the CPU kernels inside, as `nequip-deploy` makes them by default.
 `fp32_fused` is the float model with the kernels, which shows what the kernels bring by themselves. It exists for this
 comparison only, since `nequip-deploy` takes no float model. Its energies and forces are compared with those of the
-stock file before anything is timed. The self-connection of NequIP's quantized files is also folded by atom type, which
-is exact and no quantization; that of `w8_fused_unfolded` is not.
+stock file before anything is timed. Kinds that end in `_deployed` are files of `gaq deploy`, which Allegro has none of;
+that command compares them with the model. The self-connection of NequIP's quantized files is also folded by atom type,
+which is exact and no quantization; that of `w8_fused_unfolded` is not.
 
 Times are wall times of the model alone, without neighbour list, on azobenzene and a dense periodic box of it. Nothing
 else may run on the machine, unless `--processor-time` counts the processor's time instead, on one thread.
@@ -29,7 +30,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ from nequip_presets import training_input
 import gaq
 from gaq.config.parse import parse_config
 from gaq.deployed.check import default_tolerance
+from gaq.deployed.neighbours import NeighbourList
+from gaq.deployed.potential import Potential
+from gaq.deployment import deploy
+from gaq.kernels import program
 from gaq.reporting.tables import markdown_table
 from gaq.untyped import Document
 from gaq_nequip import files, freeze
@@ -54,6 +59,8 @@ from gaq_nequip.example import example_data, with_cell
 
 FP32, FP32_FUSED = "fp32", "fp32_fused"
 KINDS = (FP32_FUSED, "w8", "gaq", "w8_fused", "w8_fused_unfolded", "gaq_fused")
+DEPLOYED = "_deployed"
+"""End of the kinds that `gaq deploy` writes."""
 WARM_UP = 3
 """First steps of each file, which are not counted."""
 
@@ -109,8 +116,11 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     """The compiled file of the float model or of a preset, rounded to nearest, since values do not matter for time."""
     from nequip.scripts import compile as nequip_compile
 
-    path: Path = args.work / f"{name}.nequip.pt2"
+    path: Path = args.work / (f"{name}.gaq" if name.endswith(DEPLOYED) else f"{name}.nequip.pt2")
     if path.exists():
+        return path
+    if name == FP32 + DEPLOYED:
+        deploy(args.model, path)
         return path
     data = with_cell(example_data(args.model))
     if name == FP32_FUSED:
@@ -127,11 +137,47 @@ def compiled(args: argparse.Namespace, name: str) -> Path:
     spec = {"preset": preset, "weights": {"rounding": "nearest"}, "distillation": {"steps": 0}}
     model = gaq.quantize(gaq.load(args.model), structures, spec, progress=False)
     gaq.save(model, args.work / f"{name}.ckpt")
+    if name.endswith(DEPLOYED):
+        deploy(args.work / f"{name}.ckpt", path)
+        return path
     tolerance = default_tolerance(parse_config(preset)) if parse_config(preset).rounds_activations else 0.0
     no_fold = mock.patch.object(freeze, "_foldable", return_value=None)
     with no_fold if name.endswith("_unfolded") else nullcontext():
         deploy_compile.compile_file(args.work / f"{name}.ckpt", path, "ase", "cpu", name != preset, tolerance)
     return path
+
+
+class Deployed:
+    """A file of `gaq deploy` with the methods of NequIP's calculator that are timed; edges belong to the data."""
+
+    def __init__(self, path: Path, symbols: Sequence[str]) -> None:
+        self.symbols = sorted(set(symbols))
+        self.potential = Potential(path, self.symbols)
+
+    def atoms_to_data(self, atoms: Any) -> dict[str, torch.Tensor]:
+        edges = NeighbourList(self.potential.r_max, 0.0)
+        edges.update(atoms)
+        return {
+            "edge_index": torch.stack([edges.sender, edges.receiver]),
+            "shifts": edges.shifts,
+            "positions": torch.from_numpy(atoms.positions),
+            "types": torch.tensor([self.symbols.index(symbol) for symbol in atoms.get_chemical_symbols()]),
+        }
+
+    def call_model(self, data: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Forces, (atoms, 3)."""
+        sender, receiver = data["edge_index"]
+        vectors = program.edge_vectors(data["positions"], sender, receiver, data["shifts"])
+        _, gradient = self.potential(data["types"], sender, receiver, vectors)
+        structures = torch.zeros_like(data["types"])
+        return program.forces_and_strain(vectors, gradient, sender, receiver, structures, 1, True)[0]
+
+
+def calculator_of(path: Path, atoms: Any) -> Any:
+    """What evaluates a file."""
+    if path.suffix == ".gaq":
+        return Deployed(path, atoms.get_chemical_symbols())
+    return files.CompiledModel(path, "cpu").calculator()
 
 
 def box_of(molecule: Any, per_side: int = 2, spacing: float = 6.8) -> Any:
@@ -225,10 +271,10 @@ def main() -> None:
     if args.architecture:
         args.model = trained_briefly(args)
     paths = {name: compiled(args, name) for name in (FP32, *args.kinds)}
-    calculators: Document = {name: files.CompiledModel(path, "cpu").calculator() for name, path in paths.items()}
     slimmed = args.work / "fp32_slimmed.nequip.pt2"
     artefact.slim(paths[FP32], slimmed)
     molecule = read(args.data, 0)
+    calculators: Document = {name: calculator_of(path, molecule) for name, path in paths.items()}
     structures = (("molecule", molecule), ("periodic box", box_of(molecule)))
     extra: Document = {}
     if FP32_FUSED in paths:
