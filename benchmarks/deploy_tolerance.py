@@ -62,16 +62,16 @@ def measure(work: Path, system: str, preset: str) -> Document:
     model = gaq.load(path)
     adapter = adapter_for(model)
     config = adapter.config(model)
-    own = adapter.calculator(path, "cpu", "float32", None, None)
+    calculator = adapter.calculator(path, "cpu", "float32", None, None)
     file = DeployedCalculator(deployed)
     rng = np.random.default_rng(0)
     of_orders, of_files, absolute = [], [], []
     for atoms in structures_for(adapter.elements(model), float(model.r_max)):
-        expected = forces(own, atoms)
+        expected = forces(calculator, atoms)
         largest = np.abs(expected).max()
         if not largest > 0:  # single atoms
             continue
-        differences = [np.abs(permuted(own, atoms, rng) - expected).max() for _ in range(ORDERS)]
+        differences = [np.abs(permuted(calculator, atoms, rng) - expected).max() for _ in range(ORDERS)]
         of_orders += [difference / largest for difference in differences]
         of_files.append(np.abs(forces(file, atoms) - expected).max() / largest)
         absolute += [1e3 * difference for difference in differences]

@@ -59,7 +59,7 @@ TEMPERATURE = 300.0
 
 @dataclass(frozen=True)
 class System:
-    """What is simulated.
+    """A system to simulate.
 
     Attributes:
         model: name of the float model.
@@ -150,8 +150,8 @@ def start(work: Path, system: str, seed: int) -> Path:
     Stationary(atoms)
     if molecule:
         ZeroRotation(atoms)
-        wanted = (3 * len(atoms) - 6) * units.kB * TEMPERATURE - (atoms.get_potential_energy() - lowest)
-        atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / atoms.get_kinetic_energy()))
+        kinetic = (3 * len(atoms) - 6) * units.kB * TEMPERATURE - (atoms.get_potential_energy() - lowest)
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(kinetic / atoms.get_kinetic_energy()))
     atoms.calc = None
     with written_whole(path) as part:
         write(part, atoms)

@@ -92,7 +92,7 @@ def row_of(name: str, run: Run) -> Document:
 def beside(run: Run, other: Run) -> Document:
     """How far the ensembles of two runs are apart."""
     bonds = [r.bond_moments[0] / len(samples(r)[0]) for r in (run, other)]
-    found: Document = {
+    differences: Document = {
         "largest_bond_difference_angstrom": float(np.abs(bonds[0] - bonds[1]).max()) if bonds[0].size else None,
         "distances": max(
             difference(a, b) for a, b in zip(distances(run), distances(other), strict=True) if a.any() and b.any()
@@ -101,10 +101,10 @@ def beside(run: Run, other: Run) -> Document:
     if run.blocks and other.blocks:
         waves, one = density_of_states(run)
         spectra = one, density_of_states(other)[1]
-        found["vibrations"] = difference(*spectra)
+        differences["vibrations"] = difference(*spectra)
         means = [float((waves * s).sum() / s.sum()) for s in spectra]
-        found["mean_wave_number_shift_per_cm"] = means[0] - means[1]
-    return found
+        differences["mean_wave_number_shift_per_cm"] = means[0] - means[1]
+    return differences
 
 
 def write_table(work: Path, runs: Mapping[str, Run]) -> None:

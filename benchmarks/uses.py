@@ -61,7 +61,7 @@ def files(work: Path, system: str, preset: str) -> tuple[Path, Path]:
 
 
 def structure(system: str) -> Atoms:
-    """What is optimised, away from its minimum."""
+    """The structure to optimise, away from its minimum."""
     if system == "copper":
         atoms = bulk("Cu", a=3.62, cubic=True).repeat(2)
         atoms.rattle(0.05, seed=0)
@@ -84,12 +84,12 @@ def paths(system: str, reference: Subject) -> dict[str, list[Atoms]]:
     turned = attached(minimum, carbon, nitrogen)
     across = next(atom for atom in turned if minimum.get_distance(atom, carbon) < 1.5 and atom != carbon)
     start = minimum.get_dihedral(other, nitrogen, carbon, across)
-    found = []
+    frames = []
     for angle in np.arange(-90.0, 91.0, 5.0):
         copy = minimum.copy()
         copy.set_dihedral(other, nitrogen, carbon, across, start + angle, indices=turned)
-        found.append(copy)
-    return {"phenyl torsion": found}
+        frames.append(copy)
+    return {"phenyl torsion": frames}
 
 
 def sheared(atoms: Atoms, strain: float) -> Atoms:
@@ -116,8 +116,8 @@ def measure(work: Path, system: str, preset: str) -> None:
     key = f"uses_{system}_{preset}"
     if (work / f"row_{key}.json").exists():
         return
-    own, source = files(work, system, preset)
-    subject, reference = open_file(own), open_file(source)
+    quantized, source = files(work, system, preset)
+    subject, reference = open_file(quantized), open_file(source)
     measures: Document = of_minimum(subject, reference, structure(system))
     errors = {}
     for path, structures in paths(system, reference).items():
@@ -131,16 +131,16 @@ def of_simulations(system: str, preset: str) -> dict[str, float | None]:
     """Drift and distances from the finished nanosecond runs of one system."""
     result = load_json(RESULTS / "nanosecond.json")
     rows = [row for row in result.get("rows", ()) if row["system"] == SYSTEMS[system] and row["ps"] == row["of_ps"]]
-    own = [row for row in rows if row["preset"] == preset]
+    of_preset = [row for row in rows if row["preset"] == preset]
     ideal = [row for row in rows if row["preset"] == "fp32"]
-    moved = [row["beside_fp32"]["distances"] for row in own if row["beside_fp32"]]
+    moved = [row["beside_fp32"]["distances"] for row in of_preset if row["beside_fp32"]]
     seeds = [pair["distances"] for pair in result.get("fp32_apart", ()) if pair["runs"][0].startswith(SYSTEMS[system])]
     measures: dict[str, float | None] = {"distances_moved_beside_seeds": None}
     if moved and seeds:
         measures["distances_moved_beside_seeds"] = float(np.mean(moved) / np.mean(seeds))
-    if own and ideal:
-        means = [np.mean([row["drift_mev_per_atom_per_ps"] for row in some]) for some in (own, ideal)]
-        error = np.mean([row["standard_error"] for row in ideal]) * math.sqrt(1 / len(own) + 1 / len(ideal))
+    if of_preset and ideal:
+        means = [np.mean([row["drift_mev_per_atom_per_ps"] for row in some]) for some in (of_preset, ideal)]
+        error = np.mean([row["standard_error"] for row in ideal]) * math.sqrt(1 / len(of_preset) + 1 / len(ideal))
         measures["drift_in_standard_errors"] = float(abs(means[0] - means[1]) / error)
     return measures
 

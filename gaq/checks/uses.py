@@ -143,19 +143,19 @@ def judged(measures: Mapping[str, float | None]) -> Document:
     """
     uses: Document = {}
     for use, criteria in USES.items():
-        found: Document = {}
+        judgements: Document = {}
         for criterion in criteria:
             value = measures.get(criterion.measure)
-            found[criterion.measure] = {
+            judgements[criterion.measure] = {
                 "value": value,
                 "bound": criterion.bound,
                 "unit": criterion.unit,
                 "holds": None if value is None else math.isfinite(value) and value <= criterion.bound,
                 "what": criterion.what,
             }
-        held = [entry["holds"] for entry in found.values()]
+        held = [entry["holds"] for entry in judgements.values()]
         fit = False if False in held else None if None in held else True
-        uses[use] = {"fit": fit, "criteria": found, "needs": NEEDS[use] if fit is None else None}
+        uses[use] = {"fit": fit, "criteria": judgements, "needs": NEEDS[use] if fit is None else None}
     return uses
 
 

@@ -221,8 +221,8 @@ def measure_subject(
     checked, at_rest = away_from_rest(
         subject.potential, spaced(several_atoms, max(1, checked_structures)), seed, energy_key, forces_key
     )
-    found = _Found({name: _of_file(measured) for name, measured in subjects.items()})
-    found.metrics["model"] |= {
+    results = _Results({name: _of_file(measured) for name, measured in subjects.items()})
+    results.metrics["model"] |= {
         "preset": subject.preset,
         "training": subject.training,
         "rounds_features": subject.rounds_features,
@@ -231,20 +231,20 @@ def measure_subject(
     try:
         for name, measured in subjects.items():
             checks = () if gates_only and measured is reference else checked
-            _by_itself(found, name, measured, structures, checks, seed, progress, gates_only, keys)
-        _against_reference(found, subject, reference, checked, keys, seed, progress)
+            _by_itself(results, name, measured, structures, checks, seed, progress, gates_only, keys)
+        _against_reference(results, subject, reference, checked, keys, seed, progress)
         if reference is not None and not gates_only:
-            found.doing = "measuring uses"
-            _uses(found, subject, reference, several_atoms[0], progress)
+            results.doing = "measuring uses"
+            _uses(results, subject, reference, several_atoms[0], progress)
         if nve_ps > 0:  # last, because it takes longest
-            _simulate(found, subjects, several_atoms[0], nve_ps, seed, progress)
+            _simulate(results, subjects, several_atoms[0], nve_ps, seed, progress)
     except KeyboardInterrupt:
         if not keep_partial:
             raise
-        found.stopped = True
-    metrics = found.metrics
+        results.stopped = True
+    metrics = results.metrics
     gates = evaluate_gates(metrics["model"], subject.preset, metrics.get("reference"))
-    uses = None if gates_only else judged({**found.uses, **of_scan(found.scan), **of_runs(found.runs)})
+    uses = None if gates_only else judged({**results.uses, **of_scan(results.scan), **of_runs(results.runs)})
     return {
         "model": metrics["model"],
         "reference": metrics.get("reference"),
@@ -253,16 +253,16 @@ def measure_subject(
         "command": shlex.join(sys.argv),
         "gates": {name: gate.to_dict() for name, gate in gates.items()},
         "uses": uses,
-        "partial": f"stopped while {found.doing}; what follows was not measured" if found.stopped else None,
+        "partial": f"stopped while {results.doing}; what follows was not measured" if results.stopped else None,
         "left_out": [*left_out, *lines, *at_rest],
         "head": None,
         "heads": None,
-        "figures": {"labels": found.labels, "nve": found.runs, "scan": found.scan},
+        "figures": {"labels": results.labels, "nve": results.runs, "scan": results.scan},
     }
 
 
 @dataclass
-class _Found:
+class _Results:
     """What a measurement has come to.
 
     Attributes:
@@ -285,7 +285,7 @@ class _Found:
 
 
 def _by_itself(
-    found: _Found,
+    results: _Results,
     name: str,
     subject: Subject,
     structures: Sequence[Atoms],
@@ -297,39 +297,39 @@ def _by_itself(
 ) -> None:
     """Measure the errors, symmetry and cost of one model; see `measure_subject`."""
     first = without_single_atoms(structures)[0][0]
-    metrics = found.metrics[name]
+    metrics = results.metrics[name]
     steps = (CENTRAL_DIFFERENCE_STEP,) if gates_only else (0.1, 0.03, CENTRAL_DIFFERENCE_STEP)
     options: dict[str, Any] = {"seed": seed, "progress": progress, "name": name}
-    found.doing = f"measuring errors of the {name}"
+    results.doing = f"measuring errors of the {name}"
     result = quality(subject, structures, energy_key=keys[0], forces_key=keys[1], **options)
     metrics |= result.metrics
     if result.labels is not None:
-        found.labels[name] = result.labels
-    found.doing = f"measuring rotations and central differences of the {name}"
+        results.labels[name] = result.labels
+    results.doing = f"measuring rotations and central differences of the {name}"
     metrics |= quality(subject, rotated=checked, **options).metrics
     metrics |= quality(subject, displaced=checked, steps=steps, **options).metrics
     if not gates_only:
-        found.doing = f"timing the {name}"
+        results.doing = f"timing the {name}"
         metrics["seconds_per_step"], metrics["peak_bytes"] = cost(subject.calculator, first, seed, progress)
 
 
 def _simulate(
-    found: _Found, subjects: dict[str, Subject], atoms: Atoms, nve_ps: float, seed: int, progress: bool
+    results: _Results, subjects: dict[str, Subject], atoms: Atoms, nve_ps: float, seed: int, progress: bool
 ) -> None:
     """Run the models without thermostat."""
     for name, subject in subjects.items():
-        found.doing = f"simulating with the {name}"
+        results.doing = f"simulating with the {name}"
         run = nve_drift(
             subject.calculator, atoms, duration_ps=nve_ps, seed=seed, progress=progress, description=f"NVE, {name}"
         )
-        found.runs[name] = run
-        found.metrics[name]["nve"] = {key: _unless_nan(getattr(run, key)) for key in _OF_RUNS}
+        results.runs[name] = run
+        results.metrics[name]["nve"] = {key: _unless_nan(getattr(run, key)) for key in _OF_RUNS}
 
 
-def _uses(found: _Found, subject: Subject, reference: Subject, atoms: Atoms, progress: bool) -> None:
+def _uses(results: _Results, subject: Subject, reference: Subject, atoms: Atoms, progress: bool) -> None:
     """Take the measures of uses that are cheap: of a small first structure."""
     if len(atoms) <= MOST_ATOMS:
-        found.uses |= of_minimum(subject, reference, atoms, progress)
+        results.uses |= of_minimum(subject, reference, atoms, progress)
 
 
 def _label_errors(
@@ -362,7 +362,7 @@ def _unless_nan(value: object) -> object:
 
 
 def _against_reference(
-    found: _Found,
+    results: _Results,
     subject: Subject,
     reference: Subject | None,
     checked: Sequence[Atoms],
@@ -371,13 +371,15 @@ def _against_reference(
     progress: bool,
 ) -> None:
     """Take the metrics of the model that need its reference or its plain operations, and the bond-stretch scan."""
-    metrics = found.metrics["model"]
+    metrics = results.metrics["model"]
     metrics |= {"force_difference": None, "smoothness": None}
     if reference is not None:
-        found.doing = "comparing forces with the reference"
-        fp32 = found.metrics["reference"]
-        metrics["force_difference"] = _difference(subject, reference, checked, found.labels, fp32, keys, seed, progress)
-        found.doing = "stretching a bond"
+        results.doing = "comparing forces with the reference"
+        fp32 = results.metrics["reference"]
+        metrics["force_difference"] = _difference(
+            subject, reference, checked, results.labels, fp32, keys, seed, progress
+        )
+        results.doing = "stretching a bond"
         try:
             exact = [watched(one.exact, "bond stretched", progress) for one in (subject, reference)]
             scan = bond_stretch_scan(exact[0], checked[0], exact[1])
@@ -386,9 +388,9 @@ def _against_reference(
         else:
             metrics["smoothness"] = {"largest_jump_mev": None, "allowed_mev": None}
             if not scan.nothing_measured:
-                found.scan = scan
+                results.scan = scan
                 metrics["smoothness"] = {"largest_jump_mev": scan.largest_jump_mev, "allowed_mev": scan.allowed_mev}
-    found.doing = "comparing with plain operations"
+    results.doing = "comparing with plain operations"
     metrics |= _against_plain_operations(subject, reference, checked, seed, progress)
 
 

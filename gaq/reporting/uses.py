@@ -42,19 +42,19 @@ def of_minimum(subject: Subject, reference: Subject, atoms: Atoms, progress: boo
     fused kernels, float models as well: stock's forward pass would take most of a report's time.
     """
     with explained("geometry optimisation by model and reference", progress):
-        own, ideal = (relaxed(one.potential, atoms, MOST_STEPS) for one in (subject, reference))
+        minimum, ideal = (relaxed(one.potential, atoms, MOST_STEPS) for one in (subject, reference))
     measures: dict[str, float | None] = {
-        "force_left_ev_per_angstrom": own.force,
-        "optimisation_steps": own.steps,
+        "force_left_ev_per_angstrom": minimum.force,
+        "optimisation_steps": minimum.steps,
         "reference_optimisation_steps": ideal.steps,
     }
-    if own.force > 0 and ideal.force > 0:
-        change, energy = minimum_change(own.atoms, ideal.atoms, reference.exact)
+    if minimum.force > 0 and ideal.force > 0:
+        change, energy = minimum_change(minimum.atoms, ideal.atoms, reference.exact)
         measures |= {"bond_length_change_angstrom": change, "minimum_energy_mev": energy}
     shifts = []
-    for one, minimum, name in ((subject, own, "model"), (reference, ideal, "reference")):
+    for one, start, name in ((subject, minimum, "model"), (reference, ideal, "reference")):
         # At `FORCE` a methyl group that turns almost freely is degrees from its minimum, and its frequency is off.
-        nearer = relaxed(one.potential, minimum.atoms, MOST_FURTHER_STEPS, 0.1 * FORCE).atoms
+        nearer = relaxed(one.potential, start.atoms, MOST_FURTHER_STEPS, 0.1 * FORCE).atoms
         shifts.append(frequencies(watched(one.potential, f"vibrations, {name}", progress), nearer))
     if len(shifts[0]) and np.any(shifts[1]):
         mean, worst = frequency_shifts(*shifts)
@@ -62,9 +62,9 @@ def of_minimum(subject: Subject, reference: Subject, atoms: Atoms, progress: boo
     if atoms.pbc.all():
         states = [equation_of_state(one.exact, ideal.atoms) for one in (subject, reference)]
         if states[1] is not None:
-            own_state = states[0] or (math.inf, math.inf)
+            state = states[0] or (math.inf, math.inf)
             for place, name in enumerate(("volume_shift", "bulk_modulus_shift")):
-                measures[name] = abs(own_state[place] / states[1][place] - 1.0)
+                measures[name] = abs(state[place] / states[1][place] - 1.0)
     return measures
 
 
