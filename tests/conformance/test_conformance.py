@@ -510,6 +510,7 @@ def test_a_sound_model_passes_without_labels(
     assert "gates measured, none failed" in printed.out
 
 
+@pytest.mark.slow
 def test_structures_at_rest(
     case: Case, trained_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -276,7 +276,7 @@ def test_float32() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("lmax", [1, 2, 3])
+@pytest.mark.parametrize("lmax", [1, *(pytest.param(lmax, marks=pytest.mark.slow) for lmax in (2, 3))])
 def test_the_jacobian_of_the_force_is_symmetric(lmax: int) -> None:
     """Forces of a smooth energy of the messages of two layers: a kernel whose derivative is not that of its value,
     or belongs to another edge, gives a field with a curl."""

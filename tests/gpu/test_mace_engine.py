@@ -162,7 +162,7 @@ MOLECULES = (moved(1), [LONELY])
 @pytest.mark.parametrize(
     ("small", "kernels", "batches"),
     [
-        pytest.param(KINDS[0], "triton", MOLECULES, id="plain-triton"),
+        pytest.param(KINDS[0], "triton", MOLECULES, id="plain-triton", marks=pytest.mark.slow),
         pytest.param(KINDS[0], "triton", CRYSTAL_AMONG_MOLECULES, id="plain-triton-crystal", marks=pytest.mark.slow),
         pytest.param(KINDS[1], "triton", CRYSTAL_AMONG_MOLECULES, id="density-triton", marks=pytest.mark.slow),
         pytest.param(KINDS[0], "", CRYSTAL_AMONG_MOLECULES, id="plain"),

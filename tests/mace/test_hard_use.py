@@ -64,7 +64,8 @@ for step in range(3):
 """
 
 
-@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2"])
 def test_the_same_bits_from_run_to_run(quantized: Callable[..., Any], tmp_path: Path, threads: str) -> None:
     gaq.save(quantized("gaq", "agnesi", torch.float32), tmp_path / "quantized.model")
     command = [sys.executable, "-W", "ignore", "-c", ENERGIES, str(tmp_path / "quantized.model"), threads]

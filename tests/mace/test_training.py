@@ -69,7 +69,8 @@ def test_mapping_form(train: Any) -> None:
     assert re.search(r"readouts\.0\.linear .*left alone by overrides", run.log)
 
 
-@pytest.mark.parametrize("rounded", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounded", [True, False])
 def test_averages_are_of_rounded_weights(train: Any, rounded: bool) -> None:
     """An average that forgets at once is what was deployed last: on the grid of the scales kept beside it."""
     spec = {"preset": "w4", "training": {**THROUGHOUT, "average_rounded": rounded}}
