@@ -59,7 +59,7 @@ def test_species_see_far_less_of_the_rounding(bits: int, gain: float) -> None:
     assert float(errors[0] / errors[1]) == pytest.approx(gain, rel=0.2)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(st.integers(2, 16), st.integers(1, 8), st.integers(0, 1000))
 def test_codes_are_codes(bits: int, species: int, seed: int) -> None:
     weight, layout = _weight(seed)

@@ -122,6 +122,7 @@ print(sum("triton_kernel_wrapper" in n for n in names))
 """
 
 
+@pytest.mark.slow
 def test_nequips_export_holds_the_kernels(tmp_path: Path) -> None:
     """What `nequip-compile` does before Inductor, in a process of its own without the interpreter."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])

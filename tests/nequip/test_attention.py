@@ -217,6 +217,7 @@ def test_what_does_not_fit_is_refused() -> None:
 # -- training, packages, compilation --
 
 
+@pytest.mark.slow
 def test_training_restart_package(
     train: Callable[..., Any], command: Callable[..., Any], tmp_path: Path, evaluate: Callable[..., Any]
 ) -> None:
@@ -251,6 +252,7 @@ def test_training_restart_package(
     np.testing.assert_allclose(packed[1], expected[1], atol=2e-3 * np.abs(expected[1]).max())
 
 
+@pytest.mark.slow
 def test_traced_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     """NequIP's own tracing, for any number of atoms and edges: forces and gradients of a loss on them are the same."""
     from gaq_nequip.training import calibrate_on

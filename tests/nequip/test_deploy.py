@@ -55,6 +55,7 @@ def messages(error: str) -> list[str]:
     return [line for line in error.splitlines() if not line.startswith(("loading ", "packaging", "comparing "))]
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_streams_of_the_command(trained: Any, command: Callable[..., Any], tmp_path: Path) -> None:
     """In a process of its own: results on stdout, and nothing on stderr."""

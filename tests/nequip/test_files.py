@@ -225,6 +225,7 @@ def test_inspect_and_report(
     assert "a float model" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_packages_are_compared_with_packages(
     quantized_file: Callable[[str], Path], trained_float: Any, command: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ print("FAILED" + "\\n".join(failed))
 """
 
 
+@pytest.mark.slow
 def test_calls(trained: Any, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "tests" / "helpers"), str(root), os.environ.get("PYTHONPATH", "")])

@@ -97,6 +97,7 @@ def test_checkpoints_whose_keys_act(trained: Any, tmp_path: Path, keys: dict[str
         gaq.load(path)
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_from_a_checkpoint_of_before(trained: Any, train: Callable[..., Any], tmp_path: Path) -> None:
     """A removed key without effect does not stop it; one with an effect, or one in the user's file, does."""
     path = tmp_path / "before.ckpt"
