@@ -57,7 +57,7 @@ def measure(work: Path, system: str, preset: str) -> Document:
     path = source if preset == FP32 else quantized
     deployed = work / f"{system}_{preset}.gaq"
     if not deployed.exists():
-        # What is measured here does not depend on the bound.
+        # The bound of the command does not matter here.
         command("deploy", path, deployed, "--tolerance", "1e9")
     model = gaq.load(path)
     adapter = adapter_for(model)
